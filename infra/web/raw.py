@@ -78,8 +78,13 @@ class RawRequest:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Names in lower case. Of a repeated header the last one counts."""
-        return {name.decode("latin-1"): value.decode("latin-1") for name, value in self._headers}
+        """Names in lower case. The values of a repeated header are joined, as RFC 9110 §5.3 says: so a second signature
+        makes the first one wrong."""
+        found: dict[str, str] = {}
+        for name, value in self._headers:
+            given, text = name.decode("latin-1"), value.decode("latin-1")
+            found[given] = f"{found[given]}, {text}" if given in found else text
+        return found
 
     @property
     def body(self) -> bytes:

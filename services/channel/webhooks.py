@@ -119,7 +119,8 @@ class Webhooks:
             return account.receive(request, utcnow())
         except InvalidMessage as error:
             raise HTTPException(400, str(error)) from error
-        except UnreadableCall as error:
+        except (UnreadableCall, RecursionError) as error:
+            # RecursionError: parts within parts, a thousand deep.
             with telemetry.current(call.span):
                 _log.warning("webhook event ignored: unexpected shape", channel_id=str(account.id), error=str(error))
             digest = hashlib.sha256(request.body).hexdigest()

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from services.channel.vendors import VENDORS as VENDOR_ADAPTERS
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "conformance.md"
 VENDOR_TESTS = "tests/services/channel/vendors"
@@ -63,7 +65,7 @@ _CONSOLE = "the vendor has no call for it: a person enters it in the console"
 _NO_KEY = Lacking("the vendor takes no key: an unanswered send stays `unknown`")
 _NO_MARKS = Lacking("the vendor shows plain text: marks are removed")
 _NO_TOKEN = Lacking("the credentials are sent with each call")
-_NOT_BUILT = Lacking("not built")
+_OTHER_ADDRESS = Lacking("the vendor sends it to another address than messages")
 _NOT_TOLD = Lacking("the vendor does not tell it in its webhook")
 _FIXED: dict[str, Cell] = {
     "discord": Lacking("it gets commands, which cannot be changed"),
@@ -76,11 +78,14 @@ _READ = "test_messages_of_people_and_groups_are_read"
 _FILES = "test_files_are_attachments"
 _ERRORS = "test_permanent_transient_and_unknown_errors_are_distinguished"
 _TOKEN = "test_a_token_that_ran_out_is_fetched_again_once"
+# Edits, deletions and buttons are among the kinds of messages and events.
+_KINDS = Proof("test_kinds.py", "test_each_kind_is_read_or_ignored_with_its_reason")
 _BUTTONS: dict[str, Cell] = {
     **{name: Proof("test_buttons.py", f"test_{name}") for name in ("telegram", "slack", "discord", "teams", "line")},
     "whatsapp": Proof("test_whatsapp.py", "test_a_text_outside_of_the_field_text_is_found"),
     **dict.fromkeys(("twilio", "webhook"), Lacking("there are no buttons")),
-    **dict.fromkeys(("feishu", "dingtalk", "wecom", "qq"), _NOT_BUILT),
+    **dict.fromkeys(("feishu", "wecom", "qq"), _KINDS),
+    "dingtalk": _OTHER_ADDRESS,
 }
 
 ABILITIES: Mapping[str, Mapping[str, Cell]] = {
@@ -206,8 +211,8 @@ ABILITIES: Mapping[str, Mapping[str, Cell]] = {
     )
     | {
         "telegram": Proof(_PREVIEWS, "test_telegram_shows_drafts_in_private_chats_and_typing_in_groups"),
-        "dingtalk": _NOT_BUILT,
-        "qq": _NOT_BUILT,
+        "dingtalk": Lacking("it needs a template of a card, which the tenant would have to make in the console"),
+        "qq": Lacking("each text so far would be one of the five replies to a message"),
     },
     "shows that it is typing": dict.fromkeys(VENDORS, Lacking("the vendor has no sign for it"))
     | dict.fromkeys(
@@ -215,7 +220,7 @@ ABILITIES: Mapping[str, Mapping[str, Cell]] = {
     )
     | {
         "discord": Proof("test_discord.py", "test_the_first_part_replaces_is_thinking_and_others_follow_once"),
-        "qq": _NOT_BUILT,
+        "qq": Lacking("the sign would be one of the five replies to a message"),
     },
     "tells delivery and reading": dict.fromkeys(VENDORS, _NOT_TOLD)
     | {
@@ -228,7 +233,7 @@ ABILITIES: Mapping[str, Mapping[str, Cell]] = {
         name: Proof(f"test_{name}.py", "test_edits_deletions_and_reactions_name_their_message")
         for name in ("slack", "teams")
     }
-    | {"telegram": Proof("test_telegram.py", "test_edits_and_reactions_name_their_message")}
+    | {"telegram": Proof("test_telegram.py", "test_edits_and_reactions_name_their_message"), "whatsapp": _KINDS}
     | _FIXED,
     "follows deletions": dict.fromkeys(VENDORS, _NOT_TOLD)
     | {
@@ -238,6 +243,9 @@ ABILITIES: Mapping[str, Mapping[str, Cell]] = {
     | {
         "feishu": Proof("test_feishu.py", "test_deletions_and_reactions_name_their_message"),
         "line": Proof("test_line.py", "test_an_unsent_message_is_deleted"),
+        # Of Telegram only in the chats of a business.
+        "telegram": _KINDS,
+        "whatsapp": _KINDS,
     }
     | _FIXED,
     "records reactions": dict.fromkeys(VENDORS, _NOT_TOLD)
@@ -296,8 +304,23 @@ def page() -> str:
         "file with the test that proves it; a number leads to the reason below.\n\n"
         f"| ability | {' | '.join(VENDORS)} |\n|---|{'---|' * len(VENDORS)}\n"
         + "\n".join(rows)
-        + f"\n\n## Reasons\n\n{notes}\n"
+        + f"\n\n## Reasons\n\n{notes}\n\n## Kinds of messages and events\n\n"
+        "What each vendor documents, by the tables in `services/channel/vendors`. A message of any other kind is\n"
+        "ignored, and the reason names the kind. Each kind has an example in\n"
+        f"[test_kinds.py](../{VENDOR_TESTS}/test_kinds.py).\n\n"
+        + "\n\n".join(_kinds(vendor) for vendor in VENDORS)
+        + "\n"
     )
+
+
+def _kinds(vendor: str) -> str:
+    """The kinds that are read, and the others by their reasons."""
+    by_reason: dict[str, list[str]] = {}
+    for kind, reason in VENDOR_ADAPTERS[vendor].kinds.items():
+        by_reason.setdefault(reason, []).append(f"`{kind}`")
+    read = ", ".join(by_reason.pop("", []))
+    ignored = [f"- ignored, {reason}: {', '.join(kinds)}" for reason, kinds in by_reason.items()]
+    return "\n".join([f"### {vendor}\n", f"- read: {read}", *ignored])
 
 
 if __name__ == "__main__":

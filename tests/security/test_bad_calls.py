@@ -152,13 +152,13 @@ async def test_bad_calls_of_webhooks_are_refused_and_never_an_error_of_the_servi
 
     calls, genuine = [], []
     for name in VENDORS:
-        credentials, content, make = MADE[name]
+        credentials, contents, make = MADE[name]
         account = {"type": name, "agent_id": agent, "credentials": credentials}
         if VENDORS[name].origin:
             account["api_base"] = URL
         path = (await asked(system, "channel", tenant, "POST", "/api/v1/channels", account))["webhook_path"]
         for n in range(FROM_EACH):
-            strange = content if n == 0 else changed(content, chance)
+            strange = contents[0] if n == 0 else changed(chance.choice(contents), chance)
             try:
                 request = make(strange)
             except UnicodeEncodeError:

@@ -31,11 +31,11 @@ from services.agent.models import scripted
 from services.agent.sessions.arrivals import Arrival
 from services.agent.sessions.intake import take_in
 from tooling.bench import runs_anchors
-from tooling.bench.anchor_environment import environment
 from tooling.bench.fixture import PRODUCTION, Fixture, child, connections, running_platform_on
 from tooling.bench.protocol import SLICE_SECONDS, Anchor, Result, Slice, check
 from tooling.bench.runs_agent import TOOL
 from tooling.bench.runs_anchors import STEPS
+from tooling.stack.own_environment import environment
 from tooling.testing.platform import MASTER_KEY, Platform
 from tooling.testing.processes import Process as Service
 
@@ -224,7 +224,7 @@ async def running(place: Fixture) -> AsyncIterator[Runs]:
 @asynccontextmanager
 async def others(place: Fixture) -> AsyncIterator[list[Anchor]]:
     """LangGraph and DBOS, ready to run. Installs their packages the first time."""
-    python = await environment()
+    python = await environment("bench")
     async with AsyncExitStack() as stack:
         found = []
         for which, name, goal in (("langgraph", "LangGraph, sync", 6), ("dbos", "DBOS", 5)):

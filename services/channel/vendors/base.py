@@ -116,6 +116,8 @@ class Vendor(ABC, Generic[C]):
     name: ClassVar[str]
     """The channel type."""
     credentials: ClassVar[type[msgspec.Struct]]
+    kinds: ClassVar[Mapping[str, str]]
+    """The kinds of messages and events that the vendor documents. Empty: it is read; else why it is ignored."""
     origin: ClassVar[str]
     """The origin of the vendor's API; empty if the credentials contain the address."""
     addresses: ClassVar[tuple[str, ...]]
@@ -272,6 +274,12 @@ def placeholder(kind: str, *names: str) -> str:
     """The text of a message that has none, so that the agent can say that it cannot read the attachment."""
     named = ", ".join(filter(None, names))
     return f"[The person sent {kind}{f' ({named})' if named else ''} without text. Its content cannot be read here.]"
+
+
+def described(kind: str, *facts: object) -> str:
+    """The text for a message that is no text, such as ``[Location: Main Street 1, 52.5, 13.4]``."""
+    known = ", ".join(str(fact) for fact in facts if fact not in (None, ""))
+    return f"[{kind}: {known}]" if known else f"[{kind}]"
 
 
 def kind_of(mime_type: str) -> Literal["image", "voice", "video", "file"]:

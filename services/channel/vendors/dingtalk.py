@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -15,7 +15,7 @@ import msgspec
 from infra.errors import EffectFailed, RetryLater, Transient, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Outgoing
-from services.channel.events import Attachment
+from services.channel.vendors import dingtalk_messages
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
     AccountRefused,
@@ -26,12 +26,10 @@ from services.channel.vendors.base import (
     Vendor,
     at_origin,
     constant_time_equals,
-    decode,
     download,
-    placeholder,
     read_json,
 )
-from services.channel.vendors.items import Ignored, Inbound, Received
+from services.channel.vendors.items import Received
 from services.channel.vendors.splitting import split, utf8_length
 
 # Bytes.
@@ -40,12 +38,6 @@ MAX_TEXT = 15_000
 _VALID_MS = 3_600_000
 _API_ORIGIN = "https://api.dingtalk.com"
 _TITLE = "Reply"
-_FILES: dict[str, Literal["image", "voice", "video", "file"]] = {
-    "picture": "image",
-    "audio": "voice",
-    "video": "video",
-    "file": "file",
-}
 _LATER = frozenset((130101, 130102, 88, 90018))
 _TRANSIENT = frozenset((-1,))
 # The session of the webhook is over or unknown.
@@ -56,32 +48,6 @@ class DingTalkCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     app_key: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
     app_secret: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
     robot_code: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
-
-
-class _Text(msgspec.Struct):
-    content: str = ""
-
-
-class _Content(msgspec.Struct):
-    richText: list[dict[str, Any]] | None = None
-    recognition: str | None = None
-    fileName: str | None = None
-    downloadCode: str | None = None
-
-
-class _Message(msgspec.Struct):
-    msgId: str
-    conversationId: str
-    msgtype: str
-    conversationType: str = "1"
-    senderStaffId: str | None = None
-    senderId: str | None = None
-    chatbotUserId: str | None = None
-    robotCode: str | None = None
-    isAdmin: bool | None = None
-    sessionWebhook: str | None = None
-    text: _Text | None = None
-    content: _Content | None = None
 
 
 class _Token(msgspec.Struct):
@@ -114,6 +80,7 @@ class DingTalk(Vendor[DingTalkCredentials]):
 
     name: ClassVar[str] = "dingtalk"
     credentials: ClassVar[type[msgspec.Struct]] = DingTalkCredentials
+    kinds: ClassVar[Mapping[str, str]] = dingtalk_messages.KINDS
     origin: ClassVar[str] = "https://oapi.dingtalk.com"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "once"
@@ -132,7 +99,7 @@ class DingTalk(Vendor[DingTalkCredentials]):
             raise Unauthenticated("timestamp is missing or more than an hour from our clock")
         if not constant_time_equals(request.headers.get("sign", ""), sign(credentials, timestamp)):
             raise Unauthenticated("sign does not match")
-        return Received([_item(decode(request.body, _Message), credentials)])
+        return Received([dingtalk_messages.read(request.body, credentials.robot_code)])
 
     def split(self, text: str) -> Sequence[str]:
         return split(text, MAX_TEXT, utf8_length)
@@ -207,10 +174,11 @@ class DingTalk(Vendor[DingTalkCredentials]):
                     raise AccountRefused(f"{sent.code}: {sent.message}"[:200])
                 continue
             break
-        if sent.code.startswith("Forbidden.AccessDenied"):
-            raise AccountRefused(f"{sent.code}: {sent.message}"[:200])
+        # First: a limit of calls is Forbidden.AccessDenied.QpsLimitForApi.
         if "Throttling" in sent.code or "QpsLimit" in sent.code:
             raise RetryLater(DEFAULT_RETRY, sent.code[:200])
+        if sent.code.startswith("Forbidden.AccessDenied"):
+            raise AccountRefused(f"{sent.code}: {sent.message}"[:200])
         if answer.status >= 400:
             raise EffectFailed(f"{sent.code}: {sent.message}"[:200])
         return sent.processQueryKey
@@ -233,49 +201,6 @@ class DingTalk(Vendor[DingTalkCredentials]):
 def sign(credentials: DingTalkCredentials, timestamp: str) -> str:
     secret = credentials.app_secret.encode()
     return base64.b64encode(hmac.digest(secret, timestamp.encode() + b"\n" + secret, hashlib.sha256)).decode()
-
-
-def _item(message: _Message, credentials: DingTalkCredentials) -> Inbound | Ignored:
-    ids = (f"message/{message.msgId}",)
-    person = message.senderStaffId or message.senderId
-    if message.robotCode not in (None, "normal", credentials.robot_code):
-        return Ignored(ids, "a message to another robot")
-    if not person or (message.senderId is not None and message.senderId == message.chatbotUserId):
-        return Ignored(ids, "a message that no person wrote")
-    attachments = _attachments(message)
-    text = _text(message)
-    if text is None and attachments:
-        text = ""
-    if text is None:
-        return Ignored(ids, f"a message of type {message.msgtype[:40]}")
-    conversation = f"user/{person}" if message.conversationType == "1" else f"group/{message.conversationId}"
-    webhook = urlsplit(message.sessionWebhook or "")
-    path = f"{webhook.path}?{webhook.query}" if webhook.path.startswith("/") else message.msgId
-    # Of the organisation, so of each of its groups.
-    by_admin = message.isAdmin is True and message.conversationType != "1"
-    return Inbound(ids, conversation, person, path, text, attachments=attachments, by_admin=by_admin)
-
-
-def _attachments(message: _Message) -> tuple[Attachment, ...]:
-    content = message.content or _Content()
-    if content.richText is not None:
-        codes = [part.get("downloadCode") for part in content.richText]
-        return tuple(Attachment("image", code) for code in codes if isinstance(code, str) and code)
-    # The vendor has written a voice message down already.
-    if message.msgtype not in _FILES or content.recognition or not content.downloadCode:
-        return ()
-    return (Attachment(_FILES[message.msgtype], content.downloadCode, content.fileName or ""),)
-
-
-def _text(message: _Message) -> str | None:
-    content = message.content or _Content()
-    if message.text is not None:
-        return message.text.content.strip()
-    if content.richText is not None:
-        return "".join(str(part.get("text") or "") for part in content.richText).strip()
-    if content.recognition or message.msgtype not in _FILES or content.downloadCode:
-        return content.recognition
-    return placeholder("a file", content.fileName or "")
 
 
 def _refuse(code: int, message: str) -> None:

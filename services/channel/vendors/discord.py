@@ -7,7 +7,7 @@ https://discord.com/developers/docs/resources/message, https://discord.com/devel
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, ClassVar
 
@@ -15,12 +15,13 @@ import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from infra.errors import EffectFailed, Unauthenticated
+from infra.errors import EffectFailed, RetryLater, Transient, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
-from services.channel.events import Attachment
 from services.channel.multipart import multipart
+from services.channel.vendors import discord_interactions
 from services.channel.vendors.base import (
+    DEFAULT_RETRY,
     MAX_FILE,
     AccountRefused,
     Limit,
@@ -30,36 +31,36 @@ from services.channel.vendors.base import (
     Request,
     Vendor,
     at_origin,
-    decode,
     download,
     is_recent,
-    kind_of,
     raise_for_transient,
     read_json,
 )
-from services.channel.vendors.items import Ack, Ignored, Inbound, Received
-from services.channel.vendors.markdown import Dialect, quoted_lines, render, unchanged
+from services.channel.vendors.discord_interactions import FILE_OPTION, STRING_OPTION
+from services.channel.vendors.items import Received
+from services.channel.vendors.markdown import Dialect, quoted_lines, render, unchanged, unfenced
 from services.channel.vendors.splitting import split
 
 # Characters.
 MAX_TEXT = 2_000
 _NONCE_LENGTH = 25
-_PING, _COMMAND, _COMPONENT, _AUTOCOMPLETE = 1, 2, 3, 4
-_STRING_OPTION, _FILE_OPTION = 3, 11
-# Answers to an interaction: a pong, "is thinking", no choices.
-_PONG, _DEFERRED = ({"type": kind} for kind in (1, 5))
-_NO_CHOICES = {"type": 8, "data": {"choices": []}}
 # The command that people use.
 _ASK = {
     "name": "ask",
     "description": "Ask the assistant",
     "options": [
-        {"type": _STRING_OPTION, "name": "question", "description": "The question", "required": True},
-        {"type": _FILE_OPTION, "name": "file", "description": "A file for the question", "required": False},
+        {"type": STRING_OPTION, "name": "question", "description": "The question", "required": True},
+        {"type": FILE_OPTION, "name": "file", "description": "A file for the question", "required": False},
     ],
 }
 # The token of the interaction is no longer valid: unknown webhook, invalid webhook token, unknown message.
 _EXPIRED = (10008, 10015, 50027)
+
+# https://discord.com/developers/docs/topics/opcodes-and-status-codes#json: the account is unauthorized, or has to be
+# verified; limits of one channel or resource; a feature that is off for a while, an overloaded resource.
+_ACCOUNT = frozenset((40001, 40002))
+_LATER = frozenset((20016, 20022, 20028, 20029, 40062))
+_TRANSIENT = frozenset((40006, 130000))
 
 # Discord shows Markdown itself, but no tables and no images.
 DIALECT = Dialect(
@@ -67,7 +68,7 @@ DIALECT = Dialect(
     italic=("*", "*"),
     strike=("~~", "~~"),
     code=("`", "`"),
-    fence=lambda text, language: f"```{language}\n{text}\n```",
+    fence=lambda text, language: f"```{language}\n{unfenced(text)}\n```",
     quote=quoted_lines,
     link=lambda label, url: url if label == url else f"[{label}]({url})",
     escape=unchanged,
@@ -78,51 +79,6 @@ class DiscordCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     application_id: Annotated[str, msgspec.Meta(pattern="^[0-9]{1,32}$")]
     public_key: Annotated[str, msgspec.Meta(pattern="^[0-9a-fA-F]{64}$")]
     bot_token: Annotated[str, msgspec.Meta(pattern="^[!-~]{1,256}$")]
-
-
-class _User(msgspec.Struct):
-    id: str
-
-
-# https://discord.com/developers/docs/topics/permissions: it has all permissions of the server.
-_ADMINISTRATOR = 1 << 3
-
-
-class _Member(msgspec.Struct):
-    user: _User | None = None
-    permissions: str = "0"
-    """A set of bits, in decimal."""
-
-
-class _File(msgspec.Struct):
-    url: str
-    filename: str = ""
-    content_type: str | None = None
-
-
-class _Resolved(msgspec.Struct):
-    attachments: dict[str, _File] | None = None
-
-
-class _Data(msgspec.Struct):
-    name: str = ""
-    options: list[dict[str, Any]] | None = None
-    custom_id: str = ""
-    values: list[str] | None = None
-    """The choices of a menu; a button has only its `custom_id`."""
-    resolved: _Resolved | None = None
-
-
-class _Interaction(msgspec.Struct):
-    type: int
-    id: str = ""
-    token: str = ""
-    channel_id: str | None = None
-    member: _Member | None = None
-    user: _User | None = None
-    data: _Data | None = None
-    event: dict[str, Any] | None = None
-    """Only webhook events have it; interactions do not."""
 
 
 class _Message(msgspec.Struct):
@@ -141,6 +97,7 @@ class Discord(Vendor[DiscordCredentials]):
 
     name: ClassVar[str] = "discord"
     credentials: ClassVar[type[msgspec.Struct]] = DiscordCredentials
+    kinds: ClassVar[Mapping[str, str]] = discord_interactions.KINDS
     origin: ClassVar[str] = "https://discord.com"
     addresses: ClassVar[tuple[str, ...]] = ()
     # The first part replaces the same message again; the others carry a nonce.
@@ -162,39 +119,7 @@ class Discord(Vendor[DiscordCredentials]):
             key.verify(signature, timestamp.encode() + request.body)
         except (InvalidSignature, ValueError) as error:
             raise Unauthenticated("X-Signature-Ed25519 does not match") from error
-        unnamed = (f"body/{hashlib.sha256(request.body).hexdigest()}",)
-        interaction = decode(request.body, _Interaction)
-        if interaction.event is not None or interaction.type == 0:
-            ignored = [] if interaction.type == 0 else [Ignored(unnamed, "a webhook event")]
-            return Received(ignored, Ack(status=204))
-        if interaction.type == _PING:
-            return Received([], _ack(_PONG))
-        ids = (f"interaction/{interaction.id}",) if interaction.id else unnamed
-        if interaction.type not in (_COMMAND, _COMPONENT):
-            ack = _ack(_NO_CHOICES) if interaction.type == _AUTOCOMPLETE else Ack()
-            return Received([Ignored(ids, f"an interaction of type {interaction.type}")], ack)
-        author = (interaction.member and interaction.member.user) or interaction.user
-        if author is None or interaction.channel_id is None:
-            return Received([Ignored(ids, "a command without a channel or an author")], _ack(_DEFERRED))
-        data = interaction.data or _Data()
-        if interaction.type == _COMPONENT:
-            text = ", ".join(data.values or ()) or data.custom_id
-        else:
-            text = next(_strings(data.options), None) or f"/{data.name}"
-        files = (data.resolved or _Resolved()).attachments or {}
-        attachments = tuple(
-            Attachment(kind_of(file.content_type or ""), file.url, file.filename) for file in files.values()
-        )
-        item = Inbound(
-            ids,
-            interaction.channel_id,
-            author.id,
-            interaction.token,
-            text,
-            attachments=attachments,
-            by_admin=_is_admin(interaction.member),
-        )
-        return Received([item], _ack(_DEFERRED))
+        return discord_interactions.read(request.body)
 
     def split(self, text: str) -> Sequence[str]:
         return split(text, MAX_TEXT, lambda part: len(render(part, DIALECT)))
@@ -289,25 +214,6 @@ async def _as_bot(
     return response
 
 
-def _is_admin(member: _Member | None) -> bool:
-    bits = member.permissions if member else ""
-    return bits.isascii() and bits.isdecimal() and len(bits) <= 30 and bool(int(bits) & _ADMINISTRATOR)
-
-
-def _ack(answer: dict[str, Any]) -> Ack:
-    return Ack(msgspec.json.encode(answer), "application/json")
-
-
-def _strings(options: Sequence[Any] | None) -> Iterator[str]:
-    """The values of string options, also those of subcommands."""
-    for option in options or ():
-        if isinstance(option, dict):
-            if option.get("type") == _STRING_OPTION and isinstance(option.get("value"), str):
-                yield option["value"]
-            if isinstance(nested := option.get("options"), list):
-                yield from _strings(nested)
-
-
 def _read(answer: Answer) -> _Message:
     if answer.status == 429:
         try:
@@ -316,4 +222,18 @@ def _read(answer: Answer) -> _Message:
             asked = None
         # Rounded up, so that the next attempt is not too early.
         raise_for_transient(answer, None if asked is None else asked + 0.1)
-    return read_json(answer, _Message)
+    response = read_json(answer, _Message)
+    if answer.status >= 400:
+        _refuse(response)
+    return response
+
+
+def _refuse(response: _Message) -> None:
+    """Raises for the codes that say nothing about the message itself."""
+    reason = f"{response.code}: {response.message}"[:200]
+    if response.code in _ACCOUNT:
+        raise AccountRefused(reason)
+    if response.code in _LATER:
+        raise RetryLater(DEFAULT_RETRY, reason)
+    if response.code in _TRANSIENT:
+        raise Transient(reason)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, ClassVar
 from urllib.parse import quote
@@ -16,7 +17,7 @@ import msgspec
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.padding import PKCS7
 
-from infra.errors import EffectFailed, RetryLater, Transient, Unauthenticated
+from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Outgoing
 from services.channel.vendors import feishu_events
@@ -46,9 +47,13 @@ from services.channel.vendors.splitting import split, utf8_length
 MAX_TEXT = 28_000
 _TOKEN_REFUSED = frozenset((99991661, 99991663, 99991664, 99991665, 99991668, 99991671, 99991677))
 _LATER = frozenset((230020, 99991400, 11232, 11233, 11247))
-_TRANSIENT = frozenset((2200, 5000, 230049, 99991672))
+_TRANSIENT = frozenset((2200, 5000, 230049))
 # A wrong app id or secret, an app that is switched off or has no bot.
-_ACCOUNT = frozenset((10003, 10012, 10014, 10015, 230006, 99991401, 99991662, 99991543))
+_ACCOUNT = frozenset((10003, 10012, 10014, 10015, 230006, 99991401, 99991543, 99991662, 99991672))
+
+
+# The beginning of a mention, of a person or of all.
+_MENTION = re.compile(r"<(?=\s*at\b)", re.IGNORECASE)
 
 
 class FeishuCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,6 +96,8 @@ class _Bot(msgspec.Struct):
 
 class _Sent(msgspec.Struct):
     message_id: str | None = None
+    items: list[dict[str, Any]] = []
+    """Of a question for a message: it, and those that it forwards."""
 
 
 class _Response(msgspec.Struct):
@@ -105,6 +112,7 @@ class Feishu(Vendor[FeishuCredentials]):
 
     name: ClassVar[str] = "feishu"
     credentials: ClassVar[type[msgspec.Struct]] = FeishuCredentials
+    kinds: ClassVar[Mapping[str, str]] = feishu_events.KINDS
     origin: ClassVar[str] = "https://open.feishu.cn"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "keyed"
@@ -129,27 +137,27 @@ class Feishu(Vendor[FeishuCredentials]):
             encrypted = None
         if encrypted is None:
             raise Unauthenticated("the body is not encrypted, although the channel has an encrypt_key")
-        payload = decode(decrypt(credentials, encrypted), _Payload)
+        plain = decrypt(credentials, encrypted)
+        try:
+            payload = decode(plain, _Payload)
+        except (UnreadableCall, InvalidMessage):
+            # A changed body may decrypt to anything.
+            _verify(request, credentials, now)
+            raise
         token = payload.header.token if payload.header else payload.token or ""
         if not constant_time_equals(token, credentials.verification_token):
             raise Unauthenticated("the token is not this channel's verification_token")
         if payload.type == "url_verification":
             answer = msgspec.json.encode({"challenge": payload.challenge or ""})
             return Received([], Ack(answer, "application/json"))
-        timestamp = request.headers.get("x-lark-request-timestamp", "")
-        nonce = request.headers.get("x-lark-request-nonce", "")
-        if not is_recent(timestamp, now):
-            raise Unauthenticated("X-Lark-Request-Timestamp is missing or more than 5 minutes from our clock")
-        expected = sign(credentials, timestamp, nonce, request.body)
-        if not constant_time_equals(request.headers.get("x-lark-signature", ""), expected):
-            raise Unauthenticated("X-Lark-Signature does not match")
+        _verify(request, credentials, now)
         if payload.header is None:
             return Received([Ignored((f"event/{payload.uuid}",), "an event of the old schema")])
         ids = (f"event/{payload.header.event_id}",)
         return Received([feishu_events.read(ids, payload.header.event_type, payload.event)])
 
     def split(self, text: str) -> Sequence[str]:
-        return split(text, MAX_TEXT, utf8_length)
+        return split(text, MAX_TEXT, lambda part: utf8_length(_without_mentions(part)))
 
     def limits(self, conversation: str) -> Sequence[Limit]:
         """https://open.feishu.cn/document/server-docs/im-v1/message/create"""
@@ -163,6 +171,11 @@ class Feishu(Vendor[FeishuCredentials]):
         self, outgoing: Outgoing, origin: str, credentials: FeishuCredentials, ref: str, most: int
     ) -> bytes:
         message, _, key = ref.partition("/")
+        if key == feishu_events.FORWARDED:
+            url = f"{origin}/open-apis/im/v1/messages/{quote(message)}"
+            response = await self._call(outgoing, origin, credentials, "GET", url)
+            items = response.data.items if response.data else []
+            return feishu_events.forwarded(items).encode()[:most]
         kind = "image" if key.startswith("img_") else "file"
         path = f"/open-apis/im/v1/messages/{quote(message)}/resources/{quote(key)}?type={kind}"
         token = await self._token(outgoing, origin, credentials)
@@ -250,6 +263,16 @@ class Feishu(Vendor[FeishuCredentials]):
         return await self._tokens.get((origin, credentials), fetch)
 
 
+def _verify(request: Request, credentials: FeishuCredentials, now: datetime) -> None:
+    timestamp = request.headers.get("x-lark-request-timestamp", "")
+    nonce = request.headers.get("x-lark-request-nonce", "")
+    if not is_recent(timestamp, now):
+        raise Unauthenticated("X-Lark-Request-Timestamp is missing or more than 5 minutes from our clock")
+    expected = sign(credentials, timestamp, nonce, request.body)
+    if not constant_time_equals(request.headers.get("x-lark-signature", ""), expected):
+        raise Unauthenticated("X-Lark-Signature does not match")
+
+
 def sign(credentials: FeishuCredentials, timestamp: str, nonce: str, body: bytes) -> str:
     return hashlib.sha256(f"{timestamp}{nonce}{credentials.encrypt_key}".encode() + body).hexdigest()
 
@@ -267,18 +290,23 @@ def decrypt(credentials: FeishuCredentials, encrypted: str) -> bytes:
         raise Unauthenticated("the body is not encrypted with this channel's encrypt_key") from error
 
 
+def _without_mentions(text: str) -> str:
+    """The text with nothing in it that would notify anybody: ``<at id=all></at>``."""
+    return _MENTION.sub("&lt;", text)
+
+
 def _content(text: str) -> dict[str, str]:
     """A text without marks, else a rich text that Feishu renders from Markdown."""
     if render(text, PLAIN) == text:
-        content: dict[str, Any] = {"text": text.replace("<at ", "&lt;at ")}
+        content: dict[str, Any] = {"text": _without_mentions(text)}
         return {"msg_type": "text", "content": msgspec.json.encode(content).decode()}
-    paragraph = {"tag": "md", "text": text.replace("<at ", "&lt;at ")}
+    paragraph = {"tag": "md", "text": _without_mentions(text)}
     return {"msg_type": "post", "content": msgspec.json.encode({"zh_cn": {"content": [[paragraph]]}}).decode()}
 
 
 def _card(text: str) -> str:
     """A card that shows Markdown. ``update_multi``: everybody in a group sees its changes."""
-    element = {"tag": "markdown", "content": text.replace("<at ", "&lt;at ")}
+    element = {"tag": "markdown", "content": _without_mentions(text)}
     card = {"schema": "2.0", "config": {"update_multi": True}, "body": {"elements": [element]}}
     return msgspec.json.encode(card).decode()
 

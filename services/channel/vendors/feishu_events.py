@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import UnreadableCall, decode, placeholder
+from services.channel.vendors.base import UnreadableCall, decode, described, placeholder
 from services.channel.vendors.items import Deleted, Ignored, Inbound, Reacted
 
 _FILES: dict[str, tuple[Literal["image", "voice", "video", "file"], str]] = {
@@ -18,14 +18,79 @@ _FILES: dict[str, tuple[Literal["image", "voice", "video", "file"], str]] = {
     "file": ("file", "file_key"),
 }
 """The kind of each type of message with a file, and the field with its key."""
-_ATTACHMENTS = {
-    "sticker": "a sticker",
-    "location": "a location",
-    "share_chat": "a contact",
-    "share_user": "a contact",
-    "folder": "a folder",
-    "interactive": "a card",
+FORWARDED = "merge_forward"
+"""In place of the key of a file: the messages that a message forwards."""
+_NO_MESSAGE = "no person writes it to the bot"
+# By the type of the message, then by that of the event. Empty: it is read; else why it is ignored.
+# https://open.feishu.cn/document/server-docs/im-v1/message-content-description/message_content
+KINDS: Mapping[str, str] = {
+    "text": "",
+    "post": "",
+    "image": "",
+    "file": "",
+    "folder": "",
+    "audio": "",
+    "media": "",
+    "sticker": "",
+    "interactive": "",
+    "share_chat": "",
+    "share_user": "",
+    "location": "",
+    "todo": "",
+    "vote": "",
+    "video_chat": "",
+    "share_calendar_event": "",
+    "calendar": "",
+    "general_calendar": "",
+    "hongbao": "",
+    "merge_forward": "",
+    "system": "a notice about the chat",
+    "event.im.message.receive_v1": "",
+    "event.im.message.recalled_v1": "",
+    "event.im.message.reaction.created_v1": "",
+    "event.im.message.reaction.deleted_v1": "",
+    "event.card.action.trigger": "",
+    "event.im.message.message_read_v1": "it names messages, and not which delivery of ours",
+    "event.im.message.bot_muted_v1": _NO_MESSAGE,
+    "event.im.chat.access_event.bot_p2p_chat_entered_v1": _NO_MESSAGE,
+    "event.im.chat.member.bot.added_v1": _NO_MESSAGE,
+    "event.im.chat.member.bot.deleted_v1": _NO_MESSAGE,
+    "event.im.chat.member.user.added_v1": _NO_MESSAGE,
+    "event.im.chat.member.user.deleted_v1": _NO_MESSAGE,
+    "event.im.chat.member.user.withdrawn_v1": _NO_MESSAGE,
+    "event.im.chat.updated_v1": _NO_MESSAGE,
+    "event.im.chat.disbanded_v1": _NO_MESSAGE,
+    "event.application.bot.menu_v6": "it names no chat",
 }
+_NAMES = {
+    "sticker": "Sticker",
+    "location": "Location",
+    "share_chat": "Group",
+    "share_user": "Contact",
+    "folder": "Folder",
+    "todo": "Task",
+    "vote": "Poll",
+    "video_chat": "Video meeting",
+    "share_calendar_event": "Calendar event",
+    "calendar": "Calendar event",
+    "general_calendar": "Calendar event",
+    "hongbao": "Red packet",
+}
+"""How a message that is no text is named. Its fields of `_FACTS` follow."""
+_FACTS = (
+    "title",
+    "name",
+    "topic",
+    "text",
+    "summary",
+    "latitude",
+    "longitude",
+    "start_time",
+    "end_time",
+    "due_time",
+    "chat_id",
+    "user_id",
+)
 
 
 class _PersonId(msgspec.Struct):
@@ -61,6 +126,28 @@ class _Event(msgspec.Struct):
     message: _Message
 
 
+class _Action(msgspec.Struct):
+    """What a person pressed, chose or entered in a card."""
+
+    value: Any = None
+    name: str = ""
+    option: str = ""
+    options: list[str] = []
+    input_value: str = ""
+    form_value: dict[str, Any] = {}
+
+
+class _Context(msgspec.Struct):
+    open_message_id: str = ""
+    open_chat_id: str = ""
+
+
+class _Pressed(msgspec.Struct):
+    operator: _PersonId
+    action: _Action
+    context: _Context
+
+
 class _Recalled(msgspec.Struct):
     message_id: str
 
@@ -85,13 +172,30 @@ _REACTIONS: dict[str, Literal["added", "removed"]] = {
 
 
 def read(ids: tuple[str, ...], kind: str, event: msgspec.Raw) -> Inbound | Deleted | Reacted | Ignored:
+    if kind == "card.action.trigger":
+        return _pressed(ids, decode(event, _Pressed))
     if kind == "im.message.receive_v1":
         return _item(ids, decode(event, _Event))
     if kind == "im.message.recalled_v1":
         return Deleted(ids, _target(decode(event, _Recalled).message_id))
     if mode := _REACTIONS.get(kind):
         return _reacted(ids, mode, decode(event, _Reaction))
-    return Ignored(ids, f"an event {kind[:60]}")
+    return Ignored(ids, KINDS.get(f"event.{kind}") or f"an event {kind[:60]}")
+
+
+def _pressed(ids: tuple[str, ...], press: _Pressed) -> Inbound | Ignored:
+    """https://open.feishu.cn/document/feishu-cards/card-callback-communication"""
+    author, chat, action = _author(press.operator), press.context.open_chat_id, press.action
+    if not author or not chat:
+        return Ignored(ids, "a button without a chat or an author")
+    chosen = [action.input_value, action.option, ", ".join(action.options)]
+    value = action.form_value or action.value
+    if value:
+        chosen.insert(0, value if isinstance(value, str) else msgspec.json.encode(value).decode())
+    text = "\n".join(filter(None, chosen)) or action.name
+    # In which thread the card stands is not told, nor the kind of the chat. A button is for the bot in any.
+    message = press.context.open_message_id
+    return Inbound(ids, chat, author, message, text, mentions_bot=True, replies_to_bot=True)
 
 
 def _target(message: str) -> str:
@@ -121,9 +225,9 @@ def _item(ids: tuple[str, ...], event: _Event) -> Inbound | Ignored:
         return Ignored(ids, "a message that no person wrote")
     thread = f"/{message.root_id or message.message_id}" if message.thread_id else ""
     attachments = _attachments(message)
-    text = "" if attachments else _text(message)
+    text = "" if attachments and message.message_type != "post" else _text(message)
     if text is None:
-        return Ignored(ids, f"a message of type {message.message_type[:40]}")
+        return Ignored(ids, KINDS.get(message.message_type) or f"a message of type {message.message_type[:40]}")
     return Inbound(
         ids,
         f"{message.chat_id}{thread}",
@@ -139,11 +243,29 @@ def _item(ids: tuple[str, ...], event: _Event) -> Inbound | Ignored:
 
 
 def _attachments(message: _Message) -> tuple[Attachment, ...]:
-    kind, field = _FILES.get(message.message_type, ("file", ""))
+    if message.message_type == "merge_forward":
+        # The event does not have the messages. They are fetched as a file is.
+        return (Attachment("file", f"{message.message_id}/{FORWARDED}", "forwarded messages.txt"),)
     content = _content_of(message)
+    if message.message_type == "post":
+        return tuple(Attachment(kind, f"{message.message_id}/{key}") for kind, key in _post_files(content))
+    kind, field = _FILES.get(message.message_type, ("file", ""))
     if not isinstance(content, dict) or not isinstance(key := content.get(field), str) or not key:
         return ()
     return (Attachment(kind, f"{message.message_id}/{key}", str(content.get("file_name") or "")),)
+
+
+def _post_files(node: Any) -> Iterator[tuple[Literal["image", "video"], str]]:
+    """The pictures and videos in a rich text."""
+    if isinstance(node, dict):
+        if node.get("tag") == "img" and isinstance(key := node.get("image_key"), str):
+            yield "image", key
+        elif node.get("tag") == "media" and isinstance(key := node.get("file_key"), str):
+            yield "video", key
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from _post_files(child)
 
 
 def _content_of(message: _Message) -> Any:
@@ -159,15 +281,41 @@ def _text(message: _Message) -> str | None:
         return None
     if message.message_type == "text":
         text = str(content.get("text") or "")
-    elif message.message_type == "post":
-        text = "".join(_post_texts(content)).strip()
-    elif kind := _ATTACHMENTS.get(message.message_type):
-        return placeholder(kind)
+    elif message.message_type in ("post", "interactive"):
+        text = "".join(_post_texts(content)).strip() or placeholder("a card")
+    elif name := _NAMES.get(message.message_type):
+        text = _facts(name, content)
+    elif message.message_type in _FILES:
+        text = placeholder("a file")
     else:
         return None
     for mention in message.mentions or ():
         text = text.replace(mention.key, f"@{mention.name}")
     return text
+
+
+def _facts(name: str, content: dict[str, Any]) -> str:
+    facts = (content.get(field) for field in _FACTS)
+    # The summary of a task is a rich text.
+    words = ("".join(_post_texts(fact)).strip() if isinstance(fact, dict) else fact for fact in facts)
+    options = content.get("options")
+    choices = [f"- {option}" for option in options] if isinstance(options, list) else []
+    return "\n".join([described(name, *words), *choices])
+
+
+def forwarded(messages: Iterable[Mapping[str, Any]]) -> str:
+    """The texts of the messages that a message forwards, a paragraph for each.
+
+    https://open.feishu.cn/document/server-docs/im-v1/message/get
+    """
+    texts = []
+    for given in messages:
+        body = given.get("body")
+        content = str(body.get("content") or "{}") if isinstance(body, dict) else "{}"
+        kind = str(given.get("msg_type") or "")
+        text = _text(_Message("", "", kind, content)) if kind != FORWARDED else None
+        texts.append(text if text is not None else described("Message", kind) if kind != FORWARDED else "")
+    return "\n\n".join(filter(None, texts))
 
 
 def _post_texts(node: Any) -> Iterator[str]:

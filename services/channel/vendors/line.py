@@ -26,8 +26,8 @@ from services.channel.vendors.base import (
     Vendor,
     constant_time_equals,
     decode,
+    described,
     download,
-    placeholder,
     read_json,
 )
 from services.channel.vendors.items import Deleted, Ignored, Inbound, Received
@@ -45,7 +45,39 @@ _FILES: dict[str, Literal["image", "voice", "video", "file"]] = {
     "audio": "voice",
     "file": "file",
 }
-_ATTACHMENTS = {"location": "a location", "sticker": "a sticker"}
+# https://developers.line.biz/en/reference/messaging-api/#error-messages
+_QUOTA = b"monthly limit"
+_NO_MESSAGE = "no person writes it to the bot"
+# By the type of the message, then by that of the event. Empty: it is read; else why it is ignored.
+# https://developers.line.biz/en/reference/messaging-api/#webhook-event-objects
+KINDS: Mapping[str, str] = {
+    "text": "",
+    "image": "",
+    "video": "",
+    "audio": "",
+    "file": "",
+    "location": "",
+    "sticker": "",
+    "event.message": "",
+    "event.postback": "",
+    "event.unsend": "",
+    "event.follow": _NO_MESSAGE,
+    "event.unfollow": _NO_MESSAGE,
+    "event.join": _NO_MESSAGE,
+    "event.leave": _NO_MESSAGE,
+    "event.memberJoined": _NO_MESSAGE,
+    "event.memberLeft": _NO_MESSAGE,
+    "event.videoPlayComplete": "a video was watched",
+    "event.beacon": "a device is near",
+    "event.accountLink": "the bot does not offer it",
+    "event.membership": "the bot does not offer it",
+    "event.module": _NO_MESSAGE,
+    "event.activated": _NO_MESSAGE,
+    "event.deactivated": _NO_MESSAGE,
+    "event.botSuspended": _NO_MESSAGE,
+    "event.botResumed": _NO_MESSAGE,
+    "event.delivery": "the answer to the send tells it",
+}
 
 
 class LineCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,11 +104,26 @@ class _Message(msgspec.Struct):
     type: str
     text: str | None = None
     fileName: str | None = None
+    title: str | None = None
+    address: str | None = None
+    latitude: float | None = None
+    longitude: float | None = None
+    keywords: list[str] = []
+    """What a sticker shows."""
     mention: _Mention | None = None
+
+
+class _Params(msgspec.Struct):
+    """The choice of a time."""
+
+    datetime: str = ""
+    date: str = ""
+    time: str = ""
 
 
 class _Postback(msgspec.Struct):
     data: str = ""
+    params: _Params | None = None
 
 
 class _Unsend(msgspec.Struct):
@@ -114,6 +161,7 @@ class Line(Vendor[LineCredentials]):
 
     name: ClassVar[str] = "line"
     credentials: ClassVar[type[msgspec.Struct]] = LineCredentials
+    kinds: ClassVar[Mapping[str, str]] = KINDS
     origin: ClassVar[str] = "https://api.line.me"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "keyed"
@@ -166,6 +214,9 @@ class Line(Vendor[LineCredentials]):
             },
             json={"to": message.conversation, "messages": [_content(message)]},
         )
+        if answer.status == 429 and _QUOTA in answer.body:
+            # It lasts until the next month. A message would not wait for so long.
+            raise EffectFailed("the account has used up its messages of this month")
         response = read_json(answer, _Response)
         if answer.status in (401, 403):
             raise AccountRefused(f"HTTP {answer.status}")
@@ -216,7 +267,7 @@ def _item(event: _Event) -> Inbound | Deleted | Ignored:
     if event.type == "unsend" and event.unsend:
         return Deleted(ids, _target(event.unsend.messageId))
     if event.type != "message" and event.postback is None:
-        return Ignored(ids, f"an event {event.type[:40]}")
+        return Ignored(ids, KINDS.get(f"event.{event.type}") or f"an event {event.type[:40]}")
     source = event.source or _Source()
     conversation = source.groupId or source.roomId or source.userId
     if not conversation:
@@ -225,21 +276,16 @@ def _item(event: _Event) -> Inbound | Deleted | Ignored:
     person = source.userId or f"unknown/{conversation}"
     in_group = conversation != source.userId
     if event.postback:
-        pressed = event.postback.data
+        chosen = event.postback.params or _Params()
+        pressed = " ".join(filter(None, (event.postback.data, chosen.datetime or chosen.date or chosen.time)))
         return Inbound(
             ids, conversation, person, "", pressed, in_group=in_group, mentions_bot=True, replies_to_bot=True
         )
     message = decode(event.message, _Message)
     ids = (*ids, _target(message.id))
-    text = message.text
-    attachments: tuple[Attachment, ...] = ()
-    if text is None and message.type in _FILES:
-        text, attachments = "", (Attachment(_FILES[message.type], message.id, message.fileName or ""),)
+    text, attachments = _content_of(message)
     if text is None:
-        kind = _ATTACHMENTS.get(message.type)
-        if kind is None:
-            return Ignored(ids, f"a message of type {message.type[:40]}")
-        text = placeholder(kind, message.fileName or "")
+        return Ignored(ids, f"a message of type {message.type[:40]}")
     return Inbound(
         ids,
         conversation,
@@ -250,6 +296,19 @@ def _item(event: _Event) -> Inbound | Deleted | Ignored:
         in_group=in_group,
         mentions_bot=any(one.isSelf for one in (message.mention or _Mention()).mentionees),
     )
+
+
+def _content_of(message: _Message) -> tuple[str | None, tuple[Attachment, ...]]:
+    match message.type:
+        case "location":
+            facts = message.title, message.address, message.latitude, message.longitude
+            return described("Location", *facts), ()
+        case "sticker":
+            # A sticker may have a text of the person.
+            return described("Sticker", message.text, *message.keywords), ()
+    if message.text is None and message.type in _FILES:
+        return "", (Attachment(_FILES[message.type], message.id, message.fileName or ""),)
+    return message.text, ()
 
 
 def _target(message: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +11,8 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 Pair = tuple[str, str]
+_FENCE = re.compile("`{3,}")
+_SCHEMES = ("http://", "https://", "mailto:", "tel:")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,13 @@ def quoted_lines(text: str) -> str:
 
 
 def fenced(text: str, language: str) -> str:
-    return f"```\n{text}\n```"
+    """A code block for dialects without languages and without longer fences."""
+    return f"```\n{unfenced(text)}\n```"
+
+
+def unfenced(text: str) -> str:
+    """The text with a zero-width space in each fence, which would otherwise end the block, or begin one."""
+    return _FENCE.sub(lambda fence: "\u200b".join(fence[0]), text)
 
 
 def unchanged(text: str) -> str:
@@ -63,8 +72,11 @@ PLAIN = Dialect(
 
 
 def render(text: str, dialect: Dialect) -> str:
-    """`text` in the dialect. Blocks are separated as in the source; HTML in it is shown as text."""
-    return _Renderer(dialect).blocks(list(_parse(text)), 0).strip("\n")
+    """`text` in the dialect. Blocks are separated as in the source; HTML in it is shown as text.
+
+    A text of nothing but marks, such as an empty code block, is shown as it is: vendors refuse empty messages.
+    """
+    return _Renderer(dialect).blocks(list(_parse(text)), 0).strip("\n") or dialect.escape(text)
 
 
 @lru_cache(maxsize=64)
@@ -98,6 +110,8 @@ class _Renderer:
                 before, after = dialect.heading or dialect.bold
                 text = self._inline(inner[0], within=frozenset(("strong",)) if dialect.heading is None else frozenset())
                 return f"{before}{text}{after}" if text else ""
+            case "fence" | "code_block" if not token.content.strip():
+                return ""
             case "fence" | "code_block":
                 language = token.info.strip().split(" ")[0] if token.info else ""
                 return dialect.fence(dialect.escape(token.content.rstrip("\n")), language)
@@ -137,14 +151,18 @@ class _Renderer:
         for child in token.children or ():
             kind = child.type.removesuffix("_open").removesuffix("_close")
             if child.type == "text":
-                stack[-1].append(dialect.escape(child.content))
+                stack[-1].append(self._text(child.content))
             elif child.type in ("softbreak", "hardbreak"):
                 stack[-1].append("\n")
             elif child.type == "code_inline":
                 before, after = dialect.code
-                stack[-1].append(f"{before}{dialect.escape(child.content)}{after}")
+                # No dialect with this mark can show it in a code.
+                code = child.content.replace("`", "\u02cb") if before == "`" else child.content
+                stack[-1].append(f"{before}{dialect.escape(code)}{after}")
             elif child.type == "image":
-                stack[-1].append(dialect.link(dialect.escape(child.content), str(child.attrGet("src") or "")))
+                # A link in the label of another one would tear it.
+                url = "" if links else str(child.attrGet("src") or "")
+                stack[-1].append(self._link(self._text(child.content), url))
             elif child.nesting == 1:
                 stack.append([])
                 if kind == "link":
@@ -153,14 +171,27 @@ class _Renderer:
                 text = "".join(stack.pop())
                 if kind == "link":
                     url = links.pop()
-                    text = dialect.link(text, url) if text else ""
+                    text = self._link(text, url) if text else ""
                 elif kind in pairs and kind not in within and text:
                     before, after = pairs[kind]
                     text = f"{before}{text}{after}"
                 stack[-1].append(text)
             else:
-                stack[-1].append(dialect.escape(child.content))
+                stack[-1].append(self._text(child.content))
         return "".join(stack[0])
+
+    def _text(self, text: str) -> str:
+        escaped = self._dialect.escape(text)
+        return unfenced(escaped) if self._dialect.code[0] == "`" else escaped
+
+    def _link(self, label: str, url: str) -> str:
+        """Only a link to a page, an address or a number. Others mean something to a vendor: tg://user notifies a
+        person, and a path leads nowhere."""
+        label = label.replace("\n", " ")
+        if not url.lower().startswith(_SCHEMES):
+            return plain_link(label, self._text(url)) if url else label
+        # Parentheses end the address in Markdown.
+        return self._dialect.link(label, url.replace("(", "%28").replace(")", "%29"))
 
 
 def _end(tokens: Sequence[Token], at: int) -> int:

@@ -5,7 +5,8 @@ See the pages on webhooks (signature), on sending messages (v2/users, v2/groups)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, ClassVar
 
@@ -16,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from infra.errors import EffectFailed, RetryLater, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Outgoing
-from services.channel.events import Attachment
+from services.channel.vendors import qq_events
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
     AccountRefused,
@@ -29,11 +30,9 @@ from services.channel.vendors.base import (
     decode,
     download,
     is_recent,
-    kind_of,
-    placeholder,
     read_json,
 )
-from services.channel.vendors.items import Ack, Ignored, Inbound, Received
+from services.channel.vendors.items import Ack, Ignored, Received
 from services.channel.vendors.markdown import PLAIN, render
 from services.channel.vendors.splitting import split
 
@@ -42,41 +41,19 @@ PART_TEXT = 1_500
 MAX_PARTS = 5
 _TOKEN_ORIGIN = "https://bots.qq.com"
 _DISPATCH, _HEARTBEAT_ACK, _VALIDATION = 0, 12, 13
-# The kind of conversation of each event, as it stands in the path of a send.
-_EVENTS = {
-    "C2C_MESSAGE_CREATE": "users",
-    "GROUP_AT_MESSAGE_CREATE": "groups",
-    "GROUP_MESSAGE_CREATE": "groups",
-}
 # The message with this msg_id and msg_seq was accepted before.
 _REPEATED = frozenset((40054005, 304027))
 _TOKEN_REFUSED = frozenset((11241, 11242, 11243, 11244, 11251, 11252, 11253, 11281))
 _LATER = frozenset((22009, 20028, 304045, 304046, 304047, 304048, 304049, 304050))
 
 
+# The beginning of a mention.
+_MENTION = re.compile(r"<(?=[@#]|qqbot-|emoji:)|@(?=everyone|all\b|全体成员)", re.IGNORECASE)
+
+
 class QQCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     app_id: Annotated[str, msgspec.Meta(pattern="^[0-9A-Za-z]{1,64}$")]
     secret: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-
-
-class _Author(msgspec.Struct):
-    user_openid: str | None = None
-    member_openid: str | None = None
-    id: str | None = None
-
-
-class _File(msgspec.Struct):
-    url: str = ""
-    filename: str | None = None
-    content_type: str | None = None
-
-
-class _Message(msgspec.Struct):
-    id: str
-    author: _Author
-    content: str | None = None
-    group_openid: str | None = None
-    attachments: list[_File] | None = None
 
 
 class _Validation(msgspec.Struct):
@@ -110,6 +87,7 @@ class QQ(Vendor[QQCredentials]):
 
     name: ClassVar[str] = "qq"
     credentials: ClassVar[type[msgspec.Struct]] = QQCredentials
+    kinds: ClassVar[Mapping[str, str]] = qq_events.KINDS
     origin: ClassVar[str] = "https://api.sgroup.qq.com"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "keyed"
@@ -138,13 +116,13 @@ class QQ(Vendor[QQCredentials]):
             signed = key.sign(f"{asked.event_ts}{asked.plain_token}".encode()).hex()
             return Received([], _ack({"plain_token": asked.plain_token, "signature": signed}))
         ack = _ack({"op": _HEARTBEAT_ACK})
-        if payload.op != _DISPATCH or payload.t not in _EVENTS:
-            return Received([Ignored((f"event/{payload.id}",), f"an event {payload.t or payload.op}"[:60])], ack)
-        return Received([_item(_EVENTS[payload.t], decode(payload.d, _Message))], ack)
+        if payload.op != _DISPATCH:
+            return Received([Ignored((f"event/{payload.id}",), f"an event {payload.op}")], ack)
+        return Received([qq_events.read(payload.t or "", payload.id or "", payload.d)], ack)
 
     def split(self, text: str) -> Sequence[str]:
         limit = PART_TEXT
-        while len(parts := split(text, limit, lambda part: len(render(part, PLAIN)))) > MAX_PARTS:
+        while len(parts := split(text, limit, lambda part: len(_shown(part)))) > MAX_PARTS:
             limit = limit * 5 // 4
         return parts
 
@@ -160,10 +138,12 @@ class QQ(Vendor[QQCredentials]):
         return (await self._call(outgoing, origin, credentials, "GET", "/users/@me")).username
 
     async def send(self, outgoing: Outgoing, origin: str, credentials: QQCredentials, message: Outbound) -> str | None:
-        body: dict[str, Any] = {"content": render(message.text, PLAIN), "msg_type": 0, "msg_seq": message.part}
+        body: dict[str, Any] = {"content": _shown(message.text), "msg_type": 0, "msg_seq": message.part}
         if message.answers:
-            body["msg_id"] = message.answers
-        path = f"/v2/{message.conversation}/messages"
+            event = message.answers.removeprefix(qq_events.BY_EVENT)
+            body["msg_id" if event == message.answers else "event_id"] = event
+        kind = message.conversation.partition("/")[0]
+        path = f"{'/v2' if kind in ('users', 'groups') else ''}/{message.conversation}/messages"
         return (await self._call(outgoing, origin, credentials, "POST", path, body)).id
 
     async def _call(
@@ -214,25 +194,16 @@ def signing_key(credentials: QQCredentials) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(seed)
 
 
+def _shown(text: str) -> str:
+    """Plain text with a zero-width space in everything that would notify anybody, or lead to a channel.
+
+    https://bot.q.qq.com/wiki/develop/api-v2/server-inter/message/trans/text-chain.html
+    """
+    return _MENTION.sub("\\g<0>\u200b", render(text, PLAIN))
+
+
 def _ack(answer: dict[str, Any]) -> Ack:
     return Ack(msgspec.json.encode(answer), "application/json")
-
-
-def _item(kind: str, message: _Message) -> Inbound | Ignored:
-    ids = (f"message/{message.id}",)
-    person = message.author.user_openid or message.author.member_openid or message.author.id
-    place = message.group_openid if kind == "groups" else person
-    if not person or not place:
-        return Ignored(ids, "a message without an author")
-    attachments = tuple(
-        Attachment(kind_of(file.content_type or ""), file.url, file.filename or "")
-        for file in message.attachments or ()
-        if file.url
-    )
-    text = (message.content or "").strip()
-    if not text and message.attachments and not attachments:
-        text = placeholder("a file", *(file.filename or "" for file in message.attachments))
-    return Inbound(ids, f"{kind}/{place}", person, message.id, text, attachments=attachments)
 
 
 def _refuse(code: int, message: str) -> None:

@@ -18,7 +18,7 @@ import msgspec
 from infra.errors import EffectFailed, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
-from services.channel.vendors import slack_events
+from services.channel.vendors import slack_events, slack_forms, slack_kinds
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
     MAX_FILE,
@@ -43,8 +43,15 @@ from services.channel.vendors.splitting import split
 
 # Characters. Slack truncates at 40,000 and recommends at most this many.
 MAX_TEXT = 4_000
+# https://docs.slack.dev/reference/methods/chat.postMessage#errors
 _ACCOUNT = frozenset(
     (
+        "accesslimited",
+        "deprecated_endpoint",
+        "enterprise_is_restricted",
+        "method_deprecated",
+        "team_access_not_granted",
+        "two_factor_setup_required",
         "invalid_auth",
         "not_authed",
         "account_inactive",
@@ -57,7 +64,8 @@ _ACCOUNT = frozenset(
         "not_allowed_token_type",
     )
 )
-_TRANSIENT = frozenset(("internal_error", "fatal_error", "service_unavailable", "request_timeout"))
+_LATER = frozenset(("ratelimited", "rate_limited", "message_limit_exceeded"))
+_TRANSIENT = frozenset(("internal_error", "fatal_error", "service_unavailable", "request_timeout", "team_added_to_org"))
 
 
 class SlackCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,6 +89,7 @@ class Slack(Vendor[SlackCredentials]):
 
     name: ClassVar[str] = "slack"
     credentials: ClassVar[type[msgspec.Struct]] = SlackCredentials
+    kinds: ClassVar[Mapping[str, str]] = slack_kinds.KINDS
     origin: ClassVar[str] = "https://slack.com"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "once"
@@ -106,7 +115,7 @@ class Slack(Vendor[SlackCredentials]):
             raise Unauthenticated("X-Slack-Signature does not match")
         unnamed = (f"body/{hashlib.sha256(request.body).hexdigest()}",)
         if request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
-            return Received([slack_events.pressed(request.body) or Ignored(unnamed, "a command or an interaction")])
+            return Received([slack_forms.read(request.body)])
         payload = decode(request.body, slack_events.Payload)
         if payload.type == "url_verification":
             return Received([], Ack((payload.challenge or "").encode()))
@@ -246,7 +255,7 @@ def _read(answer: Answer) -> _Response:
         return response
     if response.error in _ACCOUNT:
         raise AccountRefused(response.error)
-    if response.error == "ratelimited":
+    if response.error in _LATER:
         raise RetryLater(DEFAULT_RETRY, response.error)
     if response.error in _TRANSIENT:
         raise Transient(response.error)

@@ -1,20 +1,18 @@
-"""Slack's events and interactions: https://docs.slack.dev/reference/events/message"""
+"""Slack's events: https://docs.slack.dev/reference/events/message"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from typing import Any, Literal
-from urllib.parse import parse_qsl
 
 import msgspec
 
 from services.channel.events import Attachment
 from services.channel.vendors.base import UnreadableCall, decode, kind_of, placeholder
 from services.channel.vendors.items import Change, Deleted, Edited, Ignored, Inbound, Reacted
+from services.channel.vendors.slack_kinds import KINDS
 
-# The subtypes of a message that a person wrote. Others report changes to a message or a channel.
-_SPOKEN = (None, "file_share", "thread_broadcast", "me_message")
 # https://docs.slack.dev/messaging/formatting-message-text#links-in-retrieved-messages
 _LINK = re.compile(r"<((?:https?|mailto|tel):[^|<>\s]+)(?:\|([^<>]*))?>")
 
@@ -72,6 +70,15 @@ class _Event(msgspec.Struct):
     blocks: list[Any] | None = None
 
 
+class _Comment(msgspec.Struct):
+    user: str
+    comment: str = ""
+
+
+class _FileComment(msgspec.Struct):
+    comment: _Comment | None = None
+
+
 class _Changed(msgspec.Struct):
     channel: str
     message: msgspec.Raw
@@ -106,68 +113,13 @@ class _Reaction(msgspec.Struct):
     event_ts: str
 
 
-class _Named(msgspec.Struct):
-    id: str
-
-
-class _Label(msgspec.Struct):
-    text: str = ""
-
-
-class _Action(msgspec.Struct):
-    action_id: str = ""
-    action_ts: str = ""
-    value: str | None = None
-    text: _Label | None = None
-
-
-class _Pressed(msgspec.Struct):
-    """The message with the button."""
-
-    ts: str = ""
-    thread_ts: str | None = None
-
-
-class _Press(msgspec.Struct):
-    """An interaction, as the form's field ``payload``."""
-
-    type: str
-    user: _Named | None = None
-    channel: _Named | None = None
-    message: _Pressed | None = None
-    actions: list[_Action] | None = None
-
-
-def pressed(body: bytes) -> Inbound | None:
-    """The button that was pressed, as a message with its value; None for any other command or interaction."""
-    given = dict(parse_qsl(body.decode("utf-8", "replace"))).get("payload")
-    if given is None:
-        return None
-    press = decode(given.encode(), _Press)
-    if press.type != "block_actions" or not press.actions or not press.user or not press.channel:
-        return None
-    action, message = press.actions[0], press.message or _Pressed()
-    thread = f"/{message.thread_ts}" if message.thread_ts else ""
-    return Inbound(
-        (f"action/{press.channel.id}/{press.user.id}/{action.action_ts}",),
-        f"{press.channel.id}{thread}",
-        press.user.id,
-        message.ts,
-        action.value or (action.text.text if action.text else "") or action.action_id,
-        press.channel.id if thread else None,
-        in_group=not press.channel.id.startswith("D"),
-        mentions_bot=True,
-        replies_to_bot=True,
-    )
-
-
 def event(payload: Payload) -> Inbound | Change | Ignored:
     kind = decode(payload.event, _Kind)
     ids = (f"event/{payload.event_id}",)
     if kind.type in ("reaction_added", "reaction_removed"):
         return _reacted(ids, payload)
     if kind.type not in ("message", "app_mention"):
-        return Ignored(ids, f"an event {kind.type[:40]}")
+        return Ignored(ids, KINDS.get(f"event.{kind.type}") or f"an event {kind.type[:40]}")
     if kind.subtype == "message_changed":
         return _changed(ids, payload)
     if kind.subtype == "message_deleted":
@@ -175,7 +127,21 @@ def event(payload: Payload) -> Inbound | Change | Ignored:
         if deleted.previous_message and deleted.previous_message.bot_id:
             return Ignored(ids, "a bot's message")
         return Deleted(ids, _target(payload, deleted.channel, deleted.deleted_ts))
+    if kind.subtype == "file_comment":
+        return _commented(ids, payload)
     return _spoken(ids, kind, payload, payload.event)
+
+
+def _commented(ids: tuple[str, ...], payload: Payload) -> Inbound | Ignored:
+    """A comment on a file, as a message of its author."""
+    given = decode(payload.event, _FileComment)
+    if given.comment is None:
+        return Ignored(ids, "a comment without a text")
+    fields = decode(payload.event, dict[str, msgspec.Raw])
+    fields["user"] = msgspec.Raw(msgspec.json.encode(given.comment.user))
+    fields["text"] = msgspec.Raw(msgspec.json.encode(given.comment.comment))
+    raw = msgspec.Raw(msgspec.json.encode(fields))
+    return _spoken(ids, _Kind("message", user=given.comment.user), payload, raw)
 
 
 def _target(payload: Payload, channel: str, ts: str) -> str:
@@ -220,8 +186,8 @@ def _reacted(ids: tuple[str, ...], payload: Payload) -> Reacted | Ignored:
 def _spoken(ids: tuple[str, ...], kind: _Kind, payload: Payload, raw: msgspec.Raw) -> Inbound | Ignored:
     if kind.bot_id is not None or kind.subtype == "bot_message":
         return Ignored(ids, "a bot's message")
-    if kind.subtype not in _SPOKEN:
-        return Ignored(ids, f"a message of subtype {str(kind.subtype)[:40]}")
+    if reason := KINDS.get(f"message.{kind.subtype}" if kind.subtype else "message", "a message of an unknown kind"):
+        return Ignored(ids, reason)
     if not kind.user:
         return Ignored(ids, "a message without an author")
     event = decode(raw, _Event)

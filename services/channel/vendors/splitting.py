@@ -1,4 +1,5 @@
-"""Splits a long text between paragraphs, lines, sentences or words, and keeps code blocks whole or fenced."""
+"""Splits a long text between paragraphs, lines, sentences or words. Keeps code blocks whole or fenced, and tables whole
+or with their head."""
 
 from __future__ import annotations
 
@@ -46,6 +47,19 @@ def split(text: str, limit: int, length: Callable[[str], int] = len) -> list[str
     while len(rest) > 2 * limit or length(rest) > limit:
         cut = _place(rest, _fitting(rest, limit, length), _PLACES)
         fence = _open_fence(rest[:cut]) if limit >= _LEAST_FOR_FENCES else None
+        table = _open_table(rest, cut, limit // 4) if fence is None else None
+        if table is not None:
+            start, head = table
+            if start > cut // 2 and rest[:start].strip():
+                parts.append(rest[:start].rstrip())
+                rest = rest[start:]
+                continue
+            end = _place(rest, cut, (_LINE_END,))
+            # With at least one row after the head.
+            if end > start + len(head) + 2:
+                parts.append(rest[:end].rstrip())
+                rest = f"{head}\n{rest[end:].lstrip(chr(10))}"
+                continue
         if fence is None:
             parts.append(rest[:cut].rstrip())
             rest = rest[cut:].lstrip()
@@ -79,6 +93,27 @@ def _open_fence(text: str) -> tuple[int, str, str] | None:
         elif mark[0] == found[2][0] and len(mark) >= len(found[2]) and not info.strip():
             found = None
     return found
+
+
+def _open_table(text: str, cut: int, most: int) -> tuple[int, str] | None:
+    """The table of which a cut separates rows: its start, and its first two lines, of `most` characters at most."""
+    lines = text[:cut].rstrip("\n").split("\n")
+    following = text[cut:].removeprefix("\n").partition("\n")[0]
+    if "|" not in following:
+        return None
+    first = len(lines)
+    while first and "|" in lines[first - 1]:
+        first -= 1
+    for n in range(first, len(lines) - 1):
+        if _is_delimiter(lines[n + 1]):
+            head = "\n".join(lines[n : n + 2])
+            return (sum(len(line) + 1 for line in lines[:n]), head) if len(head) <= most else None
+    return None
+
+
+def _is_delimiter(line: str) -> bool:
+    """True for the second line of a table, such as ``|---|:-:|``."""
+    return "|" in line and "-" in line and not line.strip("|:- \t")
 
 
 def _fitting(text: str, limit: int, length: Callable[[str], int]) -> int:

@@ -35,8 +35,8 @@ from services.channel.vendors.base import (
     raise_for_transient,
     read_json,
 )
-from services.channel.vendors.items import Received
-from services.channel.vendors.markdown import Dialect, quoted_lines, render, unchanged
+from services.channel.vendors.items import Ack, Received
+from services.channel.vendors.markdown import Dialect, quoted_lines, render, unchanged, unfenced
 from services.channel.vendors.splitting import split, utf8_length
 
 # Bytes. A message may have about 100 KB with everything around its text.
@@ -56,11 +56,15 @@ DIALECT = Dialect(
     italic=("_", "_"),
     strike=("~~", "~~"),
     code=("`", "`"),
-    fence=lambda text, language: f"```{language}\n{text}\n```",
+    fence=lambda text, language: f"```{language}\n{unfenced(text)}\n```",
     quote=quoted_lines,
     link=lambda label, url: f"[{label}]({url})",
     escape=unchanged,
 )
+
+
+# https://learn.microsoft.com/microsoftteams/platform/task-modules-and-cards/cards/universal-actions-for-adaptive-cards
+_DONE = {"statusCode": 200, "type": "application/vnd.microsoft.activity.message", "value": "✓"}
 
 
 class TeamsCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -109,6 +113,7 @@ class Teams(Vendor[TeamsCredentials]):
 
     name: ClassVar[str] = "teams"
     credentials: ClassVar[type[msgspec.Struct]] = TeamsCredentials
+    kinds: ClassVar[Mapping[str, str]] = teams_activities.KINDS
     origin: ClassVar[str] = "https://login.botframework.com"
     addresses: ClassVar[tuple[str, ...]] = ("openid_metadata_url",)
     effect: ClassVar[Kind] = "once"
@@ -154,7 +159,8 @@ class Teams(Vendor[TeamsCredentials]):
         activity = decode(request.body, teams_activities.Activity)
         if not activity.serviceUrl or claims.get("serviceurl", claims.get("serviceUrl")) != activity.serviceUrl:
             raise Unauthenticated("the token is for another serviceUrl")
-        return Received(teams_activities.read(activity, credentials.tenant_id))
+        ack = Ack(msgspec.json.encode(_DONE), "application/json") if activity.type == "invoke" else Ack()
+        return Received(teams_activities.read(activity, credentials.tenant_id), ack)
 
     def split(self, text: str) -> Sequence[str]:
         return split(text, MAX_TEXT, lambda part: utf8_length(render(part, DIALECT)))

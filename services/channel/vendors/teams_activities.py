@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from html import unescape
 from typing import Any, Literal
 
 import msgspec
@@ -15,6 +16,43 @@ from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, It
 
 _FILE_INFO = "application/vnd.microsoft.teams.file.download.info"
 _READ = "application/vnd.microsoft.readReceipt"
+_NO_MESSAGE = "no person writes it to the bot"
+_NOT_OFFERED = "the bot does not offer it"
+# By the type of the activity, the name of an invoke, and the type of an attachment. Empty: it is read; else why it is
+# ignored. https://learn.microsoft.com/microsoftteams/platform/bots/how-to/conversations/subscribe-to-conversation-events
+KINDS: Mapping[str, str] = {
+    "message": "",
+    "messageUpdate": "",
+    "messageDelete": "",
+    "messageReaction": "",
+    "event." + _READ: "",
+    "conversationUpdate": _NO_MESSAGE,
+    "installationUpdate": _NO_MESSAGE,
+    "contactRelationUpdate": _NO_MESSAGE,
+    "typing": _NO_MESSAGE,
+    "endOfConversation": _NO_MESSAGE,
+    "invoke.adaptiveCard/action": "",
+    "invoke.actionableMessage/executeAction": _NOT_OFFERED,
+    "invoke.composeExtension/query": _NOT_OFFERED,
+    "invoke.composeExtension/submitAction": _NOT_OFFERED,
+    "invoke.composeExtension/fetchTask": _NOT_OFFERED,
+    "invoke.composeExtension/queryLink": _NOT_OFFERED,
+    "invoke.task/fetch": _NOT_OFFERED,
+    "invoke.task/submit": _NOT_OFFERED,
+    "invoke.fileConsent/invoke": _NOT_OFFERED,
+    "invoke.message/submitAction": _NOT_OFFERED,
+    "invoke.signin/verifyState": _NOT_OFFERED,
+    "invoke.signin/tokenExchange": _NOT_OFFERED,
+    "invoke.application/search": _NOT_OFFERED,
+    "invoke.handoff/action": _NOT_OFFERED,
+    "attachment." + _FILE_INFO: "",
+    "attachment.image": "",
+    "attachment.messageReference": "",
+    "attachment.forwardedMessageReference": "",
+    "attachment.card": "",
+}
+_QUOTATIONS = {"messageReference": "In reply to this message", "forwardedMessageReference": "Forwarded message"}
+_TAG = re.compile("<[^<>]*>")
 # Without another < inside: otherwise each of many would search the whole rest for its end.
 _MENTION = re.compile(r"<at[^<>]*>[^<]*</at>\s*")
 
@@ -83,11 +121,15 @@ def read(activity: Activity, tenant: str) -> Sequence[Item]:
             return [Deleted((f"deletion/{target}",), target)]
         case "messageReaction" if activity.id and activity.conversation and activity.from_ and activity.replyToId:
             return [*_reacted(activity, "added"), *_reacted(activity, "removed")]
+        case "invoke" if activity.name == "adaptiveCard/action":
+            return [_spoken(activity, tenant)]
         case "event" if activity.name == _READ and isinstance(activity.value, dict):
             # https://learn.microsoft.com/microsoftteams/platform/bots/how-to/conversations/conversation-messages
             last = str(activity.value.get("lastReadMessageId", ""))[:200]
             return [Receipt((f"activity/{activity.id}", f"read/{last}"), last, "read")]
-    return [Ignored((f"activity/{activity.id}",), f"an activity {activity.type[:40]}")]
+    kind = f"{activity.type}.{activity.name}" if activity.name else activity.type
+    reason = KINDS.get(kind) or KINDS.get(activity.type) or f"an activity {kind[:60]}"
+    return [Ignored((f"activity/{activity.id}",), reason)]
 
 
 def _target(activity: Activity, id_: str) -> str:
@@ -128,17 +170,19 @@ def _spoken(activity: Activity, tenant: str) -> Inbound | Ignored:
     # A copy of the text as HTML is an attachment, too.
     files = [one for one in activity.attachments or () if one.contentType != "text/html"]
     attachments = tuple(filter(None, map(_attachment, files)))
+    text = "\n\n".join(filter(None, (text, *map(_quotation, files))))
     if not text and files and not attachments:
         text = placeholder("a file", *(one.name or "" for one in files))
     # The values of a card come without a text.
     pressed = not text and not files and activity.value is not None
     if pressed:
-        text = activity.value if isinstance(activity.value, str) else msgspec.json.encode(activity.value).decode()
+        text = _submitted(activity.value)
     return Inbound(
         (_target(activity, activity.id),),
         activity.conversation.id,
         activity.from_.id,
-        f"{activity.id} {activity.serviceUrl}",
+        # An invoke is no message that a reply could quote.
+        f"{activity.id if activity.type != 'invoke' else ''} {activity.serviceUrl}",
         text,
         attachments=attachments,
         in_group=activity.conversation.conversationType in ("groupChat", "channel"),
@@ -150,6 +194,44 @@ def _spoken(activity: Activity, tenant: str) -> Inbound | Ignored:
         ),
         replies_to_bot=pressed,
     )
+
+
+def _submitted(value: Any) -> str:
+    """The values that a card submits. Action.Execute wraps them."""
+    if isinstance(value, dict) and isinstance(action := value.get("action"), dict):
+        value = action.get("data") or action.get("verb") or action
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def _quotation(file: _Attachment) -> str:
+    """The words of a quoted or forwarded message, or of a card."""
+    content = file.content
+    if isinstance(content, str):
+        try:
+            content = msgspec.json.decode(content)
+        except (msgspec.DecodeError, RecursionError):
+            return ""
+    if not isinstance(content, dict):
+        return ""
+    if title := _QUOTATIONS.get(file.contentType):
+        words = content.get("messagePreview") or content.get("originalMessageContent") or ""
+        return f"[{title}]\n{unescape(_TAG.sub('', str(words)))}" if words else ""
+    if file.contentType.startswith("application/vnd.microsoft.card."):
+        return "\n".join(_card_texts(content))
+    return ""
+
+
+def _card_texts(node: Any) -> Iterator[str]:
+    """The texts of a card, in their order."""
+    if isinstance(node, list):
+        for child in node:
+            yield from _card_texts(child)
+    elif isinstance(node, dict):
+        for name in ("title", "subtitle", "text", "value"):
+            if isinstance(text := node.get(name), str) and text:
+                yield text
+        for name in ("body", "items", "columns", "facts", "inlines", "rows", "cells"):
+            yield from _card_texts(node.get(name))
 
 
 def _attachment(file: _Attachment) -> Attachment | None:

@@ -20,7 +20,7 @@ from infra.errors import EffectFailed, Unanswered, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
 from services.channel.multipart import multipart
-from services.channel.vendors import telegram_updates
+from services.channel.vendors import telegram_kinds, telegram_updates
 from services.channel.vendors.base import (
     MAX_FILE,
     AccountRefused,
@@ -115,6 +115,7 @@ class Telegram(Vendor[TelegramCredentials]):
 
     name: ClassVar[str] = "telegram"
     credentials: ClassVar[type[msgspec.Struct]] = TelegramCredentials
+    kinds: ClassVar[Mapping[str, str]] = telegram_kinds.KINDS
     origin: ClassVar[str] = "https://api.telegram.org"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "once"
@@ -158,7 +159,7 @@ class Telegram(Vendor[TelegramCredentials]):
         return await download(outgoing, url, most, template="/file/bot{token}/{path}")
 
     async def register(self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials, url: str) -> bool:
-        body = {"url": url, "secret_token": credentials.secret_token, "allowed_updates": telegram_updates.KINDS}
+        body = {"url": url, "secret_token": credentials.secret_token, "allowed_updates": telegram_updates.ASKED}
         await _call(outgoing, origin, credentials, "setWebhook", body)
         return True
 
@@ -184,9 +185,9 @@ class Telegram(Vendor[TelegramCredentials]):
         await _call(outgoing, origin, credentials, "sendChatAction", _place(message) | {"action": "typing"})
 
     async def draft(self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials, message: Outbound) -> None:
-        """Telegram shows a draft for half a minute, or until the bot's message comes. Groups show none."""
-        if message.conversation.startswith("-"):
-            raise EffectFailed("a group shows no drafts")
+        """Telegram shows a draft for half a minute, or until the bot's message comes. Only private chats show it."""
+        if message.conversation.startswith("-") or "business_connection_id" in _place(message):
+            raise EffectFailed("only a private chat with the bot shows drafts")
         id_ = crc32(message.key.encode()) % 2**31 or 1
         body = _place(message) | {"draft_id": id_, **_marked(message.text)}
         await _call(outgoing, origin, credentials, "sendMessageDraft", body)
@@ -194,6 +195,9 @@ class Telegram(Vendor[TelegramCredentials]):
 
 def _place(message: Outbound) -> dict[str, Any]:
     chat, _, topic = message.conversation.partition("/")
+    number, at, connection = chat.partition("@")
+    if number and at:
+        return {"chat_id": _chat_id(number), "business_connection_id": connection}
     return {"chat_id": _chat_id(chat), **({"message_thread_id": int(topic)} if topic else {})}
 
 

@@ -8,33 +8,22 @@ from typing import Literal
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import UnreadableCall, decode, kind_of, placeholder
-from services.channel.vendors.items import Ack, Edited, Ignored, Inbound, Moved, Reacted, Received
+from services.channel.vendors.base import UnreadableCall, decode, kind_of
+from services.channel.vendors.items import Ack, Deleted, Edited, Ignored, Inbound, Moved, Reacted, Received
+from services.channel.vendors.telegram_kinds import KINDS, why_ignored, words
 
 # The kinds of update that are read; Telegram sends no others.
-KINDS = ["message", "edited_message", "callback_query", "message_reaction"]
+ASKED = [kind for kind, reason in KINDS.items() if not reason and "." not in kind]
 # The kind of file by the field of the message that holds it; None: by the stated type.
 _FILES: dict[str, Literal["image", "voice", "video"] | None] = {
     "photo": "image",
+    "live_photo": "video",
     "voice": "voice",
     "audio": "voice",
     "video": "video",
     "video_note": "video",
     "animation": "video",
     "document": None,
-}
-# Messages without text, by the field that tells them. A file is among them if its content cannot be found.
-_ATTACHMENTS = {
-    "photo": "a photo",
-    "video": "a video",
-    "video_note": "a video message",
-    "voice": "a voice message",
-    "audio": "an audio file",
-    "document": "a file",
-    "animation": "an animation",
-    "sticker": "a sticker",
-    "location": "a location",
-    "contact": "a contact",
 }
 
 
@@ -63,6 +52,12 @@ class _Quoted(msgspec.Struct):
     caption: str | None = None
 
 
+class _Quote(msgspec.Struct):
+    """The part of a message to which another one replies."""
+
+    text: str = ""
+
+
 class _File(msgspec.Struct):
     file_id: str
     file_name: str | None = None
@@ -80,6 +75,9 @@ class _Message(msgspec.Struct):
     entities: list[_Entity] | None = None
     caption_entities: list[_Entity] | None = None
     reply_to_message: _Quoted | None = None
+    quote: _Quote | None = None
+    business_connection_id: str | None = None
+    """The message was written to a person in whose name the bot answers."""
     message_thread_id: int | None = None
     is_topic_message: bool | None = None
     is_automatic_forward: bool | None = None
@@ -94,6 +92,12 @@ class _Press(msgspec.Struct):
     from_: _User = msgspec.field(name="from")
     data: str | None = None
     message: _Message | None = None
+
+
+class _DeletedOfBusiness(msgspec.Struct):
+    business_connection_id: str
+    chat: _Chat
+    message_ids: list[int]
 
 
 class _Sign(msgspec.Struct):
@@ -120,18 +124,35 @@ def read(body: bytes, bot: str) -> Received:
         return _pressed(ids, decode(update["callback_query"], _Press))
     if "message_reaction" in update:
         return Received([_reacted(ids, decode(update["message_reaction"], _Reaction), number)])
-    if "edited_message" in update:
-        item = _message(ids, update["edited_message"], bot)
-        if isinstance(item, Inbound):
-            return Received([Edited(ids, item.ids[1], item, number)])
-        return Received([Ignored(ids, "an edit of a message that no person wrote")])
-    if "message" not in update:
-        return Received([Ignored(ids, f"an update of kind {', '.join(sorted(update))[:80]}")])
-    return Received([_message(ids, update["message"], bot)])
+    if "deleted_business_messages" in update:
+        return Received(_deleted(number, decode(update["deleted_business_messages"], _DeletedOfBusiness)))
+    for kind in ("message", "business_message"):
+        if kind in update:
+            return Received([_message(ids, update[kind], bot)])
+    for kind in ("edited_message", "edited_business_message"):
+        if kind in update:
+            return Received([_edited(ids, update[kind], bot, number)])
+    kind = min(update, default="")
+    return Received([Ignored(ids, KINDS.get(kind) or f"an update of kind {kind[:80]}")])
 
 
 def _message(ids: tuple[str, ...], raw: msgspec.Raw, bot: str) -> Inbound | Ignored | Moved:
     return _item(ids, decode(raw, _Message), decode(raw, dict[str, msgspec.Raw]), bot)
+
+
+def _edited(ids: tuple[str, ...], raw: msgspec.Raw, bot: str, number: int) -> Edited | Ignored:
+    if "location" in decode(raw, dict[str, msgspec.Raw]):
+        # Each of its moves is an edit.
+        return Ignored(ids, "a live location has moved")
+    item = _message(ids, raw, bot)
+    if isinstance(item, Inbound):
+        return Edited(ids, item.ids[1], item, number)
+    return Ignored(ids, "an edit of a message that no person wrote")
+
+
+def _deleted(number: int, deleted: _DeletedOfBusiness) -> list[Deleted]:
+    place = f"{deleted.chat.id}@{deleted.business_connection_id}"
+    return [Deleted((f"update/{number}/{id_}",), f"message/{place}/{id_}") for id_ in deleted.message_ids]
 
 
 def _reacted(ids: tuple[str, ...], reaction: _Reaction, number: int) -> Reacted:
@@ -163,23 +184,26 @@ def _item(
         return Ignored(ids, "a bot's message")
     else:
         person = str(message.from_.id)
+    if message.business_connection_id and person != str(chat):
+        return Ignored(ids, "a message of the person in whose name the bot answers")
     text = message.text if message.text is not None else message.caption
     attachments = _attachments(fields)
     if text is None and attachments:
         text = ""
     if text is None:
-        kind = next((name for field, name in _ATTACHMENTS.items() if field in fields), None)
-        if kind is None:
-            return Ignored(ids, "a message without text")
-        text = placeholder(kind)
+        text = words(fields)
+    if text is None:
+        return Ignored(ids, why_ignored(fields))
     quoted = message.reply_to_message or _Quoted()
     is_answer = _is(bot, quoted.from_)
-    if not is_answer and (words := quoted.text or quoted.caption):
-        # The agent does not know the messages of others, and people ask about them: "@ada_bot translate this".
-        text = f"{text}\n\n[In reply to this message]\n{words}".lstrip()
+    part = message.quote.text if message.quote else ""
+    if part or (not is_answer and (part := quoted.text or quoted.caption or "")):
+        # The agent does not know the messages of others, and people ask about them: "@ada_bot translate this". Of a
+        # message of its own it is told the part that the person has chosen.
+        text = f"{text}\n\n[In reply to this message]\n{part}".lstrip()
     return Inbound(
         # Edits and reactions name the message by chat and number.
-        ids=(*ids, f"message/{chat}/{message.message_id}"),
+        ids=(*ids, f"message/{_place(message)}/{message.message_id}"),
         conversation=_conversation(message),
         person=person,
         message=str(message.message_id),
@@ -215,7 +239,13 @@ def _pressed(ids: tuple[str, ...], press: _Press) -> Received:
 
 def _conversation(message: _Message) -> str:
     topic = f"/{message.message_thread_id}" if message.is_topic_message and message.message_thread_id else ""
-    return f"{message.chat.id}{topic}"
+    return f"{_place(message)}{topic}"
+
+
+def _place(message: _Message) -> str:
+    """The chat, and the connection by which the bot answers in the name of a person."""
+    connection = message.business_connection_id
+    return f"{message.chat.id}@{connection}" if connection else str(message.chat.id)
 
 
 def _is(bot: str, user: _User | None) -> bool:

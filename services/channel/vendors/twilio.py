@@ -12,11 +12,12 @@ from urllib.parse import parse_qs, parse_qsl, urlencode, urljoin
 
 import msgspec
 
-from infra.errors import EffectFailed, InvalidMessage, Unauthenticated
+from infra.errors import EffectFailed, InvalidMessage, RetryLater, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Outgoing
 from services.channel.events import Attachment
 from services.channel.vendors.base import (
+    DEFAULT_RETRY,
     AccountRefused,
     Limit,
     Outbound,
@@ -24,6 +25,7 @@ from services.channel.vendors.base import (
     Vendor,
     at_origin,
     constant_time_equals,
+    described,
     download,
     kind_of,
     placeholder,
@@ -38,8 +40,34 @@ from services.channel.vendors.splitting import split
 MAX_TEXT = 1_600
 # Files of one message.
 MAX_MEDIA = 10
-# https://www.twilio.com/docs/api/errors: authentication, a suspended account, a number that is not the account's.
-_ACCOUNT = frozenset((20003, 20005, 21606, 21659, 21660))
+# By the parameter of the webhook. Empty: it is read; else why it is ignored.
+# https://www.twilio.com/docs/messaging/guides/webhook-request
+KINDS: Mapping[str, str] = {
+    "Body": "",
+    "MediaUrl": "",
+    "Latitude": "",
+    "ButtonText": "",
+    "ButtonPayload": "",
+    "ListTitle": "",
+    "ListId": "",
+    "InteractiveData": "",
+    "FlowData": "",
+    "ReferralBody": "",
+    "OptOutType": "Twilio answers STOP, START and HELP itself",
+    "MessageStatus.delivered": "",
+    "MessageStatus.read": "",
+    "MessageStatus.undelivered": "",
+    "MessageStatus.failed": "",
+    "MessageStatus.queued": "the answer to the send tells it",
+    "MessageStatus.sending": "the answer to the send tells it",
+    "MessageStatus.sent": "the answer to the send tells it",
+    "bodySHA256": "not a message",
+}
+# https://www.twilio.com/docs/api/errors: authentication, a suspended account, a number or a messaging service that is
+# not the account's.
+_ACCOUNT = frozenset((20003, 20005, 20006, 21212, 21606, 21659, 21660, 21701, 21703))
+# Limits of the account, and of the messages that wait for a number.
+_LATER = frozenset((14107, 20429, 21611))
 
 
 class TwilioCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,6 +95,7 @@ class Twilio(Vendor[TwilioCredentials]):
 
     name: ClassVar[str] = "twilio"
     credentials: ClassVar[type[msgspec.Struct]] = TwilioCredentials
+    kinds: ClassVar[Mapping[str, str]] = KINDS
     origin: ClassVar[str] = "https://api.twilio.com"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "once"
@@ -93,7 +122,7 @@ class Twilio(Vendor[TwilioCredentials]):
         ):
             raise Unauthenticated("X-Twilio-Signature does not match")
         if body_hash:
-            return Received([Ignored((f"body/{body_hash[0]}",), "not a message")])
+            return Received([Ignored((f"body/{body_hash[0]}",), KINDS["bodySHA256"])])
         fields = dict(parameters)
         sid = fields.get("MessageSid") or fields.get("SmsSid")
         if not sid:
@@ -109,7 +138,10 @@ class Twilio(Vendor[TwilioCredentials]):
             for n in range(min(MAX_MEDIA, int(count)) if count.isascii() and count.isdecimal() else 0)
             if (url := fields.get(f"MediaUrl{n}"))
         )
-        text = fields["Body"]
+        if fields.get("OptOutType"):
+            # Twilio has answered, and takes no message to a person who has opted out.
+            return Received([Ignored(ids, KINDS["OptOutType"])])
+        text = _text(fields)
         if not text.strip() and not attachments and count not in ("", "0"):
             text = placeholder("a file", fields.get("MediaContentType0", ""))
         item = Inbound(ids, fields["From"], fields["From"], sid, text, attachments=attachments)
@@ -162,6 +194,21 @@ class Twilio(Vendor[TwilioCredentials]):
         return (await _call(outgoing, origin, credentials, "POST", "/Messages.json", form)).sid
 
 
+def _text(fields: Mapping[str, str]) -> str:
+    """The text, a choice, the place or the form of a message. Those come with WhatsApp and RCS only."""
+    parts = [fields["Body"] or fields.get("ButtonText", "") or fields.get("ListTitle", "")]
+    if not parts[0]:
+        parts = [fields.get("ButtonPayload", "") or fields.get("ListId", "")]
+    if "Latitude" in fields:
+        parts.append(
+            described("Location", *(fields.get(name) for name in ("Label", "Address", "Latitude", "Longitude")))
+        )
+    parts += [fields.get("InteractiveData", ""), fields.get("FlowData", "")]
+    if any(fields.get(name) for name in ("ReferralHeadline", "ReferralBody")):
+        parts.append(described("From the advertisement", fields.get("ReferralHeadline"), fields.get("ReferralBody")))
+    return "\n".join(filter(None, parts))
+
+
 def _status(sid: str, fields: Mapping[str, str], credentials: TwilioCredentials) -> Receipt | Ignored:
     """https://www.twilio.com/docs/messaging/guides/outbound-message-status-in-status-callbacks"""
     state = fields.get("MessageStatus", "")[:40]
@@ -173,7 +220,7 @@ def _status(sid: str, fields: Mapping[str, str], credentials: TwilioCredentials)
             return Receipt(ids, sid, state)
         case "undelivered" | "failed":
             return Receipt(ids, sid, "failed", f"{fields.get('ErrorCode', '')[:20]}: {state}".replace("\0", ""))
-    return Ignored(ids, f"a status {state}")
+    return Ignored(ids, KINDS.get(f"MessageStatus.{state}") or f"a status {state}")
 
 
 async def _call(
@@ -198,6 +245,8 @@ async def _call(
     response = read_json(answer, _Response)
     if answer.status == 401 or response.code in _ACCOUNT:
         raise AccountRefused(f"{response.code or answer.status}: {response.message}"[:200])
+    if response.code in _LATER:
+        raise RetryLater(DEFAULT_RETRY, f"{response.code}: {response.message}"[:200])
     if answer.status >= 400:
         raise EffectFailed(f"{response.code}: {response.message}"[:200])
     return response

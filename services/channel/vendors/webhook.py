@@ -67,6 +67,7 @@ class Webhook(Vendor[WebhookCredentials]):
 
     name: ClassVar[str] = "webhook"
     credentials: ClassVar[type[msgspec.Struct]] = WebhookCredentials
+    kinds: ClassVar[Mapping[str, str]] = {"text": "", "attachments": ""}
     origin: ClassVar[str] = ""
     addresses: ClassVar[tuple[str, ...]] = ("reply_url",)
     effect: ClassVar[Kind] = "keyed"

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 from urllib.parse import parse_qsl, quote
-from xml.etree import ElementTree
 
 import msgspec
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unauthenticated
+from infra.errors import EffectFailed, RetryLater, Transient, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Outgoing
-from services.channel.events import Attachment
+from services.channel.vendors import wecom_messages
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
     AccountRefused,
@@ -33,10 +31,9 @@ from services.channel.vendors.base import (
     constant_time_equals,
     download,
     is_recent,
-    placeholder,
     read_json,
 )
-from services.channel.vendors.items import Ack, Ignored, Inbound, Received
+from services.channel.vendors.items import Ack, Received
 from services.channel.vendors.markdown import PLAIN, render
 from services.channel.vendors.splitting import split, utf8_length
 
@@ -44,17 +41,9 @@ from services.channel.vendors.splitting import split, utf8_length
 MAX_TEXT = 2_048
 _DUPLICATE_SECONDS = 1_800
 _BLOCK = 32
-_FILES: dict[str, Literal["image", "voice", "video", "file"]] = {
-    "image": "image",
-    "voice": "voice",
-    "video": "video",
-    "shortvideo": "video",
-    "file": "file",
-}
-_ATTACHMENTS = {"location": "a location", "link": "a link"}
 # https://developer.work.weixin.qq.com/document/path/90313
 _TOKEN_REFUSED = frozenset((40014, 41001, 42001))
-_ACCOUNT = frozenset((40001, 40013, 40056, 41002, 41004, 48002, 60011, 60020, 301002))
+_ACCOUNT = frozenset((40001, 40013, 40056, 41002, 41004, 48002, 50003, 60011, 60020, 301002))
 _LATER = frozenset((45009, 45033, 45011))
 _TRANSIENT = frozenset((-1, 50001, 90211))
 
@@ -87,6 +76,7 @@ class WeCom(Vendor[WeComCredentials]):
 
     name: ClassVar[str] = "wecom"
     credentials: ClassVar[type[msgspec.Struct]] = WeComCredentials
+    kinds: ClassVar[Mapping[str, str]] = wecom_messages.KINDS
     origin: ClassVar[str] = "https://qyapi.weixin.qq.com"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "keyed"
@@ -102,7 +92,7 @@ class WeCom(Vendor[WeComCredentials]):
     def receive(self, request: Request, credentials: WeComCredentials, now: datetime) -> Received:
         query = dict(parse_qsl(request.query, keep_blank_values=True))
         is_handshake = request.method == "GET"
-        encrypted = query.get("echostr", "") if is_handshake else _fields(request.body).get("Encrypt", "")
+        encrypted = query.get("echostr", "") if is_handshake else wecom_messages.fields(request.body).get("Encrypt", "")
         timestamp, nonce = query.get("timestamp", ""), query.get("nonce", "")
         if not constant_time_equals(query.get("msg_signature", ""), sign(credentials, timestamp, nonce, encrypted)):
             raise Unauthenticated("msg_signature does not match")
@@ -111,7 +101,7 @@ class WeCom(Vendor[WeComCredentials]):
         content = decrypt(credentials, encrypted)
         if is_handshake:
             return Received([], Ack(content))
-        return Received([_item(_fields(content), credentials)])
+        return Received([wecom_messages.read(content, credentials.agent_id)])
 
     def split(self, text: str) -> Sequence[str]:
         return split(text, MAX_TEXT, lambda part: utf8_length(render(part, PLAIN)))
@@ -210,39 +200,6 @@ def decrypt(credentials: WeComCredentials, encrypted: str) -> bytes:
     if not constant_time_equals(receiver.decode("latin-1"), credentials.corp_id):
         raise Unauthenticated("the message is for another company")
     return message
-
-
-def _fields(body: bytes) -> dict[str, str]:
-    """The elements of the XML, by name. Raises InvalidMessage, also for XML that declares types or entities."""
-    if re.search(rb"<!(?!\[CDATA\[)", body):
-        raise InvalidMessage("body", "must be XML without declarations")
-    try:
-        root = ElementTree.fromstring(body)
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise InvalidMessage("body", f"is not XML: {error}") from error
-    return {child.tag: child.text or "" for child in root}
-
-
-def _item(fields: dict[str, str], credentials: WeComCredentials) -> Inbound | Ignored:
-    kind, person, id_ = fields.get("MsgType", ""), fields.get("FromUserName", ""), fields.get("MsgId", "")
-    if kind == "event" or not person or not id_:
-        name = "/".join(fields.get(field, "") for field in ("FromUserName", "CreateTime", "Event", "EventKey"))
-        return Ignored((f"event/{name}",), f"an event {fields.get('Event', '')[:40]}")
-    ids = (f"message/{id_}",)
-    if fields.get("AgentID", credentials.agent_id) != credentials.agent_id:
-        return Ignored(ids, "a message to another app")
-    attachments: tuple[Attachment, ...] = ()
-    if kind == "text":
-        text = fields.get("Content", "")
-    elif kind in _FILES and fields.get("MediaId"):
-        text, attachments = "", (Attachment(_FILES[kind], fields["MediaId"], fields.get("FileName", "")),)
-    elif kind in _FILES:
-        text = placeholder("a file")
-    elif kind in _ATTACHMENTS:
-        text = placeholder(_ATTACHMENTS[kind], fields.get("Title", "") or fields.get("Label", ""))
-    else:
-        return Ignored(ids, f"a message of type {kind[:40]}")
-    return Inbound(ids, person, person, id_, text, attachments=attachments)
 
 
 def _refuse(code: int, message: str) -> None:

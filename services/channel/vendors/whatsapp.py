@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 from urllib.parse import parse_qs, quote
 
 import msgspec
@@ -15,8 +15,8 @@ from infra.errors import EffectFailed, RetryLater, Transient, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Outgoing
 from infra.stores import filetypes
-from services.channel.events import Attachment
 from services.channel.multipart import multipart
+from services.channel.vendors import whatsapp_messages
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
     MAX_FILE,
@@ -25,29 +25,27 @@ from services.channel.vendors.base import (
     Outbound,
     OutboundFile,
     Request,
-    UnreadableCall,
     Vendor,
     at_origin,
     constant_time_equals,
-    decode,
     download,
-    kind_of,
-    placeholder,
     read_json,
 )
-from services.channel.vendors.items import Ack, Ignored, Inbound, Item, Reacted, Receipt, Received
-from services.channel.vendors.markdown import Dialect, fenced, plain_link, quoted_lines, render, unchanged
+from services.channel.vendors.items import Ack, Ignored, Received
+from services.channel.vendors.markdown import PLAIN, Dialect, fenced, plain_link, quoted_lines, render, unchanged
 from services.channel.vendors.splitting import split
 
 # Characters.
 MAX_TEXT = 4_096
 VERSION = "v21.0"
-_FILES: dict[str, Literal["image", "voice", "video"]] = {"image": "image", "audio": "voice", "video": "video"}
-_ATTACHMENTS = {"sticker": "a sticker", "location": "a location", "contacts": "a contact"}
 # https://developers.facebook.com/docs/whatsapp/cloud-api/support/error-codes
-_ACCOUNT = frozenset((10, 190, 368, 131005, 131031, 131042, 131045, 133010))
+_ACCOUNT = frozenset((3, 10, 33, 190, 368, 131005, 131031, 131037, 131042, 131045, 133010))
 _LATER = frozenset((4, 80007, 130429, 131048, 131056))
-_TRANSIENT = frozenset((1, 2, 131000, 131016, 131057))
+_TRANSIENT = frozenset((1, 2, 131000, 131016, 131057, 133004))
+# More than 24 hours after the person's last message only templates are allowed.
+_CLOSED = 131047
+# Characters of a variable of a template, which may have no line ends.
+_MAX_VARIABLE = 1_024
 # At most one message in six seconds to one person, over a longer time.
 _PAIR_DELAY = timedelta(seconds=6)
 
@@ -68,96 +66,15 @@ DIALECT = Dialect(
 )
 
 
-class WhatsAppCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class WhatsAppCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     phone_number_id: Annotated[str, msgspec.Meta(pattern="^[0-9A-Za-z_-]{1,64}$")]
     access_token: Annotated[str, msgspec.Meta(pattern="^[!-~]{1,1000}$")]
     app_secret: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
     verify_token: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-
-
-class _Text(msgspec.Struct):
-    body: str = ""
-
-
-class _Media(msgspec.Struct):
-    id: str = ""
-    caption: str | None = None
-    filename: str | None = None
-    mime_type: str = ""
-
-
-class _Title(msgspec.Struct):
-    title: str = ""
-
-
-class _Interactive(msgspec.Struct):
-    button_reply: _Title | None = None
-    list_reply: _Title | None = None
-
-
-class _Button(msgspec.Struct):
-    text: str = ""
-
-
-class _Reaction(msgspec.Struct):
-    message_id: str
-    emoji: str = ""
-    """Empty: the person took the sign back. Each person has one at most."""
-
-
-class _Message(msgspec.Struct):
-    id: str
-    type: str
-    from_: str = msgspec.field(name="from")
-    text: _Text | None = None
-    image: _Media | None = None
-    video: _Media | None = None
-    audio: _Media | None = None
-    document: _Media | None = None
-
-    @property
-    def media(self) -> _Media | None:
-        return self.image or self.video or self.audio or self.document
-
-    button: _Button | None = None
-    interactive: _Interactive | None = None
-    timestamp: str = ""
-    """Unix seconds, in decimal digits."""
-    reaction: _Reaction | None = None
-
-
-class _Problem(msgspec.Struct):
-    code: int = 0
-    title: str = ""
-
-
-class _Status(msgspec.Struct):
-    id: str
-    status: str = ""
-    errors: list[_Problem] | None = None
-
-
-class _Metadata(msgspec.Struct):
-    phone_number_id: str = ""
-
-
-class _Value(msgspec.Struct):
-    metadata: _Metadata | None = None
-    messages: list[_Message] | None = None
-    statuses: list[_Status] | None = None
-
-
-class _Change(msgspec.Struct):
-    field: str
-    value: msgspec.Raw = msgspec.Raw(b"{}")
-
-
-class _Entry(msgspec.Struct):
-    changes: list[_Change] | None = None
-
-
-class _Webhook(msgspec.Struct):
-    entry: list[_Entry] | None = None
+    template: Annotated[str, msgspec.Meta(pattern="^[0-9a-z_]{0,512}$")] = ""
+    """An approved template whose body has one variable: the text of a message later than 24 hours after the person's
+    last one. Empty: such a message fails."""
+    template_language: Annotated[str, msgspec.Meta(pattern="^[A-Za-z_]{2,16}$")] = "en_US"
 
 
 class _Error(msgspec.Struct):
@@ -182,6 +99,7 @@ class WhatsApp(Vendor[WhatsAppCredentials]):
 
     name: ClassVar[str] = "whatsapp"
     credentials: ClassVar[type[msgspec.Struct]] = WhatsAppCredentials
+    kinds: ClassVar[Mapping[str, str]] = whatsapp_messages.KINDS
     origin: ClassVar[str] = "https://graph.facebook.com"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "once"
@@ -205,9 +123,7 @@ class WhatsApp(Vendor[WhatsAppCredentials]):
         digest = hmac.digest(credentials.app_secret.encode(), request.body, hashlib.sha256)
         if not constant_time_equals(request.headers.get("x-hub-signature-256", ""), f"sha256={digest.hex()}"):
             raise Unauthenticated("X-Hub-Signature-256 does not match")
-        webhook = decode(request.body, _Webhook)
-        changes = [change for entry in webhook.entry or () for change in entry.changes or ()]
-        items = [item for change in changes for item in _items(change, credentials.phone_number_id)]
+        items = whatsapp_messages.read(request.body, credentials.phone_number_id)
         return Received(items or [Ignored((f"body/{digest.hex()}",), "no messages")])
 
     def split(self, text: str) -> Sequence[str]:
@@ -249,7 +165,15 @@ class WhatsApp(Vendor[WhatsAppCredentials]):
         if message.reply_to:
             body["context"] = {"message_id": message.reply_to}
         path = f"{credentials.phone_number_id}/messages"
-        response = await _call(outgoing, origin, credentials, "POST", path, body)
+        try:
+            response = await _call(outgoing, origin, credentials, "POST", path, body)
+        except _Closed:
+            if not credentials.template or message.file:
+                raise
+            # Nothing was sent.
+            body = {name: value for name, value in body.items() if name != "text"}
+            body |= _template(message.text, credentials)
+            response = await _call(outgoing, origin, credentials, "POST", path, body)
         return response.messages[0].id if response.messages else None
 
     async def show_typing(
@@ -291,6 +215,26 @@ def _content(message: Outbound, source: dict[str, str]) -> dict[str, Any]:
     return {"type": "document", "document": {**source, "filename": file.name}}
 
 
+class _Closed(EffectFailed):
+    """The person's last message is older than 24 hours."""
+
+
+def _template(text: str, credentials: WhatsAppCredentials) -> dict[str, Any]:
+    """https://developers.facebook.com/docs/whatsapp/cloud-api/guides/send-message-templates"""
+    shown = " ".join(render(text, PLAIN).split())
+    if len(shown) > _MAX_VARIABLE:
+        raise EffectFailed(f"{_CLOSED}: the text is too long for a template: {_MAX_VARIABLE} characters at most")
+    parameters = [{"type": "text", "text": shown}]
+    return {
+        "type": "template",
+        "template": {
+            "name": credentials.template,
+            "language": {"code": credentials.template_language},
+            "components": [{"type": "body", "parameters": parameters}],
+        },
+    }
+
+
 async def _call(
     outgoing: Outgoing,
     origin: str,
@@ -306,83 +250,20 @@ async def _call(
     answer = await outgoing.request(method, f"{origin}/{VERSION}/{path}", headers=headers, json=body, content=content)
     response = read_json(answer, _Response)
     if error := response.error:
-        _refuse(error)
+        _refuse(error, answer.status)
     if answer.status >= 400:
         raise EffectFailed(f"HTTP {answer.status}")
     return response
 
 
-def _items(change: _Change, number: str) -> Iterator[Item]:
-    if change.field != "messages":
-        yield Ignored(
-            (f"change/{hashlib.sha256(bytes(change.value)).hexdigest()}",), f"a change of {change.field[:40]}"
-        )
-        return
-    value = decode(change.value, _Value)
-    for status in value.statuses or ():
-        yield _status(status)
-    for message in value.messages or ():
-        ids = (f"message/{message.id}",)
-        text = _text(message)
-        if value.metadata is None or value.metadata.phone_number_id != number:
-            yield Ignored(ids, "a message to another number")
-        elif message.reaction:
-            yield _reacted(ids, message, message.reaction)
-        elif text is None:
-            yield Ignored(ids, f"a message of type {message.type[:40]}")
-        else:
-            attachments = _attachments(message)
-            yield Inbound(ids, message.from_, message.from_, message.id, text, attachments=attachments)
-
-
-def _reacted(ids: tuple[str, ...], message: _Message, reaction: _Reaction) -> Reacted:
-    time = message.timestamp
-    if not (time.isascii() and time.isdecimal() and len(time) <= 12):
-        raise UnreadableCall("timestamp: is not a time")
-    signs = (reaction.emoji,) if reaction.emoji else ()
-    target = f"message/{reaction.message_id}"
-    return Reacted(ids, target, reaction.message_id, message.from_, signs, "all", int(time))
-
-
-def _status(status: _Status) -> Ignored | Receipt:
-    ids = (f"status/{status.id}/{status.status}",)
-    match status.status:
-        case "delivered" | "read":
-            return Receipt(ids, status.id, status.status)
-        case "failed":
-            problem = next(iter(status.errors or ()), _Problem())
-            return Receipt(ids, status.id, "failed", f"{problem.code}: {problem.title}"[:200].replace("\0", ""))
-    return Ignored(ids, f"a status {status.status[:40]}")
-
-
-def _text(message: _Message) -> str | None:
-    if message.text:
-        return message.text.body
-    if message.button:
-        return message.button.text
-    if message.interactive:
-        chosen = message.interactive.button_reply or message.interactive.list_reply
-        return chosen.title if chosen else None
-    if message.media:
-        return message.media.caption or ""
-    kind = _ATTACHMENTS.get(message.type)
-    return placeholder(kind) if kind else None
-
-
-def _attachments(message: _Message) -> tuple[Attachment, ...]:
-    if (media := message.media) is None:
-        return ()
-    kind = _FILES.get(message.type) or kind_of(media.mime_type)
-    return (Attachment(kind, media.id, media.filename or ""),)
-
-
-def _refuse(error: _Error) -> None:
+def _refuse(error: _Error, status: int) -> None:
     reason = f"{error.code}: {error.message}"[:200]
-    if error.code in _ACCOUNT or 200 <= error.code < 300:
+    if status == 401 or error.code in _ACCOUNT or 200 <= error.code < 300:
         raise AccountRefused(reason)
     if error.code in _LATER:
         raise RetryLater(_PAIR_DELAY if error.code == 131056 else DEFAULT_RETRY, reason)
     if error.code in _TRANSIENT:
         raise Transient(reason)
-    # Among them 131047: more than 24 hours after the person's last message only templates are allowed.
+    if error.code == _CLOSED:
+        raise _Closed(reason)
     raise EffectFailed(reason)

@@ -164,6 +164,22 @@ async def test_a_voice_message_is_written_down(desk: Desk, telegram: TelegramSta
     assert b'filename="voice.ogg"' in call.body
 
 
+async def test_a_voice_message_that_is_too_long_is_named_with_the_reason(
+    desk: Desk, telegram: TelegramStandIn, transcriber: Transcriber
+) -> None:
+    """Two hours are too many bytes, or the server that writes them down refuses them."""
+    channel = await connected(desk, telegram)
+    telegram.files |= {"long": b"OggS" + bytes(MAX_BYTES), "refused": b"OggS" + bytes(200)}
+    transcriber.faults.append(answer(413, {"error": {"message": "Maximum content size limit exceeded"}}))
+    for id_ in ("long", "refused"):
+        voice = {"file_id": id_, "mime_type": "audio/ogg", "duration": 7_200}
+        await desk.call(channel, telegram.update(None, voice=voice))
+    texts = [one["text"] for one in sorted(await arrived(desk, channel, 2), key=lambda one: one["position"])]
+    assert "larger than 20 MB" in texts[0]
+    assert "the transcription was refused: HTTP 413" in texts[1]
+    assert all("Tell the person so" in text for text in texts)
+
+
 async def test_a_file_that_cannot_be_read_is_named_with_the_reason(desk: Desk, telegram: TelegramStandIn) -> None:
     channel = await connected(desk, telegram)
     telegram.files |= {

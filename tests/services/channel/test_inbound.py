@@ -17,7 +17,14 @@ import pytest
 from protos.catalog import CHANNEL_INBOUND, PLATFORM_EVENTS
 from protos.messages.user import SubjectErased
 from tests.services.channel.conftest import Call, Desk
-from tooling.testing.vendors import SlackStandIn, TelegramStandIn, WebhookStandIn
+from tooling.testing.vendors import (
+    DiscordStandIn,
+    LineStandIn,
+    SlackStandIn,
+    TelegramStandIn,
+    WebhookStandIn,
+    WhatsAppStandIn,
+)
 from tooling.testing.vendors.server import StandIn
 
 TEXT = "größer \u202eesrever\u202c 😀 'quoted' \\ line\nline"
@@ -125,6 +132,51 @@ async def test_a_message_that_the_buses_cannot_carry_is_refused_before_it_is_acc
     assert (len(inbound["text"]), inbound["position"]) == (990_000, 1)
 
 
+async def test_a_second_signature_or_a_new_time_makes_a_call_wrong(desk: Desk) -> None:
+    fakes: dict[str, Any] = {
+        "slack": SlackStandIn(),
+        "line": LineStandIn(),
+        "whatsapp": WhatsAppStandIn(),
+        "discord": DiscordStandIn(),
+    }
+    names = {"slack": "x-slack-signature", "line": "x-line-signature", "whatsapp": "x-hub-signature-256"}
+    for type_, fake in fakes.items():
+        channel = await desk.connect(type_, fake.credentials)
+        match fake:
+            case SlackStandIn():
+                (body, headers), later = fake.event("hi"), fake.signed({}, age=-60)[1]["x-slack-request-timestamp"]
+                assert (
+                    await desk.call(channel, (body, headers | {"x-slack-request-timestamp": later}))
+                ).status_code == 401
+            case LineStandIn():
+                body, headers = fake.call(fake.event("hi"))
+            case WhatsAppStandIn():
+                body, headers = fake.call(fake.message("hi"))
+            case _:
+                body, headers = fake.signed(fake.command("hi"))
+                later = str(int(headers["x-signature-timestamp"]) + 60)
+                assert (await desk.call(channel, (body, headers | {"x-signature-timestamp": later}))).status_code == 401
+        name = names.get(type_, "x-signature-ed25519")
+        wrong = (name, "0" * len(headers[name]))
+        given = list(headers.items())
+        async with httpx.AsyncClient(base_url=desk.platform.url("channel"), trust_env=False, timeout=30) as http:
+            for both in ([*given, wrong], [wrong, *given]):
+                assert (await http.post(channel["webhook_path"], content=body, headers=both)).status_code == 401
+            assert (await http.post(channel["webhook_path"], content=body, headers=given)).status_code == 200
+        assert len(await desk.received(channel)) == 1
+
+
+async def test_each_event_of_a_very_large_batch_is_taken_once(desk: Desk) -> None:
+    line = LineStandIn()
+    channel = await desk.connect("line", line.credentials)
+    call = line.call(*(line.event(str(n), source={"type": "user", "userId": f"U{n % 7}"}) for n in range(1_000)))
+    for _ in range(2):
+        assert (await desk.call(channel, call)).status_code == 200
+    await desk.drained()
+    texts = [one["text"] for one in await desk.received(channel)]
+    assert sorted(map(int, texts)) == list(range(1_000))
+
+
 async def test_a_forged_or_malformed_call_stores_nothing(desk: Desk) -> None:
     telegram, slack, webhook = TelegramStandIn(), SlackStandIn(), WebhookStandIn()
     channels: dict[StandIn, dict[str, Any]] = {
@@ -209,7 +261,7 @@ async def test_an_ignored_event_is_answered_200_and_stored_with_its_reason(desk:
     assert (await desk.call(channel, vendor.update("hi"))).status_code == 200
     assert await desk.received(channel) == []
     assert await desk.ignored(channel) == [
-        "an update of kind poll",
+        "votes in a poll, without their chat",
         "the text is empty",
         "the text is empty",
         "the channel is paused",

@@ -22,7 +22,7 @@ from protos.messages.channel import SendMessage
 from protos.pubsub import RUN_PROGRESS
 from services.channel.accounts import AccountSecrets
 from services.channel.previews import Previews, Progress
-from services.channel.vendors.base import PLACEHOLDER
+from services.channel.vendors.base import PLACEHOLDER, AccountRefused
 from tests.services.channel.conftest import Desk
 from tooling.testing.platform import MASTER_KEY, Platform
 from tooling.testing.stack import Stack
@@ -34,6 +34,7 @@ from tooling.testing.vendors import (
     TeamsStandIn,
     TelegramStandIn,
     WhatsAppStandIn,
+    answer,
     cut,
 )
 from tooling.testing.vendors.server import StandIn
@@ -152,6 +153,27 @@ async def test_an_answer_is_shown_while_it_is_written_and_replaced_by_the_finish
         await chat.show_late(in_process, "half of the")
         assert fake.texts() == [message.text]
         assert fake.refusals == []
+
+
+async def test_a_token_that_is_revoked_while_the_answer_is_written_fails_the_answer_and_breaks_the_channel(
+    desk: Desk, cache: Cache, in_process: Previews
+) -> None:
+    revoked = answer(200, {"ok": False, "error": "token_revoked"})
+    async with SlackStandIn() as slack:
+        chat = await Chat.begun(desk, cache, slack)
+        await chat.tell("half", lambda: slack.texts() == ["half"])
+        slack.faults.append(revoked)
+        with pytest.raises(AccountRefused):
+            await chat.show_late(in_process, "half of the")
+        # The preview has ended: it asks the vendor no more.
+        calls = slack.calls
+        await chat.show_late(in_process, "half of the answer")
+        assert slack.calls == calls
+        slack.faults += [revoked] * 3
+        delivery = await chat.answer("the answer")
+        assert (delivery["state"], "token_revoked" in delivery["reason"]) == ("failed", True)
+        assert (await desk.channel(chat.channel["id"]))["state"] == "broken"
+        assert "the answer" not in slack.texts()
 
 
 async def test_an_edit_under_way_ends_before_the_answer_is_sent(desk: Desk, cache: Cache) -> None:

@@ -59,7 +59,7 @@ class LineStandIn(StandIn):
         n = next(self._ids)
         return {
             "type": "message",
-            "message": {"type": "text", "id": str(n), "text": text},
+            "message": {"type": "text", "id": str(n), "quoteToken": "q", "text": text},
             "timestamp": 1700000000000,
             "source": source or {"type": "user", "userId": "U1"},
             "replyToken": "rt",

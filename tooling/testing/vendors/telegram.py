@@ -245,6 +245,8 @@ def _shown(text: str) -> str:
     parser.close()
     if parser.open:
         _refuse(400, f"Bad Request: can't parse entities: {parser.open[-1]} is not closed")
+    if not parser.text.strip():
+        _refuse(400, "Bad Request: message text is empty")
     return parser.text
 
 

@@ -32,13 +32,35 @@ class _Link(msgspec.Struct, forbid_unknown_fields=True):
     filename: str | None = None
 
 
+class _Variable(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["text"]
+    text: Annotated[str, msgspec.Meta(min_length=1, max_length=1_024, pattern=r"^[^\n\t]+$")]
+
+
+class _Body(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["body"]
+    parameters: Annotated[list[_Variable], msgspec.Meta(min_length=1, max_length=1)]
+
+
+class _Language(msgspec.Struct, forbid_unknown_fields=True):
+    code: Literal["en_US", "de"]
+
+
+class _Template(msgspec.Struct, forbid_unknown_fields=True):
+    name: Literal["news"]
+    """The one template that is approved."""
+    language: _Language
+    components: Annotated[list[_Body], msgspec.Meta(min_length=1, max_length=1)]
+
+
 class _Send(msgspec.Struct, forbid_unknown_fields=True):
     messaging_product: Literal["whatsapp"]
     to: Annotated[str, msgspec.Meta(pattern="^[0-9]+$")]
-    type: Literal["text", "image", "document"]
+    type: Literal["text", "image", "document", "template"]
     text: _Text | None = None
     image: _Link | None = None
     document: _Link | None = None
+    template: _Template | None = None
     recipient_type: Literal["individual"] = "individual"
     context: _Context | None = None
 
@@ -137,14 +159,16 @@ class WhatsAppStandIn(StandIn):
             send = msgspec.json.decode(call.body, type=_Send)
         except msgspec.DecodeError as error:
             raise Refused(_error(400, 100, f"Invalid parameter: {error}")) from error
-        if send.to in self.closed:
+        if send.to in self.closed and send.type != "template":
             raise Refused(_error(400, 131047, "Re-engagement message"))
         id_ = f"wamid.{next(self._ids)}"
         content = getattr(send, send.type)
-        if content is None or [send.text, send.image, send.document].count(None) != 2:
+        if content is None or [send.text, send.image, send.document, send.template].count(None) != 3:
             raise Refused(_error(400, 100, f"The parameter {send.type} is required"))
         fields = msgspec.to_builtins(send)
-        if isinstance(content, _Link):
+        if isinstance(content, _Template):
+            text = content.components[0].parameters[0].text
+        elif isinstance(content, _Link):
             if (content.link is None) == (content.id is None) or content.id not in (None, *self.media):
                 raise Refused(_error(400, 100, "link or id"))
             text = f"[{send.type} {content.filename or content.link or content.id}]"

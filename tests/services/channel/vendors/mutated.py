@@ -6,26 +6,11 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
-
 from services.channel.vendors.base import Request
-from tooling.testing.vendors import (
-    DingTalkStandIn,
-    DiscordStandIn,
-    FeishuStandIn,
-    LineStandIn,
-    QQStandIn,
-    SlackStandIn,
-    TeamsStandIn,
-    TelegramStandIn,
-    TwilioStandIn,
-    WebhookStandIn,
-    WeComStandIn,
-    WhatsAppStandIn,
-)
-from tooling.testing.vendors.teams import published
+from tests.services.channel.vendors.examples import examples
 
-URL = "https://bus.example/webhooks/x"
+# JSON that is nested deeper than Python can follow. Some vendors have JSON in a text.
+DEEP = "[" * 5_000 + "]" * 5_000
 STRANGE: tuple[Any, ...] = (
     None,
     True,
@@ -43,60 +28,33 @@ STRANGE: tuple[Any, ...] = (
     [[]],
     [None],
     {"a": {"b": []}},
+    DEEP,
 )
 
 
-def _json(sign: Callable[[Any], tuple[bytes, dict[str, str]]]) -> Callable[[Any], Request]:
-    def call(content: Any) -> Request:
-        body, headers = sign(content)
-        return Request("POST", "", headers, body, URL)
+def _wecom(request: Callable[[bytes], Request]) -> Callable[[Any], Request]:
+    def call(given: Any) -> Request:
+        fields = given if isinstance(given, dict) else {}
+        inner = "".join(f"<{name}><![CDATA[{value}]]></{name}>" for name, value in fields.items())
+        return request(f"<xml>{inner}</xml>".encode())
 
     return call
 
 
-def _vendors() -> dict[str, tuple[dict[str, str], Any, Callable[[Any], Request]]]:
-    """By name: the credentials, the content of a genuine call, and how a call with any content is made."""
-    telegram, slack, hook = TelegramStandIn(), SlackStandIn(), WebhookStandIn()
-    discord, line, meta = DiscordStandIn(), LineStandIn(), WhatsAppStandIn()
-    feishu, dingtalk, qq, teams = FeishuStandIn(), DingTalkStandIn(), QQStandIn(), TeamsStandIn()
-    twilio, wecom = TwilioStandIn(), WeComStandIn()
-
-    def content(call: tuple[bytes, dict[str, str]]) -> Any:
-        return msgspec.json.decode(call[0])
-
-    def encoded(sign: Callable[[bytes], tuple[bytes, dict[str, str]]]) -> Callable[[Any], Any]:
-        return lambda given: sign(msgspec.json.encode(given))
-
-    def form(given: Any) -> tuple[bytes, dict[str, str]]:
-        fields = given if isinstance(given, dict) else {}
-        return twilio.signed(URL, {str(name): str(value).replace("\ud83d", "") for name, value in fields.items()})
-
-    def xml(given: Any) -> Request:
-        fields = given if isinstance(given, dict) else {}
-        plain = {name: str(value).replace("\ud83d", "").replace("\0", "") for name, value in fields.items()}
-        body, query = wecom.call(wecom.message(**plain))
-        return Request("POST", query, {}, body, URL)
-
-    def with_keys(given: Any) -> Request:
-        body, headers = teams.signed(given)
-        return Request("POST", "", headers, body, URL, published(teams))
-
-    signed: dict[str, tuple[Any, Any, Callable[[Any], tuple[bytes, dict[str, str]]]]] = {
-        "telegram": (telegram, content(telegram.update("hi", topic=3)), telegram.signed),
-        "slack": (slack, content(slack.event("hi", thread_ts="1.000001", files=[{"name": "a"}])), slack.signed),
-        "webhook": (hook, content(hook.message("hi")), hook.signed),
-        "discord": (discord, discord.command(), discord.signed),
-        "line": (line, content(line.call(line.event(), line.event())), encoded(line.signed)),
-        "whatsapp": (meta, content(meta.call(meta.message())), encoded(meta.signed)),
-        "feishu": (feishu, feishu.event(), feishu.call),
-        "dingtalk": (dingtalk, dingtalk.message(), dingtalk.signed),
-        "qq": (qq, qq.event(), qq.signed),
-        "twilio": (twilio, {"MessageSid": "SM1", "From": "+1", "Body": "hi", "NumMedia": "0"}, form),
-    }
-    found = {name: (fake.credentials, given, _json(sign)) for name, (fake, given, sign) in signed.items()}
-    found["webhook"][0]["reply_url"] = "http://127.0.0.1:9/"
-    found["wecom"] = (wecom.credentials, {"Content": "hi", "MsgType": "text", "MsgId": "1", "AgentID": "7"}, xml)
-    found["teams"] = (teams.credentials, teams.activity(), with_keys)
+def _vendors() -> dict[str, tuple[dict[str, str], list[Any], Callable[[Any], Request]]]:
+    """By vendor: the credentials, the contents of genuine calls, and how a call with any content is made."""
+    found = {}
+    for name, (fake, request, given) in examples().items():
+        credentials: dict[str, str] = fake.credentials  # type: ignore[attr-defined]
+        contents = [content for content, _ in given.values() if isinstance(content, dict)]
+        if name == "wecom":
+            fields = {"ToUserName": "x", "FromUserName": "ada", "CreateTime": "1", "Content": "hi", "MediaId": "m1"}
+            fields |= {"Event": "click", "EventKey": "k", "MsgId": "1", "AgentID": credentials["agent_id"]}
+            contents = [fields | {"MsgType": kind} for kind in ("event", *given) if "." not in kind]
+            request = _wecom(request)
+        elif name == "webhook":
+            credentials = credentials | {"reply_url": "http://127.0.0.1:9/"}
+        found[name] = credentials, contents, request
     return found
 
 

@@ -88,7 +88,7 @@ async def test_the_text_is_the_string_option_also_of_a_subcommand(fake: DiscordS
         {"name": "sub", "type": 1, "options": [{"type": 3, "value": "deep"}]},
     ]
     for data, text in (
-        ({"name": "ask", "options": options}, "deep"),
+        ({"name": "ask", "options": options}, "deep\nn: 7"),
         ({"name": "ask"}, "/ask"),
         ({"name": "ask", "options": None}, "/ask"),
     ):

@@ -157,7 +157,7 @@ async def test_bots_and_other_events_are_ignored(fake: FeishuStandIn, feishu: Ad
     bot["event"]["sender"]["sender_type"] = "app"
     other["header"]["event_type"] = "im.message.message_read_v1"
     old = {"uuid": "1", "token": fake.verification_token, "type": "event_callback", "event": {}}
-    for payload in (bot, other, old, fake.event(kind="todo")):
+    for payload in (bot, other, old, fake.event(kind="system")):
         assert isinstance(feishu.one(fake.call(payload)), Ignored)
     broken = fake.event()
     broken["event"] = {"message": 7}

@@ -72,13 +72,6 @@ async def test_a_file_is_an_attachment(fake: LineStandIn, line: Adapter) -> None
         assert (item.text, item.attachments) == ("", (Attachment(of_kind, "7", "a.pdf"),))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["location", "sticker"])
-async def test_another_attachment_is_named(fake: LineStandIn, line: Adapter, kind: str) -> None:
-    item = line.one(fake.call(fake.event(message={"type": kind, "id": "7", "fileName": "a.pdf"})))
-    assert isinstance(item, Inbound)
-    assert item.text.startswith("[The person sent ")
-
-
 async def test_a_genuine_call_of_another_shape_is_told_apart_from_one_that_is_not_json(
     fake: LineStandIn, line: Adapter
 ) -> None:

@@ -47,14 +47,16 @@ def one(received: Received) -> Item:
     return item
 
 
-def test_the_vendors_own_example_verifies_and_a_command_is_ignored() -> None:
+def test_the_vendors_own_example_verifies_and_a_command_is_read() -> None:
     headers = {
         "x-slack-request-timestamp": "1531420618",
         "x-slack-signature": EXAMPLE_SIGNATURE,
         "content-type": "application/x-www-form-urlencoded",
     }
     now = datetime.fromtimestamp(1531420618, UTC)
-    assert isinstance(one(Slack().receive(Request("POST", "", headers, EXAMPLE_BODY), EXAMPLE, now)), Ignored)
+    item = one(Slack().receive(Request("POST", "", headers, EXAMPLE_BODY), EXAMPLE, now))
+    assert isinstance(item, Inbound)
+    assert (item.conversation, item.person, item.text) == ("G8PSS9T3V", "U2CERLKJA", "/webhook-collect")
     for late in (301, -301):
         with pytest.raises(Unauthenticated):
             Slack().receive(Request("POST", "", headers, EXAMPLE_BODY), EXAMPLE, now + timedelta(seconds=late))

@@ -108,7 +108,6 @@ def test_both_notices_of_a_move_name_the_old_and_the_new_chat() -> None:
         receive(b'{"update_id":1,"poll":{"id":"1"}}'),
         receive(b'{"update_id":1,"my_chat_member":{"chat":{"id":42}}}'),
         message(text=None, new_chat_title="x"),
-        message(text=None, dice={"emoji": "🎲", "value": 1}),
         message(**{"from": {"id": 1, "is_bot": True}}),
         message(**{"from": None}),
     ],

@@ -73,7 +73,7 @@ async def test_the_handshake_is_answered_only_with_the_verify_token(fake: WhatsA
         ({"type": "button", "button": {"text": "Yes", "payload": "y"}}, "Yes"),
         ({"type": "interactive", "interactive": {"button_reply": {"id": "1", "title": "No"}}}, "No"),
         ({"type": "interactive", "interactive": {"list_reply": {"id": "1", "title": "B"}}}, "B"),
-        ({"type": "location", "location": {"latitude": 1, "longitude": 2}}, "a location"),
+        ({"type": "location", "location": {"latitude": 1, "longitude": 2}}, "[Location: 1.0, 2.0]"),
     ],
 )
 async def test_a_text_outside_of_the_field_text_is_found(
@@ -107,7 +107,7 @@ async def test_a_reaction_names_its_message(fake: WhatsAppStandIn, whatsapp: Ada
 
 
 async def test_sent_statuses_and_other_numbers_are_ignored(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
-    unknown = fake.message(None, type="unsupported", errors=[{"code": 131051}])
+    unknown = fake.message(None, type="request_welcome")
     status = {"id": "wamid.9", "status": "sent", "timestamp": "1", "recipient_id": "491"}
     for call in (
         fake.call(unknown),
@@ -143,6 +143,24 @@ async def test_outside_of_24_hours_a_reply_fails(fake: WhatsAppStandIn, whatsapp
     fake.closed.add("491")
     with pytest.raises(EffectFailed, match="131047: Re-engagement message"):
         await whatsapp.send(to="491")
+
+
+async def test_outside_of_24_hours_a_template_carries_the_text(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
+    whatsapp.credentials = msgspec.structs.replace(whatsapp.credentials, template="news", template_language="de")
+    await whatsapp.send("in time", "492")
+    fake.closed.add("491")
+    await whatsapp.send("**Your order**\n\nis on its way", "491", reply_to="wamid.1")
+    assert [(sent.text, sent.fields["type"]) for sent in fake.ledger] == [
+        ("in time", "text"),
+        ("Your order is on its way", "template"),
+    ]
+    with pytest.raises(EffectFailed, match="1024 characters at most"):
+        await whatsapp.send("x" * 1_025, "491")
+    # A template that is not approved.
+    whatsapp.credentials = msgspec.structs.replace(whatsapp.credentials, template="other")
+    with pytest.raises(EffectFailed, match="100: "):
+        await whatsapp.send("late", "491")
+    assert len(fake.ledger) == 2
 
 
 def refused(status: int, code: int) -> Fault:

@@ -1,0 +1,161 @@
+"""Messages to DingTalk robots: https://open.dingtalk.com/document/orgapp/receive-message"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+
+from services.channel.events import Attachment
+from services.channel.vendors.base import UnreadableCall, decode, described, placeholder
+from services.channel.vendors.items import Ignored, Inbound
+
+# By the type of the message. Empty: it is read; else why it is ignored.
+KINDS: Mapping[str, str] = {
+    "text": "",
+    "richText": "",
+    "picture": "",
+    "audio": "",
+    "video": "",
+    "file": "",
+    "chatRecord": "",
+    "location": "",
+    "link": "",
+    "markdown": "",
+    "interactiveCard": "",
+    "unknownMsgType": "",
+}
+_FILES: dict[str, Literal["image", "voice", "video", "file"]] = {
+    "picture": "image",
+    "audio": "voice",
+    "video": "video",
+    "file": "file",
+}
+
+
+class _Replied(msgspec.Struct):
+    """The message to which another one replies."""
+
+    content: Any = None
+
+
+class _Text(msgspec.Struct):
+    content: str = ""
+    repliedMsg: _Replied | None = None
+
+
+class _Content(msgspec.Struct):
+    richText: list[dict[str, Any]] | None = None
+    recognition: str | None = None
+    """A voice message, written down by the vendor."""
+    fileName: str | None = None
+    downloadCode: str | None = None
+    chatRecord: str | None = None
+    """Forwarded messages, as JSON."""
+    address: str | None = None
+    title: str | None = None
+    text: str | None = None
+    messageUrl: str | None = None
+    latitude: float | str | None = None
+    longitude: float | str | None = None
+
+
+class _Message(msgspec.Struct):
+    msgId: str
+    conversationId: str
+    msgtype: str
+    conversationType: str = "1"
+    senderStaffId: str | None = None
+    senderId: str | None = None
+    chatbotUserId: str | None = None
+    robotCode: str | None = None
+    isAdmin: bool | None = None
+    sessionWebhook: str | None = None
+    text: _Text | None = None
+    content: _Content | None = None
+
+
+def read(body: bytes, robot_code: str) -> Inbound | Ignored:
+    message = decode(body, _Message)
+    ids = (f"message/{message.msgId}",)
+    person = message.senderStaffId or message.senderId
+    if message.robotCode not in (None, "normal", robot_code):
+        return Ignored(ids, "a message to another robot")
+    if not person or (message.senderId is not None and message.senderId == message.chatbotUserId):
+        return Ignored(ids, "a message that no person wrote")
+    attachments = _attachments(message)
+    text = _text(message)
+    if text is None and attachments:
+        text = ""
+    if text is None:
+        return Ignored(ids, f"a message of type {message.msgtype[:40]}")
+    conversation = f"user/{person}" if message.conversationType == "1" else f"group/{message.conversationId}"
+    path = _session(message.sessionWebhook or "") or message.msgId
+    # Of the organisation, so of each of its groups.
+    by_admin = message.isAdmin is True and message.conversationType != "1"
+    return Inbound(ids, conversation, person, path, text, attachments=attachments, by_admin=by_admin)
+
+
+def _session(url: str) -> str:
+    """Path and query of the session's webhook; empty if there is none."""
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise UnreadableCall("sessionWebhook: is not an address") from error
+    return f"{parts.path}?{parts.query}" if parts.path.startswith("/") else ""
+
+
+def _attachments(message: _Message) -> tuple[Attachment, ...]:
+    content = message.content or _Content()
+    if content.richText is not None:
+        codes = [part.get("downloadCode") for part in content.richText]
+        return tuple(Attachment("image", code) for code in codes if isinstance(code, str) and code)
+    if message.msgtype not in _FILES or content.recognition or not content.downloadCode:
+        return ()
+    return (Attachment(_FILES[message.msgtype], content.downloadCode, content.fileName or ""),)
+
+
+def _text(message: _Message) -> str | None:
+    content = message.content or _Content()
+    if message.text is not None:
+        quoted = _words(message.text.repliedMsg.content) if message.text.repliedMsg else ""
+        text = message.text.content.strip()
+        return f"{text}\n\n[In reply to this message]\n{quoted}".lstrip() if quoted else text
+    if content.richText is not None:
+        return "".join(_words(part) for part in content.richText).strip()
+    match message.msgtype:
+        case "chatRecord":
+            return "\n".join(["[Forwarded message]", *_forwarded(content.chatRecord or "")])
+        case "location":
+            return described("Location", content.title, content.address, content.latitude, content.longitude)
+        case "link":
+            return described("Link", content.title, content.text, content.messageUrl)
+        case "markdown":
+            return content.text
+        case "interactiveCard" | "unknownMsgType":
+            return placeholder("a message that DingTalk does not pass on", content.title or "")
+    if content.recognition or message.msgtype not in _FILES or content.downloadCode:
+        return content.recognition
+    return placeholder("a file", content.fileName or "")
+
+
+def _words(part: Any) -> str:
+    """The words of a part of a rich text, or of a quoted message."""
+    if not isinstance(part, dict):
+        return ""
+    if isinstance(parts := part.get("richText"), list):
+        return "".join(_words(one) for one in parts if isinstance(one, dict) and "richText" not in one)
+    found = (part.get(name) for name in ("text", "content", "msg", "recognition", "fileName"))
+    return next((one for one in found if isinstance(one, str) and one), "")
+
+
+def _forwarded(record: str) -> list[str]:
+    """A line for each of the forwarded messages."""
+    try:
+        messages = msgspec.json.decode(record, type=list[dict[str, Any]])
+    except (msgspec.DecodeError, RecursionError):
+        return [record]
+    lines = ((str(one.get("senderNick") or one.get("senderName") or ""), _words(one)) for one in messages)
+    return [f"{sender}: {words}" if sender else words for sender, words in lines if words]

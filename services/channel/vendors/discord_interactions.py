@@ -1,0 +1,234 @@
+"""Discord's interactions and webhook events.
+
+https://discord.com/developers/docs/interactions/receiving-and-responding,
+https://discord.com/developers/docs/events/webhook-events
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from services.channel.events import Attachment
+from services.channel.vendors.base import decode, described, kind_of
+from services.channel.vendors.items import Ack, Ignored, Inbound, Received
+
+_PING, _COMMAND, _COMPONENT, _AUTOCOMPLETE, _MODAL = 1, 2, 3, 4, 5
+STRING_OPTION, FILE_OPTION = 3, 11
+# Answers to an interaction: a pong, "is thinking", no choices.
+_PONG, _DEFERRED = ({"type": kind} for kind in (1, 5))
+_NO_CHOICES = {"type": 8, "data": {"choices": []}}
+# https://discord.com/developers/docs/topics/permissions: it has all permissions of the server.
+_ADMINISTRATOR = 1 << 3
+# Messages in a message, such as forwarded ones.
+_DEPTH = 3
+
+_NOT_OFFERED = "the bot does not offer it"
+# By the type of the interaction and of the webhook event. Empty: it is read; else why it is ignored. Ordinary messages,
+# with their polls and stickers, come by the Gateway only; a command of a message brings them.
+KINDS: Mapping[str, str] = {
+    "command": "",
+    "command of a message": "",
+    "command of a user": "",
+    "component": "",
+    "modal": "",
+    "autocomplete": "there are no choices",
+    "event.APPLICATION_AUTHORIZED": "no person writes it to the bot",
+    "event.APPLICATION_DEAUTHORIZED": "no person writes it to the bot",
+    "event.ENTITLEMENT_CREATE": _NOT_OFFERED,
+    "event.ENTITLEMENT_UPDATE": _NOT_OFFERED,
+    "event.ENTITLEMENT_DELETE": _NOT_OFFERED,
+    "event.QUEST_USER_ENROLLMENT": _NOT_OFFERED,
+    "event.LOBBY_MESSAGE_CREATE": _NOT_OFFERED,
+    "event.LOBBY_MESSAGE_UPDATE": _NOT_OFFERED,
+    "event.LOBBY_MESSAGE_DELETE": _NOT_OFFERED,
+    "event.GAME_DIRECT_MESSAGE_CREATE": _NOT_OFFERED,
+    "event.GAME_DIRECT_MESSAGE_UPDATE": _NOT_OFFERED,
+    "event.GAME_DIRECT_MESSAGE_DELETE": _NOT_OFFERED,
+}
+
+
+class _User(msgspec.Struct):
+    id: str
+    username: str = ""
+
+
+class _Member(msgspec.Struct):
+    user: _User | None = None
+    permissions: str = "0"
+    """A set of bits, in decimal."""
+
+
+class _File(msgspec.Struct):
+    url: str
+    filename: str = ""
+    content_type: str | None = None
+
+
+class _Named(msgspec.Struct):
+    name: str = ""
+
+
+class _Words(msgspec.Struct):
+    text: str = ""
+
+
+class _Answer(msgspec.Struct):
+    poll_media: _Words = msgspec.field(default_factory=_Words)
+
+
+class _Poll(msgspec.Struct):
+    question: _Words = msgspec.field(default_factory=_Words)
+    answers: list[_Answer] = []
+
+
+class _Embed(msgspec.Struct):
+    title: str = ""
+    description: str = ""
+
+
+class _Snapshot(msgspec.Struct):
+    """A forwarded message."""
+
+    message: _Message
+
+
+class _Message(msgspec.Struct):
+    content: str = ""
+    embeds: list[_Embed] = []
+    attachments: list[_File] = []
+    sticker_items: list[_Named] = []
+    poll: _Poll | None = None
+    message_snapshots: list[_Snapshot] = []
+
+
+class _Resolved(msgspec.Struct):
+    attachments: dict[str, _File] | None = None
+    messages: dict[str, _Message] | None = None
+    users: dict[str, _User] | None = None
+
+
+class _Data(msgspec.Struct):
+    name: str = ""
+    type: int = 1
+    options: list[dict[str, Any]] | None = None
+    custom_id: str = ""
+    values: list[str] | None = None
+    """The choices of a menu; a button has only its `custom_id`."""
+    components: list[Any] | None = None
+    """Of a modal."""
+    target_id: str = ""
+    resolved: _Resolved | None = None
+
+
+class _Interaction(msgspec.Struct):
+    type: int
+    id: str = ""
+    token: str = ""
+    channel_id: str | None = None
+    member: _Member | None = None
+    user: _User | None = None
+    data: _Data | None = None
+    event: dict[str, Any] | None = None
+    """Only webhook events have it; interactions do not."""
+
+
+def read(body: bytes) -> Received:
+    unnamed = (f"body/{hashlib.sha256(body).hexdigest()}",)
+    interaction = decode(body, _Interaction)
+    if interaction.event is not None or interaction.type == 0:
+        kind = str((interaction.event or {}).get("type", ""))
+        ignored = Ignored(unnamed, KINDS.get(f"event.{kind}") or f"a webhook event {kind[:40]}".rstrip())
+        return Received([] if interaction.type == 0 else [ignored], Ack(status=204))
+    if interaction.type == _PING:
+        return Received([], _ack(_PONG))
+    ids = (f"interaction/{interaction.id}",) if interaction.id else unnamed
+    if interaction.type == _AUTOCOMPLETE:
+        return Received([Ignored(ids, KINDS["autocomplete"])], _ack(_NO_CHOICES))
+    if interaction.type not in (_COMMAND, _COMPONENT, _MODAL):
+        return Received([Ignored(ids, f"an interaction of type {interaction.type}")])
+    author = (interaction.member and interaction.member.user) or interaction.user
+    if author is None or interaction.channel_id is None:
+        return Received([Ignored(ids, "a command without a channel or an author")], _ack(_DEFERRED))
+    data = interaction.data or _Data()
+    resolved = data.resolved or _Resolved()
+    files = [*(resolved.attachments or {}).values()]
+    text = _text(interaction.type, data)
+    if target := (resolved.messages or {}).get(data.target_id):
+        words = _words(target, files, _DEPTH)
+        text = f"{text}\n\n[Forwarded message]\n{words}" if words else text
+    attachments = tuple(Attachment(kind_of(file.content_type or ""), file.url, file.filename) for file in files)
+    item = Inbound(
+        ids,
+        interaction.channel_id,
+        author.id,
+        interaction.token,
+        text,
+        attachments=attachments,
+        by_admin=_is_admin(interaction.member),
+    )
+    return Received([item], _ack(_DEFERRED))
+
+
+def _text(type_: int, data: _Data) -> str:
+    if type_ == _COMPONENT:
+        return ", ".join(data.values or ()) or data.custom_id
+    if type_ == _MODAL:
+        return "\n".join(_fields(data.components)) or data.custom_id
+    options = list(_options(data.options))
+    text = next((value for _, kind, value in options if kind == STRING_OPTION), "")
+    others = [f"{name}: {value}" for name, _, value in options if value != text]
+    user = ((data.resolved and data.resolved.users) or {}).get(data.target_id)
+    if user:
+        others.append(described("User", user.username, user.id))
+    return "\n".join([text or f"/{data.name}", *others])
+
+
+def _options(options: Sequence[Any] | None) -> Iterator[tuple[str, int, str]]:
+    """Name, type and value of the options, also those of subcommands. Files are attachments."""
+    for option in options or ():
+        if not isinstance(option, dict):
+            continue
+        kind, value = option.get("type"), option.get("value")
+        if isinstance(value, str | int | float) and isinstance(kind, int) and kind != FILE_OPTION:
+            yield str(option.get("name", "")), kind, str(value)
+        if isinstance(nested := option.get("options"), list):
+            yield from _options(nested)
+
+
+def _fields(components: Any) -> Iterator[str]:
+    """What a person has entered or chosen in a modal."""
+    for component in components if isinstance(components, list) else ():
+        if not isinstance(component, dict):
+            continue
+        if isinstance(value := component.get("value"), str) and value:
+            yield value
+        if isinstance(values := component.get("values"), list) and values:
+            yield ", ".join(map(str, values))
+        yield from _fields(component.get("components"))
+        yield from _fields([component.get("component")])
+
+
+def _words(message: _Message, files: list[_File], depth: int) -> str:
+    """The words of a message, of its poll, stickers and embeds, and of those that it forwards. Adds its files to
+    `files`."""
+    files += message.attachments
+    lines = [message.content, *(f"{embed.title}\n{embed.description}".strip() for embed in message.embeds)]
+    lines += [described("Sticker", sticker.name) for sticker in message.sticker_items]
+    if poll := message.poll:
+        lines += [described("Poll", poll.question.text), *(f"- {one.poll_media.text}" for one in poll.answers)]
+    if depth:
+        lines += [_words(one.message, files, depth - 1) for one in message.message_snapshots]
+    return "\n".join(filter(None, lines))
+
+
+def _is_admin(member: _Member | None) -> bool:
+    bits = member.permissions if member else ""
+    return bits.isascii() and bits.isdecimal() and len(bits) <= 30 and bool(int(bits) & _ADMINISTRATOR)
+
+
+def _ack(answer: dict[str, Any]) -> Ack:
+    return Ack(msgspec.json.encode(answer), "application/json")

@@ -1,0 +1,164 @@
+"""QQ's events: https://bot.q.qq.com/wiki/develop/api-v2/dev-prepare/interface-framework/event-emit.html"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping
+
+import msgspec
+
+from services.channel.events import Attachment
+from services.channel.vendors.base import decode, described, kind_of, placeholder
+from services.channel.vendors.items import Ignored, Inbound
+
+_NO_MESSAGE = "no person writes it to the bot"
+_NOT_TOLD = "the bot is not mentioned"
+BY_EVENT = "event:"
+"""Before the id of an event that is answered, and no message."""
+
+# By the name of the event. Empty: it is read; else why it is ignored.
+KINDS: Mapping[str, str] = {
+    "C2C_MESSAGE_CREATE": "",
+    "GROUP_AT_MESSAGE_CREATE": "",
+    "GROUP_MESSAGE_CREATE": "",
+    "AT_MESSAGE_CREATE": "",
+    "DIRECT_MESSAGE_CREATE": "",
+    "INTERACTION_CREATE": "",
+    "MESSAGE_CREATE": "AT_MESSAGE_CREATE brings the messages to the bot",
+    **dict.fromkeys(
+        (
+            "C2C_MSG_RECEIVE",
+            "C2C_MSG_REJECT",
+            "CHANNEL_CREATE",
+            "CHANNEL_DELETE",
+            "CHANNEL_UPDATE",
+            "FRIEND_ADD",
+            "FRIEND_DEL",
+            "GROUP_ADD_ROBOT",
+            "GROUP_DEL_ROBOT",
+            "GROUP_MSG_RECEIVE",
+            "GROUP_MSG_REJECT",
+            "GUILD_CREATE",
+            "GUILD_DELETE",
+            "GUILD_MEMBER_ADD",
+            "GUILD_MEMBER_REMOVE",
+            "GUILD_MEMBER_UPDATE",
+            "GUILD_UPDATE",
+            "MESSAGE_AUDIT_PASS",
+            "MESSAGE_AUDIT_REJECT",
+            "SUBSCRIBE_MESSAGE_STATUS",
+        ),
+        _NO_MESSAGE,
+    ),
+    **dict.fromkeys(
+        ("MESSAGE_DELETE", "PUBLIC_MESSAGE_DELETE", "DIRECT_MESSAGE_DELETE"), "a deletion in a guild, by anybody"
+    ),
+    **dict.fromkeys(("MESSAGE_REACTION_ADD", "MESSAGE_REACTION_REMOVE"), "a reaction in a guild"),
+    **dict.fromkeys(
+        ("FORUM_THREAD_CREATE", "FORUM_POST_CREATE", "FORUM_REPLY_CREATE", "OPEN_FORUM_THREAD_CREATE"), _NOT_TOLD
+    ),
+    **dict.fromkeys(("AUDIO_START", "AUDIO_FINISH", "AUDIO_ON_MIC", "AUDIO_OFF_MIC"), _NO_MESSAGE),
+}
+# Signs in a text: a mention of the bot in a guild, and a face with its name in base64.
+_MENTION = re.compile(r"<@!?[0-9A-Za-z]{1,64}>\s*")
+_FACE = re.compile(r'<faceType=[^<>]{0,200}?ext="([0-9A-Za-z+/=]{0,500})"[^<>]{0,200}>')
+
+
+class _Author(msgspec.Struct):
+    user_openid: str | None = None
+    member_openid: str | None = None
+    id: str | None = None
+    bot: bool | None = None
+
+
+class _File(msgspec.Struct):
+    url: str = ""
+    filename: str | None = None
+    content_type: str | None = None
+
+
+class _Message(msgspec.Struct):
+    id: str
+    author: _Author
+    content: str | None = None
+    group_openid: str | None = None
+    channel_id: str | None = None
+    guild_id: str | None = None
+    attachments: list[_File] | None = None
+
+
+class _Resolved(msgspec.Struct):
+    button_data: str = ""
+    button_id: str = ""
+    user_id: str | None = None
+
+
+class _Pressed(msgspec.Struct):
+    resolved: _Resolved = msgspec.field(default_factory=_Resolved)
+
+
+class _Interaction(msgspec.Struct):
+    """A button was pressed."""
+
+    id: str
+    group_openid: str | None = None
+    group_member_openid: str | None = None
+    user_openid: str | None = None
+    channel_id: str | None = None
+    data: _Pressed = msgspec.field(default_factory=_Pressed)
+
+
+class _Face(msgspec.Struct):
+    text: str = ""
+
+
+def read(kind: str, event_id: str, raw: msgspec.Raw) -> Inbound | Ignored:
+    """`event_id`: of the event, which is not that of its message."""
+    if reason := KINDS.get(kind, f"an event {kind[:40]}"):
+        return Ignored((f"event/{event_id}",), reason)
+    if kind == "INTERACTION_CREATE":
+        return _pressed(event_id, decode(raw, _Interaction))
+    message = decode(raw, _Message)
+    ids = (f"message/{message.id}",)
+    person = message.author.user_openid or message.author.member_openid or message.author.id
+    places = {
+        "C2C_MESSAGE_CREATE": ("users", person),
+        "AT_MESSAGE_CREATE": ("channels", message.channel_id),
+        "DIRECT_MESSAGE_CREATE": ("dms", message.guild_id),
+    }
+    place, id_ = places.get(kind, ("groups", message.group_openid))
+    if not person or not id_ or message.author.bot:
+        return Ignored(ids, "a message without an author")
+    attachments = tuple(
+        Attachment(kind_of(file.content_type or ""), file.url, file.filename or "")
+        for file in message.attachments or ()
+        if file.url
+    )
+    text = _FACE.sub(_named, _MENTION.sub("", message.content or "", count=1)).strip()
+    if not text and message.attachments and not attachments:
+        text = placeholder("a file", *(file.filename or "" for file in message.attachments))
+    return Inbound(ids, f"{place}/{id_}", person, message.id, text, attachments=attachments)
+
+
+def _pressed(event_id: str, press: _Interaction) -> Inbound | Ignored:
+    ids = (f"interaction/{press.id}",)
+    chosen = press.data.resolved
+    person = press.group_member_openid or press.user_openid or chosen.user_id
+    if press.group_openid:
+        place = f"groups/{press.group_openid}"
+    else:
+        place = f"channels/{press.channel_id}" if press.channel_id else f"users/{person}"
+    if not person:
+        return Ignored(ids, "a button without an author")
+    text = chosen.button_data or chosen.button_id
+    return Inbound(ids, place, person, f"{BY_EVENT}{event_id}", text, mentions_bot=True, replies_to_bot=True)
+
+
+def _named(face: re.Match[str]) -> str:
+    """The name of a face, such as ``[Emoji: /smile]``."""
+    try:
+        name = msgspec.json.decode(base64.b64decode(face[1]), type=_Face).text
+    except (ValueError, msgspec.DecodeError):
+        name = ""
+    return described("Emoji", name)

@@ -1,0 +1,133 @@
+"""Slack's commands and interactions, which arrive as forms: https://docs.slack.dev/interactivity"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from urllib.parse import parse_qsl
+
+import msgspec
+
+from services.channel.vendors.base import decode
+from services.channel.vendors.items import Ignored, Inbound
+from services.channel.vendors.slack_kinds import KINDS
+
+
+class _Named(msgspec.Struct):
+    id: str
+
+
+class _Label(msgspec.Struct):
+    text: str = ""
+
+
+class _Option(msgspec.Struct):
+    value: str = ""
+    text: _Label | None = None
+
+    def __str__(self) -> str:
+        return self.value or (self.text.text if self.text else "")
+
+
+class _Action(msgspec.Struct):
+    """What a person pressed, chose or entered. https://docs.slack.dev/reference/block-kit/block-elements"""
+
+    action_id: str = ""
+    action_ts: str = ""
+    value: str | None = None
+    text: _Label | None = None
+    selected_option: _Option | None = None
+    selected_options: list[_Option] | None = None
+    selected_date: str | None = None
+    selected_time: str | None = None
+    selected_date_time: int | None = None
+    """Unix seconds."""
+    selected_user: str | None = None
+    selected_users: list[str] | None = None
+    selected_conversation: str | None = None
+    selected_conversations: list[str] | None = None
+    selected_channel: str | None = None
+    selected_channels: list[str] | None = None
+
+    def choices(self) -> Iterator[str]:
+        one = (self.value, self.selected_option, self.selected_date, self.selected_time, self.selected_date_time)
+        for chosen in (*one, self.selected_user, self.selected_conversation, self.selected_channel):
+            if chosen is not None:
+                yield str(chosen)
+        several = (self.selected_options, self.selected_users, self.selected_conversations, self.selected_channels)
+        for group in several:
+            yield from map(str, group or ())
+
+    def __str__(self) -> str:
+        return ", ".join(self.choices()) or (self.text.text if self.text else "") or self.action_id
+
+
+class _Message(msgspec.Struct):
+    """The message with the button, or the one that a shortcut is about."""
+
+    ts: str = ""
+    thread_ts: str | None = None
+    text: str | None = None
+
+
+class _Interaction(msgspec.Struct):
+    """The form's field ``payload``."""
+
+    type: str
+    user: _Named | None = None
+    channel: _Named | None = None
+    message: _Message | None = None
+    actions: list[_Action] | None = None
+    callback_id: str = ""
+    action_ts: str = ""
+
+
+def read(body: bytes) -> Inbound | Ignored:
+    """A button, a choice, a command or a shortcut, as a message."""
+    fields = dict(parse_qsl(body.decode("utf-8", "replace")))
+    unnamed = (f"body/{hashlib.sha256(body).hexdigest()}",)
+    if "payload" not in fields:
+        return _command(unnamed, fields)
+    given = decode(fields["payload"].encode(), _Interaction)
+    reason = KINDS.get(f"interaction.{given.type}", f"an interaction {given.type[:40]}")
+    if reason or not given.user or not given.channel:
+        return Ignored(unnamed, reason or "an interaction without a channel or an author")
+    if given.type == "block_actions" and given.actions:
+        return _item(given, given.user.id, given.channel.id, given.actions[0].action_ts, str(given.actions[0]))
+    if given.type == "message_action" and given.message:
+        text = f"{given.callback_id}\n\n[Forwarded message]\n{given.message.text or ''}"
+        return _item(given, given.user.id, given.channel.id, given.action_ts, text)
+    return Ignored(unnamed, "an interaction without a choice")
+
+
+def _command(unnamed: tuple[str, ...], fields: dict[str, str]) -> Inbound | Ignored:
+    """https://docs.slack.dev/interactivity/implementing-slash-commands"""
+    command, channel, person = fields.get("command"), fields.get("channel_id"), fields.get("user_id")
+    if not command or not channel or not person:
+        return Ignored(unnamed, "a form that is neither a command nor an interaction")
+    return Inbound(
+        (f"command/{fields['trigger_id']}",) if fields.get("trigger_id") else unnamed,
+        channel,
+        person,
+        "",
+        f"{command} {fields.get('text', '')}".strip(),
+        in_group=not channel.startswith("D"),
+        mentions_bot=True,
+        replies_to_bot=True,
+    )
+
+
+def _item(given: _Interaction, person: str, channel: str, id_: str, text: str) -> Inbound:
+    message = given.message or _Message()
+    thread = f"/{message.thread_ts}" if message.thread_ts else ""
+    return Inbound(
+        (f"action/{channel}/{person}/{id_}",),
+        f"{channel}{thread}",
+        person,
+        message.ts,
+        text,
+        channel if thread else None,
+        in_group=not channel.startswith("D"),
+        mentions_bot=True,
+        replies_to_bot=True,
+    )

@@ -1,0 +1,132 @@
+"""WeCom's messages and events: https://developer.work.weixin.qq.com/document/path/90239"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Literal
+from xml.etree import ElementTree
+
+from infra.errors import InvalidMessage
+from services.channel.events import Attachment
+from services.channel.vendors.base import described, placeholder
+from services.channel.vendors.items import Ignored, Inbound
+
+_NO_MESSAGE = "no person writes it to the bot"
+_ADMINISTRATION = "a notice about the company"
+
+# By the type of the message, then by the name of the event. Empty: it is read; else why it is ignored.
+KINDS: Mapping[str, str] = {
+    "text": "",
+    "image": "",
+    "voice": "",
+    "video": "",
+    "shortvideo": "",
+    "file": "",
+    "location": "",
+    "link": "",
+    "miniprogram": "",
+    "chatrecord": "",
+    "mixed": "",
+    "event.click": "",
+    "event.template_card_event": "",
+    "event.template_card_menu_event": "",
+    "event.scancode_push": "",
+    "event.scancode_waitmsg": "",
+    "event.location_select": "",
+    "event.view": "a page was opened",
+    "event.pic_sysphoto": "the photo is a message of its own",
+    "event.pic_photo_or_album": "the photo is a message of its own",
+    "event.pic_weixin": "the photo is a message of its own",
+    "event.subscribe": _NO_MESSAGE,
+    "event.unsubscribe": _NO_MESSAGE,
+    "event.enter_agent": _NO_MESSAGE,
+    "event.LOCATION": "the place of a device, which no person sent",
+    "event.batch_job_result": _ADMINISTRATION,
+    "event.change_contact": _ADMINISTRATION,
+    "event.change_external_contact": _ADMINISTRATION,
+    "event.open_approval_change": _ADMINISTRATION,
+    "event.share_agent_change": _ADMINISTRATION,
+    "event.share_chain_change": _ADMINISTRATION,
+    "event.inactive_alert": _ADMINISTRATION,
+    "event.close_inactive_alert": _ADMINISTRATION,
+    "event.low_active_alert": _ADMINISTRATION,
+    "event.active_alert": _ADMINISTRATION,
+}
+_FILES: dict[str, Literal["image", "voice", "video", "file"]] = {
+    "image": "image",
+    "voice": "voice",
+    "video": "video",
+    "shortvideo": "video",
+    "file": "file",
+}
+
+
+def fields(body: bytes) -> dict[str, str]:
+    """The elements of the XML, by name. Raises InvalidMessage, also for XML that declares types or entities."""
+    return {child.tag: child.text or "" for child in _parse(body)}
+
+
+def _parse(body: bytes) -> ElementTree.Element:
+    if re.search(rb"<!(?!\[CDATA\[)", body):
+        raise InvalidMessage("body", "must be XML without declarations")
+    try:
+        return ElementTree.fromstring(body)
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise InvalidMessage("body", f"is not XML: {error}") from error
+
+
+def read(body: bytes, agent_id: str) -> Inbound | Ignored:
+    root = _parse(body)
+    given = {child.tag: child.text or "" for child in root}
+    kind, person = given.get("MsgType", ""), given.get("FromUserName", "")
+    # An event has no id.
+    name = "/".join(given.get(field, "") for field in ("FromUserName", "CreateTime", "Event", "EventKey"))
+    id_ = given.get("MsgId", "")
+    ids = (f"message/{id_}",) if id_ and kind != "event" else (f"event/{name}",)
+    if not person:
+        return Ignored(ids, "a message without an author")
+    if given.get("AgentID", agent_id) != agent_id:
+        return Ignored(ids, "a message to another app")
+    if kind == "event":
+        event = given.get("Event", "")
+        text = _chosen(event, root, given.get("EventKey", ""))
+        if not text:
+            return Ignored(ids, KINDS.get(f"event.{event}") or f"an event {event[:40]}")
+        return Inbound(ids, person, person, "", text)
+    attachments: tuple[Attachment, ...] = ()
+    if kind in _FILES and given.get("MediaId"):
+        attachments = (Attachment(_FILES[kind], given["MediaId"], given.get("FileName", "")),)
+    words = "" if attachments else _text(kind, root, given)
+    if words is None or not id_:
+        return Ignored(ids, f"a message of type {kind[:40]}")
+    return Inbound(ids, person, person, id_, words, attachments=attachments)
+
+
+def _text(kind: str, root: ElementTree.Element, given: Mapping[str, str]) -> str | None:
+    match kind:
+        case "text":
+            return given.get("Content", "")
+        case "location":
+            return described("Location", *(given.get(name) for name in ("Label", "Location_X", "Location_Y")))
+        case "link" | "miniprogram":
+            return described("Link", *(given.get(name) for name in ("Title", "Description", "Url")))
+        case "chatrecord" | "mixed":
+            return "\n".join(["[Forwarded message]", *_contents(root)])
+    return placeholder("a file") if kind in _FILES else None
+
+
+def _contents(root: ElementTree.Element) -> Iterator[str]:
+    """The texts of messages in a message, in their order."""
+    for element in root.iter():
+        if element.tag in ("Content", "Title", "Description") and (element.text or "").strip():
+            yield (element.text or "").strip()
+
+
+def _chosen(event: str, root: ElementTree.Element, key: str) -> str:
+    """What a person pressed, chose or scanned; empty for other events."""
+    if KINDS.get(f"event.{event}", _NO_MESSAGE):
+        return ""
+    found = {"OptionId": "", "ScanResult": "", "Label": "", "Location_X": "", "Location_Y": ""}
+    chosen = [element.text for element in root.iter() if element.tag in found and element.text]
+    return ", ".join([key, *chosen] if key else chosen)

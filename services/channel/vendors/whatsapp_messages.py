@@ -1,0 +1,391 @@
+"""WhatsApp's webhooks: https://developers.facebook.com/docs/whatsapp/cloud-api/webhooks/components"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from services.channel.events import Attachment
+from services.channel.vendors.base import UnreadableCall, decode, described, kind_of, placeholder
+from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, Item, Moved, Reacted, Receipt
+
+_ABOUT_THE_ACCOUNT = "a notice about the account"
+_NOT_OFFERED = "the bot does not offer it"
+
+# By the type of the message or the name of a status, then by the field of the change. Empty: it is read; else why it
+# is ignored.
+KINDS: Mapping[str, str] = {
+    "text": "",
+    "image": "",
+    "video": "",
+    "audio": "",
+    "document": "",
+    "sticker": "",
+    "location": "",
+    "contacts": "",
+    "button": "",
+    "interactive.button_reply": "",
+    "interactive.list_reply": "",
+    "interactive.nfm_reply": "",
+    "interactive.call_permission_reply": "",
+    "order": "",
+    "reaction": "",
+    "edit": "",
+    "revoke": "",
+    "system.user_changed_number": "",
+    "system.customer_identity_changed": _ABOUT_THE_ACCOUNT,
+    "request_welcome": "a chat was opened, without a message",
+    "unsupported": "",
+    "status.sent": "the answer to the send tells it",
+    "status.delivered": "",
+    "status.read": "",
+    "status.failed": "",
+    "change.messages": "",
+    "change.message_echoes": "a message that the business wrote",
+    "change.smb_message_echoes": "a message that the business wrote",
+    "change.history": "messages of the time before",
+    "change.calls": _NOT_OFFERED,
+    "change.flows": _ABOUT_THE_ACCOUNT,
+    "change.smb_app_state_sync": _ABOUT_THE_ACCOUNT,
+    "change.user_preferences": "it names no message",
+    "change.account_alerts": _ABOUT_THE_ACCOUNT,
+    "change.account_review_update": _ABOUT_THE_ACCOUNT,
+    "change.account_update": _ABOUT_THE_ACCOUNT,
+    "change.business_capability_update": _ABOUT_THE_ACCOUNT,
+    "change.message_template_components_update": _ABOUT_THE_ACCOUNT,
+    "change.message_template_quality_update": _ABOUT_THE_ACCOUNT,
+    "change.message_template_status_update": _ABOUT_THE_ACCOUNT,
+    "change.template_category_update": _ABOUT_THE_ACCOUNT,
+    "change.phone_number_name_update": _ABOUT_THE_ACCOUNT,
+    "change.phone_number_quality_update": _ABOUT_THE_ACCOUNT,
+    "change.partner_solutions": _ABOUT_THE_ACCOUNT,
+    "change.payment_configuration_update": _ABOUT_THE_ACCOUNT,
+    "change.security": _ABOUT_THE_ACCOUNT,
+}
+_FILES: dict[str, Literal["image", "voice", "video"]] = {
+    "image": "image",
+    "sticker": "image",
+    "audio": "voice",
+    "video": "video",
+}
+
+
+class _Text(msgspec.Struct):
+    body: str = ""
+
+
+class _Media(msgspec.Struct):
+    id: str = ""
+    caption: str | None = None
+    filename: str | None = None
+    mime_type: str = ""
+
+
+class _Choice(msgspec.Struct):
+    title: str = ""
+    body: str = ""
+    response_json: str = ""
+    """Of a flow: its fields and values."""
+    response: str = ""
+
+
+class _Interactive(msgspec.Struct):
+    type: str = ""
+    button_reply: _Choice | None = None
+    list_reply: _Choice | None = None
+    nfm_reply: _Choice | None = None
+    """The form of a flow, or an address, was filled in."""
+    call_permission_reply: _Choice | None = None
+
+
+class _Location(msgspec.Struct):
+    latitude: float
+    longitude: float
+    name: str = ""
+    address: str = ""
+
+
+class _Name(msgspec.Struct):
+    formatted_name: str = ""
+
+
+class _Phone(msgspec.Struct):
+    phone: str = ""
+
+
+class _Email(msgspec.Struct):
+    email: str = ""
+
+
+class _Contact(msgspec.Struct):
+    name: _Name = msgspec.field(default_factory=_Name)
+    phones: list[_Phone] = []
+    emails: list[_Email] = []
+
+
+class _Product(msgspec.Struct):
+    product_retailer_id: str = ""
+    quantity: str | int | float = 1
+    item_price: str | int | float = ""
+    currency: str = ""
+
+
+class _Order(msgspec.Struct):
+    text: str = ""
+    product_items: list[_Product] = []
+
+
+class _System(msgspec.Struct):
+    type: str = ""
+    wa_id: str = ""
+    """The new number."""
+
+
+class _Referred(msgspec.Struct):
+    product_retailer_id: str = ""
+
+
+class _Context(msgspec.Struct):
+    referred_product: _Referred | None = None
+
+
+class _Referral(msgspec.Struct):
+    """The advertisement or the post from which the person came."""
+
+    headline: str = ""
+    body: str = ""
+
+
+class _Button(msgspec.Struct):
+    text: str = ""
+
+
+class _Reaction(msgspec.Struct):
+    message_id: str
+    emoji: str = ""
+    """Empty: the person took the sign back. Each person has one at most."""
+
+
+class _Changed(msgspec.Struct):
+    """An edit or a deletion."""
+
+    original_message_id: str
+    message: dict[str, Any] = {}
+
+
+class _Message(msgspec.Struct):
+    id: str
+    type: str
+    from_: str = msgspec.field(name="from")
+    timestamp: str = ""
+    """Unix seconds, in decimal digits."""
+    text: _Text | None = None
+    image: _Media | None = None
+    video: _Media | None = None
+    audio: _Media | None = None
+    document: _Media | None = None
+    sticker: _Media | None = None
+    location: _Location | None = None
+    contacts: list[_Contact] | None = None
+    button: _Button | None = None
+    interactive: _Interactive | None = None
+    order: _Order | None = None
+    system: _System | None = None
+    reaction: _Reaction | None = None
+    edit: _Changed | None = None
+    revoke: _Changed | None = None
+    context: _Context | None = None
+    referral: _Referral | None = None
+
+    @property
+    def media(self) -> _Media | None:
+        return self.image or self.video or self.audio or self.document or self.sticker
+
+    @property
+    def order_of_change(self) -> int:
+        if not (self.timestamp.isascii() and self.timestamp.isdecimal() and len(self.timestamp) <= 12):
+            raise UnreadableCall("timestamp: is not a time")
+        return int(self.timestamp)
+
+
+class _Problem(msgspec.Struct):
+    code: int = 0
+    title: str = ""
+
+
+class _Status(msgspec.Struct):
+    id: str
+    status: str = ""
+    errors: list[_Problem] | None = None
+
+
+class _Metadata(msgspec.Struct):
+    phone_number_id: str = ""
+
+
+class _Value(msgspec.Struct):
+    metadata: _Metadata | None = None
+    messages: list[_Message] | None = None
+    statuses: list[_Status] | None = None
+
+
+class _Change(msgspec.Struct):
+    field: str
+    value: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class _Entry(msgspec.Struct):
+    changes: list[_Change] | None = None
+
+
+class _Webhook(msgspec.Struct):
+    entry: list[_Entry] | None = None
+
+
+def read(body: bytes, number: str) -> list[Item]:
+    """The items of all changes. `number`: the id of the channel's number."""
+    webhook = decode(body, _Webhook)
+    changes = [change for entry in webhook.entry or () for change in entry.changes or ()]
+    return [item for change in changes for item in _items(change, number)]
+
+
+def _items(change: _Change, number: str) -> Iterator[Item]:
+    if change.field != "messages":
+        ids = (f"change/{hashlib.sha256(bytes(change.value)).hexdigest()}",)
+        yield Ignored(ids, KINDS.get(f"change.{change.field}") or f"a change of {change.field[:40]}")
+        return
+    value = decode(change.value, _Value)
+    for status in value.statuses or ():
+        yield _status(status)
+    for message in value.messages or ():
+        if value.metadata is None or value.metadata.phone_number_id != number:
+            yield Ignored((f"message/{message.id}",), "a message to another number")
+        else:
+            yield _item(message)
+
+
+def _item(message: _Message) -> Item:
+    ids = (f"message/{message.id}",)
+    if message.reaction:
+        return _reacted(ids, message, message.reaction)
+    if message.revoke:
+        return Deleted(ids, f"message/{message.revoke.original_message_id}")
+    if message.edit:
+        return _edited(ids, message, message.edit)
+    if message.system:
+        if message.system.type == "user_changed_number" and message.system.wa_id:
+            return Moved(ids, message.from_, message.system.wa_id)
+        return Ignored(ids, KINDS["system.customer_identity_changed"])
+    text = _text(message)
+    if text is None:
+        return Ignored(ids, KINDS.get(message.type) or f"a message of type {message.type[:40]}")
+    return Inbound(ids, message.from_, message.from_, message.id, text, attachments=_attachments(message))
+
+
+def _edited(ids: tuple[str, ...], message: _Message, edit: _Changed) -> Edited | Ignored:
+    # Without an edit in the edit, which could be nested without end.
+    fields = edit.message | {"id": edit.original_message_id, "from": message.from_, "edit": None}
+    try:
+        item = _item(msgspec.convert(fields, _Message))
+    except msgspec.ValidationError as error:
+        raise UnreadableCall(f"edit: {error}") from error
+    if not isinstance(item, Inbound):
+        return Ignored(ids, "an edit without a text")
+    return Edited(ids, item.ids[0], item, message.order_of_change)
+
+
+def _reacted(ids: tuple[str, ...], message: _Message, reaction: _Reaction) -> Reacted:
+    signs = (reaction.emoji,) if reaction.emoji else ()
+    target = f"message/{reaction.message_id}"
+    return Reacted(ids, target, reaction.message_id, message.from_, signs, "all", message.order_of_change)
+
+
+def _status(status: _Status) -> Ignored | Receipt:
+    ids = (f"status/{status.id}/{status.status}",)
+    match status.status:
+        case "delivered" | "read":
+            return Receipt(ids, status.id, status.status)
+        case "failed":
+            problem = next(iter(status.errors or ()), _Problem())
+            return Receipt(ids, status.id, "failed", f"{problem.code}: {problem.title}"[:200].replace("\0", ""))
+    return Ignored(ids, KINDS.get(f"status.{status.status}") or f"a status {status.status[:40]}")
+
+
+def _text(message: _Message) -> str | None:
+    text = _words(message)
+    if text is None:
+        return None
+    about = []
+    if message.context and message.context.referred_product:
+        about.append(described("About the product", message.context.referred_product.product_retailer_id))
+    if message.referral:
+        about.append(described("From the advertisement", message.referral.headline, message.referral.body))
+    return "\n\n".join([text, *about]) if about else text
+
+
+def _words(message: _Message) -> str | None:
+    if message.text:
+        return message.text.body
+    if message.button:
+        return message.button.text
+    if message.interactive:
+        return _choice(message.interactive)
+    if message.order:
+        return _order(message.order)
+    if message.media:
+        return message.media.caption or ""
+    if place := message.location:
+        return described("Location", place.name, place.address, place.latitude, place.longitude)
+    if message.contacts:
+        return "\n".join(map(_contact, message.contacts))
+    # WhatsApp does not give this message to programs, such as a poll. The person should hear that.
+    return placeholder("a message that WhatsApp does not pass on") if message.type == "unsupported" else None
+
+
+def _choice(interactive: _Interactive) -> str | None:
+    if chosen := interactive.button_reply or interactive.list_reply:
+        return chosen.title
+    if flow := interactive.nfm_reply:
+        values = _values(flow.response_json)
+        return "\n".join([described("Form", flow.body), *values]) if values else flow.body or flow.response_json or None
+    if permission := interactive.call_permission_reply:
+        return described("Permission to call", permission.response)
+    return None
+
+
+def _values(response: str) -> list[str]:
+    """The fields of a form, a line for each. Its token is ours."""
+    try:
+        fields = msgspec.json.decode(response)
+    except (msgspec.DecodeError, RecursionError):
+        return []
+    if not isinstance(fields, dict):
+        return []
+    return [
+        f"{name}: {value if isinstance(value, str) else msgspec.json.encode(value).decode()}"
+        for name, value in fields.items()
+        if name != "flow_token"
+    ]
+
+
+def _order(order: _Order) -> str:
+    lines = [
+        f"- {product.quantity} × {product.product_retailer_id} ({product.item_price} {product.currency})"
+        for product in order.product_items
+    ]
+    return "\n".join([described("Order", order.text), *lines])
+
+
+def _contact(contact: _Contact) -> str:
+    phones = [one.phone for one in contact.phones]
+    return described("Contact", contact.name.formatted_name, *phones, *(one.email for one in contact.emails))
+
+
+def _attachments(message: _Message) -> tuple[Attachment, ...]:
+    if (media := message.media) is None or not media.id:
+        return ()
+    kind = _FILES.get(message.type) or kind_of(media.mime_type)
+    return (Attachment(kind, media.id, media.filename or ""),)

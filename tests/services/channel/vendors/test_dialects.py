@@ -1,0 +1,180 @@
+"""Whatever a model writes: a reader as strict as the vendor accepts every part, nothing is torn, and nobody is rung."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infra.outgoing.client import Outgoing
+from services.channel.vendors import VENDORS, discord, feishu, qq, slack, teams, telegram, whatsapp
+from services.channel.vendors.markdown import PLAIN, render
+from services.channel.vendors.splitting import utf8_length, utf16_length
+from tests.services.channel.vendors.conftest import Adapter
+from tests.services.channel.vendors.examples import examples
+from tooling.testing.vendors.server import StandIn
+
+FAMILY = "👨\u200d👩\u200d👧\u200d👦"
+PIECES = (
+    "word ",
+    "**bold** ",
+    "*it ~~gone~~ it* ",
+    "__**x*y**__ ",
+    "`code` ",
+    "`` a`b ``",
+    "\\`\\`\\`",
+    "\n```py\nprint('`')\n\n  x = 1\n```\n",
+    "\n````\n```\nnested\n```\n````\n",
+    "\n~~~\n```\n~~~\n",
+    "```",
+    "\n- a\n  - b\n    1. c\n       > d\n",
+    "\n> one\n> > two\n> > - three\n",
+    "\n| a | b |\n|---|---|\n| `x|y` | **z** |\n| 1 | 2 |\n",
+    "\n# Heading **bold**\n",
+    "[a (b)](https://e.example/x_(y)?a=1&b=2) ",
+    "[t](tg://user?id=7) [r](/path) [![i](https://e.example/i.png)](https://e.example) ",
+    "<b>raw</b> <at user_id=all></at> <AT\tid=all> <at>x</at> <script>alert(1)</script> & &amp; ",
+    "@everyone @here @all @全体成员 <!channel> <@U1> <@&7> <qqbot-at-everyone /> <#1> ",
+    "<https://e.example/a|b> ",
+    FAMILY,
+    "🇩🇪🇫🇷👍🏽e\u0301 ",
+    "שלום \u202eabc\u202c عربي ",
+    "a\u200bb\u2060c ",
+    "x" * 300,
+    "一二三四五。",
+    "\n\n",
+    "\n---\n",
+)
+TEXTS = (
+    st.lists(st.sampled_from(PIECES), max_size=40)
+    .map("".join)
+    .flatmap(lambda text: st.integers(1, 12).map(lambda times: (text * times)[:5_000]))
+)
+
+
+class Html(HTMLParser):
+    """Telegram's HTML: known tags, well nested, no quotation in a quotation, nothing within code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in ("b", "i", "s", "code", "pre", "a", "blockquote"), tag
+        assert tag != "blockquote" or tag not in self.open
+        if tag == "a":
+            [(name, value)] = attrs
+            assert name == "href"
+            assert (value or "").startswith(("http", "mailto:", "tel:"))
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def html(part: str) -> int:
+    sent = telegram._marked(part)
+    if "parse_mode" not in sent:
+        return utf16_length(sent["text"])
+    parser = Html()
+    parser.feed(sent["text"])
+    parser.close()
+    assert parser.open == []
+    assert not re.search(r"&(?!lt;|gt;|amp;|quot;|#)", sent["text"])
+    return utf16_length(parser.text)
+
+
+def mrkdwn(part: str) -> int:
+    text = render(part, slack.MRKDWN)
+    assert text.count("```") % 2 == 0
+    # A sign of its own is a link only.
+    assert all(
+        re.fullmatch(r"<(https?|mailto|tel):[^<>|\n]*(\|[^<>\n]*)?>", one) for one in re.findall("<[^>]*>?", text)
+    )
+    return len(text)
+
+
+def fences(dialect: Any, length: Callable[[str], int]) -> Callable[[str], int]:
+    def check(part: str) -> int:
+        text = render(part, dialect)
+        assert text.count("```") % 2 == 0
+        return length(text)
+
+    return check
+
+
+def plain(length: Callable[[str], int]) -> Callable[[str], int]:
+    return lambda part: length(render(part, PLAIN))
+
+
+def markdown_of_feishu(part: str) -> int:
+    text = feishu._without_mentions(part)
+    assert not re.search(r"<\s*at\b", text, re.IGNORECASE)
+    return utf8_length(text)
+
+
+def text_of_qq(part: str) -> int:
+    text = qq._shown(part)
+    assert not re.search(r"<[@#]|<qqbot-|@everyone|@全体成员", text)
+    # The vendor names no limit of a message.
+    return 0
+
+
+CHECKS: dict[str, tuple[Callable[[str], int], int]] = {
+    "telegram": (html, 4_096),
+    "slack": (mrkdwn, 4_000),
+    "discord": (fences(discord.DIALECT, len), 2_000),
+    "whatsapp": (fences(whatsapp.DIALECT, len), 4_096),
+    "teams": (fences(teams.DIALECT, utf8_length), 28_000),
+    "feishu": (markdown_of_feishu, 28_000),
+    "dingtalk": (utf8_length, 15_000),
+    "line": (plain(utf16_length), 5_000),
+    "twilio": (plain(len), 1_600),
+    "wecom": (plain(utf8_length), 2_048),
+    "qq": (text_of_qq, 0),
+    "webhook": (len, 100_000),
+}
+
+
+def test_every_vendor_is_checked() -> None:
+    assert set(CHECKS) == set(VENDORS)
+
+
+@pytest.mark.parametrize("name", sorted(CHECKS))
+@given(TEXTS)
+@settings(max_examples=10, deadline=None)
+def test_every_part_is_accepted_and_no_character_is_torn(name: str, text: str) -> None:
+    check, most = CHECKS[name]
+    parts = VENDORS[name].split(text)
+    for part in parts:
+        assert part.strip()
+        assert check(part) <= most
+        # A cut before an accent or a joiner, or behind a joiner, would show half a character.
+        assert unicodedata.category(part[0]) not in ("Mn", "Me", "Mc")
+        assert "\u200d" not in (part[0], part[-1])
+        part.encode()
+    # Nothing is lost but white space; fences and heads of tables may come twice.
+    assert set("".join(parts)) >= {sign for sign in text if not sign.isspace()}
+
+
+@pytest.mark.parametrize("name", sorted(set(CHECKS) - {"webhook", "teams"}))
+async def test_each_piece_is_accepted_by_the_vendor(name: str, outgoing: Outgoing) -> None:
+    fake: StandIn = examples()[name].fake
+    async with fake:
+        adapter = Adapter(name, fake, outgoing)
+        for n, piece in enumerate((*PIECES, "".join(PIECES))):
+            for m, part in enumerate(adapter.vendor.split(piece), 1):
+                place = {"qq": "users/u1", "dingtalk": "user/s1", "feishu": "oc_1", "line": "U1"}.get(name, "1")
+                answers = f"m{n}" if name == "qq" else None
+                await adapter.send(part, place, f"d{n}-{m}", answers=answers, part=m)
+    assert fake.refusals == []
