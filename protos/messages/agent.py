@@ -177,7 +177,7 @@ class RunCompleted(Message, frozen=True, kw_only=True):
 
 
 class RunMessageDeleted(Message, frozen=True, kw_only=True):
-    """A person deleted a message that a run had begun to answer. What was learned from it is to be forgotten."""
+    """A person deleted a message that a run had begun to answer. Memory forgets the facts that it learned from it."""
 
     run_id: UUID
     session_key: str

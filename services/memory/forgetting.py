@@ -1,4 +1,4 @@
-"""Removes what was learned from erased persons and from deleted messages."""
+"""Removes the facts that were learned from erased persons and from deleted messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from infra.postgres.inbox import mark_handled
 from infra.postgres.tx import Tx, derived_id
 from services.memory.memories import lock
 
-# The mark of a run a message of which was deleted.
+# The mark of a run with a deleted message.
 _WITHDRAWN = "withdrawn"
 
 

@@ -75,7 +75,7 @@ async def remember_run(event: RunCompleted, tx: Tx, conversations: Conversations
 
 @AGENT_EVENTS.each(RunMessageDeleted, group="memory")
 async def forget_message(event: RunMessageDeleted, tx: Tx, keeping: Keeping, learning: Learning) -> None:
-    """What was learned from the run is forgotten. Rules search the words that are left."""
+    """The facts that were learned from the run are forgotten. Rules search the words that are left."""
     await keeping.withdraw(tx, event.subject_id, event.run_id)
     assert tx.cause
     run = FinishedRun(event.run_id, event.subject_id, event.channel_id, None, tx.cause.time)

@@ -219,9 +219,9 @@ class Keeping:
             await self._write(tx, row_id, MemoryForgotten(by=by))
 
     async def withdraw(self, tx: Tx, subject_id: str, run_id: UUID) -> None:
-        """Forgets what was learned from a run, because a message of it was deleted, and removes the texts from the
-        stored events. What the person has said again elsewhere stays. What it had replaced is in force again. From now
-        on `is_withdrawn` is true of this run."""
+        """Forgets the facts that were learned from a run with a deleted message, and removes their texts from the
+        stored events. A fact that the person has said again elsewhere stays. A fact that a forgotten one had replaced
+        is in force again. From now on `is_withdrawn` is true of this run."""
         await lock(tx, "user", subject_id)
         await mark_withdrawn(tx, run_id)
         rows = await tx.sql(

@@ -62,8 +62,8 @@ class Learning:
 
     async def by_rules(self, tx: Tx, run: FinishedRun, said: str, *, after_deletion: bool = False) -> list[UUID]:
         """Keeps the facts that rules find in the person's message. Returns the ids of the new memories; the same run
-        always gives the same ids. Keeps nothing of an erased person. Of a run a message of which was deleted, it keeps
-        only what it finds in the others `after_deletion`."""
+        always gives the same ids. Keeps nothing of an erased person. Of a run with a deleted message, it keeps only
+        the facts that it finds in the others `after_deletion`."""
         found = [
             FoundFact(fact.text, fact.kind, fact.topic, fact.importance, RULE_CONFIDENCE, run.message_id, None, None)
             for fact in (facts(said) if run.subject_id else ())

@@ -305,8 +305,8 @@ def page() -> str:
         f"| ability | {' | '.join(VENDORS)} |\n|---|{'---|' * len(VENDORS)}\n"
         + "\n".join(rows)
         + f"\n\n## Reasons\n\n{notes}\n\n## Kinds of messages and events\n\n"
-        "What each vendor documents, by the tables in `services/channel/vendors`. A message of any other kind is\n"
-        "ignored, and the reason names the kind. Each kind has an example in\n"
+        "The kinds that each vendor documents, by the tables in `services/channel/vendors`. A message of any other\n"
+        "kind is ignored, and the reason names the kind. Each kind has an example in\n"
         f"[test_kinds.py](../{VENDOR_TESTS}/test_kinds.py).\n\n"
         + "\n\n".join(_kinds(vendor) for vendor in VENDORS)
         + "\n"

@@ -206,7 +206,7 @@ async def _forget_summary(tx: Tx, changed: MessageChanged) -> None:
 
 
 async def _publish_deletion(tx: Tx, changed: MessageChanged, message: _Stored, key: DataKey) -> None:
-    """Tells memory what the person has said in the other messages of the run."""
+    """Tells memory the words of the person in the other messages of the run."""
     assert tx.tenant_id
     rows = await tx.sql(
         """

@@ -277,7 +277,7 @@ def placeholder(kind: str, *names: str) -> str:
 
 
 def described(kind: str, *facts: object) -> str:
-    """The text for a message that is no text, such as ``[Location: Main Street 1, 52.5, 13.4]``."""
+    """The text for a message without text, such as ``[Location: Main Street 1, 52.5, 13.4]``."""
     known = ", ".join(str(fact) for fact in facts if fact not in (None, ""))
     return f"[{kind}: {known}]" if known else f"[{kind}]"
 

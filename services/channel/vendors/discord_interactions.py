@@ -200,7 +200,7 @@ def _options(options: Sequence[Any] | None) -> Iterator[tuple[str, int, str]]:
 
 
 def _fields(components: Any) -> Iterator[str]:
-    """What a person has entered or chosen in a modal."""
+    """The values that a person has entered or chosen in a modal."""
     for component in components if isinstance(components, list) else ():
         if not isinstance(component, dict):
             continue

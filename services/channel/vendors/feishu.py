@@ -291,7 +291,7 @@ def decrypt(credentials: FeishuCredentials, encrypted: str) -> bytes:
 
 
 def _without_mentions(text: str) -> str:
-    """The text with nothing in it that would notify anybody: ``<at id=all></at>``."""
+    """The text without mentions, which would notify people: ``<at id=all></at>``."""
     return _MENTION.sub("&lt;", text)
 
 

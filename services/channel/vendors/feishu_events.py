@@ -76,7 +76,7 @@ _NAMES = {
     "general_calendar": "Calendar event",
     "hongbao": "Red packet",
 }
-"""How a message that is no text is named. Its fields of `_FACTS` follow."""
+"""The names of messages without text. Its fields of `_FACTS` follow."""
 _FACTS = (
     "title",
     "name",
@@ -127,7 +127,7 @@ class _Event(msgspec.Struct):
 
 
 class _Action(msgspec.Struct):
-    """What a person pressed, chose or entered in a card."""
+    """The values that a person pressed, chose or entered in a card."""
 
     value: Any = None
     name: str = ""

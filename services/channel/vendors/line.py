@@ -109,7 +109,7 @@ class _Message(msgspec.Struct):
     latitude: float | None = None
     longitude: float | None = None
     keywords: list[str] = []
-    """What a sticker shows."""
+    """The things that a sticker shows."""
     mention: _Mention | None = None
 
 

@@ -195,7 +195,7 @@ def signing_key(credentials: QQCredentials) -> Ed25519PrivateKey:
 
 
 def _shown(text: str) -> str:
-    """Plain text with a zero-width space in everything that would notify anybody, or lead to a channel.
+    """Plain text with a zero-width space in each mention, which would notify people, and in each link to a channel.
 
     https://bot.q.qq.com/wiki/develop/api-v2/server-inter/message/trans/text-chain.html
     """

@@ -52,7 +52,8 @@ KINDS: Mapping[str, str] = {
         _NO_MESSAGE,
     ),
     **dict.fromkeys(
-        ("MESSAGE_DELETE", "PUBLIC_MESSAGE_DELETE", "DIRECT_MESSAGE_DELETE"), "a deletion in a guild, by anybody"
+        ("MESSAGE_DELETE", "PUBLIC_MESSAGE_DELETE", "DIRECT_MESSAGE_DELETE"),
+        "a deletion in a guild, by its author or an administrator",
     ),
     **dict.fromkeys(("MESSAGE_REACTION_ADD", "MESSAGE_REACTION_REMOVE"), "a reaction in a guild"),
     **dict.fromkeys(

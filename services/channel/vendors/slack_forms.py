@@ -30,7 +30,7 @@ class _Option(msgspec.Struct):
 
 
 class _Action(msgspec.Struct):
-    """What a person pressed, chose or entered. https://docs.slack.dev/reference/block-kit/block-elements"""
+    """The value that a person pressed, chose or entered. https://docs.slack.dev/reference/block-kit/block-elements"""
 
     action_id: str = ""
     action_ts: str = ""

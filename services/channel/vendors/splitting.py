@@ -96,7 +96,7 @@ def _open_fence(text: str) -> tuple[int, str, str] | None:
 
 
 def _open_table(text: str, cut: int, most: int) -> tuple[int, str] | None:
-    """The table of which a cut separates rows: its start, and its first two lines, of `most` characters at most."""
+    """The table whose rows a cut separates: its start, and its first two lines, of `most` characters at most."""
     lines = text[:cut].rstrip("\n").split("\n")
     following = text[cut:].removeprefix("\n").partition("\n")[0]
     if "|" not in following:

@@ -181,7 +181,7 @@ def _spoken(activity: Activity, tenant: str) -> Inbound | Ignored:
         (_target(activity, activity.id),),
         activity.conversation.id,
         activity.from_.id,
-        # An invoke is no message that a reply could quote.
+        # A reply cannot quote an invoke.
         f"{activity.id if activity.type != 'invoke' else ''} {activity.serviceUrl}",
         text,
         attachments=attachments,

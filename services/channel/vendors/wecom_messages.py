@@ -124,7 +124,7 @@ def _contents(root: ElementTree.Element) -> Iterator[str]:
 
 
 def _chosen(event: str, root: ElementTree.Element, key: str) -> str:
-    """What a person pressed, chose or scanned; empty for other events."""
+    """The value that a person pressed, chose or scanned; empty for other events."""
     if KINDS.get(f"event.{event}", _NO_MESSAGE):
         return ""
     found = {"OptionId": "", "ScanResult": "", "Label": "", "Location_X": "", "Location_Y": ""}

@@ -125,7 +125,7 @@ async def test_a_deleted_message_is_not_answered(world: World, tenant: Tenant) -
     go.set()
     await tenant.runs(2)
     assert of(world, tenant)[1] == ["[The person has deleted this message.]", "One.", "third"]
-    # Memory forgets what it has learned of the message that was answered.
+    # Memory forgets the facts of the message that was answered.
     told = [body for body in await tenant.sent("agent.events") if "said" in body and "reply" not in body]
     assert [(body["message_id"], body["said"]) for body in told] == [(str(first), "")]
     [(messages, of_run)] = await rows(tenant, "SELECT messages, run_messages FROM session WHERE tenant_id = $1", 1)

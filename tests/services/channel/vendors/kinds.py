@@ -1,4 +1,4 @@
-"""The form of the examples: one for each kind of message and event that the vendors document, and what is read."""
+"""The form of the examples: one for each documented kind of message and event, and the text that is read."""
 
 from __future__ import annotations
 

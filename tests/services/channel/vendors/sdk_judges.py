@@ -1,4 +1,4 @@
-"""Runs in `.venv-judges`, without our code: what the SDKs of LINE and Lark say of webhook calls.
+"""Runs in `.venv-judges`, without our code: the verdicts of the SDKs of LINE and Lark about webhook calls.
 
 Reads a JSON list of calls from stdin and writes a list of verdicts: null for a refused call, else its events' kinds.
 """

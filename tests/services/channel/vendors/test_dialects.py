@@ -1,4 +1,4 @@
-"""Whatever a model writes: a reader as strict as the vendor accepts every part, nothing is torn, and nobody is rung."""
+"""Any text of a model: a reader as strict as the vendor accepts each part, no character is torn, no one is notified."""
 
 from __future__ import annotations
 

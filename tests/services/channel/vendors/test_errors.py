@@ -1,4 +1,4 @@
-"""The errors that the vendors document, and what becomes of a message that meets them.
+"""The errors that the vendors document, and the end of a message that meets them.
 
 Beside those in the test of each vendor: the sources are the vendors' tables of errors, which the adapters name.
 """
@@ -115,7 +115,7 @@ ERRORS: dict[str, dict[type[Exception], list[tuple[int, Any]]]] = {
         Transient: [coded(503, 130000), coded(400, 40006), (500, "")],
     },
     "whatsapp": {
-        # Among them: the person has not agreed, is no user, or the window of 24 hours is over.
+        # Among them: the person has not agreed, has no account, or the window of 24 hours is over.
         EffectFailed: [
             meta(400, code)
             for code in (

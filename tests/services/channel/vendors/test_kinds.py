@@ -13,7 +13,7 @@ from services.channel.vendors.items import Ignored, Inbound
 from tests.services.channel.vendors.examples import examples
 
 KINDS = [(name, kind) for name, vendor in sorted(VENDORS.items()) for kind in vendor.kinds]
-# Fields of a message that tell something about it, and are no content.
+# Fields that describe a message and do not belong to its content.
 _ABOUT_A_MESSAGE = {
     "author_signature",
     "business_connection_id",

@@ -1,4 +1,4 @@
-"""The SDKs of LINE and Lark accept the calls of our stand-ins, read the same kinds, and refuse what we refuse.
+"""The SDKs of LINE and Lark accept the calls of our stand-ins, read the same kinds, and refuse the same calls.
 
 They need older packages than the project. ``python -m tests.services.channel.vendors.test_sdk_judges`` installs them.
 """

@@ -125,7 +125,7 @@ OPTIONS = (
         {"tool_choice": "auto"},
         {"tools": [function(name="f", description=None, strict=None)]},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": None, "schema": OBJECT}}},
-        # What vLLM, Ollama, Gemini, OpenRouter, DeepSeek and llama.cpp add.
+        # Options that vLLM, Ollama, Gemini, OpenRouter, DeepSeek and llama.cpp add.
         {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "chat_template_kwargs": {"enable_thinking": False}},
         {"keep_alive": "5m", "options": {"num_ctx": 1}, "think": True, "cache_prompt": True, "safety_settings": []},
         {"provider": {"order": ["x"]}, "transforms": [], "models": None, "usage": {"include": True}, "route": None},
