@@ -34,9 +34,13 @@ class Furnished:
 async def asked(
     system: Platform, service: str, tenant: str, method: str, path: str, body: Any = None, **more: Any
 ) -> Any:
-    """The JSON of the answer, which must be good."""
+    """The JSON of the answer, which must be good. A busy machine gets five attempts: until then 503 says that a service
+    behind this one did not answer in time."""
     async with system.client(service, tenant) as client:
-        answer = await client.request(method, path, json=body, **more)
+        for _ in range(5):
+            answer = await client.request(method, path, json=body, **more)
+            if answer.status_code != 503:
+                break
     assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
     return answer.json() if answer.content else None
 
