@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from tooling.stack.home import SERVICES
-from tooling.testing.platform import Platform
+from tooling.testing.platform import ANSWER_SECONDS, Platform
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Operation:
 async def operations(system: Platform) -> list[Operation]:
     found = []
     for service in SERVICES:
-        async with httpx.AsyncClient(base_url=system.url(service), trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=system.url(service), trust_env=False, timeout=ANSWER_SECONDS) as client:
             page = (await client.get("/docs/openapi.json")).json()
         for path, methods in page["paths"].items():
             for method, operation in methods.items():
