@@ -10,8 +10,6 @@ import asyncio
 import os
 import random
 import re
-import sys
-import time
 from typing import Any
 from uuid import uuid4
 
@@ -24,6 +22,7 @@ from tests.security.clients import BODIES, OWN_NAMES, Clients
 from tests.security.furnished import Furnished, furnish
 from tests.security.pages import Operation, filled
 from tooling.testing.platform import Platform
+from tooling.testing.progress import Progress
 
 TENANTS = int(os.environ.get("CLAW_RIGHTS_TENANTS", "3"))
 CALLS = int(os.environ.get("CLAW_RIGHTS_CALLS", "400"))
@@ -48,18 +47,6 @@ KINDS: dict[str, tuple[str, ...] | None] = {
 
 def word(n: int) -> str:
     return f"{WORD}{n:06}"
-
-
-class Progress:
-    """Lines on the terminal, past pytest's capture: a large campaign takes most of an hour."""
-
-    def __init__(self, capture: pytest.CaptureFixture[str]) -> None:
-        self._capture = capture
-        self._started = time.monotonic()
-
-    def show(self, what: str, done: int, of: int) -> None:
-        with self._capture.disabled():
-            sys.stderr.write(f"{time.monotonic() - self._started:.0f} s: {done} of {of} {what}\n")
 
 
 async def furnish_all(system: Platform, progress: Progress) -> list[Furnished]:

@@ -31,6 +31,7 @@ from services.memory.memories import Memories
 from services.memory.retrieval import MODES, Query, Retrieval
 from services.memory.rights import EVERY, Owners, ReaderNames
 from tooling.testing.platform import PASSWORDS, Platform
+from tooling.testing.progress import Progress
 
 TENANTS = int(os.environ.get("CLAW_CANARY_TENANTS", "8"))
 SEARCHES = int(os.environ.get("CLAW_CANARY_SEARCHES", "150"))
@@ -90,9 +91,14 @@ async def add(database: Database, embedder: LocalEmbedder, index: Mixed, tenant:
 
 
 @pytest.mark.timeout(180 + SEARCHES)
-async def test_no_search_shows_the_canary_of_another_tenant_or_reader(aviary: Aviary) -> None:
+async def test_no_search_shows_the_canary_of_another_tenant_or_reader(
+    aviary: Aviary, capfd: pytest.CaptureFixture[str]
+) -> None:
+    progress = Progress(capfd)
     chance = random.Random(11)
-    for _ in range(SEARCHES):
+    for done in range(SEARCHES):
+        if done % 1_000 == 0:
+            progress.show("searches", done, SEARCHES)
         n = chance.randrange(TENANTS)
         # Few enough queries that a process keeps their vectors.
         asking, other = aviary.tenants[n], aviary.tenants[(n + chance.choice((0, 1, 3))) % TENANTS]

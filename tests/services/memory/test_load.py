@@ -16,6 +16,7 @@ import pytest
 from services.memory.domain import chunk, sections
 from tests.services.memory.conftest import Client, Vectors
 from tooling.testing.platform import Platform
+from tooling.testing.progress import Progress
 
 DOCUMENTS = int(os.environ.get("CLAW_LOADED_DOCUMENTS", "12"))
 KILLS = int(os.environ.get("CLAW_LOADED_KILLS", "2"))
@@ -31,8 +32,9 @@ def text(n: int) -> bytes:
 
 @pytest.mark.timeout(300 + 10 * DOCUMENTS)
 async def test_documents_under_kills_are_indexed_once_and_never_seen_by_halves(
-    platform: Platform, vectors: Vectors
+    platform: Platform, vectors: Vectors, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    progress = Progress(capfd)
     await platform.prepare("memory")
     await platform.start("memory")
     client = Client(platform, "tenant-crates")
@@ -70,6 +72,7 @@ async def test_documents_under_kills_are_indexed_once_and_never_seen_by_halves(
             return await count("indexed") >= enough
 
         await platform.until(reached, seconds=60 + 5 * DOCUMENTS)
+        progress.show(f"documents indexed, kill {kill + 1}", enough, DOCUMENTS)
         platform.processes["memory"].kill()
         await asyncio.to_thread(platform.processes["memory"].wait)
         await platform.start("memory")

@@ -63,6 +63,8 @@ async def begun(slow: Slow, vectors: QueryVectors, texts: Sequence[str]) -> list
 async def test_queries_that_wait_go_together_and_a_single_one_at_once(slow: Slow, vectors: QueryVectors) -> None:
     texts = [f"query {'x' * n}" for n in range(BATCH + 3)]
     asked = await begun(slow, vectors, texts)
+    await asyncio.sleep(0)
+    assert slow.calls == [texts[:1]]
     slow.go.set()
     made = await asyncio.gather(*asked)
     assert [float(vector[0]) for vector in made] == [len(text) for text in texts]  # type: ignore[index]
