@@ -12,7 +12,7 @@ import pytest
 from minio import Minio
 
 from infra.errors import InvalidMessage
-from infra.stores.objects import BUCKET
+from infra.stores.objects import BUCKET, listed
 from tests.services.memory import files
 from tests.services.memory.conftest import Client, Vectors
 from tooling.testing.platform import Platform
@@ -259,7 +259,7 @@ def stored(platform: Platform, name: str) -> list[str]:
     """The ids of the files with this name, read with the client of the object store."""
     s3 = platform.stack.engines["s3"]
     client = Minio(urlsplit(s3["endpoint"]).netloc, s3["access_key"], s3["secret_key"], secure=False)
-    paths = [item.object_name or "" for item in client.list_objects(BUCKET, prefix="test/documents/")]
+    paths = [item.object_name or "" for item in listed(client, BUCKET, "test/documents/")]
     return sorted(path.rpartition("/")[2][:36] for path in paths if path.endswith(name))
 
 

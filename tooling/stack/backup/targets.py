@@ -16,6 +16,7 @@ import urllib3
 from minio import Minio
 from minio.error import S3Error, ServerError
 
+from infra.stores.objects import listed
 from tooling.stack.backup import objects
 from tooling.stack.engines.base import EngineError
 
@@ -144,12 +145,11 @@ class Bucket:
     def stored(self) -> dict[str, datetime]:
         if not self._store.bucket_exists(self._bucket):
             return {}
-        listed = self._store.list_objects(self._bucket, self._prefix)
-        return {
+        names = {
             str(found.object_name).removeprefix(self._prefix): cast(datetime, found.last_modified)
-            for found in listed
-            if not found.is_dir
+            for found in listed(self._store, self._bucket, self._prefix)
         }
+        return {name: at for name, at in names.items() if "/" not in name}
 
     def remove(self, name: str) -> None:
         self._store.remove_object(self._bucket, self._prefix + name)

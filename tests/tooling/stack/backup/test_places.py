@@ -78,6 +78,16 @@ def test_a_backup_that_was_not_completed_does_not_appear(place: Target, size: in
     assert list(place.stored()) == ["older"]
 
 
+def test_more_files_than_one_page_of_the_store_are_listed(store: Minio, access: dict[str, Any], bucket: str) -> None:
+    """An archive of WAL has a segment for each minute."""
+    place = target(f"s3://{bucket}/wal", access)
+    store.make_bucket(bucket)
+    names = [f"{n:024X}" for n in range(1_001)]
+    for name in [*names, "other/folder"]:
+        store.put_object(bucket, f"wal/{name}", io.BytesIO(b"x"), 1)
+    assert sorted(place.stored()) == names
+
+
 def test_a_folder_overwrites_no_file(tmp_path: Path) -> None:
     place = Folder(tmp_path)
     put(place, "one", b"first")
