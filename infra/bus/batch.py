@@ -20,10 +20,11 @@ from infra.failpoint import failpoint
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
+from infra.postgres.database import Database
 from infra.postgres.db import is_transient, storable
 from infra.postgres.dead_letters import DeadLetter, lock_parked, park, store_dead_letters
 from infra.postgres.inbox import mark_handled
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from protos.topology import Subscription, Topic
 
 # A record whose error is neither invalid input nor transient becomes a dead letter after so many attempts.

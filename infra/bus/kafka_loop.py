@@ -16,7 +16,7 @@ from infra.connections import kafka_options
 from infra.errors import describe
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from protos.topology import Subscription, Topic
 
 BACKOFF_SECONDS = (0.1, 0.5, 2.0, 5.0)

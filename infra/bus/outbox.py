@@ -20,11 +20,11 @@ from infra.failpoint import failpoint
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
+from infra.postgres.database import Database
 from infra.postgres.db import is_transient, sql
 from infra.postgres.dead_letters import DeadLetter, store_dead_letters
 from infra.postgres.leases import LEASE_SECONDS, Leases
 from infra.postgres.outbox_rows import BUCKETS
-from infra.postgres.tx import Database
 
 WINDOW = 500
 # A commit in this process wakes the relay. The poll finds rows of other processes, and those left after a crash.

@@ -27,10 +27,11 @@ from infra.failpoint import failpoint
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
+from infra.postgres.database import Database
 from infra.postgres.db import is_of_database, is_transient
 from infra.postgres.dead_letters import DeadLetter, store_dead_letters
 from infra.postgres.inbox import mark_handled
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from protos.envelope import Envelope
 from protos.topology import Queue, Subscription
 

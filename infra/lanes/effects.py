@@ -21,8 +21,9 @@ from infra.failpoint import failpoint
 from infra.lanes.claims import LaneHead, Lease
 from infra.observe.metrics import Metrics
 from infra.observe.redaction import redacted
+from infra.postgres.database import CONFLICT_ATTEMPTS, Database
 from infra.postgres.db import is_transient, storable
-from infra.postgres.tx import CONFLICT_ATTEMPTS, Database, Tx
+from infra.postgres.tx import Tx
 
 R = TypeVar("R")
 

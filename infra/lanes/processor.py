@@ -22,9 +22,10 @@ from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.observe.redaction import redacted
+from infra.postgres.database import Database
 from infra.postgres.db import is_transient, storable
 from infra.postgres.dead_letters import DeadLetter, store_dead_letters
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 
 # After so many items in a row, a lane is given back so that other lanes have their turn.
 IN_A_ROW = 10

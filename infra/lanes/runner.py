@@ -24,9 +24,9 @@ from infra.lanes.lane import Work
 from infra.lanes.processor import LaneProcessor, report_lost
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
+from infra.postgres.database import Database
 from infra.postgres.db import is_transient
 from infra.postgres.lane_items import ClaimedItem
-from infra.postgres.tx import Database
 
 SWEEP_SECONDS = 1.0
 # Nothing else is started in the process in the first seconds of an item that may be the one that ends its processes.

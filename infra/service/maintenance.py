@@ -14,8 +14,9 @@ from infra.lanes import lane
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.postgres import dead_letters, inbox
+from infra.postgres.database import Database
 from infra.postgres.read_models import ReadModel
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from infra.security.reads import prune_reads
 from infra.service import verification
 from infra.service.redrive import discard_expired

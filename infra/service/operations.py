@@ -12,9 +12,9 @@ from msgspec.structs import replace
 
 from infra.errors import InvalidMessage, NotFound
 from infra.postgres import dead_letters
+from infra.postgres.database import Database
 from infra.postgres.db import sql
 from infra.postgres.dead_letters import DeadLetterView
-from infra.postgres.tx import Database
 from infra.service import bulk_redrive, redrive
 from infra.web import rpc
 from infra.web.health import Health

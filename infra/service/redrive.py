@@ -21,12 +21,13 @@ from infra.errors import Conflict, NotFound, describe
 from infra.lanes.lane import KEEP_EFFECTS, restore
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
+from infra.postgres.database import Database
 from infra.postgres.db import is_of_database, is_transient, storable
 from infra.postgres.dead_letters import OPEN, OPEN_FOR, SealedPayload, open_payload
 from infra.postgres.inbox import mark_handled
 from infra.postgres.lane_items import NewItem
 from infra.postgres.outbox_rows import OutboxRow, insert_outbox
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from protos.topology import Subscription, Topic
 

@@ -32,10 +32,10 @@ from infra.observe import logs, telemetry
 from infra.observe.metrics import Metrics
 from infra.outgoing.client import Outgoing
 from infra.postgres import db
+from infra.postgres.database import Database
 from infra.postgres.db import sql
 from infra.postgres.event_store import Aggregate
 from infra.postgres.read_models import ReadModel
-from infra.postgres.tx import Database
 from infra.security.auth import Callers, Identities
 from infra.security.crypto import Cipher
 from infra.security.keys import Keyring

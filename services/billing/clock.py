@@ -11,7 +11,7 @@ from uuid import UUID
 from infra.clock import utcnow, wait_at_most
 from infra.errors import describe
 from infra.observe.logs import get_logger
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from services.billing import accounts, booking, closing, dunning, invoice_files, invoices, pdf, retention
 from services.billing.tax import Seller
 

@@ -18,8 +18,9 @@ import msgspec
 
 from infra.clock import utcnow
 from infra.errors import InvalidMessage, NotFound, Transient
+from infra.postgres.database import Database
 from infra.postgres.group_commit import GroupCommit
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from services.billing import accounts, budgets, price_book
 from services.billing.domain import UNITS, estimate, provisional
 

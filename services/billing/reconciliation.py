@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from infra.clock import utcnow
 from infra.connections import kafka_options
 from infra.errors import Transient
-from infra.postgres.tx import Database, Tx
+from infra.postgres.database import Database
+from infra.postgres.tx import Tx
 from infra.service.service import Runtime
 from infra.web import rpc
 from protos.catalog import USAGE_RECORDS

@@ -15,7 +15,8 @@ from pydantic import BaseModel
 
 from infra.clock import utcnow
 from infra.errors import InvalidMessage
-from infra.postgres.tx import Database, Tx
+from infra.postgres.database import Database
+from infra.postgres.tx import Tx
 from services.billing import accounts, aggregates, price_book, retention, subscriptions
 from services.billing.accounts import Entry
 from services.billing.domain import MAX_AMOUNT_NANOS, NotReported, Price, cost, valid_at

@@ -10,7 +10,7 @@ import msgspec
 
 from infra.clock import utcnow
 from infra.errors import InvalidMessage
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from infra.service.service import Runtime
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc

@@ -16,7 +16,8 @@ from uuid import UUID
 import msgspec
 
 from infra.errors import Unauthenticated
-from infra.postgres.tx import Database, Tx
+from infra.postgres.database import Database
+from infra.postgres.tx import Tx
 from infra.security.crypto import KEY_BYTES, Cipher
 from infra.security.rewrap import SealedColumn
 from services.channel.domain import Pseudonyms

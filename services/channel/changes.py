@@ -19,7 +19,8 @@ from infra.errors import NotYet
 from infra.lanes.effects import Effects
 from infra.lanes.lane import Lane
 from infra.postgres import event_store
-from infra.postgres.tx import Database, Tx, derived_id
+from infra.postgres.database import Database
+from infra.postgres.tx import Tx, derived_id
 from infra.security.subjects import SubjectKeys
 from protos.catalog import CHANNEL_CHANGES
 from protos.messages.channel import MessageChanged

@@ -21,8 +21,9 @@ from infra.clock import utcnow, uuid7
 from infra.errors import TooLarge, Transient
 from infra.failpoint import failpoint
 from infra.observe import telemetry
+from infra.postgres.database import Database
 from infra.postgres.group_commit import GroupCommit
-from infra.postgres.tx import MAX_MESSAGE_BYTES, Database, Tx
+from infra.postgres.tx import MAX_MESSAGE_BYTES, Tx
 from infra.security.crypto import Cipher
 from infra.security.rewrap import SealedColumn
 from infra.security.subjects import SubjectKeys

@@ -19,7 +19,8 @@ import msgspec
 from infra.errors import EffectFailed, InvalidMessage, TooManyRequests, Transient, Unanswered, describe
 from infra.observe.logs import get_logger
 from infra.outgoing.client import Outgoing
-from infra.postgres.tx import Database, Tx
+from infra.postgres.database import Database
+from infra.postgres.tx import Tx
 from infra.security.subjects import Erased, SubjectKeys
 from infra.service.service import Runtime
 from infra.stores.cache import Cache, cancelled

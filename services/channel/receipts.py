@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from infra.postgres.tx import Database, Tx
+from infra.postgres.database import Database
+from infra.postgres.tx import Tx
 from services.channel import projections
 from services.channel.accounts import ChannelAccount
 from services.channel.domain import MarkReceived

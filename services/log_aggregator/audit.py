@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from infra.postgres.tx import Database, Tx
+from infra.postgres.database import Database
+from infra.postgres.tx import Tx
 from protos.messages.audit import ActAudited
 from services.log_aggregator import domain
 from services.log_aggregator.domain import EMPTY, ChainHead, Link

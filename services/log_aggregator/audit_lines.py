@@ -13,7 +13,7 @@ import json
 import os
 
 from infra.errors import InvalidMessage
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from infra.security.crypto import KEY_BYTES, Cipher
 from infra.security.rewrap import SealedColumn
 from services.log_aggregator.domain import ChainHead

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from infra.clock import wait_at_most
 from infra.errors import InvalidMessage, Transient, describe
 from infra.observe.logs import get_logger
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from infra.stores.objects import Objects
 from services.log_aggregator import audit
 from services.log_aggregator.audit_lines import AuditLines

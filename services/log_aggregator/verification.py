@@ -9,7 +9,7 @@ from infra.clock import wait_at_most
 from infra.errors import describe
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from services.log_aggregator import audit
 from services.log_aggregator.audit import Verification
 from services.log_aggregator.stored_heads import HeadsComparison, StoredHeads

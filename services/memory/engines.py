@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import NamedTuple
 from uuid import UUID
 
-from infra.postgres.tx import Database, Tx
+from infra.postgres.database import Database
+from infra.postgres.tx import Tx
 from services.memory.index import Hit, VectorIndex, VectorRow
 from services.memory.rights import EVERY, Owners
 

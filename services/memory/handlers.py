@@ -11,7 +11,8 @@ import msgspec
 from infra.clock import utcnow
 from infra.lanes.effects import Effects
 from infra.lanes.lane import Lane
-from infra.postgres.tx import Database, Tx
+from infra.postgres.database import Database
+from infra.postgres.tx import Tx
 from protos.catalog import AGENT_EVENTS, DOCUMENT_INDEX, PLATFORM_EVENTS
 from protos.messages.agent import RunCompleted, RunMessageDeleted
 from protos.messages.memory import IndexDocument

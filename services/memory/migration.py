@@ -15,7 +15,7 @@ from uuid import UUID
 import numpy as np
 
 from infra.errors import Conflict
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from services.memory import engines, handlers
 from services.memory.engines import CACHE_SECONDS, Choice
 from services.memory.index import VectorIndex

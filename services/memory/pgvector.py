@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from uuid import UUID
 
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from services.memory.index import Hit, VectorRow
 from services.memory.rights import EVERY, Owners
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from infra.clock import uuid7
 from infra.errors import EffectFailed, InvalidMessage, Transient, Unanswered
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from services.memory.embeddings import BATCH, Embedded, Embedder
 from services.memory.usage import record_usage
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from infra.clock import uuid7
 from infra.errors import EffectFailed, InvalidMessage, Transient, Unanswered, describe
 from infra.observe.logs import get_logger
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from services.memory import readable
 from services.memory.conversations import Conversations, session_scope
 from services.memory.domain import codes, embedded_text, ends, fuse

@@ -8,8 +8,9 @@ from typing import Any, cast, get_args
 from uuid import UUID
 
 from infra.errors import InvalidMessage, NotFound
+from infra.postgres.database import Database
 from infra.postgres.inbox import mark_handled
-from infra.postgres.tx import Database, Tx, derived_id
+from infra.postgres.tx import Tx, derived_id
 from infra.security.audit import audit
 from infra.security.subjects import Erased
 from infra.service.service import Runtime

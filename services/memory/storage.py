@@ -14,7 +14,8 @@ from typing import NamedTuple
 from infra.clock import wait_at_most
 from infra.errors import describe
 from infra.observe.logs import get_logger
-from infra.postgres.tx import Database, Tx
+from infra.postgres.database import Database
+from infra.postgres.tx import Tx
 from protos.catalog import USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 

@@ -22,8 +22,9 @@ import msgspec
 from infra.clock import utcnow
 from infra.errors import EffectFailed, InvalidMessage, NotFound, RetryLater, TooLarge, Transient, Unanswered
 from infra.observe.logs import get_logger
+from infra.postgres.database import Database
 from infra.postgres.db import is_transient
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.rewrap import SealedColumn
 from infra.security.subjects import Erased, SubjectKeys

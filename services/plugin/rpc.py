@@ -11,7 +11,7 @@ import grpc.aio
 import msgspec
 
 from infra.errors import InvalidMessage
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from infra.service.service import Runtime
 from infra.web import rpc
 from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc

@@ -18,9 +18,9 @@ import httpx
 import pytest
 
 from infra.clock import uuid7
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import migrate, prepare_database
-from infra.postgres.tx import Database
 from tests.infra.bus.conftest import until
 from tests.infra.conftest import PASSWORDS
 from tooling.testing.sample import courier

@@ -20,9 +20,10 @@ from infra.bus.batch import Batches, Fenced
 from infra.bus.outbox import HeldBack, Outcome, Pending, Relay, resend
 from infra.errors import InvalidMessage
 from infra.observe.metrics import Metrics
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine, is_transient
 from infra.postgres.outbox_rows import BUCKETS
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from infra.service.redrive import Redriver
 from protos.messages.sample import NoteTaken
 from tests.infra.conftest import SampleDatabase

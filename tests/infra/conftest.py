@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import Passwords, migrate, prepare_database, role_url
-from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
 from infra.security.sealed_letters import SealedLetters
 from tooling.testing.sample import ledger

@@ -185,7 +185,7 @@ import msgspec
 from infra.clock import utcnow
 from infra.postgres.db import create_engine
 from infra.postgres.schema import Passwords, migrate, prepare_database, role_url
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from protos.messages.channel import MessageReceived
 from services.tally import handlers
 url, passwords = os.environ["URL"], Passwords(*os.environ["PASSWORDS"].split())

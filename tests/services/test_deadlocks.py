@@ -22,9 +22,9 @@ import services
 from infra.bus.batch import Batches
 from infra.clock import utcnow, uuid7
 from infra.observe.metrics import Metrics
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import migrate, prepare_database, role_url
-from infra.postgres.tx import Database
 from protos.catalog import AGENT_EVENTS, AUDIT_LOGS, CHANNEL_EVENTS, PLATFORM_EVENTS, USAGE_RECORDS
 from protos.envelope import Envelope, Message
 from protos.messages.agent import RunCompleted

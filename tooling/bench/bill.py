@@ -27,9 +27,9 @@ import services.billing
 from infra.bus.transactional import BATCH, TransactionalReader
 from infra.clock import utcnow, uuid7
 from infra.observe.metrics import Metrics
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import migrate, prepare_database, role_url
-from infra.postgres.tx import Database
 from protos.catalog import USAGE_RECORDS
 from protos.envelope import Envelope
 from protos.messages.billing import UsageRecorded

@@ -26,8 +26,9 @@ from infra.bus.transactional import BATCH, TransactionalReader
 from infra.clock import utcnow, uuid7
 from infra.observe import telemetry
 from infra.observe.metrics import Metrics
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from protos.envelope import Envelope
 from protos.messages.sample import NoteTaken
 from tooling.bench.fixture import PARTITIONS, SERVICE, Fixture, connections

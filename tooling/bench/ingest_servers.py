@@ -26,8 +26,8 @@ from infra.observe import logs, telemetry
 from infra.observe.metrics import Metrics
 from infra.outgoing import webhooks
 from infra.outgoing.client import Outgoing
+from infra.postgres.database import Database
 from infra.postgres.db import Pool, create_engine
-from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from infra.service.process import freeze_loaded_modules

@@ -23,8 +23,8 @@ from infra.bus.kafka import KafkaPublisher
 from infra.bus.outbox import WINDOW, Relay
 from infra.observe import telemetry
 from infra.observe.metrics import Metrics
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
-from infra.postgres.tx import Database
 from protos.messages.sample import NoteTaken
 from tooling.bench.fixture import SERVICE, Fixture
 from tooling.bench.protocol import SLICE_SECONDS, Anchor, Latency, Slice, check, latency

@@ -18,9 +18,10 @@ from itertools import chain
 from typing import NamedTuple
 
 from infra.clock import uuid7
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import migrate, prepare_database, role_url
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from services.memory.domain import count_tokens

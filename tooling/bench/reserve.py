@@ -12,9 +12,9 @@ from time import perf_counter
 
 import services.billing
 from infra.clock import uuid7
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import migrate, prepare_database, role_url
-from infra.postgres.tx import Database
 from services.billing import accounts, budgets, holds
 from tooling.bench.fixture import Fixture
 from tooling.bench.protocol import SLICE_SECONDS, Units

@@ -22,9 +22,9 @@ from typing import NamedTuple
 from uuid import UUID
 
 from infra.clock import uuid7
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import migrate, prepare_database, role_url
-from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from infra.stores.filetypes import HTML

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from services.memory.embeddings import LocalEmbedder
 from services.memory.handlers import refill
 from services.memory.index import VectorIndex

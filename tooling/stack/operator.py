@@ -14,8 +14,8 @@ from aiokafka.errors import KafkaError
 
 from infra.bus import outbox
 from infra.errors import describe
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine, is_transient, sql
-from infra.postgres.tx import Database
 from infra.security.audit import audit
 from tooling.stack.engines.base import EngineError
 from tooling.stack.home import Home, home_folder

@@ -21,9 +21,9 @@ import msgspec
 from aiokafka import AIOKafkaProducer
 
 from infra.clock import utcnow, uuid7
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import Passwords, migrate, prepare_database, role_url
-from infra.postgres.tx import Database
 from infra.security.auth import IDENTITY_HEADER, SCOPES, Identity
 from infra.security.crypto import Cipher
 from infra.security.sealed_letters import SealedLetters

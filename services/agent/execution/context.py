@@ -9,7 +9,8 @@ from uuid import UUID
 import grpc.aio
 import msgspec
 
-from infra.postgres.tx import Database, Tx, derived_id
+from infra.postgres.database import Database
+from infra.postgres.tx import Tx, derived_id
 from infra.security.crypto import DataKey
 from infra.security.subjects import SubjectKeys
 from infra.stores.cache import Cache

@@ -14,7 +14,8 @@ from infra.errors import InvalidMessage, NotFound, RetryLater, describe
 from infra.lanes.effects import Effects, ItemEnded
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
-from infra.postgres.tx import Database, Tx
+from infra.postgres.database import Database
+from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from services.agent.execution import finish

@@ -20,10 +20,11 @@ from infra.errors import Conflict
 from infra.failpoint import failpoint
 from infra.lanes.claims import LaneHead, Lease
 from infra.observe.logs import get_logger
+from infra.postgres.database import Database
 from infra.postgres.db import CONFLICT, is_transient, sqlstate
 from infra.postgres.group_commit import GroupCommit
 from infra.postgres.outbox_rows import OutboxRow
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from infra.postgres.upcasting import schema_version
 from protos.messages.billing import UsageRecorded
 from services.agent.models.contract import Usage

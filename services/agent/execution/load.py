@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from infra.postgres.tx import Database, Tx
+from infra.postgres.database import Database
+from infra.postgres.tx import Tx
 from infra.security.subjects import SubjectKeys
 from services.agent.definitions import store
 from services.agent.definitions.store import StoredAgent

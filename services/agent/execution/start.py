@@ -9,7 +9,8 @@ import msgspec
 
 from infra.clock import utcnow
 from infra.lanes.effects import Effects
-from infra.postgres.tx import Database, Tx
+from infra.postgres.database import Database
+from infra.postgres.tx import Tx
 from infra.security.crypto import DataKey
 from infra.security.subjects import Erased, SubjectKeys
 from services.agent.definitions import store

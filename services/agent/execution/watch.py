@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from infra.observe.logs import get_logger
+from infra.postgres.database import Database
 from infra.postgres.db import is_transient
-from infra.postgres.tx import Database
 
 T = TypeVar("T")
 

@@ -12,7 +12,8 @@ import msgspec
 from infra.errors import EffectFailed, RetryLater
 from infra.lanes.effects import Effects, Outcome
 from infra.observe.logs import get_logger
-from infra.postgres.tx import Database, Tx
+from infra.postgres.database import Database
+from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from protos.memory.v1 import memory_pb2

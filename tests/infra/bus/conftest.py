@@ -17,7 +17,7 @@ from infra.bus.outbox import Publisher, Relay
 from infra.bus.rabbit_publisher import RabbitPublisher
 from infra.bus.transactional import TransactionalReader
 from infra.observe.metrics import Metrics
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from infra.service.redrive import Redriver
 from protos.catalog import AUDIT_LOGS
 from protos.topology import Catalog, Subscription

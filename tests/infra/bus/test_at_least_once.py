@@ -16,8 +16,8 @@ from infra.bus.at_least_once import AtLeastOnceReader
 from infra.bus.dispatch import Decoded
 from infra.clock import utcnow, uuid7
 from infra.errors import InvalidMessage, Transient
+from infra.postgres.database import Database
 from infra.postgres.dead_letters import read_payload
-from infra.postgres.tx import Database
 from infra.service.redrive import Redriver, request_redrive
 from protos.envelope import Envelope
 from protos.messages.sample import NoteTaken

@@ -15,9 +15,10 @@ from infra.bus.batch import Batches, Fenced
 from infra.bus.dispatch import decode_records
 from infra.clock import utcnow, uuid7
 from infra.observe.metrics import Metrics
+from infra.postgres.database import Database
 from infra.postgres.db import sql
 from infra.postgres.inbox import mark_handled
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from protos.envelope import Envelope, Message
 from protos.messages.sample import NoteTaken, TakeNote
 from tests.infra.bus.conftest import until

@@ -20,8 +20,8 @@ from infra.bus.kafka import MAX_RECORD_BYTES, KafkaPublisher
 from infra.bus.outbox import Outcome, Pending, Relay, resend
 from infra.clock import utcnow
 from infra.postgres import tx
+from infra.postgres.database import Database
 from infra.postgres.dead_letters import list_dead_letters
-from infra.postgres.tx import Database
 from protos.catalog import AUDIT_LOGS
 from protos.messages.sample import NoteTaken, TakeNote
 from protos.topology import Catalog, Topic

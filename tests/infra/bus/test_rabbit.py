@@ -23,8 +23,9 @@ from infra.clock import utcnow, uuid7
 from infra.errors import InvalidMessage, RetryLater, Transient
 from infra.lanes.lane import Lane
 from infra.lanes.resequencer import MissingMessages, Resequencer
+from infra.postgres.database import Database
 from infra.postgres.dead_letters import DeadLetterView, list_dead_letters, read_payload
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from infra.service.redrive import request_redrive
 from protos.envelope import Envelope
 from protos.messages.sample import TakeNote

@@ -11,7 +11,8 @@ import pytest
 from infra.bus.rabbit import Workers
 from infra.clock import uuid7
 from infra.errors import InvalidMessage
-from infra.postgres.tx import Database, Tx
+from infra.postgres.database import Database
+from infra.postgres.tx import Tx
 from protos.messages.sample import TakeNote
 from tests.infra.bus.conftest import Buses, until
 from tests.infra.bus.test_rabbit import effects, letter, send

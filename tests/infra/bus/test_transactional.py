@@ -16,8 +16,9 @@ from infra.bus import transactional
 from infra.bus.kafka import topic_ids
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage
+from infra.postgres.database import Database
 from infra.postgres.dead_letters import list_dead_letters
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from infra.service.redrive import discard, request_redrive
 from protos.envelope import Envelope
 from protos.messages.sample import NoteTaken

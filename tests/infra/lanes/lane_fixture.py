@@ -20,8 +20,9 @@ from infra.lanes.lane import Lane, Work
 from infra.lanes.runner import LaneRunner
 from infra.observe import logs
 from infra.observe.metrics import Metrics
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from tests.infra.bus.conftest import until
 from tests.infra.conftest import SampleDatabase
 

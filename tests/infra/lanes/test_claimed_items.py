@@ -11,7 +11,7 @@ from infra.clock import utcnow
 from infra.errors import Transient
 from infra.lanes.claims import Claims
 from infra.lanes.lane import Lane
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from tests.infra.bus.conftest import until
 from tests.infra.conftest import SampleDatabase
 from tests.infra.lanes.lane_fixture import TENANT, Notes, Parcel, World, all_over, items, log_lines, new_lane, put

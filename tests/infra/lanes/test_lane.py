@@ -25,8 +25,9 @@ from infra.lanes.processor import IN_A_ROW, MAX_RECOVERIES
 from infra.lanes.runner import LaneRunner
 from infra.observe import telemetry
 from infra.observe.metrics import Metrics
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from infra.service.maintenance import Maintenance
 from infra.service.redrive import Redriver, request_redrive
 from tests.infra.bus.conftest import until

@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry
 from infra.lanes.claims import Claimed, Lease
 from infra.lanes.runner import LaneRunner, _Kind
 from infra.observe.metrics import Metrics
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
-from infra.postgres.tx import Database
 from tests.infra.lanes.lane_fixture import Notes, new_lane
 
 

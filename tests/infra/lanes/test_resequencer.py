@@ -13,8 +13,9 @@ from infra.clock import utcnow
 from infra.errors import NotYet
 from infra.lanes.lane import Lane
 from infra.lanes.resequencer import LOST_AFTER, MissingMessages, Resequencer, next_position
+from infra.postgres.database import Database
 from infra.postgres.dead_letters import DeadLetter, store_dead_letters
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 
 RESEQUENCER = Resequencer(Lane("test gaps", MissingMessages))
 

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.postgres import db
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from tests.infra.conftest import SampleDatabase
 
 

@@ -10,9 +10,10 @@ import pytest
 from infra.clock import uuid7
 from infra.errors import Conflict
 from infra.postgres import event_store
+from infra.postgres.database import Database
 from infra.postgres.db import sql
 from infra.postgres.event_store import NewEvent
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from infra.postgres.upcasting import EventTypes
 from tooling.testing.sample.desk.domain import Notebook, NoteWritten, WriteNote
 from tooling.testing.sample.desk.publishing import NOTEBOOK

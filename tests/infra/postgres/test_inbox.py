@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from infra.clock import uuid7
+from infra.postgres.database import Database
 from infra.postgres.inbox import mark_handled
-from infra.postgres.tx import Database
 
 
 async def test_each_consumer_is_told_which_messages_it_has_not_handled(desk: Database) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from infra.postgres.database import Database
 from infra.postgres.leases import Leases
-from infra.postgres.tx import Database
 
 KIND = "test"
 COUNT = 16

@@ -6,7 +6,8 @@ import pytest
 
 from infra.clock import uuid7
 from infra.errors import TooLarge
-from infra.postgres.tx import MAX_MESSAGE_BYTES, Database
+from infra.postgres.database import Database
+from infra.postgres.tx import MAX_MESSAGE_BYTES
 from protos.messages.sample import NoteTaken, TakeNote
 from tooling.testing.sample.catalog import SAMPLE_EVENTS, SAMPLE_WORK
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from sqlalchemy.exc import DBAPIError
 
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine, sql
 from infra.postgres.schema import Passwords, prepare_database, role_url, tenant_policy
-from infra.postgres.tx import Database
 from tests.infra.conftest import SampleDatabase
 
 TABLE = "CREATE TABLE IF NOT EXISTS secret (tenant_id text NOT NULL, word text NOT NULL)"

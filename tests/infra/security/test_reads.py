@@ -10,7 +10,7 @@ from uuid import uuid4
 import pytest
 
 from infra.observe import telemetry
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from infra.security import reads
 from infra.security.auth import Identity
 

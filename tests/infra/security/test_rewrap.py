@@ -13,8 +13,8 @@ from uuid import uuid4
 import pytest
 
 from infra.errors import InvalidMessage
+from infra.postgres.database import Database
 from infra.postgres.db import Pool
-from infra.postgres.tx import Database
 from infra.security import rewrap as module
 from infra.security.crypto import Cipher
 from infra.security.rewrap import KERNEL, SealedColumn, count_old, rewrap

@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 
 from infra.errors import InvalidMessage
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from infra.security.crypto import Cipher
 from infra.security.subjects import Erased, SubjectKeys, destroy_all, erasure
 from protos.messages.user import SubjectErased

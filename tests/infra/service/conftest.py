@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from infra.postgres.database import Database
 from infra.postgres.db import Pool, create_engine, sql
 from infra.postgres.dead_letters import DeadLetterView, list_dead_letters
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from infra.service.replay import Replay, ReplayResult
 from protos.messages.sample import NoteTaken
 from protos.topology import Subscription

@@ -22,7 +22,8 @@ from redis.asyncio import Redis
 
 from infra.errors import Conflict, NotFound
 from infra.observe.metrics import Metrics
-from infra.postgres.tx import Database, Tx
+from infra.postgres.database import Database
+from infra.postgres.tx import Tx
 from infra.security.auth import IDENTITY_HEADER, Identities, Identity
 from infra.security.crypto import Cipher
 from infra.service import maintenance, refusals

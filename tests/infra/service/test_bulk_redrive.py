@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry
 from infra.clock import utcnow, uuid7
 from infra.errors import InvalidMessage
 from infra.observe.metrics import Metrics
+from infra.postgres.database import Database
 from infra.postgres.dead_letters import DeadLetter, park, store_dead_letters
-from infra.postgres.tx import Database
 from infra.service.bulk_redrive import DeadLetterGroup, RedriveCounts, group_by_cause, redrive_matching
 from infra.service.maintenance import Maintenance
 from infra.service.redrive import Redriver

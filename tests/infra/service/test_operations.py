@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry
 from infra.clock import uuid7
 from infra.errors import Forbidden, InvalidMessage, NotFound
 from infra.observe.metrics import Metrics
+from infra.postgres.database import Database
 from infra.postgres.dead_letters import DeadLetter, store_dead_letters
-from infra.postgres.tx import Database
 from infra.service import operations
 from infra.web import rpc
 from infra.web.health import Health

@@ -13,9 +13,10 @@ from prometheus_client import CollectorRegistry
 from infra.clock import utcnow, uuid7
 from infra.observe.metrics import Metrics
 from infra.postgres import dead_letters
+from infra.postgres.database import Database
 from infra.postgres.db import sql
 from infra.postgres.dead_letters import DeadLetter, park, store_dead_letters
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from infra.security import subjects
 from infra.service.redrive import Redriver, discard, discard_expired, request_redrive
 from protos.envelope import Envelope

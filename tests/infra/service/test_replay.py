@@ -16,8 +16,9 @@ from sqlalchemy.exc import DBAPIError, ProgrammingError
 from infra.bus.outbox import resend
 from infra.clock import utcnow
 from infra.errors import Conflict
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine, sql
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from infra.service.redrive import discard, request_redrive
 from infra.service.replay import Replay, ReplayResult
 from protos.catalog import AUDIT_LOGS

@@ -12,8 +12,8 @@ from aiokafka.admin.records_to_delete import RecordsToDelete
 
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict
+from infra.postgres.database import Database
 from infra.postgres.event_store import NewEvent, append
-from infra.postgres.tx import Database
 from infra.service.redrive import discard
 from tests.infra.bus.conftest import until
 from tests.infra.service.conftest import History

@@ -19,9 +19,9 @@ from infra.clock import utcnow, uuid7
 from infra.errors import Conflict
 from infra.observe.metrics import Metrics
 from infra.postgres import read_models
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine, sql
 from infra.postgres.read_models import ReadModel, RowDifference
-from infra.postgres.tx import Database
 from infra.service import verification
 from infra.service.maintenance import Maintenance, last_time
 from infra.service.verification import VerificationResult, verify

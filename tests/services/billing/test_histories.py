@@ -14,7 +14,8 @@ import pytest
 
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage
-from infra.postgres.tx import Database, Tx
+from infra.postgres.database import Database
+from infra.postgres.tx import Tx
 from protos.messages.billing import UsageRecorded
 from services.billing import (
     accounts,

@@ -13,7 +13,7 @@ from uuid import UUID
 import pytest
 
 from infra.clock import utcnow, uuid7
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from protos.messages.billing import UsageRecorded
 from services.billing import accounts, booking, closing, plans, price_book, subscriptions
 from services.billing.invoices import Invoice

@@ -15,8 +15,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from infra.clock import utcnow, uuid7
 from infra.errors import InvalidMessage, Transient
 from infra.observe import telemetry
+from infra.postgres.database import Database
 from infra.postgres.schema import prepare_database
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from protos.envelope import Message
 from protos.messages.billing import UsageRecorded
 from protos.messages.channel import MessageDelivered, MessageReceived

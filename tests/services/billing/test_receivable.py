@@ -10,7 +10,8 @@ import pytest
 
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage
-from infra.postgres.tx import Database, Tx
+from infra.postgres.database import Database
+from infra.postgres.tx import Tx
 from services.billing import accounts, booking, closing, invoices, journal, plans, subscriptions
 from services.billing.payments import store as payments
 from services.billing.payments.provider import ProviderEvent

@@ -16,8 +16,8 @@ from infra.bus.kafka import KafkaPublisher
 from infra.bus.outbox import Relay
 from infra.clock import utcnow, uuid7
 from infra.observe.metrics import Metrics
+from infra.postgres.database import Database
 from infra.postgres.schema import prepare_database
-from infra.postgres.tx import Database
 from infra.service import operations
 from infra.web.health import Health
 from infra.web.rpc import Server

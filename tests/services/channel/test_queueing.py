@@ -15,9 +15,10 @@ import pytest
 import services.channel
 from infra.clock import utcnow, uuid7
 from infra.errors import InvalidMessage
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import migrate, prepare_database, role_url
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
 from protos.messages.channel import SendMessage

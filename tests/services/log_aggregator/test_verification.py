@@ -11,9 +11,9 @@ from asyncpg import connect
 from prometheus_client import CollectorRegistry
 
 from infra.observe.metrics import Metrics
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import migrate, prepare_database, role_url
-from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
 from infra.stores.objects import Objects
 from services.log_aggregator import audit, domain

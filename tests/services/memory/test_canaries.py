@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from infra.clock import uuid7
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import role_url
-from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from infra.stores.objects import Stored

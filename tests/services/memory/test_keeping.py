@@ -11,7 +11,7 @@ import pytest
 
 from infra.clock import uuid7
 from infra.errors import Conflict, InvalidMessage
-from infra.postgres.tx import Database
+from infra.postgres.database import Database
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
 from infra.service import verification

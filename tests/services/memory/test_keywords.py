@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from infra.clock import uuid7
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import role_url
-from infra.postgres.tx import Database
 from infra.stores.objects import Stored
 from services.memory import documents, passages, readable
 from services.memory.domain import Block, chunk, sections

@@ -10,9 +10,9 @@ from uuid import UUID
 import httpx
 import pytest
 
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import role_url
-from infra.postgres.tx import Database
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from services.memory.conversations import Conversations

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from infra.errors import EffectFailed, RetryLater, Transient, Unanswered
+from infra.postgres.database import Database
 from infra.postgres.db import Pool, create_engine
 from infra.postgres.schema import role_url
-from infra.postgres.tx import Database
 from infra.security import subjects
 from infra.security.crypto import Cipher
 from services.plugin.calls import Calls, run_tool

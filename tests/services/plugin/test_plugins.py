@@ -11,9 +11,9 @@ import pytest
 from redis.asyncio import Redis
 from sqlalchemy.exc import DBAPIError
 
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import role_url
-from infra.postgres.tx import Database
 from infra.stores.cache import Cache
 from protos.pubsub import CONFIG_CHANGED
 from tests.services.plugin.conftest import CallReply, call, register, tool

@@ -25,9 +25,10 @@ from infra.clock import utcnow, uuid7
 from infra.lanes.effects import Effects, ItemEnded
 from infra.lanes.runner import LaneRunner
 from infra.observe.metrics import Metrics
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import migrate, prepare_database, role_url
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from protos.billing.v1 import billing_pb2

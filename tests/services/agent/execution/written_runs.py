@@ -14,10 +14,10 @@ from uuid import UUID
 import services.agent
 from infra.clock import utcnow, uuid7
 from infra.lanes.claims import Lease
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.outbox_rows import OutboxRow
 from infra.postgres.schema import migrate, prepare_database, role_url
-from infra.postgres.tx import Database
 from protos.messages.billing import UsageRecorded
 from services.agent.execution.group_write import Begun, Completion, EndedStep, GroupWriter, ReplyMessage, RunWrite, Used
 from services.agent.lanes import RUNS, RunItem

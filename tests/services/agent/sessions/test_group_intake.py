@@ -16,9 +16,10 @@ import pytest
 
 import services.agent
 from infra.clock import utcnow, uuid7
+from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import migrate, prepare_database, role_url
-from infra.postgres.tx import Database, Tx
+from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
 from services.agent.definitions import store
