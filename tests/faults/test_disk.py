@@ -6,9 +6,12 @@ After a cut, data that was not synced is gone, as it is on a real machine.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -26,24 +29,39 @@ pytestmark = [
 ]
 
 
-FULL_SECONDS = 10
+FULL_SECONDS = 5
 
 
-def start(machine: Disk) -> None:
-    run_claw(machine.folder, "up", "--only", ",".join(DEFAULT_ENGINES))
+def start(machine: Disk, engines: Sequence[str] = DEFAULT_ENGINES) -> None:
+    run_claw(machine.folder, "up", "--only", ",".join(engines))
+
+
+def lose_power(machine: Disk) -> None:
+    machine.cut_power()
+    end_all(machine.folder, kill=True)
+    machine.unmount()
+    machine.mount()
+
+
+@contextmanager
+def machine_with(image: Path, engines: Sequence[str]) -> Iterator[Disk]:
+    """The disk of a stack of its own, whose engines have started for the first time."""
+    with private_home() as home:
+        home.chmod(0o755)
+        with disk(image, home, megabytes=4096) as made:
+            try:
+                start(made, engines)
+                yield made
+            finally:
+                run_claw(home, "down", "--wipe")
 
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
-    """The disk of a stack of its own."""
-    with private_home() as home:
-        home.chmod(0o755)
-        with disk(tmp_path_factory.mktemp("disk") / "image", home, megabytes=4096) as made:
-            try:
-                start(made)
-                yield made
-            finally:
-                run_claw(home, "down", "--wipe")
+    with machine_with(tmp_path_factory.mktemp("disk") / "image", DEFAULT_ENGINES) as made:
+        # RabbitMQ syncs some of its own files only minutes after its first start.
+        os.sync()
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +71,11 @@ def stack(machine: Disk) -> Stack:
 
 
 async def test_a_power_cut_loses_and_doubles_nothing(services: SampleServices, load: Load, machine: Disk) -> None:
-    def lose_power() -> None:
-        machine.cut_power()
-        end_all(machine.folder, kill=True)
-        machine.unmount()
-        machine.mount()
+    def lose_and_start() -> None:
+        lose_power(machine)
         start(machine)
 
-    await under_load(load, lose_power)
+    await under_load(load, lose_and_start)
 
 
 async def test_a_full_disk_loses_and_doubles_nothing(services: SampleServices, load: Load, machine: Disk) -> None:
@@ -68,5 +83,13 @@ async def test_a_full_disk_loses_and_doubles_nothing(services: SampleServices, l
         with machine.full():
             time.sleep(FULL_SECONDS)
         start(machine)
+        # `./claw up` of a whole system does the same. Kafka forgets topics if it starts on a full disk.
+        asyncio.run(services.provision())
 
     await under_load(load, fill)
+
+
+def test_kafka_starts_after_a_power_cut_right_after_its_first_start(tmp_path: Path) -> None:
+    with machine_with(tmp_path / "image", ["kafka"]) as machine:
+        lose_power(machine)
+        start(machine, ["kafka"])

@@ -147,6 +147,19 @@ def fresh_folder(data: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{data.name}.new.", dir=data.parent))
 
 
+def complete(fresh: Path, folder: Path) -> None:
+    """Renames a folder that is complete. After a power cut it is there as a whole, or not at all."""
+    for path in (*fresh.rglob("*"), fresh):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    fresh.rename(folder)
+
+
 def sha256(text: str) -> str:
     """The SHA-256 of a text, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()

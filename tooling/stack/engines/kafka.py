@@ -7,7 +7,15 @@ from typing import Any
 
 from infra.connections import SCRAM, TLS_FILES, kafka_options
 from tooling.stack.engines import certificates
-from tooling.stack.engines.base import ANSWER_SECONDS, EngineError, Place, Program, fresh_folder, write_atomically
+from tooling.stack.engines.base import (
+    ANSWER_SECONDS,
+    EngineError,
+    Place,
+    Program,
+    complete,
+    fresh_folder,
+    write_atomically,
+)
 from tooling.stack.engines.jars import JAVA, install_jars
 
 NAME = "kafka"
@@ -35,7 +43,7 @@ def prepare(place: Place) -> None:
             raise EngineError(
                 f"could not format the data folder of Kafka: {done.stderr.strip() or done.stdout.strip()}"
             )
-        fresh.rename(data)
+        complete(fresh, data)
     _configure(place, str(data))
 
 

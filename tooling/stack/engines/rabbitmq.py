@@ -36,6 +36,10 @@ def install() -> None:
 def prepare(place: Place) -> None:
     folder = place.folder(NAME)
     (folder / "home").mkdir(exist_ok=True)
+    cookie = folder / "home" / ".erlang.cookie"
+    # Erlang would make it, and does not sync it: after a power cut it is empty, and the server never starts again.
+    if not cookie.exists() or not cookie.stat().st_size:
+        write_atomically(cookie, place.secret("rabbitmq.cookie"), 0o400)
     write_atomically(folder / "enabled_plugins", "[rabbitmq_management,rabbitmq_prometheus].\n")
     settings = {
         **_listener(place),
