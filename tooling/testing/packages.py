@@ -13,13 +13,10 @@ def extract(package: str, folder: Path) -> None:
 
     Raises EngineError if there is no such package, or no apt.
     """
-    for command in (
-        ("apt-get", "download", package),
-        ("sh", "-c", f"dpkg-deb -x {package}_*.deb . && rm {package}_*.deb"),
-    ):
-        try:
-            subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-        except OSError as error:
-            raise EngineError(f"cannot take the files of Debian's package {package}: {error}") from error
-        except subprocess.CalledProcessError as error:
-            raise EngineError(f"cannot take the files of Debian's package {package}: {error.stderr}") from error
+    download = f"apt-get download {package}"
+    # A new machine has no list of packages yet.
+    fetch = f"{{ {download} || {{ apt-get update && {download}; }}; }}"
+    script = f"{fetch} && dpkg-deb -x {package}_*.deb . && rm {package}_*.deb"
+    done = subprocess.run(["sh", "-c", script], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EngineError(f"cannot take the files of Debian's package {package}: {done.stderr}")
