@@ -1,4 +1,4 @@
-"""The sample's three processes on the suite's engines, to be killed, paused and starved; and the checks after it."""
+"""The processes that the tests kill, pause and starve: the sample's three, and the services on the way of a message."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ import pytest
 
 from infra.clock import uuid7
 from infra.postgres.db import create_engine, sql
+from protos.catalog import PLATFORM_EVENTS
+from protos.messages.user import TenantCreated
 from tests.infra.conftest import PASSWORDS
+from tooling.testing.platform import Platform, running_platform
 from tooling.testing.sample.run import Engines, SampleServices
 from tooling.testing.stack import Stack
 
 DEADLINE_SECONDS = 90
+# On the way of a message from its webhook to the bill.
+SERVICES_ON_THE_WAY = ("channel", "agent", "billing", "plugin")
 
 
 class Load:
@@ -127,3 +132,22 @@ async def services(
 def load(services: SampleServices) -> Load:
     """One for the module: each test adds conditions that must hold, and checks all of them again."""
     return Load(services)
+
+
+@pytest.fixture(scope="module")
+async def platform(
+    stack: Stack, database: str, vhost: str, topic_prefix: str, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Platform]:
+    folder = tmp_path_factory.mktemp("platform")
+    async with running_platform(stack, database, vhost, topic_prefix, folder) as running:
+        await running.prepare(*SERVICES_ON_THE_WAY)
+        await running.start(*SERVICES_ON_THE_WAY)
+        yield running
+
+
+@pytest.fixture(scope="module")
+async def tenant(platform: Platform) -> str:
+    id_ = str(uuid7())
+    fact = TenantCreated(tenant_id=id_, name="Norrland", currency="USD", credit_nanos=10**12)
+    await platform.produce(PLATFORM_EVENTS, fact, key=id_, tenant_id=id_)
+    return id_

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from infra.clock import uuid7
-from protos.catalog import PLATFORM_EVENTS
-from protos.messages.user import TenantCreated
-from tooling.testing.platform import Platform, running_platform
-from tooling.testing.stack import Stack
+from tests.faults.conftest import SERVICES_ON_THE_WAY
+from tooling.testing.platform import Platform
 from tooling.testing.vendors import TelegramStandIn
 
-SERVICES = ("channel", "agent", "billing", "plugin")
 # A person sees one message. If the vendor takes no key and the process died during the call, the person sees one or
 # none, and the delivery says so.
 ONCE, UNKNOWN = "once", "unknown"
@@ -40,25 +35,6 @@ POINTS = (
     ("plugin", "before_commit", ONCE),
     ("plugin", "after_commit", ONCE),
 )
-
-
-@pytest.fixture(scope="module")
-async def platform(
-    stack: Stack, database: str, vhost: str, topic_prefix: str, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Platform]:
-    folder = tmp_path_factory.mktemp("platform")
-    async with running_platform(stack, database, vhost, topic_prefix, folder) as running:
-        await running.prepare(*SERVICES)
-        await running.start(*SERVICES)
-        yield running
-
-
-@pytest.fixture(scope="module")
-async def tenant(platform: Platform) -> str:
-    id_ = str(uuid7())
-    fact = TenantCreated(tenant_id=id_, name="Norrland", currency="USD", credit_nanos=10**12)
-    await platform.produce(PLATFORM_EVENTS, fact, key=id_, tenant_id=id_)
-    return id_
 
 
 @pytest.mark.parametrize(("service", "point", "seen"), POINTS, ids=[f"{s}-{p}" for s, p, _ in POINTS])
@@ -151,7 +127,7 @@ async def billed(platform: Platform, tenant: str, run_id: str) -> None:
         return {body["usage_id"] for _, body in bodies if body.get("run_id") == run_id}
 
     produced: set[str] = set()
-    for service in SERVICES:
+    for service in SERVICES_ON_THE_WAY:
         produced |= of_run(await platform.outbox(service, "usage.records"))
     assert len(produced) >= 2
 

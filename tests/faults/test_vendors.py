@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
 
 import httpx
-import pytest
 
-from infra.clock import uuid7
-from protos.catalog import PLATFORM_EVENTS
-from protos.messages.user import TenantCreated
 from services.channel.vendors import VENDORS
 from tests.faults.test_main_job import billed, delivered, ended
-from tooling.testing.platform import Platform, running_platform
+from tooling.testing.platform import Platform
 from tooling.testing.processes import Process
-from tooling.testing.stack import Stack, free_ports
+from tooling.testing.stack import free_ports
 from tooling.testing.vendors import (
     DingTalkStandIn,
     DiscordStandIn,
@@ -34,29 +29,9 @@ from tooling.testing.vendors import (
     WhatsAppStandIn,
 )
 
-SERVICES = ("channel", "agent", "billing", "plugin")
 QUESTION = "What is 6 * 7?"
 # Messages of the storm, and how often each is sent at once to each instance.
 CHATS, TIMES = 10, 20
-
-
-@pytest.fixture(scope="module")
-async def platform(
-    stack: Stack, database: str, vhost: str, topic_prefix: str, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Platform]:
-    folder = tmp_path_factory.mktemp("platform")
-    async with running_platform(stack, database, vhost, topic_prefix, folder) as running:
-        await running.prepare(*SERVICES)
-        await running.start(*SERVICES)
-        yield running
-
-
-@pytest.fixture(scope="module")
-async def tenant(platform: Platform) -> str:
-    id_ = str(uuid7())
-    fact = TenantCreated(tenant_id=id_, name="Norrland", currency="USD", credit_nanos=10**12)
-    await platform.produce(PLATFORM_EVENTS, fact, key=id_, tenant_id=id_)
-    return id_
 
 
 async def connected(platform: Platform, tenant: str, name: str, fake: Any) -> tuple[str, str]:

@@ -51,7 +51,7 @@ HEADERS: dict[str, list[tuple[str, str]]] = {
 async def test_headers_are_refused_or_ignored(
     system: Platform, http: dict[str, httpx.AsyncClient], service: str, kind: str
 ) -> None:
-    headers = [*system.headers("nobody").items(), *HEADERS[kind]]
+    headers = [*system.headers("no-such-tenant").items(), *HEADERS[kind]]
     for path in ("/api/v1/nothing", "/readyz"):
         try:
             answer = await http[service].get(path, headers=headers)
@@ -78,7 +78,7 @@ async def test_headers_are_refused_or_ignored(
 async def test_bodies_are_not_unpacked_and_end_at_their_limit(
     system: Platform, http: dict[str, httpx.AsyncClient], service: str, path: str
 ) -> None:
-    who = system.headers("nobody")
+    who = system.headers("no-such-tenant")
     packed = await http[service].post(path, headers={**who, **JSON, "content-encoding": "gzip"}, content=BOMB)
     assert 400 <= packed.status_code < 500
     length = {**who, **JSON, "transfer-encoding": "chunked"}
@@ -135,7 +135,7 @@ async def test_a_search_of_log_lines_stays_within_its_tenant(system: Platform, o
 
 
 async def test_a_service_outlives_floods_of_metadata_and_large_messages(system: Platform) -> None:
-    token = keys.callers("agent").token("plugin", "nobody")
+    token = keys.callers("agent").token("plugin", "no-such-tenant")
     own = ("authorization", f"Bearer {token}")
     request = plugin_pb2.ToolsRequest(names=["a"])
     floods: list[tuple[Any, list[tuple[str, str | bytes]]]] = [

@@ -106,7 +106,7 @@ async def test_usage_names_the_client_of_the_api_and_the_tag_of_the_agent(world:
     records = [(one.get("member_id"), one.get("api_key_id"), one["tag"]) for one in await tenant.sent("usage.records")]
     assert sorted(set(records), key=str) == sorted(
         [(str(member), None, "Sales: EU"), (None, str(key), "Sales: EU"), (None, None, "Sales: EU")], key=str
-    ), "a person of a chat is no client of the API, whatever the vendor calls it"
+    ), "the usage of a person in a chat must not name a client of the API"
     assert len(records) == 6, "one for the model call and one for the seconds of each run"
     assert str(key) in {hold.api_key_id for hold in world.peers.billing.holds.values()}
 

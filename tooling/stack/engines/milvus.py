@@ -19,6 +19,7 @@ from tooling.stack.engines.base import (
     Place,
     Program,
     cache_folder,
+    complete,
     package_folder,
     write_atomically,
 )
@@ -135,7 +136,7 @@ def _unpacked() -> Path:
         if server.count(_FIXED_RUN_FOLDERS) != 1:
             raise EngineError("the package milvus has another server than the pinned one: reinstall it from the pins")
         (fresh / "milvus").write_bytes(server.replace(_FIXED_RUN_FOLDERS, 2 * _OWN_RUN_FOLDER))
-        fresh.rename(folder)
+        complete(fresh, folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return folder

@@ -173,7 +173,7 @@ CALLS: dict[str, Streams] = {
     "deepseek: the call in the finish's chunk": of(
         chunk({"tool_calls": [call(0, "c1", "add", JSON)]}, finish="tool_calls")
     ),
-    "the name comes again in each piece": of(
+    "each piece repeats the name of the function": of(
         chunk({"tool_calls": [call(0, "c1", "add", '{"a":1')]}),
         chunk({"tool_calls": [call(0, "c1", "add", ',"b":2}')]}),
         chunk(finish="tool_calls"),
