@@ -14,11 +14,14 @@ from tooling.stack.home import Home
 
 T = TypeVar("T")
 
+# On a loaded machine, steps of a few seconds take minutes.
+DEADLINE_SECONDS = 300.0
+SAY_SECONDS = 30.0
+
 
 class DemoBase:
     """Reads the address of the running system, and prints to `console`."""
 
-    DEADLINE_SECONDS: ClassVar[int]
     LABEL_WIDTH: ClassVar[int]
 
     def __init__(self, home: Home, console: Console) -> None:
@@ -29,10 +32,15 @@ class DemoBase:
 
     async def _wait_for(self, thing: str, ask: Callable[[], Awaitable[T | None]]) -> T:
         """Asks until the answer is true, and returns it. Raises EngineError after DEADLINE_SECONDS."""
-        deadline = time.monotonic() + self.DEADLINE_SECONDS
+        began = time.monotonic()
+        say = SAY_SECONDS
         while not (answer := await ask()):
-            if time.monotonic() > deadline:
-                raise EngineError(f"the demo failed: {thing} did not appear within {self.DEADLINE_SECONDS} s")
+            waited = time.monotonic() - began
+            if waited > DEADLINE_SECONDS:
+                raise EngineError(f"the demo failed: {thing} did not appear within {DEADLINE_SECONDS:.0f} s")
+            if waited > say:
+                self._line("", f"after {waited:.0f} s still waiting for {thing}")
+                say += SAY_SECONDS
             await asyncio.sleep(0.05)
         return answer
 

@@ -33,7 +33,6 @@ RECORDS = 200
 class BillingDemo(DemoBase):
     """One demo, from three plans to books that reconcile to zero."""
 
-    DEADLINE_SECONDS = 300
     LABEL_WIDTH = 12
 
     def __init__(self, home: Home, console: Console) -> None:

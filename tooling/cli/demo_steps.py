@@ -46,7 +46,6 @@ class Model:
 class Demo(DemoBase):
     """One demo, from a new tenant to an audit record."""
 
-    DEADLINE_SECONDS = 60
     LABEL_WIDTH = 9
 
     def __init__(self, home: Home, model: Model, console: Console, began: float) -> None:
