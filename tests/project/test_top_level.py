@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from services.agent.definitions.models import NewAgent
-from tooling.cli.app import COMMANDS
+from tooling.cli.app import ALIASES, COMMANDS, main
 
 CHECKOUT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "BENCHMARKS.md", "RESULTS.md")
@@ -56,6 +57,17 @@ def test_the_functions_where_the_main_things_happen_exist() -> None:
 def test_the_operations_page_lists_every_command() -> None:
     listed = set(re.findall(r"`\./claw ([a-z][a-z-]*)", (CHECKOUT / "docs" / "operations.md").read_text()))
     assert listed == set(COMMANDS)
+
+
+@pytest.mark.parametrize(("alias", "command"), sorted(ALIASES.items()))
+def test_an_alias_is_the_command(
+    alias: str, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["claw", alias, "--help"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    assert f"./claw {command.removeprefix('--help')}" in capsys.readouterr().out
 
 
 def test_the_page_about_agents_lists_every_field_of_an_agent() -> None:

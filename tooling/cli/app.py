@@ -38,6 +38,16 @@ COMMANDS = (
     "restore",
     "rolling-restart",
 )
+# Names of other deployments' scripts. The help of ./claw does not list them.
+ALIASES = {
+    "install": "up",
+    "start": "up",
+    "stop": "down",
+    "health": "status",
+    "restart": "rolling-restart",
+    "update": "rolling-restart",
+    "help": "--help",
+}
 # These commands act on processes and files of the stack, which belong to the user `clawbus` if root starts it.
 _OF_THE_STACK = ("up", "down", "status", "doctor", "logs", "demo", "rotate", "rolling-restart")
 
@@ -59,6 +69,7 @@ def build(names: tuple[str, ...]) -> typer.Typer:
 
 def main() -> None:
     """Runs the command. An error that a person can correct is printed in one sentence, and the exit code is 1."""
+    sys.argv[1:2] = [ALIASES.get(word, word) for word in sys.argv[1:2]]
     wanted = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     try:
         if wanted in _OF_THE_STACK and "--help" not in sys.argv:
