@@ -16,9 +16,11 @@ Usage = tuple[int, int, int, int] | None
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _OPENAI_FIELDS = (
     "model messages stream stream_options tools tool_choice max_completion_tokens max_tokens temperature top_p "
-    "parallel_tool_calls stop seed user response_format"
+    "parallel_tool_calls stop seed user response_format presence_penalty frequency_penalty reasoning_effort"
 )
-_ANTHROPIC_FIELDS = "model messages system max_tokens stream tools tool_choice temperature top_p metadata"
+_ANTHROPIC_FIELDS = (
+    "model messages system max_tokens stream tools tool_choice temperature top_p metadata stop_sequences"
+)
 
 
 class Refused(Exception):

@@ -105,7 +105,15 @@ class AgentLoop:
         await self._take_messages(turns)
         while True:
             prompt = Prompt(
-                system, tuple(turns), passages, tools, self._output_limit(), schema, given.must_call, given.parallel
+                system,
+                tuple(turns),
+                passages,
+                tools,
+                self._output_limit(given.sampling.max_output_tokens),
+                schema,
+                given.must_call,
+                given.parallel,
+                given.sampling,
             )
             input_digest = digest(turns[len(conversation.history) :], passages, misfits)
             try:
@@ -117,7 +125,11 @@ class AgentLoop:
             # their results in its next request, and the model would call them again.
             calls = tuple(call for call in answer.calls if call.name in callers_tools)
             calls = calls if given.parallel else calls[:1]
-            if answer.calls and not calls:
+            # A caller that limits the answer gets it as far as it goes, also if it is empty or does not fit.
+            is_limited = answer.finish_reason == "length" and given.sampling.max_output_tokens is not None
+            if is_limited:
+                calls = ()
+            elif answer.calls and not calls:
                 turns.append(AssistantTurn(answer.text, answer.calls, answer.reasoning))
                 if answer.finish_reason == "length":
                     # The last call may be cut, even if its arguments are JSON by chance.
@@ -128,7 +140,10 @@ class AgentLoop:
                 continue
             if await self._take_messages(turns):
                 continue  # This answer would not cover the new messages.
-            misfit = self._misfit(answer, calls, callers_tools, schema, must_call=given.must_call)
+            if is_limited or (given.sampling.stop and not answer.text and not answer.calls):
+                misfit = None
+            else:
+                misfit = self._misfit(answer, calls, callers_tools, schema, must_call=given.must_call)
             if misfit is None:
                 text, files = await self.tools.files.of_answer(answer.text)
                 is_cut = answer.finish_reason == "length"
@@ -217,9 +232,11 @@ class AgentLoop:
             except StepFailed as error:
                 raise Ended("failed", f"retrieval: {error}", FAILED) from error
 
-    def _output_limit(self) -> int | None:
+    def _output_limit(self, callers: int | None) -> int | None:
+        """The lower one of the caller's limit and of the rest of the run's."""
         most = self.context.limits.tokens
-        return None if most is None else max(1, most - self.context.state.tokens)
+        limits = (callers, None if most is None else max(1, most - self.context.state.tokens))
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _misfit(
         self,

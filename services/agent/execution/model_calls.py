@@ -23,6 +23,7 @@ from services.agent.execution.outcome import Ended
 from services.agent.execution.steps import StepFailed, Steps, StepSpec
 from services.agent.execution.usage import MeteredCall
 from services.agent.models.contract import Model, ModelAnswer, ModelFailed, Prompt, Usage
+from services.agent.models.stops import Stops, before
 from services.agent.runs.notices import FAILED
 
 ATTEMPTS = 5
@@ -86,12 +87,14 @@ class ModelCalls:
                 progress = context.progress
                 if progress:
                     progress.text = ""
+                stops = Stops(prompt.sampling.stop)
 
                 async def on_text(text: str) -> None:
                     nonlocal written_bytes
                     written_bytes += len(text.encode())
+                    text = stops.feed(text)
                     # Text that may still be refused is not shown: a client cannot take it back.
-                    if prompt.output_schema is None and not prompt.must_call:
+                    if text and prompt.output_schema is None and not prompt.must_call:
                         await deltas(text)
                         if progress:
                             progress.text += text
@@ -104,6 +107,8 @@ class ModelCalls:
                         raise
                     # Maybe this model takes no images. It then tells the person that it has not seen them.
                     answer = await model.answer(images.without(shown, notice=True), on_text)
+                if (text := before(answer.text, prompt.sampling.stop)) != answer.text:
+                    answer = msgspec.structs.replace(answer, text=text, calls=(), finish_reason="stop")
                 _set_usage(span, answer)
                 assert hold
                 return answer, MeteredCall(name, answer.usage, hold.id, hold.nanos)

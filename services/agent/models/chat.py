@@ -227,6 +227,8 @@ def _body(model: str, prompt: Prompt) -> dict[str, Any]:
     }
     if prompt.max_output_tokens is not None:
         body["max_completion_tokens"] = prompt.max_output_tokens
+    sampling = msgspec.to_builtins(prompt.sampling)
+    body |= {name: value for name, value in sampling.items() if name != "max_output_tokens"}
     if prompt.tools:
         # Without tools the options for tools are absent, because some servers refuse them.
         body["tools"] = [_tool(tool) for tool in prompt.tools]

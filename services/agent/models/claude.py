@@ -108,6 +108,17 @@ class ProviderModel:
         settings = ModelSettings()
         if prompt.max_output_tokens is not None:
             settings["max_tokens"] = prompt.max_output_tokens
+        sampling = prompt.sampling
+        # Of some models these are fixed; the library would warn. Others refuse both at once.
+        if self._model.profile.get("anthropic_disallows_sampling_settings"):
+            pass
+        elif sampling.temperature is not None:
+            settings["temperature"] = min(sampling.temperature, 1.0)
+        elif sampling.top_p is not None:
+            settings["top_p"] = sampling.top_p
+        # Anthropic refuses a text of spaces alone. `ModelCalls` ends the answer there.
+        if stops := [stop for stop in sampling.stop if stop.strip()]:
+            settings["stop_sequences"] = stops
         if prompt.tools and prompt.must_call:
             settings["tool_choice"] = "required"
         if not prompt.parallel:

@@ -28,10 +28,11 @@ _OPTIONS = (
     "tool_choice",
     "response_format",
     "seed",
-    "user",
 )
+# A server may refuse only one value of these: the next request has them again.
+_VALUES = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "stop", "reasoning_effort")
 # At most this many options are left out one after the other.
-_MOST_OPTIONS = 4
+_MOST_OPTIONS = 8
 # Servers of the providers themselves send thoughts in a field of their own.
 _OWN_SERVERS = ("api.openai.com", "generativelanguage.googleapis.com")
 
@@ -51,7 +52,7 @@ class Completions(httpx2.AsyncBaseTransport):
             return await self._inner.handle_async_request(request)
         endpoint = str(request.url), request.headers.get("authorization")
         body: dict[str, Any] = msgspec.json.decode(await request.aread())
-        refused = self._refused.get(endpoint, set())
+        refused = set(self._refused.get(endpoint, ()))
         response = await self._inner.handle_async_request(_without(request, body, refused))
         for _ in range(_MOST_OPTIONS):
             if response.status_code not in (400, 422):
@@ -61,8 +62,9 @@ class Completions(httpx2.AsyncBaseTransport):
             option = _refused_option(answer, body, refused)
             if option is None:
                 return _copy(response, answer, request)
-            refused = self._refused.setdefault(endpoint, set())
             refused.add(option)
+            if option not in _VALUES:
+                self._refused.setdefault(endpoint, set()).add(option)
             response = await self._inner.handle_async_request(_without(request, body, refused))
         if response.status_code != 200:
             return response
@@ -135,7 +137,9 @@ def _refused_option(answer: bytes, body: Mapping[str, Any], refused: set[str]) -
     """The option of the request that the refusal names."""
     text = answer.decode(errors="replace")
     sent = set(body) | ({"max_tokens"} if "max_completion_tokens" in refused else set())
-    found = [option for option in _OPTIONS if option in sent - refused and re.search(rf"\b{option}\b", text)]
+    found = [
+        option for option in (*_OPTIONS, *_VALUES) if option in sent - refused and re.search(rf"\b{option}\b", text)
+    ]
     return found[0] if found else None
 
 

@@ -96,6 +96,21 @@ class ToolTurn(msgspec.Struct, frozen=True, tag="tool"):
 Turn = UserTurn | AssistantTurn | ToolTurn
 
 
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a caller of the API wants the answer to be written. None: as the model does by itself."""
+
+    max_output_tokens: int | None = None
+    """Of each model call of the run."""
+    stop: tuple[str, ...] = ()
+    """The answer ends before the first of these texts."""
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    reasoning_effort: str | None = None
+
+
 class Prompt(msgspec.Struct, frozen=True):
     """One request to a model."""
 
@@ -112,6 +127,7 @@ class Prompt(msgspec.Struct, frozen=True):
     """The model must call a tool."""
     parallel: bool = True
     """The model may call several tools at once."""
+    sampling: Sampling = Sampling()
 
 
 class Usage(msgspec.Struct, frozen=True):

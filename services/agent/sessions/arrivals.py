@@ -12,7 +12,7 @@ from opentelemetry import trace
 
 from infra.postgres.tx import Tx
 from infra.security.crypto import DataKey
-from services.agent.models.contract import AssistantTurn, Image, Tool, ToolTurn, Turn
+from services.agent.models.contract import AssistantTurn, Image, Sampling, Tool, ToolTurn, Turn
 from services.agent.sessions.events import MessageAccepted
 
 
@@ -48,6 +48,7 @@ class Context(msgspec.Struct, frozen=True):
     """Of the message's channel; empty: the agent's."""
     is_complete: bool = True
     """False: there are only images or approvers, and the model is shown the session's own history."""
+    sampling: Sampling = Sampling()
 
 
 @dataclass(frozen=True)

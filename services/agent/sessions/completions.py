@@ -19,7 +19,16 @@ from infra.web.json_schema import check_schema
 from services.agent import adapters
 from services.agent.definitions import approvers, store
 from services.agent.definitions.models import ToolName
-from services.agent.models.contract import AssistantTurn, Image, Tool, ToolCall, ToolTurn, Turn, UserTurn
+from services.agent.models.contract import (
+    AssistantTurn,
+    Image,
+    Sampling,
+    Tool,
+    ToolCall,
+    ToolTurn,
+    Turn,
+    UserTurn,
+)
 from services.agent.sessions import images
 from services.agent.sessions.accepting import MAX_TEXT, AcceptedRun, accept, digest
 from services.agent.sessions.arrivals import Arrival, Context
@@ -79,6 +88,19 @@ class CallersTool(_Part):
     """The arguments have to fit the schema."""
 
 
+class GivenSampling(_Part):
+    """The fields of `Sampling`."""
+
+    max_output_tokens: int | None = Field(default=None, ge=1)
+    stop: tuple[str, ...] = ()
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    reasoning_effort: str | None = None
+
+
 class NewCompletion(_Part):
     """A message with the conversation before it."""
 
@@ -98,6 +120,7 @@ class NewCompletion(_Part):
     """Calls of the tools that were made for this message already, and their results."""
     images: list[ImageUrl] = []
     """Addresses of the message's images, ``data:`` or ``https:``."""
+    sampling: GivenSampling = GivenSampling()
 
     def check(self) -> None:
         """Raises InvalidMessage for an invalid JSON Schema."""
@@ -129,6 +152,7 @@ class NewCompletion(_Part):
             parallel=self.parallel,
             since=tuple(map(_later_turn, self.since)),
             images=_images(self.images, stored),
+            sampling=Sampling(**self.sampling.model_dump()),
         )
 
 

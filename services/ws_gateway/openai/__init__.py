@@ -7,9 +7,14 @@ https://platform.openai.com/docs/api-reference. These rules fill gaps of the sta
   the user, or has the results of tools for the user's message. It goes to the model verbatim. ``system`` and
   ``developer`` messages (``instructions``) are added to the agent's own system prompt.
 - A user's images are addresses, or data URLs of at most 5 MB each and 20 MB in a request.
-- Audio, tools other than functions, ``n`` above 1, ``stop``, log probabilities, and references to earlier
-  responses are refused with a 400 that names the field. The agent decides on sampling and length: ``temperature``,
-  ``max_tokens`` and similar fields are ignored.
+- Audio, tools other than functions, ``n`` above 1, log probabilities, and references to earlier responses are refused
+  with a 400 that names the field. Other options change nothing.
+- ``temperature``, ``top_p``, the penalties, ``seed`` and ``reasoning_effort`` go to the agent's model with each call of
+  the run. A server that refuses one is asked again without it.
+- The limit of tokens (``max_tokens``, ``max_completion_tokens``, ``max_output_tokens``) holds for each call of the
+  model. An answer that reaches it ends the run as it is, even if it is empty or does not fit a schema. -1 is no limit.
+- ``stop`` ends the answer also with a server that does not know it.
+- ``functions`` and ``function_call`` are ``tools`` and ``tool_choice`` as they were before; the answer has their shape.
 - Functions of the client (``tools``) are offered to the model beside the agent's own tools. Their names must differ
   from the names of the agent's tools. Calls of the agent's tools are made by the agent and not shown. A call of a
   client's function ends the run; the client sends the next request with the conversation and the result. If the model

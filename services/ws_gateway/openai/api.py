@@ -110,7 +110,7 @@ def router(hub: Hub, agent: Agent) -> APIRouter:
         """Lets the agent answer the last message. The same Idempotency-Key gets the answer of the same run."""
         run_id = await start(body, who, idempotency_key)
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
-        shape = Chat(run_id, body.model, include_usage=include_usage)
+        shape = Chat(run_id, body.model, include_usage=include_usage, old=bool(body.functions))
         return AnswerResponse(
             hub, agent, who, run_id, shape, stream=bool(body.stream), kept=idempotency_key is not None
         )

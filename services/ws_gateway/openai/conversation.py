@@ -15,7 +15,6 @@ from services.ws_gateway.openai.fields import check
 MAX_IMAGES = 20
 # The text of a message that has only images.
 NO_TEXT = "[image]"
-OLD = "is not supported: use tools"
 
 
 class FunctionCall(msgspec.Struct, frozen=True):
@@ -66,6 +65,8 @@ class CompletionRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """The calls and their results after the message to answer."""
     images: tuple[str, ...] = ()
     """Of the message to answer, as in `Earlier`."""
+    sampling: dict[str, Any] = {}
+    """How the model is to write: the fields of the agent's `Sampling`."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Constraints(NamedTuple):
     tools: tuple[ClientFunction, ...]
     must_call: bool
     parallel: bool
+    sampling: dict[str, Any]
 
 
 def conversation(field: str, turns: Iterable[Turn], constraints: Constraints) -> CompletionRequest:
@@ -120,10 +122,8 @@ def conversation(field: str, turns: Iterable[Turn], constraints: Constraints) ->
             case "tool":
                 call = open_.pop(turn.answers, None) if isinstance(turn.answers, str) else None
                 if call is None:
-                    raise invalid_field(turn.where + turn.answers_field, "must be the id of a call just before")
+                    raise invalid_field(turn.where + turn.answers_field, "must be that of a call just before")
                 said.append(Earlier("tool", content, call=call))
-            case "function":
-                raise invalid_field(f"{turn.where}.role", OLD)
             case _:
                 raise invalid_field(f"{turn.where}.role", "must be system, developer, user, assistant or tool")
     check(not open_, field, _unanswered(open_))

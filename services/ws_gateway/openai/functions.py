@@ -17,14 +17,17 @@ MAX_TOOLS = 128
 MAX_PARAMETERS = 128 * 1024
 
 
-def tools_of(given: Any, choice: Any, *, nested: str = "") -> tuple[tuple[ClientFunction, ...], bool]:
-    """The functions to offer, and whether one of them must be called."""
-    tools = list_of(given, "tools")
-    check(len(tools) <= MAX_TOOLS, "tools", f"must be {MAX_TOOLS} at most")
+def tools_of(
+    given: Any, choice: Any, *, nested: str = "", fields: tuple[str, str] = ("tools", "tool_choice")
+) -> tuple[tuple[ClientFunction, ...], bool]:
+    """The functions to offer, and whether one of them must be called. `fields`: the names of `given` and `choice`."""
+    name, choice_name = fields
+    tools = list_of(given, name)
+    check(len(tools) <= MAX_TOOLS, name, f"must be {MAX_TOOLS} at most")
     found: dict[str, ClientFunction] = {}
     size = 0
     for n, each in enumerate(tools):
-        function, where = function_of(each, f"tools[{n}]", nested)
+        function, where = function_of(each, f"{name}[{n}]", nested)
         check_name(function.get("name"), f"{where}.name")
         check(function["name"] not in found, f"{where}.name", "is there twice")
         strict = function.get("strict") or False
@@ -35,7 +38,7 @@ def tools_of(given: Any, choice: Any, *, nested: str = "") -> tuple[tuple[Client
         description = string(function.get("description") or "", f"{where}.description")
         tool = ClientFunction(function["name"], description, parameters, strict)
         size += len(msgspec.json.encode(tool.parameters))
-        check(size <= MAX_PARAMETERS, "tools", f"must have {MAX_PARAMETERS} bytes of parameters at most")
+        check(size <= MAX_PARAMETERS, name, f"must have {MAX_PARAMETERS} bytes of parameters at most")
         found[tool.name] = tool
     match choice:
         case None | "auto":
@@ -43,15 +46,27 @@ def tools_of(given: Any, choice: Any, *, nested: str = "") -> tuple[tuple[Client
         case "none":
             return (), False
         case "required":
-            check(bool(found), "tool_choice", "there are no tools")
+            check(bool(found), choice_name, "there are no tools")
             return tuple(found.values()), True
+        case {"type": "allowed_tools"}:
+            allowed, where = _fields(choice, choice_name, nested and "allowed_tools")
+            check(allowed.get("mode") in ("auto", "required"), f"{where}.mode", "must be auto or required")
+            names = list_of(allowed.get("tools"), f"{where}.tools")
+            tools = [_chosen(one, f"{where}.tools[{n}]", nested, found) for n, one in enumerate(names)]
+            check(bool(tools), f"{where}.tools", "must not be empty")
+            return tuple(tools), allowed["mode"] == "required"
         case dict():
-            function, where = function_of(choice, "tool_choice", nested)
-            chosen = [tool for tool in found.values() if tool.name == function.get("name")]
-            check(bool(chosen), f"{where}.name", "is none of the tools")
             # Only the chosen function is offered, so the model must call it.
-            return tuple(chosen), True
-    raise invalid_field("tool_choice", "must be none, auto, required or a function")
+            return (_chosen(choice, choice_name, nested, found),), True
+    raise invalid_field(choice_name, "must be none, auto, required or a function")
+
+
+def _chosen(given: Any, where: str, nested: str, found: dict[str, ClientFunction]) -> ClientFunction:
+    function, where = function_of(given, where, nested)
+    name = function.get("name")
+    if not isinstance(name, str) or name not in found:
+        raise invalid_field(f"{where}.name", "is none of the tools")
+    return found[name]
 
 
 def _parameters(given: Any, where: str) -> dict[str, Any]:
@@ -78,6 +93,11 @@ def function_of(given: Any, where: str, nested: str) -> tuple[dict[str, Any], st
     """The fields of a function, and their place in the request."""
     check(isinstance(given, dict), where, "must be an object")
     check(given.get("type") == "function", f"{where}.type", "only function is supported")
+    return _fields(given, where, nested)
+
+
+def _fields(given: dict[str, Any], where: str, nested: str) -> tuple[dict[str, Any], str]:
+    """The object in the field `nested`, and its place; the given object itself if that is empty."""
     if not nested:
         return given, where
     fields = given.get(nested)

@@ -56,19 +56,21 @@ class Shape(Protocol):
 class Chat:
     """https://platform.openai.com/docs/api-reference/chat"""
 
-    def __init__(self, run_id: UUID, model: str, *, include_usage: bool) -> None:
+    def __init__(self, run_id: UUID, model: str, *, include_usage: bool, old: bool = False) -> None:
+        """`old`: a call is told as before there were tools."""
         self._base = {"id": f"chatcmpl-{run_id}", "created": int(time.time()), "model": model}
         self.wants_usage = include_usage
         self._step: int | None = None
         self._finish = "stop"
+        self._old = old
 
     def whole(self, reply: Reply, usage: Usage) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
         if reply.finish_reason == "length":
             self._finish = "length"
         if reply.calls:
-            self._finish = "tool_calls"
-            message |= {"content": reply.text or None, "tool_calls": list(map(_tool_call, reply.calls))}
+            self._finish = "function_call" if self._old else "tool_calls"
+            message |= {"content": reply.text or None, **self._called(reply.calls)}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self._finish}
         answer = {**self._base, "object": "chat.completion", "choices": [choice]}
         return answer | ({"usage": found} if (found := _usage(usage, "prompt_tokens", "completion_tokens")) else {})
@@ -83,8 +85,15 @@ class Chat:
 
     def calls(self, calls: Sequence[FunctionCall]) -> bytes:
         """Sends each call in one piece: the run has ended with the calls, so they are final."""
-        self._finish = "tool_calls"
+        self._finish = "function_call" if self._old else "tool_calls"
+        if self._old:
+            return self._chunk(self._called(calls))
         return b"".join(self._chunk({"tool_calls": [{"index": n} | _tool_call(call)]}) for n, call in enumerate(calls))
+
+    def _called(self, calls: Sequence[FunctionCall]) -> dict[str, Any]:
+        """The field of a message that tells of the calls."""
+        told = list(map(_tool_call, calls))
+        return {"function_call": told[0]["function"]} if self._old else {"tool_calls": told}
 
     def end(self, usage: Usage, *, is_cut: bool = False) -> bytes:
         found = _usage(usage, "prompt_tokens", "completion_tokens") if self.wants_usage else None
@@ -118,11 +127,8 @@ class Responses:
             "created_at": int(time.time()),
             "model": model,
             "incomplete_details": None,
-            "metadata": {},
             "previous_response_id": None,
             "store": False,
-            "temperature": None,
-            "top_p": None,
             **given,
         }
         self._sequence = 0

@@ -17,6 +17,7 @@ from services.agent.models.contract import (
     ModelFailed,
     Prompt,
     Reasoning,
+    Sampling,
     Tool,
     ToolCall,
     ToolTurn,
@@ -420,6 +421,17 @@ async def test_an_option_that_is_refused_is_left_out_and_stays_out(
     answers = [await ask(server, providers) for _ in range(2)]
     assert [(answer.text, answer.usage) for answer in answers] == [("One", Usage()), ("Two", Usage())]
     assert ["stream_options" in request.body for request in server.requests] == [True, False, False]
+
+
+async def test_a_value_that_is_refused_is_left_out_once(server: ModelServer, providers: Providers) -> None:
+    refusal = {"error": {"message": "Unsupported value: 'temperature' does not support 0.2 with this model."}}
+    server.script(MODEL, Refuses(400, refusal))
+    sampling = Sampling(temperature=0.2, stop=("x",), max_output_tokens=5)
+    for _ in range(2):
+        await ask(server, providers, msgspec.structs.replace(PROMPT, sampling=sampling))
+    bodies = [request.body for request in server.requests]
+    assert [body.get("temperature") for body in bodies] == [0.2, None, 0.2]
+    assert all((body["stop"], "max_output_tokens" in body) == (["x"], False) for body in bodies)
 
 
 async def test_several_refused_options_are_left_out_and_a_limit_gets_its_older_name(

@@ -16,6 +16,7 @@ from services.agent.models.contract import (
     ModelFailed,
     Passage,
     Prompt,
+    Sampling,
     Tool,
     ToolCall,
     ToolTurn,
@@ -254,6 +255,17 @@ async def test_a_required_call_and_single_calls_are_sent_as_options(
             {"type": "auto"},
             {"type": "any", "disable_parallel_tool_use": True},
         )
+    sampling = Sampling(temperature=1.5, top_p=0.5, stop=("\n", "Human:"), seed=7)
+    await ask(server, providers, name, msgspec.structs.replace(prompt, sampling=sampling))
+    body = server.requests[-1].body
+    if name == OPENAI:
+        assert (body["temperature"], body["top_p"], body["stop"], body["seed"]) == (1.5, 0.5, ["\n", "Human:"], 7)
+    else:
+        # This model refuses both.
+        assert ("temperature" in body, "top_p" in body, body["stop_sequences"]) == (False, False, ["Human:"])
+        older = "anthropic/claude-sonnet-4-5"
+        await ask(server, providers, older, msgspec.structs.replace(prompt, sampling=sampling))
+        assert (server.requests[-1].body["temperature"], "top_p" in server.requests[-1].body) == (1.0, False)
     # Without tools the options for tools are absent, because some servers refuse them.
     await ask(server, providers, name, Prompt("", (UserTurn("Hi"),), must_call=True, parallel=False))
     assert {"tool_choice", "parallel_tool_calls"}.isdisjoint(server.requests[-1].body)

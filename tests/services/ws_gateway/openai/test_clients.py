@@ -19,7 +19,7 @@ from pydantic_ai.providers.openai import OpenAIProvider
 
 from tests.services.agent.conftest import MODEL, Tenant, World, running_agent
 from tests.services.ws_gateway.openai.conftest import WAIT_SECONDS
-from tooling.testing.model_server import Says
+from tooling.testing.model_server import Says, Streams
 from tooling.testing.platform import Platform
 from tooling.testing.service_fakes import WEATHER
 
@@ -249,3 +249,68 @@ async def test_pydantic_ai_uses_a_tool_of_its_own(world: World, tenant: Tenant, 
         assert asked == ["me"] * 4
         told = world.models.requests[-1].body["messages"]
         assert [message["content"] for message in told if message["role"] == "tool"][:2] == ["me in Bern"] * 2
+
+
+async def test_functions_as_they_were_before_there_were_tools(
+    world: World, tenant: Tenant, client: AsyncOpenAI
+) -> None:
+    agent, bern = await tenant.agent(tools=[WEATHER]), '{"city":"Bern"}'
+    functions: Any = [{"name": "Where", "parameters": Where.model_json_schema()}]
+    options: Any = {"model": agent, "functions": functions}
+    world.models.script(MODEL, Says("Let me see.", calls=(("Where", bern), ("Where", bern))))
+    first = (await client.chat.completions.create(**options, messages=HI)).choices[0]
+    assert (first.finish_reason, first.message.content, first.message.tool_calls) == (
+        "function_call",
+        "Let me see.",
+        None,
+    )
+    assert first.message.function_call
+    assert (first.message.function_call.name, first.message.function_call.arguments) == ("Where", bern)
+    result = {"role": "function", "name": "Where", "content": "Here."}
+    messages: Any = [*HI, first.message.to_dict(), result]
+    world.models.script(MODEL, Says(calls=((WEATHER, bern),)), Says("Wet."))
+    second = (await client.chat.completions.create(**options, messages=messages)).choices[0]
+    assert (second.message.content, second.finish_reason) == ("Wet.", "stop")
+    assert [message["role"] for message in world.models.requests[-1].body["messages"]][-5:] == [
+        *("user", "assistant", "tool", "assistant", "tool")
+    ]
+    world.models.script(MODEL, Says(calls=(("Where", bern),)))
+    stream = await client.chat.completions.create(**options, messages=HI, function_call={"name": "Where"}, stream=True)
+    choices = [chunk.choices[0] async for chunk in stream]
+    told = [choice.delta.function_call for choice in choices if choice.delta.function_call]
+    assert [(call.name, call.arguments) for call in told] == [("Where", bern)]
+    assert choices[-1].finish_reason == "function_call"
+
+
+async def test_the_answer_ends_at_a_stop_and_at_the_limit_of_the_client(
+    world: World, tenant: Tenant, client: AsyncOpenAI
+) -> None:
+    agent, gate = await tenant.agent(tools=[WEATHER]), asyncio.Event()
+    create = client.chat.completions.create
+    # A server that does not know the option.
+    world.models.script(MODEL, Says("One.\nObservation: two", waits=gate), Says("STOP"))
+    pieces = []
+    async with heard(world, tenant, gate):
+        async for chunk in await create(model=agent, messages=HI, stop=["x", "\nObservation:"], stream=True):
+            pieces += [choice.delta.content for choice in chunk.choices if choice.delta.content]
+    assert "".join(pieces) == "One."
+    empty = (await create(model=agent, messages=HI, stop="STOP", temperature=0.5, seed=7)).choices[0]
+    assert (empty.message.content, empty.finish_reason) == ("", "stop")
+    body = world.models.requests[-1].body
+    assert (body["stop"], body["temperature"], body["seed"]) == (["STOP"], 0.5, 7)
+
+    def cut(**delta: Any) -> Streams:
+        return Streams(({"choices": [{"index": 0, "delta": delta, "finish_reason": "length"}]},))
+
+    call = {"index": 0, "id": "a", "function": {"name": WEATHER, "arguments": "{}"}}
+    world.models.script(MODEL, cut(content='{"na'), cut(content=""), cut(content="Let", tool_calls=[call]))
+    with pytest.raises(openai.LengthFinishReasonError):
+        await client.chat.completions.parse(model=agent, messages=HI, response_format=City, max_completion_tokens=2)
+    assert world.models.requests[-1].body["max_completion_tokens"] == 2
+    # A model that thinks may have no token left for the answer.
+    short = (await create(model=agent, messages=HI, max_tokens=1)).choices[0]
+    assert (short.message.content, short.finish_reason) == ("", "length")
+    options: Any = {"metadata": {"a": "b"}, "temperature": 0.5, "max_output_tokens": 3}
+    answer = await client.responses.create(model=agent, input="Hi", **options)
+    assert (answer.status, answer.output_text) == ("incomplete", "Let")
+    assert (answer.metadata, answer.temperature, answer.max_output_tokens) == ({"a": "b"}, 0.5, 3)

@@ -65,12 +65,61 @@ def test_the_input_of_a_response_is_text_or_messages() -> None:
     ) == CompletionRequest("Hi", [Earlier("user", "One"), Earlier("assistant", "Yes?")], "Be brief.\n\nIn French.")
 
 
-def test_what_changes_nothing_or_only_the_sampling_is_ignored() -> None:
-    found = chat(
+def test_how_the_answer_is_to_be_written_goes_to_the_model() -> None:
+    assert chat(
         temperature=0.2,
-        max_tokens=5,
+        top_p=1,
+        presence_penalty=-2,
+        frequency_penalty=2,
+        seed=7,
+        reasoning_effort="low",
+        max_tokens=4,
         max_completion_tokens=5,
-        seed=1,
+        stop=["\n", "", "Observation:"],
+    ).sampling == {
+        "temperature": 0.2,
+        "top_p": 1,
+        "presence_penalty": -2,
+        "frequency_penalty": 2,
+        "seed": 7,
+        "reasoning_effort": "low",
+        "max_output_tokens": 5,
+        "stop": ("\n", "Observation:"),
+    }
+    assert chat(stop="x", max_tokens=4).sampling == {"stop": ("x",), "max_output_tokens": 4}
+    assert chat(max_tokens=-1, stop=[], temperature=None, seed=None, top_p=None).sampling == {}
+    asked = responses(temperature=0, max_output_tokens=9, reasoning={"effort": "high", "summary": "auto"})
+    assert asked.sampling == {"temperature": 0, "max_output_tokens": 9, "reasoning_effort": "high"}
+    assert responses(reasoning={"effort": None}, max_output_tokens=None).sampling == {}
+
+
+def test_functions_are_tools_as_they_were_before() -> None:
+    where = {"name": "f", "description": "d", "parameters": OBJECT}
+    f, g = ClientFunction("f", "d", OBJECT), ClientFunction("g", "", OBJECT)
+    found = chat(functions=[where, {"name": "g"}], function_call={"name": "g"})
+    assert (found.tools, found.must_call, found.parallel) == ((g,), True, False)
+    assert chat(functions=[where, {"name": "g"}], function_call="auto").tools == (f, g)
+    assert chat(functions=[where], function_call="none").tools == ()
+    called = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    result = {"role": "function", "name": "f", "content": "Bern"}
+    found = chat(HI, called, result, {"role": "assistant", "content": "Bern."}, HI, called, result)
+    first, second = FunctionCall("call_1", "f", "{}"), FunctionCall("call_5", "f", "{}")
+    assert found.history[1:3] == [Earlier("assistant", "", (first,)), Earlier("tool", "Bern", call=first)]
+    assert found.since == (Earlier("assistant", "", (second,)), Earlier("tool", "Bern", call=second))
+
+
+def test_only_allowed_tools_are_offered() -> None:
+    tools = [function(name=name) for name in "fgh"]
+    allowed = {"mode": "required", "tools": [function(name="h"), function(name="f")]}
+    found = chat(tools=tools, tool_choice={"type": "allowed_tools", "allowed_tools": allowed})
+    assert ([tool.name for tool in found.tools], found.must_call) == (["h", "f"], True)
+    flat = [{"type": "function", "name": name} for name in "fg"]
+    found = responses(tools=flat, tool_choice={"type": "allowed_tools", "mode": "auto", "tools": flat[1:]})
+    assert ([tool.name for tool in found.tools], found.must_call) == (["g"], False)
+
+
+def test_what_changes_nothing_is_ignored() -> None:
+    found = chat(
         user="u",
         metadata={"a": "b"},
         store=True,
@@ -84,8 +133,11 @@ def test_what_changes_nothing_or_only_the_sampling_is_ignored() -> None:
         modalities=["text"],
         stop=[],
         something_new={},
+        verbosity="low",
+        logit_bias={"50256": -100},
+        service_tier="auto",
     )
-    assert found.text == "Hi"
+    assert found == CompletionRequest("Hi", [], None)
     assert (
         responses(store=True, tools=[], text={"format": {"type": "text"}}, truncation="auto", include=[]).text == "Hi"
     )
@@ -258,8 +310,14 @@ def test_arguments_of_an_earlier_call_may_be_cut_or_an_object(arguments: Any, ex
             "messages[1].tool_calls[0].function.arguments",
         ),
         ([HI, CALLED | {"tool_calls": [CALL, CALL]}, RESULT], "messages[1]"),
-        ([HI, {"role": "function", "name": "f", "content": "{}"}, HI], "messages[1].role"),
-        ([HI, {"role": "assistant", "function_call": {"name": "f"}}, HI], "messages[1].function_call"),
+        ([HI, {"role": "function", "name": "f", "content": "{}"}, HI], "messages[1].name"),
+        ([HI, {"role": "assistant", "function_call": {"name": "f"}}, HI], "messages[2]"),
+        ([HI, {"role": "assistant", "function_call": "f"}, HI], "messages[1].function_call"),
+        ([HI, {"role": "assistant", "function_call": {"name": "f g"}}, HI], "messages[1].function_call.name"),
+        (
+            [HI, {"role": "assistant", "function_call": {"name": "f"}}, {"role": "function", "name": "g"}],
+            "messages[2].name",
+        ),
         ([HI, {"role": "assistant", "content": "Well"}], "messages"),
         ([{"role": "system", "content": "Be brief."}], "messages"),
     ],
@@ -273,16 +331,17 @@ def test_a_message_that_an_agent_cannot_take_is_named(messages: list[Any], param
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("functions", [{"name": "f"}]),
+        ("functions", "f"),
         ("n", 2),
         ("n", 0),
-        ("function_call", "auto"),
         ("logprobs", True),
         ("top_logprobs", 2),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "alloy", "format": "wav"}),
-        ("stop", ["\n"]),
-        ("stop", "x"),
+        ("stop", 7),
+        ("stop", ["x"] * 17),
+        ("max_tokens", 0),
+        ("max_completion_tokens", 0),
         ("web_search_options", {"search_context_size": "low"}),
     ],
 )
@@ -290,6 +349,41 @@ def test_what_would_change_the_shape_of_a_completion_is_refused(field: str, valu
     with pytest.raises(CompletionError) as refused:
         chat(**{field: value})
     assert (refused.value.status, refused.value.error["param"]) == (400, field)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"functions": ["f"]}, "functions[0]"),
+        ({"functions": [{"name": "f"}, {"name": "f"}]}, "functions[1].name"),
+        ({"functions": [{"name": "f", "parameters": 7}]}, "functions[0].parameters"),
+        ({"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "function_call.name"),
+        ({"functions": [{"name": "f"}], "function_call": {}}, "function_call.name"),
+        ({"functions": [{"name": "f"}], "function_call": 7}, "function_call"),
+        ({"functions": [{"name": "f"}], "tools": [TOOL]}, "functions"),
+        ({"stop": ["x", 7]}, "stop[1]"),
+        ({"stop": ["x" * 257]}, "stop[0]"),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}},
+            "tool_choice.allowed_tools.tools",
+        ),
+        (
+            {
+                "tools": [TOOL],
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {"mode": "auto", "tools": [function(name="g")]},
+                },
+            },
+            "tool_choice.allowed_tools.tools[0].function.name",
+        ),
+    ],
+)
+def test_a_part_of_an_option_is_named(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(CompletionError) as refused:
+        chat(**fields)
+    assert (refused.value.status, refused.value.error["param"]) == (400, param)
 
 
 def test_thoughts_of_another_servers_model_are_left_out() -> None:
@@ -494,7 +588,7 @@ def test_the_items_of_a_response_are_the_same_conversation() -> None:
         ({"tools": [function(name="x", parameters={"type": "array"})]}, "tools[0].function.parameters.type"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
+        ({"tools": [TOOL], "tool_choice": {"type": "custom"}}, "tool_choice.type"),
         ({"tools": [TOOL], "tool_choice": function(name="x")}, "tool_choice.function.name"),
         ({"tools": [TOOL], "tool_choice": function(name=["f"])}, "tool_choice.function.name"),
     ],
