@@ -65,7 +65,6 @@ _CONSOLE = "the vendor has no call for it: a person enters it in the console"
 _NO_KEY = Lacking("the vendor takes no key: an unanswered send stays `unknown`")
 _NO_MARKS = Lacking("the vendor shows plain text: marks are removed")
 _NO_TOKEN = Lacking("the credentials are sent with each call")
-_OTHER_ADDRESS = Lacking("the vendor sends it to another address than messages")
 _NOT_TOLD = Lacking("the vendor does not tell it in its webhook")
 _FIXED: dict[str, Cell] = {
     "discord": Lacking("it gets commands, which cannot be changed"),
@@ -81,11 +80,13 @@ _TOKEN = "test_a_token_that_ran_out_is_fetched_again_once"
 # Edits, deletions and buttons are among the kinds of messages and events.
 _KINDS = Proof("test_kinds.py", "test_each_kind_is_read_or_ignored_with_its_reason")
 _BUTTONS: dict[str, Cell] = {
-    **{name: Proof("test_buttons.py", f"test_{name}") for name in ("telegram", "slack", "discord", "teams", "line")},
+    **{
+        name: Proof("test_buttons.py", f"test_{name}")
+        for name in ("telegram", "slack", "discord", "teams", "line", "dingtalk")
+    },
     "whatsapp": Proof("test_whatsapp.py", "test_a_text_outside_of_the_field_text_is_found"),
     **dict.fromkeys(("twilio", "webhook"), Lacking("there are no buttons")),
     **dict.fromkeys(("feishu", "wecom", "qq"), _KINDS),
-    "dingtalk": _OTHER_ADDRESS,
 }
 
 ABILITIES: Mapping[str, Mapping[str, Cell]] = {

@@ -29,7 +29,7 @@ from services.channel.vendors.base import (
     download,
     read_json,
 )
-from services.channel.vendors.items import Received
+from services.channel.vendors.items import Ack, Received
 from services.channel.vendors.splitting import split, utf8_length
 
 # Bytes.
@@ -87,16 +87,24 @@ class DingTalk(Vendor[DingTalkCredentials]):
     steps: ClassVar[tuple[str, ...]] = (
         "Create an app with a robot in HTTP mode; copy the app key, the app secret and the robot code.",
         "Enter the webhook's public URL as message receiving URL.",
+        "For buttons of your own cards, register the same URL as card callback, with the app secret as its API secret.",
     )
 
     def __init__(self) -> None:
         self._tokens = Tokens()
 
     def receive(self, request: Request, credentials: DingTalkCredentials, now: datetime) -> Received:
-        timestamp = request.headers.get("timestamp", "")
+        is_card = "x-ddpaas-signature" in request.headers
+        timestamp = request.headers.get("x-ddpaas-signature-timestamp" if is_card else "timestamp", "")
         digits = timestamp.isascii() and timestamp.isdecimal() and len(timestamp) <= 15
         if not digits or abs(now.timestamp() * 1_000 - int(timestamp)) > _VALID_MS:
             raise Unauthenticated("timestamp is missing or more than an hour from our clock")
+        if is_card:
+            # The API secret of the callback is the app secret.
+            proof = _hmac(credentials, timestamp)
+            if not constant_time_equals(request.headers["x-ddpaas-signature"], proof):
+                raise Unauthenticated("x-ddpaas-signature does not match")
+            return Received([dingtalk_messages.read_card(request.body, timestamp)], Ack(b"{}", "application/json"))
         if not constant_time_equals(request.headers.get("sign", ""), sign(credentials, timestamp)):
             raise Unauthenticated("sign does not match")
         return Received([dingtalk_messages.read(request.body, credentials.robot_code)])
@@ -199,8 +207,11 @@ class DingTalk(Vendor[DingTalkCredentials]):
 
 
 def sign(credentials: DingTalkCredentials, timestamp: str) -> str:
-    secret = credentials.app_secret.encode()
-    return base64.b64encode(hmac.digest(secret, timestamp.encode() + b"\n" + secret, hashlib.sha256)).decode()
+    return _hmac(credentials, f"{timestamp}\n{credentials.app_secret}")
+
+
+def _hmac(credentials: DingTalkCredentials, text: str) -> str:
+    return base64.b64encode(hmac.digest(credentials.app_secret.encode(), text.encode(), hashlib.sha256)).decode()
 
 
 def _refuse(code: int, message: str) -> None:

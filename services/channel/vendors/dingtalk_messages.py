@@ -26,6 +26,7 @@ KINDS: Mapping[str, str] = {
     "markdown": "",
     "interactiveCard": "",
     "unknownMsgType": "",
+    "card.actionCallback": "",
 }
 _FILES: dict[str, Literal["image", "voice", "video", "file"]] = {
     "picture": "image",
@@ -75,6 +76,51 @@ class _Message(msgspec.Struct):
     sessionWebhook: str | None = None
     text: _Text | None = None
     content: _Content | None = None
+
+
+class _Press(msgspec.Struct):
+    """A person pressed a button of a card, or filled in its form."""
+
+    type: str = ""
+    outTrackId: str = ""
+    """Of the card."""
+    userId: str = ""
+    userIdType: int | None = None
+    spaceType: str | None = None
+    spaceId: str | None = None
+    content: str = ""
+    """JSON."""
+
+
+class _Private(msgspec.Struct, frozen=True):
+    actionIds: list[str] | None = None
+    params: dict[str, Any] | None = None
+
+
+class _PressContent(msgspec.Struct):
+    cardPrivateData: _Private = _Private()
+
+
+def read_card(body: bytes, timestamp: str) -> Inbound | Ignored:
+    """https://open.dingtalk.com/document/orgapp/event-callback-card. `timestamp`: of the call, which has no id."""
+    press = decode(body, _Press)
+    ids = (f"card/{press.outTrackId}/{press.userId}/{timestamp}",)
+    if press.type != "actionCallback":
+        return Ignored(ids, f"a call of a card of type {press.type[:40]}")
+    if not press.userId or press.userIdType == 2:
+        return Ignored(ids, "a card without the user id of its person")
+    private = decode(press.content.encode(), _PressContent).cardPrivateData
+    params = private.params or {}
+    words = [value for value in params.values() if isinstance(value, str)]
+    if params:
+        # One value is a word of the person, such as a yes.
+        text = words[0] if len(words) == len(params) == 1 else msgspec.json.encode(params).decode()
+    else:
+        text = ", ".join(private.actionIds or ())
+    # Other types of a space do not tell a group from a chat with the robot. An answer to the person always arrives.
+    is_group = press.spaceType == "IM_GROUP" and press.spaceId
+    conversation = f"group/{press.spaceId}" if is_group else f"user/{press.userId}"
+    return Inbound(ids, conversation, press.userId, press.outTrackId, text)
 
 
 def read(body: bytes, robot_code: str) -> Inbound | Ignored:

@@ -263,7 +263,7 @@ async def test_a_required_call_and_single_calls_are_sent_as_options(
     else:
         # This model refuses both.
         assert ("temperature" in body, "top_p" in body, body["stop_sequences"]) == (False, False, ["Human:"])
-        older = "anthropic/claude-sonnet-4-5"
+        older = "anthropic/claude-haiku-4-5"
         await ask(server, providers, older, msgspec.structs.replace(prompt, sampling=sampling))
         assert (server.requests[-1].body["temperature"], "top_p" in server.requests[-1].body) == (1.0, False)
     # Without tools the options for tools are absent, because some servers refuse them.

@@ -114,8 +114,13 @@ def dingtalk() -> Examples:
             )
             for name in ("interactiveCard", "unknownMsgType")
         },
+        "card.actionCallback": (fake.press({"answer": "yes"}), "yes"),
     }
-    return Examples(fake, lambda content: posted(fake.signed(content)), given)
+
+    def request(content: Any) -> Request:
+        return posted(fake.signed_press(content) if "outTrackId" in content else fake.signed(content))
+
+    return Examples(fake, request, given)
 
 
 def wecom() -> Examples:

@@ -8,12 +8,20 @@ import msgspec
 import pytest
 
 from infra.clock import utcnow
+from infra.errors import Unauthenticated
 from infra.outgoing.client import Outgoing
 from services.channel.routing import is_for_the_bot
 from services.channel.vendors.base import Request
 from services.channel.vendors.items import Ignored, Inbound, Received
 from tests.services.channel.vendors.conftest import Adapter
-from tooling.testing.vendors import DiscordStandIn, LineStandIn, SlackStandIn, TeamsStandIn, TelegramStandIn
+from tooling.testing.vendors import (
+    DingTalkStandIn,
+    DiscordStandIn,
+    LineStandIn,
+    SlackStandIn,
+    TeamsStandIn,
+    TelegramStandIn,
+)
 from tooling.testing.vendors.teams import published
 
 
@@ -103,6 +111,31 @@ async def test_teams(outgoing: Outgoing) -> None:
         request = Request("POST", "", headers, body, keys=published(fake))
         received = adapter.vendor.receive(request, adapter.credentials, utcnow())
         assert pressed(received) == ("19:c", "29:1", text)
+
+
+async def test_dingtalk(outgoing: Outgoing) -> None:
+    fake = DingTalkStandIn()
+    adapter = Adapter("dingtalk", fake, outgoing)
+    both = {"city": "Bern", "count": 2}
+    for params, text in (({"answer": "yes"}, "yes"), (None, "agree"), (both, '{"city":"Bern","count":2}')):
+        received = adapter.receive(fake.signed_press(fake.press(params)))
+        assert pressed(received) == ("user/s1", "s1", text)
+        assert received.ack.body == b"{}"
+    group = fake.press({"answer": "yes"}, spaceType="IM_GROUP", spaceId="cid9")
+    assert pressed(adapter.receive(fake.signed_press(group))) == ("group/cid9", "s1", "yes")
+    for change in ({"type": "dataSourceQuery"}, {"userId": ""}, {"userIdType": 2}):
+        assert isinstance(adapter.one(fake.signed_press(fake.press(**change))), Ignored)
+    body, headers = fake.signed_press(group)
+    for name in headers:
+        for wrong in ("", headers[name][:-1], f"\xfc{headers[name]}", "9" * 20):
+            with pytest.raises(Unauthenticated):
+                adapter.receive((body, headers | {name: wrong}))
+    # The signature of a message is another one.
+    with pytest.raises(Unauthenticated):
+        adapter.receive((body, {"x-ddpaas-signature": "x"} | fake.signed(group)[1]))
+    for age in (3_601, -3_601):
+        with pytest.raises(Unauthenticated):
+            adapter.receive(fake.signed_press(group, age=age))
 
 
 async def test_line(outgoing: Outgoing) -> None:
