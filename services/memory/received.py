@@ -62,8 +62,13 @@ async def receive(request: Request, outgoing: Outgoing, objects: Objects, who: I
     allow_body(request.scope, DOCUMENT.max_bytes + _FORM_BYTES)
     async with request.form(max_files=1, max_fields=2 * rights.MAX_NAMES) as form:
         file = form.get("file")
-        if not isinstance(file, UploadFile):
+        if file is None:
             raise InvalidMessage("file", "missing: must be a multipart field of this name")
+        if not isinstance(file, UploadFile):
+            # Some clients send filename* alone, which RFC 7578 forbids.
+            raise InvalidMessage(
+                "file", 'must have a filename: content-disposition: form-data; name="file"; filename=…'
+            )
         name = _name("file", file.filename)
         audience, tags = _checked(_texts(form, "audience"), _texts(form, "tags"))
         return ReceivedDocument(name, await _store(objects, _chunks(file), name, who, id_), audience, tags)

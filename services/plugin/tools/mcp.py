@@ -130,12 +130,13 @@ class _Progress(httpx2.AsyncBaseTransport):
         self.sent = False
         """The tool may have received the call."""
         self.status = 0
-        """HTTP status of the last answer. 0 before the first one."""
+        """HTTP status of the last answer to a message. 0 before the first one."""
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         request.extensions["max_bytes"] = MAX_ANSWER_BYTES
         response = await self._transport.handle_async_request(request)
-        self.status = response.status_code
+        if request.method == "POST":  # not the end of the session
+            self.status = response.status_code
         return response
 
 
@@ -170,6 +171,10 @@ def _converted(error: BaseException, progress: _Progress) -> Exception:
         case httpx2.ConnectError() | httpx2.ConnectTimeout():
             return Transient(f"the MCP server cannot be reached ({type(error).__name__})")
         case MCPError() if error.code not in (mcp_types.REQUEST_TIMEOUT, mcp_types.CONNECTION_CLOSED):
+            if progress.sent and progress.status == 404:
+                # The server has lost the session, and has not made the call: the next attempt opens another one.
+                # https://modelcontextprotocol.io/specification/2025-06-18/basic/transports#session-management
+                return Transient("the MCP server does not know its session any more (HTTP 404)")
             status = f" (HTTP {progress.status})" if progress.status >= 400 else ""
             return EffectFailed(f"{error.message[:500]}{status}")
         case ValidationError() as invalid:

@@ -232,8 +232,27 @@ async def test_a_name_is_taken_without_its_folders(norrland: Client) -> None:
     for given, kept in (("../../etc/x.md", "x.md"), ("C:\\docs\\y.md", "y.md"), ("日本語.md", "日本語.md")):
         document = await norrland.done(await norrland.upload(given, b"The museum opens at ten."))
         assert document["name"] == kept
-    nameless = await norrland.http.post("/api/v1/documents", files={"file": ("folder/", b"text")})
-    assert (nameless.status_code, nameless.json()["errors"][0]["field"]) == (422, "file")
+    # The names of documents are shown before these are indexed.
+    for given, kept in (
+        ("报告 2026😀.txt", "报告 2026😀.txt"),
+        ("abc\u202efdp.txt", "abcfdp.txt"),
+        ("e\u0301te\u0301 \u0930\u093f.txt", "e\u0301te\u0301 \u0930\u093f.txt"),
+        ('a"b;c%20d.txt', 'a"b;c%20d.txt'),
+        ("x" * 251 + ".txt", "x" * 251 + ".txt"),
+    ):
+        path = f"/api/v1/documents/{await norrland.upload(given, b'The museum opens at ten.')}"
+        assert (await norrland.http.get(path)).json()["name"] == kept
+        link = (await norrland.http.get(f"{path}/content")).json()["url"]
+        assert (await norrland.http.get(link)).content == b"The museum opens at ten."
+    for name in ("folder/", "x" * 252 + ".txt"):
+        refused = await norrland.http.post("/api/v1/documents", files={"file": (name, b"text")})
+        assert (refused.status_code, refused.json()["errors"][0]["field"]) == (422, "file")
+    form = (
+        b"--x\r\ncontent-disposition: form-data; name=\"file\"; filename*=UTF-8''a%E6%8A%A5.txt\r\n\r\na\r\n--x--\r\n"
+    )
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    refused = await norrland.http.post("/api/v1/documents", content=form, headers=headers)
+    assert (refused.status_code, "must have a filename" in refused.json()["errors"][0]["message"]) == (422, True)
 
 
 async def test_an_upload_with_a_key_is_stored_once(norrland: Client) -> None:

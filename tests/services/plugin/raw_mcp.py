@@ -24,12 +24,16 @@ class RawMcp:
         self.results: dict[str, Any] = {}
         """Tool → result of its call."""
         self.methods: list[str] = []
+        self.restarts = 0
+        """How many calls still come just after a restart, which has lost the session."""
+        self._session = 0
 
     async def handle(self, request: Request) -> Response:
         message = json.loads(await request.body())
         self.methods.append(message["method"])
         match message["method"]:
             case "initialize":
+                self._session += 1
                 result: Any = {
                     "protocolVersion": message["params"]["protocolVersion"],
                     "capabilities": {"tools": {}},
@@ -37,6 +41,10 @@ class RawMcp:
                 }
             case "tools/list":
                 result = {"tools": self.tools}
+            case "tools/call" if self.restarts:
+                self.restarts -= 1
+                error = {"code": -32600, "message": "Session not found"}
+                return JSONResponse({"jsonrpc": "2.0", "id": message["id"], "error": error}, 404)
             case "tools/call":
                 result = self.results[message["params"]["name"]]
             case _ if "id" not in message:
@@ -44,7 +52,8 @@ class RawMcp:
             case method:
                 error = {"code": -32601, "message": f"unknown method {method}"}
                 return JSONResponse({"jsonrpc": "2.0", "id": message["id"], "error": error})
-        return JSONResponse({"jsonrpc": "2.0", "id": message["id"], "result": result})
+        answer = {"jsonrpc": "2.0", "id": message["id"], "result": result}
+        return JSONResponse(answer, headers={"mcp-session-id": f"s{self._session}"})
 
 
 @asynccontextmanager

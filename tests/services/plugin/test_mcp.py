@@ -122,6 +122,24 @@ async def test_pictures_are_files_beside_the_result_with_a_note_in_it_and_large_
     assert len(reply.result_json) < 1_000
 
 
+@pytest.mark.parametrize("hints", [{"readOnlyHint": True}, {}])
+async def test_a_call_whose_session_the_server_has_lost_is_made_in_a_new_one(
+    plugin: Platform, raw: RawMcp, hints: dict[str, bool]
+) -> None:
+    raw.tools = [{"name": "look", "inputSchema": {"type": "object"}, "annotations": hints}]
+    raw.results["look"] = {"content": [{"type": "text", "text": "seen"}]}
+    tenant = f"restarts-{len(hints)}"
+    await register(plugin, tenant, raw)
+    raw.methods.clear()
+    raw.restarts = 1
+    reply = await call(plugin, tenant, "look", key=f"{tenant}-1")
+    assert (reply.outcome, reply.result_json) == (CallReply.OUTCOME_SUCCEEDED, '"seen"')
+    assert [raw.methods.count(name) for name in ("initialize", "tools/call")] == [2, 2]
+    raw.restarts = 100
+    reply = await call(plugin, tenant, "look", key=f"{tenant}-2")
+    assert (reply.outcome, "HTTP 404" in reply.error) == (CallReply.OUTCOME_FAILED, True)
+
+
 async def test_an_answer_that_does_not_follow_the_protocol_is_a_failure_with_a_reason(
     plugin: Platform, raw: RawMcp
 ) -> None:
