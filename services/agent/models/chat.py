@@ -47,11 +47,13 @@ FIRST_TOKEN_SECONDS = 120.0
 TRANSIENT_STATUS = (408, 409, 425, 429)
 _FINISH = {
     "stop": "stop",
-    "length": "length",
+    **dict.fromkeys(("length", "max_tokens", "model_length"), "length"),
     "tool_calls": "tool_call",
     "function_call": "tool_call",
-    "content_filter": "content_filter",
+    **dict.fromkeys(("content_filter", "safety", "recitation", "prohibited_content", "blocklist"), "content_filter"),
 }
+# The answer did not come to its end.
+_INTERRUPTED = ("error", "abort", "insufficient_system_resource", "malformed_function_call")
 # The fields in which servers send thoughts: https://api-docs.deepseek.com/guides/reasoning_model
 _THOUGHTS = ("reasoning", "reasoning_content")
 
@@ -147,9 +149,10 @@ class ChatModel:
         if received.finish is None:
             # A proxy cut the stream and then closed the connection normally.
             raise ModelFailed(f"{self._name}: the answer was cut off", transient=True)
-        if received.finish == "error":
+        if received.finish in _INTERRUPTED:
             raise ModelFailed(f"{self._name}: the server failed during the answer", transient=True)
-        if (received.is_refused or received.finish == "content_filter") and not text and not calls:
+        finish = _FINISH.get(received.finish, "")
+        if (received.is_refused or finish == "content_filter") and not text and not calls:
             raise ModelFailed(f"{self._name}: the provider's content filter withheld the answer", transient=False)
         reasoning = None
         if calls and received.thoughts:
@@ -164,7 +167,7 @@ class ChatModel:
             reasoning=reasoning,
             usage=_usage(received.usage),
             model=received.model or self._name,
-            finish_reason=_FINISH.get(received.finish, ""),
+            finish_reason=finish,
         )
 
 
@@ -206,7 +209,8 @@ class _Received:
                     break
             for piece in delta.get("tool_calls") or ():
                 self._take_call(piece)
-            self.finish = choice.get("finish_reason") or self.finish
+            if finish := choice.get("finish_reason"):
+                self.finish = str(finish).lower()  # proxies for Gemini write its own names
             self.is_refused = self.is_refused or bool(delta.get("refusal"))
         return said
 
@@ -250,8 +254,7 @@ def _tool(tool: Tool) -> dict[str, Any]:
         "name": wire_name(tool.name),
         "description": tool.description,
         "parameters": _transformer(tool.schema, strict=tool.strict).walk(),
-        "strict": tool.strict,
-    }
+    } | ({"strict": True} if tool.strict else {})  # not every server knows it
     return {"type": "function", "function": function}
 
 

@@ -8,7 +8,6 @@ stream that is well formed passes through with the same content.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,21 +15,10 @@ import httpx2
 import msgspec
 
 from infra.web.http import media_type
+from services.agent.models import refusals
 from services.agent.models.pieces import Chunk, ToolCalls
 from services.agent.models.thoughts import HELD, Thoughts
 
-# Options of a request without which an answer is still useful.
-_OPTIONS = (
-    "stream_options",
-    "parallel_tool_calls",
-    "max_completion_tokens",
-    "max_tokens",
-    "tool_choice",
-    "response_format",
-    "seed",
-)
-# A server may refuse only one value of these: the next request has them again.
-_VALUES = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "stop", "reasoning_effort")
 # At most this many options are left out one after the other.
 _MOST_OPTIONS = 8
 # Servers of the providers themselves send thoughts in a field of their own.
@@ -43,29 +31,29 @@ class Completions(httpx2.AsyncBaseTransport):
     def __init__(self, inner: httpx2.AsyncBaseTransport) -> None:
         self._inner = inner
         self._refused: dict[object, set[str]] = {}
-        """The options that each endpoint refused."""
+        """What each endpoint refused of each model."""
         self._thinks_aloud: set[object] = set()
         """The endpoints and models whose thoughts end with a tag but do not begin with one."""
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         if not request.url.path.endswith("/chat/completions"):
             return await self._inner.handle_async_request(request)
-        endpoint = str(request.url), request.headers.get("authorization")
         body: dict[str, Any] = msgspec.json.decode(await request.aread())
+        endpoint = str(request.url), request.headers.get("authorization"), body.get("model")
         refused = set(self._refused.get(endpoint, ()))
-        response = await self._inner.handle_async_request(_without(request, body, refused))
+        response = await self._inner.handle_async_request(_again(request, body, refused))
         for _ in range(_MOST_OPTIONS):
-            if response.status_code not in (400, 422):
+            if response.status_code not in (400, 422, 500):
                 break
             answer = await response.aread()
             await response.aclose()
-            option = _refused_option(answer, body, refused)
+            option = refusals.found(response.status_code, answer, body, refused)
             if option is None:
                 return _copy(response, answer, request)
             refused.add(option)
-            if option not in _VALUES:
+            if refusals.lasts(option):
                 self._refused.setdefault(endpoint, set()).add(option)
-            response = await self._inner.handle_async_request(_without(request, body, refused))
+            response = await self._inner.handle_async_request(_again(request, body, refused))
         if response.status_code != 200:
             return response
         kind = media_type(response.headers)
@@ -116,31 +104,18 @@ async def _once(content: bytes) -> AsyncIterator[bytes]:
     yield content
 
 
-def _without(request: httpx2.Request, body: Mapping[str, Any], refused: set[str]) -> httpx2.Request:
-    """The request without refused options. The limit of the answer goes by its older name first."""
-    if not refused & body.keys():
+def _again(request: httpx2.Request, body: Mapping[str, Any], refused: set[str]) -> httpx2.Request:
+    """The request without what the server refuses."""
+    if not refused:
         return request
-    kept = {name: value for name, value in body.items() if name not in refused}
-    if "max_completion_tokens" in refused & body.keys() and "max_tokens" not in refused:
-        kept["max_tokens"] = body["max_completion_tokens"]
     headers = {name: value for name, value in request.headers.items() if name.lower() != "content-length"}
     return httpx2.Request(
         request.method,
         request.url,
         headers=headers,
-        content=msgspec.json.encode(kept),
+        content=msgspec.json.encode(refusals.without(body, refused)),
         extensions=request.extensions,
     )
-
-
-def _refused_option(answer: bytes, body: Mapping[str, Any], refused: set[str]) -> str | None:
-    """The option of the request that the refusal names."""
-    text = answer.decode(errors="replace")
-    sent = set(body) | ({"max_tokens"} if "max_completion_tokens" in refused else set())
-    found = [
-        option for option in (*_OPTIONS, *_VALUES) if option in sent - refused and re.search(rf"\b{option}\b", text)
-    ]
-    return found[0] if found else None
 
 
 def _copy(response: httpx2.Response, content: bytes, request: httpx2.Request) -> httpx2.Response:
@@ -228,6 +203,9 @@ class _Repair:
 
     def _chunk(self, data: bytes, chunk: Any) -> Iterator[bytes]:
         """Other data is passed on as it is: the reader reports it."""
+        if _is_failure(chunk):
+            yield _event({"error": chunk})
+            return
         if not isinstance(chunk, dict) or chunk.get("error") or not isinstance(chunk.get("choices", []), list | None):
             yield b"data: " + data + b"\n\n"
             return
@@ -260,7 +238,10 @@ class _Repair:
         self._base = {name: value for name, value in chunk.items() if name not in ("choices", "usage")}
         # A later total replaces an earlier one. They are never added.
         # Groq reports it in a field of its own.
+        # Moonshot reports it in the choice.
+        choices = map(_mapping, _list(chunk.get("choices"))[:1])
         reported = chunk.pop("usage", None) or _mapping(chunk.get("x_groq")).get("usage")
+        reported = reported or next((choice["usage"] for choice in choices if "usage" in choice), None)
         self._reported |= {name: value for name, value in _mapping(reported).items() if value is not None}
         self._usage = usage(reported) or self._usage or usage(self._reported)
         chunk["choices"] = [choice for choice in chunk.get("choices") or () if self._is_ours(choice)]
@@ -276,8 +257,12 @@ class _Repair:
                 delta["content"] = self.thoughts.feed(content)
             if choice["finish_reason"]:
                 delta["content"] = (delta.get("content") or "") + self.thoughts.flush()
-            if calls := delta.get("tool_calls"):
-                delta["tool_calls"] = self._calls.feed(calls)
+            calls = delta.get("tool_calls")
+            if not calls and isinstance(call := delta.get("function_call"), dict):
+                # As it was before there were tools.
+                calls = [{"index": 0, "function": call}]
+            if calls:
+                delta["tool_calls"] = self._calls.feed(calls if isinstance(calls, list) else [calls])
             self._has_content = self._has_content or bool(content or calls)
 
     def _is_ours(self, choice: Any) -> bool:
@@ -296,6 +281,13 @@ class _Repair:
         # An answer with content has output. Zero would make it free.
         if self._usage and not (self._has_content and self._usage["completion_tokens"] == 0):
             yield self._base | {"choices": [], "usage": self._usage}
+
+
+def _is_failure(chunk: Any) -> bool:
+    """An error of the server in a shape of its own, such as vLLM's and FastAPI's."""
+    if not isinstance(chunk, dict) or chunk.get("choices") or chunk.get("usage"):
+        return False
+    return chunk.get("object") == "error" or any(isinstance(chunk.get(name), str) for name in ("message", "detail"))
 
 
 def _decode_damaged(data: bytes) -> Any:

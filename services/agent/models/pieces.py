@@ -67,9 +67,12 @@ class ToolCalls:
         return sent
 
     def _found(self, index: object, given_id: str | None) -> _Call | None:
+        same = [call for call in self._calls if given_id and call.given_id == given_id]
         if isinstance(index, int):
-            return self._by_index.get(index)
-        if given_id and (same := [call for call in self._calls if call.given_id == given_id]):
+            call = self._by_index.get(index)
+            # Some servers write several calls in turns under one index.
+            return same[-1] if call and call.given_id and same and call not in same else call
+        if same:
             return same[-1]
         return self._calls[-1] if self._calls and not given_id else None
 

@@ -261,6 +261,15 @@ def two(first: dict[str, Any], second: dict[str, Any], finish: str | None = "too
         two(call(None, "a", "add", '{"n":1}'), call(None, "b", "add", '{"n":2}')),
         two(call(None, None, "add", '{"n":1}'), call(None, None, "add", '{"n":2}')),
         two(call(0, "a", "add", {"n": 1}), call(0, "b", "add", {"n": 2})),
+        # In turns under one index.
+        Streams(
+            (
+                *(chunk({"tool_calls": [call(0, id_, "add", "")]}) for id_ in "ab"),
+                chunk({"tool_calls": [call(0, "a", None, '{"n":1}')]}),
+                chunk({"tool_calls": [call(0, "b", None, '{"n":2}')]}),
+                chunk(finish="tool_calls"),
+            )
+        ),
         two(call(0, "a", "add", '{"n":1}'), call(0, "b", "add", '{"n":2}'), finish=None),
         Streams((chunk({"tool_calls": [call(0, "a", "add", '{"n":1}'), call(0, "b", "add", '{"n":2}')]}, "stop"),)),
     ],

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from services.agent.models.contract import ModelFailed
+from services.agent.models.contract import AssistantTurn, Image, ModelFailed, Prompt, UserTurn
 from services.agent.models.providers import Providers
 from tests.services.agent.models.test_completions import (
     MODEL,
@@ -102,6 +102,9 @@ TEXTS: dict[str, Streams] = {
         STOP | {"usage": USAGE},
     ),
     "groq: usage in x_groq": of(HI, STOP | {"x_groq": {"id": "r", "usage": USAGE | {"queue_time": 0.1}}}),
+    "moonshot: usage in the choice": of(
+        HI, {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop", "usage": USAGE}]}
+    ),
     "events with names and ids": of(
         b"event: message\nid: 1\n" + sse(HI), b"event: message\nid: 2\nretry: 10\n" + sse(STOP | {"usage": USAGE})
     ),
@@ -178,6 +181,12 @@ CALLS: dict[str, Streams] = {
         chunk({"tool_calls": [call(0, "c1", "add", ',"b":2}')]}),
         chunk(finish="tool_calls"),
     ),
+    "an old server: function_call": of(
+        chunk({"function_call": {"name": "add", "arguments": ""}}),
+        *(chunk({"function_call": {"arguments": piece}}) for piece in ('{"a":1', ',"b":2}')),
+        chunk(finish="function_call"),
+    ),
+    "no list": of(chunk({"tool_calls": call(0, "c1", "add", JSON)}), chunk(finish="tool_calls")),
     "type missing": of(
         chunk({"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "add", "arguments": JSON}}]}),
         chunk(finish="tool_calls"),
@@ -254,6 +263,13 @@ async def test_a_refusal_is_told_apart(server: ModelServer, providers: Providers
         {"error": "rate limited"},
         {"error": {"message": "overloaded", "type": "server_error"}},
         {"object": "error", "error": {"message": "engine died", "code": 500}},
+        {"object": "error", "message": "engine died", "type": "InternalServerError", "code": 500},
+        {"detail": "Internal Server Error"},
+        {"choices": [], "message": "overloaded"},
+        *(
+            {"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]}
+            for finish in ("abort", "insufficient_system_resource", "MALFORMED_FUNCTION_CALL")
+        ),
         [{"error": {"code": 503, "message": "overloaded", "status": "UNAVAILABLE"}}],
         {"choices": [{"index": 0, "delta": {}, "finish_reason": "error"}]},
     ],
@@ -263,3 +279,45 @@ async def test_an_error_in_the_middle_is_no_answer(server: ModelServer, provider
     with pytest.raises(ModelFailed) as failed:
         await ask(server, providers)
     assert failed.value.transient
+
+
+@pytest.mark.parametrize(
+    ("finish", "reason"),
+    [("MAX_TOKENS", "length"), ("max_tokens", "length"), ("model_length", "length"), ("SAFETY", "content_filter")],
+)
+async def test_a_cut_answer_is_told_in_the_words_of_servers(
+    server: ModelServer, providers: Providers, finish: str, reason: str
+) -> None:
+    server.script(MODEL, of(HI, chunk(finish=finish)))
+    assert (await ask(server, providers)).finish_reason == reason
+
+
+TOLD = (UserTurn("one"), UserTurn("two", (Image(url="https://e.example/a.png"),)), AssistantTurn("yes"), UserTurn("?"))
+
+
+@pytest.mark.parametrize("status", [400, 500])
+@pytest.mark.parametrize(
+    ("refusal", "system", "roles"),
+    [
+        ("System role not supported", False, ["user", "assistant", "user"]),
+        ("Developer instruction is not enabled for models/gemma", False, ["user", "assistant", "user"]),
+        (
+            "Conversation roles must alternate user/assistant/user/assistant/...",
+            True,
+            ["system", "user", "assistant", "user"],
+        ),
+        ("user and assistant roles should be alternating", True, ["system", "user", "assistant", "user"]),
+    ],
+)
+async def test_an_order_of_roles_that_a_template_refuses_is_changed_for_good(
+    server: ModelServer, providers: Providers, refusal: str, system: bool, roles: list[str], status: int
+) -> None:
+    server.script(MODEL, Refuses(status, {"object": "error", "message": refusal}))
+    for _ in range(2):
+        assert (await ask(server, providers, Prompt("Be kind.", TOLD))).text == "You said: ?"
+    assert len(server.requests) == 3
+    for request in server.requests[1:]:
+        messages = request.body["messages"]
+        assert [message["role"] for message in messages] == roles
+        texts = [part.get("text") for part in messages[int(system)]["content"]]
+        assert texts == ["one" if system else "Be kind.\n\none", "two", None]
