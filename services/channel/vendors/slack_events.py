@@ -190,6 +190,8 @@ def _spoken(ids: tuple[str, ...], kind: _Kind, payload: Payload, raw: msgspec.Ra
         return Ignored(ids, reason)
     if not kind.user:
         return Ignored(ids, "a message without an author")
+    if kind.user == "USLACKBOT":
+        return Ignored(ids, "a message of Slack itself")
     event = decode(raw, _Event)
     bots = {bot.user_id for bot in payload.authorizations or () if bot.is_bot and bot.user_id}
     if event.user in bots:
@@ -207,7 +209,8 @@ def _spoken(ids: tuple[str, ...], kind: _Kind, payload: Payload, raw: msgspec.Ra
         attachments=_attachments(event),
         # An app_mention does not tell the type of its channel. The id of a direct message begins with D.
         in_group=event.channel_type != "im" and not event.channel.startswith("D"),
-        mentions_bot=kind.type == "app_mention" or any(f"<@{bot}>" in (event.text or "") for bot in bots),
+        mentions_bot=kind.type == "app_mention"
+        or any(re.search(rf"<@{re.escape(bot)}[|>]", event.text or "") for bot in bots),
         replies_to_bot=event.parent_user_id in bots,
     )
 
@@ -221,9 +224,11 @@ def _text(event: _Event) -> str:
     quoted = [attachment.text or attachment.fallback or "" for attachment in event.attachments or ()]
     if text := "\n".join(filter(None, quoted)) or "".join(_block_texts(event.blocks)).strip():
         return text
-    if event.files and not _attachments(event):
+    if _attachments(event):
+        return ""
+    if event.files:
         return placeholder("a file", *(file.name or file.title or "" for file in event.files))
-    return ""
+    return placeholder("a message of a form that is not known here")
 
 
 def _typed(link: re.Match[str]) -> str:
@@ -248,9 +253,20 @@ def _block_texts(node: Any) -> Iterator[str]:
         for child in node:
             yield from _block_texts(child)
     elif isinstance(node, dict):
-        if isinstance(text := node.get("text"), str):
+        text, kind = node.get("text") or node.get("url"), node.get("type")
+        if isinstance(text, str):
             yield text
+        elif kind == "user":
+            yield f"<@{node.get('user_id')}>"
+        elif kind == "emoji":
+            yield f":{node.get('name')}:"
         else:
             yield from _block_texts(text)
         yield from _block_texts(node.get("elements"))
-        yield "\n" if node.get("type") in ("section", "rich_text_section", "header") else ""
+        for part in node.get("fields") or ():
+            yield "\n"
+            yield from _block_texts(part)
+        for row in node.get("rows") or ():
+            yield " | ".join("".join(_block_texts(cell)).strip() for cell in row) if isinstance(row, list) else ""
+            yield "\n"
+        yield "\n" if kind in ("section", "rich_text_section", "header") else ""

@@ -81,8 +81,14 @@ class _Message(msgspec.Struct):
     message_thread_id: int | None = None
     is_topic_message: bool | None = None
     is_automatic_forward: bool | None = None
+    forward_origin: msgspec.Raw | None = None
+    """The message was written by another person, or elsewhere."""
     migrate_to_chat_id: int | None = None
     migrate_from_chat_id: int | None = None
+
+
+# The author of a channel's posts in the group that is linked to it.
+_FORWARDER = 777000
 
 
 class _Press(msgspec.Struct):
@@ -173,7 +179,7 @@ def _item(
         return Moved(ids, str(chat), str(message.migrate_to_chat_id))
     if message.migrate_from_chat_id is not None:
         return Moved(ids, str(message.migrate_from_chat_id), str(chat))
-    if message.is_automatic_forward:
+    if message.is_automatic_forward or (message.from_ and message.from_.id == _FORWARDER):
         return Ignored(ids, "a channel's post, forwarded to its group automatically")
     # In the name of a chat, `from` is one of Telegram's own bots.
     if message.sender_chat is not None:
@@ -194,6 +200,9 @@ def _item(
         text = words(fields)
     if text is None:
         return Ignored(ids, why_ignored(fields))
+    if message.forward_origin is not None and text:
+        # It may be of another person, whose yes approves nothing.
+        text = f"[Forwarded message]\n{text}"
     quoted = message.reply_to_message or _Quoted()
     is_answer = _is(bot, quoted.from_)
     part = message.quote.text if message.quote else ""

@@ -150,6 +150,8 @@ class _Referred(msgspec.Struct):
 
 class _Context(msgspec.Struct):
     referred_product: _Referred | None = None
+    forwarded: bool | None = None
+    frequently_forwarded: bool | None = None
 
 
 class _Referral(msgspec.Struct):
@@ -319,6 +321,8 @@ def _text(message: _Message) -> str | None:
     if text is None:
         return None
     about = []
+    if text and message.context and (message.context.forwarded or message.context.frequently_forwarded):
+        text = f"[Forwarded message]\n{text}"
     if message.context and message.context.referred_product:
         about.append(described("About the product", message.context.referred_product.product_retailer_id))
     if message.referral:

@@ -111,6 +111,11 @@ async def test_mention_and_message_of_one_text_share_a_name(vendor: SlackStandIn
     message = one(receive(vendor, vendor.event("hi", ts="1700000000.000009")))
     mention = one(receive(vendor, vendor.event("hi", kind="app_mention", ts="1700000000.000009")))
     assert len(set(message.ids) & set(mention.ids)) == 1
+    # Of two events with one name, the first counts: both tell that the bot is mentioned.
+    for text, named in (("<@U0BOT> hi", True), ("hi <@U0BOT|bot>", True), ("<@U0BOTTLE> hi", False)):
+        item = one(receive(vendor, vendor.event(text)))
+        assert isinstance(item, Inbound)
+        assert item.mentions_bot is named
 
 
 async def test_the_handshake_is_answered_only_if_it_is_signed(vendor: SlackStandIn) -> None:
@@ -126,6 +131,7 @@ async def test_the_handshake_is_answered_only_if_it_is_signed(vendor: SlackStand
         {"bot_id": "B1"},
         {"subtype": "bot_message"},
         {"user": "U0BOT"},
+        {"user": "USLACKBOT"},
         # Slack adds the preview of a link.
         {"subtype": "message_changed", "message": {"user": "U1", "text": "new", "ts": "1700000000.000001"}},
         {
@@ -259,6 +265,27 @@ async def test_a_forwarded_message_comes_with_the_words_about_it(vendor: SlackSt
             },
             "rich \ntext",
         ),
+        (
+            {
+                "blocks": [
+                    {
+                        "type": "section",
+                        "fields": [{"type": "mrkdwn", "text": "Due"}, {"type": "mrkdwn", "text": "May"}],
+                    },
+                    {"type": "table", "rows": [[{"type": "raw_text", "text": text} for text in "ab"]]},
+                    {
+                        "type": "rich_text_section",
+                        "elements": [
+                            {"type": "user", "user_id": "U2"},
+                            {"type": "emoji", "name": "wave"},
+                            {"type": "link", "url": "https://e.example"},
+                        ],
+                    },
+                ]
+            },
+            "Due\nMay\na | b\n<@U2>:wave:https://e.example",
+        ),
+        ({"blocks": [{"type": "image", "image_url": "https://e.example"}]}, "of a form that is not known"),
     ],
 )
 async def test_a_text_outside_of_the_field_text_is_found(

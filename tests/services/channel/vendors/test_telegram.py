@@ -87,12 +87,23 @@ def test_a_channels_post_in_its_group_is_ignored_and_people_there_are_not() -> N
     service_bot = {"from": {"id": 777000, "is_bot": False, "first_name": "Telegram"}}
     post = message(is_automatic_forward=True, sender_chat={"id": -1001, "type": "channel"}, **service_bot)
     assert post == Ignored(("update/10001",), "a channel's post, forwarded to its group automatically")
+    assert isinstance(message(sender_chat={"id": -1001, "type": "channel"}, **service_bot), Ignored)
     # An anonymous administrator and a person who writes as a channel have one of Telegram's bots as their author.
     for chat in (-100, -1001):
         item = message(chat={"id": -100}, sender_chat={"id": chat}, **{"from": {"id": 1087968824, "is_bot": True}})
         assert isinstance(item, Inbound)
         assert item.person == f"chat/{chat}"
         assert item.by_admin is (chat == -100)
+
+
+def test_a_forwarded_message_is_told_from_the_persons_own_words() -> None:
+    origin = {"type": "hidden_user", "sender_user_name": "Bob", "date": 1}
+    item = message(text="yes", forward_origin=origin)
+    assert isinstance(item, Inbound)
+    assert item.text == "[Forwarded message]\nyes"
+    item = message(text=None, forward_origin=origin, photo=[{"file_id": "f"}])
+    assert isinstance(item, Inbound)
+    assert (item.text, len(item.attachments)) == ("", 1)
 
 
 def test_both_notices_of_a_move_name_the_old_and_the_new_chat() -> None:
