@@ -31,7 +31,7 @@ class Completions(httpx2.AsyncBaseTransport):
     def __init__(self, inner: httpx2.AsyncBaseTransport) -> None:
         self._inner = inner
         self._refused: dict[object, set[str]] = {}
-        """What each endpoint refused of each model."""
+        """The parts of a request that each endpoint refused for each model."""
         self._thinks_aloud: set[object] = set()
         """The endpoints and models whose thoughts end with a tag but do not begin with one."""
 
@@ -105,7 +105,7 @@ async def _once(content: bytes) -> AsyncIterator[bytes]:
 
 
 def _again(request: httpx2.Request, body: Mapping[str, Any], refused: set[str]) -> httpx2.Request:
-    """The request without what the server refuses."""
+    """The request without the refused parts."""
     if not refused:
         return request
     headers = {name: value for name, value in request.headers.items() if name.lower() != "content-length"}

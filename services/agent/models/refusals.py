@@ -28,7 +28,7 @@ Body = Mapping[str, Any]
 
 
 def found(status: int, answer: bytes, body: Body, known: set[str]) -> str | None:
-    """What the server refuses by this answer; None if that is not known, or known already."""
+    """The part of the request that this answer refuses; None if it names none, or only parts that are known."""
     text = answer.decode(errors="replace")
     # llama.cpp answers 500 if a template refuses.
     for name, pattern in _ROLES.items() if status in (400, 422, 500) else ():
@@ -47,7 +47,7 @@ def lasts(refused: str) -> bool:
 
 
 def without(body: Body, refused: set[str]) -> dict[str, Any]:
-    """The request without what is refused. The limit of the answer goes by its older name first."""
+    """The request without the refused parts. The limit of the answer goes by its older name first."""
     kept = {name: value for name, value in body.items() if name not in refused}
     if "max_completion_tokens" in refused & body.keys() and "max_tokens" not in refused:
         kept["max_tokens"] = body["max_completion_tokens"]

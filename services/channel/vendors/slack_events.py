@@ -263,10 +263,13 @@ def _block_texts(node: Any) -> Iterator[str]:
         else:
             yield from _block_texts(text)
         yield from _block_texts(node.get("elements"))
-        for part in node.get("fields") or ():
+        for part in _listed(node.get("fields")):
             yield "\n"
             yield from _block_texts(part)
-        for row in node.get("rows") or ():
-            yield " | ".join("".join(_block_texts(cell)).strip() for cell in row) if isinstance(row, list) else ""
-            yield "\n"
+        for row in _listed(node.get("rows")):
+            yield " | ".join("".join(_block_texts(cell)).strip() for cell in _listed(row)) + "\n"
         yield "\n" if kind in ("section", "rich_text_section", "header") else ""
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -81,7 +81,7 @@ class _Message(msgspec.Struct):
     message_thread_id: int | None = None
     is_topic_message: bool | None = None
     is_automatic_forward: bool | None = None
-    forward_origin: msgspec.Raw | None = None
+    forward_origin: Any = None
     """The message was written by another person, or elsewhere."""
     migrate_to_chat_id: int | None = None
     migrate_from_chat_id: int | None = None

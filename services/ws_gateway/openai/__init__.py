@@ -12,7 +12,8 @@ https://platform.openai.com/docs/api-reference. These rules fill gaps of the sta
 - ``temperature``, ``top_p``, the penalties, ``seed`` and ``reasoning_effort`` go to the agent's model with each call of
   the run. A server that refuses one is asked again without it.
 - The limit of tokens (``max_tokens``, ``max_completion_tokens``, ``max_output_tokens``) holds for each call of the
-  model. An answer that reaches it ends the run as it is, even if it is empty or does not fit a schema. -1: without a limit.
+  model. An answer that reaches it ends the run as it is, even if it is empty or does not fit a schema. -1 means
+  that there is no limit.
 - ``stop`` ends the answer also with a server that does not know it.
 - ``functions`` and ``function_call`` are ``tools`` and ``tool_choice`` as they were before; the answer has their shape.
 - Functions of the client (``tools``) are offered to the model beside the agent's own tools. Their names must differ

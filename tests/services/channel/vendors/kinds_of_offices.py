@@ -118,7 +118,8 @@ def dingtalk() -> Examples:
     }
 
     def request(content: Any) -> Request:
-        return posted(fake.signed_press(content) if "outTrackId" in content else fake.signed(content))
+        is_press = isinstance(content, dict) and "outTrackId" in content
+        return posted(fake.signed_press(content) if is_press else fake.signed(content))
 
     return Examples(fake, request, given)
 
