@@ -119,9 +119,10 @@ def _is_delimiter(line: str) -> bool:
 def _fitting(text: str, limit: int, length: Callable[[str], int]) -> int:
     """The number of characters that fit. A character has at least one unit, so it is at most `limit`."""
     end = min(limit, len(text))
-    while (over := length(text[:end]) - limit) > 0:
-        end -= max(1, over // 2)
-    return max(end, 1)
+    while end > 1 and (size := length(text[:end])) > limit:
+        # In proportion: a character may have four bytes.
+        end = max(min(end - 1, end * limit // size), 1)
+    return end
 
 
 def _place(text: str, end: int, places: tuple[re.Pattern[str], ...]) -> int:

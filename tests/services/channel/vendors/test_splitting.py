@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.channel.vendors.splitting import split, utf16_length
+from services.channel.vendors.splitting import split, utf8_length, utf16_length
 
 
 @given(
@@ -40,6 +41,15 @@ def test_a_visible_character_is_not_split() -> None:
     assert split("ab" + family, 6) == ["ab", family]
     assert split("abc" + "e\u0301", 4) == ["abc", "e\u0301"]
     assert split("abc" + "👍🏽", 4) == ["abc", "👍🏽"]
+
+
+@pytest.mark.parametrize("character", ["a", "é", "报", "😀", "👨\u200d👩\u200d👧", "🇩🇪", "👍🏽", "e\u0301"])
+def test_there_are_no_more_parts_than_needed_in_any_script(character: str) -> None:
+    text = character * (20_000 // len(character))
+    parts = split(text, 2_048, utf8_length)
+    assert "".join(parts) == text
+    assert all(len(part) % len(character) == 0 for part in parts)
+    assert all(utf8_length(part) > 1_900 for part in parts[:-1])
 
 
 def test_a_long_text_is_measured_only_a_few_times() -> None:
