@@ -32,6 +32,8 @@ CONNECT_TIMEOUT = 10.0
 DEFAULT_MAX_BYTES = 4 * 1024 * 1024
 MAX_CLIENT_BYTES = 64 * 1024 * 1024
 """Of one answer to a provider's library, streams included."""
+# Charsets of host names that Python decodes in quadratic time: a few hundred kilobytes would take minutes.
+_QUADRATIC_CODECS = ("punycode", "idna")
 KEEPALIVE_SECONDS = 3.0
 """Servers close an idle connection after five seconds or more. A request on a connection that the server is closing may
 or may not be handled, so this side closes idle connections first."""
@@ -233,6 +235,11 @@ class _Transport(httpx2.AsyncBaseTransport):
         span = _span(request)
         try:
             response = await self._connections.handle_async_request(request)
+            if len(response.headers.get_list("content-encoding", split_commas=True)) > 1:
+                # Each coding may multiply by a thousand what the next one reads without any output: a few kilobytes
+                # would stop the event loop for minutes, and no limit of size or time would end it.
+                await response.aclose()
+                raise httpx2.DecodingError("more than one content coding")
         except BaseException as error:
             _fail(span, error)
             span.end()
@@ -246,6 +253,10 @@ class _Transport(httpx2.AsyncBaseTransport):
         headers = httpx2.Headers(
             [pair for pair in response.headers.raw if pair[0].lower() not in (b"content-encoding", b"content-length")]
         )
+        type_ = headers.get("content-type", "")
+        # With the star of RFC 2231 the name may be written in other signs.
+        if "*" in type_ or any(codec in type_.lower() for codec in _QUADRATIC_CODECS):
+            headers["content-type"] = type_.partition(";")[0]
         return httpx2.Response(response.status_code, headers=headers, stream=body, extensions=response.extensions)
 
 

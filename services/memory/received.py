@@ -12,6 +12,7 @@ from uuid import UUID
 
 import httpx2
 import msgspec
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
@@ -59,6 +60,10 @@ async def receive(request: Request, outgoing: Outgoing, objects: Objects, who: I
         return await _fetched(request, outgoing, objects, who, id_)
     if type_ != "multipart/form-data":
         raise WrongType("content-type", "must be multipart/form-data, or application/json with a url")
+    _, options = parse_options_header(request.headers["content-type"])
+    # The form would be decoded in any charset that Python knows, also in one that takes quadratic time.
+    if options.get(b"charset", b"utf-8").lower() != b"utf-8":
+        raise WrongType("content-type", "its charset must be utf-8")
     allow_body(request.scope, DOCUMENT.max_bytes + _FORM_BYTES)
     async with request.form(max_files=1, max_fields=2 * rights.MAX_NAMES) as form:
         file = form.get("file")

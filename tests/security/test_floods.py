@@ -113,6 +113,17 @@ async def test_forms_are_refused(
     assert 400 <= answer.status_code < 500, answer.text
 
 
+async def test_the_charset_of_a_form_is_utf_8(
+    system: Platform, http: dict[str, httpx.AsyncClient], other: Furnished
+) -> None:
+    """Python decodes punycode in quadratic time: a field of a megabyte would stop the service for a minute."""
+    body = b'--x\r\ncontent-disposition: form-data; name="file"; filename="a.txt"\r\n\r\nabc\r\n--x--\r\n'
+    for charset in ("punycode", "PunyCode.", "utf-16", '"idna"'):
+        headers = {**system.headers(other.id), "content-type": f"multipart/form-data; boundary=x; charset={charset}"}
+        answer = await http["memory"].post("/api/v1/documents", headers=headers, content=body)
+        assert (answer.status_code, answer.json()["errors"][0]["field"]) == (415, "content-type"), answer.text
+
+
 async def test_a_search_of_log_lines_stays_within_its_tenant(system: Platform, other: Furnished) -> None:
     stranger = (await asked(system, "user", "", "POST", "/api/v1/tenants", {"name": "Searcher"}))["id"]
     for q in (

@@ -84,5 +84,5 @@ def _is_utf8(body: bytes) -> bool:
 def _decoded(body: bytes, charset: str | None) -> str:
     try:
         return body.decode(charset or "utf-8", errors="replace")
-    except LookupError:
+    except (LookupError, UnicodeError):
         return body.decode(errors="replace")

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
+import httpx2
 import openai
 import pytest
 from cryptography import x509
@@ -229,6 +230,29 @@ async def test_an_answer_beyond_the_limit_is_cut_off(kind: str) -> None:
     async with serving(answers[kind]) as server, outgoing() as http:
         with pytest.raises(TooLarge, match="100000"):
             await http.request("GET", server.url, max_bytes=100_000)
+
+
+@pytest.mark.parametrize(
+    "codings", ["content-encoding: gzip, gzip", "content-encoding: gzip\r\ncontent-encoding: gzip"]
+)
+async def test_an_answer_in_two_codings_is_refused_before_it_is_unpacked(codings: str) -> None:
+    body = gzip.compress(gzip.compress(b"plain"))
+    head = f"HTTP/1.1 200 OK\r\n{codings}\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    async with serving(head + body) as server, outgoing() as http:
+        with pytest.raises(Unanswered, match="DecodingError"):
+            await http.request("GET", server.url)
+        with pytest.raises(httpx2.DecodingError):
+            await http.client().get(server.url)
+
+
+@pytest.mark.parametrize(
+    "charset", ["charset=punycode", 'Charset="PunyCode"', "charset*=utf-8''%70unycode", "charset=idna"]
+)
+async def test_no_text_is_decoded_in_a_charset_that_takes_quadratic_time(charset: str) -> None:
+    head = f"HTTP/1.1 200 OK\r\ncontent-type: text/html; {charset}\r\ncontent-length: 6\r\n\r\n".encode()
+    async with serving(head + b"abc-1a") as server, outgoing() as http:
+        assert (await http.client().get(server.url)).text == "abc-1a"
+        assert (await http.request("GET", server.url)).headers["content-type"] == "text/html"
 
 
 async def test_a_compressed_answer_comes_out_plain() -> None:

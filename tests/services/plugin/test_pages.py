@@ -20,6 +20,7 @@ LIMIT = 20_000
         ("\ufeff<p>退货</p>".encode("utf-16"), None, ("", "退货")),
         ('<?xml version="1.0" encoding="iso-8859-1"?><p>é</p>'.encode(), "utf-8", ("", "é")),
         (b"<p>caf\xe9</p>", "nonsense", ("", "caf\ufffd")),
+        (b"<p>caf\xe9</p>", "undefined", ("", "caf\ufffd")),
         (b"<p>a\0b</p>", None, ("", "a b")),
         (b"", None, ("", "")),
         (b"   ", None, ("", "")),
