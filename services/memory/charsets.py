@@ -122,8 +122,8 @@ def decode(content: bytes, declared: str | None = None) -> tuple[str, str]:
         if encoding:
             try:
                 return content.decode("utf-8-sig" if encoding == "utf-8" else encoding), encoding
-            except UnicodeDecodeError:
-                # The statement is wrong, as it is in many files.
+            except (UnicodeError, LookupError):
+                # The statement is wrong, as it is in many files, or names a codec that is none of texts.
                 pass
     shares = {encoding: _share(content, encoding, common) for encoding, common in _COMMON.items()}
     frequencies = {encoding: _frequency(content, encoding) for encoding in _FREQUENT}

@@ -34,8 +34,8 @@ def chapters(file: IO[bytes], warnings: list[str]) -> Iterator[str]:
             if item.get("media-type") in _PAGES and "nav" not in item.get("properties", "").split():
                 paths[item.get("id")] = posixpath.normpath(posixpath.join(folder, unquote(item.get("href", ""))))
         encrypted = _encrypted(book) if _ENCRYPTION in names else set()
-        for reference in _nodes(contents, "itemref"):
-            path = paths.get(reference.get("idref"))
+        # Each chapter once, as the standard says: a small file could repeat one a million times.
+        for path in dict.fromkeys(paths.get(reference.get("idref")) for reference in _nodes(contents, "itemref")):
             if path in encrypted:
                 raise UnreadableFile("The e-book is encrypted. Upload it without copy protection.")
             if path in names:

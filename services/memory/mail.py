@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from email.header import decode_header
 from email.message import Message
 from email.parser import BytesParser
+from email.policy import Compat32
 from typing import IO
 
 from services.memory import markup
@@ -20,11 +21,19 @@ _ENCRYPTED = frozenset(("multipart/encrypted", "application/pkcs7-mime", "applic
 _STATUS = "message/delivery-status"
 
 
+class _ShortHeaders(Compat32):
+    """Cuts long headers: the library's time grows with the square of their length."""
+
+    def header_source_parse(self, sourcelines: list[str]) -> tuple[str, str]:
+        name, value = super().header_source_parse(sourcelines)
+        return name, value[:MAX_HEADER]
+
+
 def blocks(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
     """The e-mail under its subject, then the enclosed ones. Adds the attachments, which are not read, to `warnings`.
     Raises UnreadableFile, UnknownEncoding."""
     attached: list[str] = []
-    waiting = [BytesParser().parse(file)]
+    waiting = [BytesParser(policy=_ShortHeaders()).parse(file)]
     while waiting:
         mail = waiting.pop()
         subject = _header(mail, "Subject") or None
@@ -95,8 +104,7 @@ def _header(mail: Message, name: str) -> str:
 def _decoded_words(value: object) -> str:
     """A header's value with its encoded words (RFC 2047) decoded, on one line."""
     text = ""
-    # The library's time grows with the square of the length.
-    for part, charset in decode_header(value[:MAX_HEADER] if isinstance(value, str) else value):  # type: ignore[arg-type]  # it also takes the Header of raw bytes
+    for part, charset in decode_header(value):  # type: ignore[arg-type]  # it also takes the Header of raw bytes
         try:
             text += part if isinstance(part, str) else decode(part, charset)[0]
         except UnknownEncoding:

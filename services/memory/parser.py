@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Annotated
 
 import msgspec
 
@@ -129,19 +129,24 @@ async def _parsed_once(
         yield chunks
 
 
+# PostgreSQL holds no NUL, and numbers of 32 bits. A passage has a few thousand characters.
+_Line = Annotated[str, msgspec.Meta(max_length=100_000, pattern="^[^\\x00]*$")]
+_Number = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+
+
 class _Said(msgspec.Struct):
     """A line of the parser; `parsing` has their forms."""
 
-    error: str | None = None
-    unconfined: list[str] = []
-    text: str | None = None
-    section: str | None = None
-    page: int | None = None
-    tokens: int = 0
-    chunks: int | None = None
-    pages: int | None = None
-    pages_without_text: list[int] = []
-    warnings: list[str] = []
+    error: _Line | None = None
+    unconfined: list[_Line] = []
+    text: _Line | None = None
+    section: _Line | None = None
+    page: _Number | None = None
+    tokens: _Number = 0
+    chunks: _Number | None = None
+    pages: _Number | None = None
+    pages_without_text: list[_Number] = []
+    warnings: list[_Line] = []
 
 
 def _understood(line: bytes) -> _Said:

@@ -26,6 +26,9 @@ from services.memory.domain import Block, Chunk, UnreadableFile, chunk, sections
 
 # A larger archive is refused before it is unpacked. Real ones are compressed ten times at most.
 MAX_UNPACKED_BYTES = 512 * 1024**2
+# Each passage repeats the path of its headings. A subject or the name of a sheet may have any length.
+MAX_SECTION = 2_000
+MAX_WARNINGS, MAX_WARNING = 100, 2_000
 
 _KINDS = {
     types.PDF: "PDF",
@@ -81,7 +84,8 @@ class BlockReader:
             case types.PPTX:
                 yield from self._page_blocks(list(sections(_clean(text))) for text in slides.texts(self._file))
             case types.XLSX:
-                yield from spreadsheets.sheets(self._file, self.warnings)
+                for block in spreadsheets.sheets(self._file, self.warnings):
+                    yield block._replace(text=_clean(block.text))
             case types.DOCX:
                 yield from sections(_clean(markup.markdown(word.html(self._file))))
                 if margins := word.margins(self._file):
@@ -153,8 +157,9 @@ def _clean(text: str) -> str:
 
 def passages(reader: BlockReader, type_: str) -> Iterator[Chunk]:
     """The file's passages. Raises UnreadableFile, also if the file has no text."""
+    blocks = (block._replace(section=_clean(block.section or "")[:MAX_SECTION] or None) for block in reader.blocks())
     try:
-        yield from _some(chunk(reader.blocks()), reader)
+        yield from _some(chunk(blocks), reader)
     except (UnreadableFile, ImportError):
         raise
     except MemoryError as error:
@@ -162,6 +167,12 @@ def passages(reader: BlockReader, type_: str) -> Iterator[Chunk]:
     except Exception as error:
         kind = _KINDS.get(type_, "text")
         raise UnreadableFile(f"The file cannot be read as a {kind}; it may be damaged.") from error
+
+
+def _told(warnings: Sequence[str]) -> list[str]:
+    """The warnings, which may have names that the file gives."""
+    told = [_clean(warning)[:MAX_WARNING] for warning in warnings[:MAX_WARNINGS]]
+    return told if len(warnings) <= MAX_WARNINGS else [*told, f"{len(warnings) - MAX_WARNINGS} more warnings."]
 
 
 def _some(chunks: Iterable[Chunk], reader: BlockReader) -> Iterator[Chunk]:
@@ -200,7 +211,7 @@ def main(type_: str, parent: str) -> None:
                 "chunks": count,
                 "pages": reader.pages,
                 "pages_without_text": reader.pages_without_text,
-                "warnings": reader.warnings,
+                "warnings": _told(reader.warnings),
             }
         )
     except UnreadableFile as error:

@@ -19,7 +19,8 @@ def texts(file: IO[bytes]) -> Iterator[str]:
     """Each slide as Markdown."""
     from pptx import Presentation
 
-    for slide in Presentation(file).slides:
+    # Each slide once: a small file could name one a million times.
+    for slide in dict.fromkeys(Presentation(file).slides):
         title = slide.shapes.title
         shown = title is not None and title.text.strip()
         lines = [f"# {' '.join(title.text.split())}"] if shown else []

@@ -17,6 +17,8 @@ from services.memory.markup import MAX_REPEATED_CHARACTERS
 
 # Rows of one block. A large sheet must not be in memory as one text.
 BLOCK_ROWS = 1_000
+# Of a sheet of Excel. A row may state any number, and the library makes all rows before it.
+MAX_ROWS = 1_048_576
 _WHITE = re.compile(r"\s+")
 # Of a table in a text, the first one wins among equals.
 _DELIMITERS = ",;\t|"
@@ -41,18 +43,23 @@ def sheets(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
     from openpyxl import load_workbook  # type: ignore[import-untyped]
 
     book = load_workbook(file, read_only=True, data_only=True)
+    read: set[str] = set()
     for sheet in book.worksheets:
+        if sheet._worksheet_path in read:
+            # A small workbook could name one part as thousands of sheets.
+            continue
+        read.add(sheet._worksheet_path)
         # The stated dimensions may be wrong, and may be a million rows.
         sheet.reset_dimensions()
         used: set[int] = set()
-        for row in sheet.iter_rows(values_only=True):
+        for row in sheet.iter_rows(max_row=MAX_ROWS, values_only=True):
             used.update(n for n, value in enumerate(row) if _has_text(value))
         columns = sorted(used)
         merged = _Merged(book, sheet)
         header: list[str] = []
         lines: list[str] = []
         blocks = 0
-        for number, row in enumerate(sheet.iter_rows(), 1):
+        for number, row in enumerate(sheet.iter_rows(max_row=MAX_ROWS), 1):
             cells = [_text(row[n]) if n < len(row) else "" for n in columns]
             merged.fill(number, columns, cells)
             if not any(cells):

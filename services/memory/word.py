@@ -132,6 +132,7 @@ def _remove(element: etree._Element) -> None:
 
 
 def _replace(element: etree._Element, *by: etree._Element) -> None:
-    parent = element.getparent()
-    place = parent.index(element)
-    parent[place : place + 1] = by
+    # Without its place among its siblings, which would be counted again for each of many.
+    for each in by:
+        element.addprevious(each)
+    _remove(element)

@@ -508,6 +508,37 @@ def _billion_laughs() -> bytes:
     return out.getvalue()
 
 
+def _repeating_book(times: int) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as book:
+        book.writestr("META-INF/container.xml", '<container><rootfile full-path="p.opf"/></container>')
+        items = '<item id="a" href="a.html" media-type="text/html"/><item id="b" href="b.html" media-type="text/html"/>'
+        spine = '<itemref idref="a"/><itemref idref="b"/>' * times
+        book.writestr("p.opf", f"<package><manifest>{items}</manifest><spine>{spine}</spine></package>")
+        book.writestr("a.html", f"<p>{'some words to read. ' * 10_000}</p>")
+    return out.getvalue()
+
+
+def _changed(archive: bytes, part: str, old: bytes, new: bytes) -> bytes:
+    """The archive with a change in one of its parts."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as whole, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as copy:
+        assert old in whole.read(part)
+        for name in whole.namelist():
+            copy.writestr(name, whole.read(name).replace(old, new) if name == part else whole.read(name))
+    return out.getvalue()
+
+
+def _fields(count: int) -> bytes:
+    field = b"<w:fldSimple><w:r><w:t>x </w:t></w:r></w:fldSimple>"
+    return _changed(files.docx("a", "b"), "word/document.xml", b"<w:p><w:r>", b"<w:p>" + field * count + b"<w:r>")
+
+
+def _far_row() -> bytes:
+    row = b'<row r="1000000000"><c r="A1000000000"><v>1</v></c></row></sheetData>'
+    return _changed(files.xlsx("Far", [["a"], ["b"]]), "xl/worksheets/sheet1.xml", b"</sheetData>", row)
+
+
 # Built by their test: to build the bombs takes many seconds, and every test process imports this module.
 ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "html declarations": (lambda: b"<html><body>" + b"<!" * 500_000, types.HTML),
@@ -519,16 +550,20 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a table rule": (lambda: b"a|b\n" + b"-" * 2_000_000, types.MARKDOWN),
     "a heading": (lambda: b"# " + b"# " * 1_000_000 + b"\n\ntext\n" * 1000, types.MARKDOWN),
     "white space": (lambda: "\u2003".encode() * 1_000_000 + b"end", types.MARKDOWN),
+    "docx fields": (lambda: _fields(100_000), types.DOCX),
     "docx bomb": (lambda: bomb("word/document.xml"), types.DOCX),
     "xlsx bomb": (lambda: bomb("xl/worksheets/sheet1.xml"), types.XLSX),
     "csv cells": (lambda: b"," * 16_000 + b"x\n" + b"y\n" * 40_000, types.CSV),
     "e-mail depth": (lambda: _nested_mail(3_000), types.MAIL),
+    "e-mail parameters": (lambda: b'Content-Type: text/plain; a="' + b'\\";' * 300_000 + b"\n\ntext", types.MAIL),
     "e-mail words": (lambda: b"Subject: " + b"=?utf-8?q?a?= " * 200_000 + b"\n\ntext", types.MAIL),
     "outlook depth": (lambda: files.compound(_enclosing(20)), types.OUTLOOK),
     "outlook loop": (_looping_outlook, types.OUTLOOK),
     "epub bomb": (lambda: bomb("META-INF/container.xml"), types.EPUB),
     "epub entities": (_billion_laughs, types.EPUB),
     "xlsx cells": (lambda: table_bomb(2_000), types.XLSX),
+    "xlsx far row": (_far_row, types.XLSX),
+    "epub chapters twice": (lambda: _repeating_book(20_000), types.EPUB),
 }
 
 
@@ -539,3 +574,32 @@ def test_a_hostile_file_is_read_or_refused_within_the_limits(
     """The parser is not killed by its limits of processor time and memory, which `parse` would show."""
     lines = parse(tmp_path, build(), type_)
     assert "chunks" in lines[-1] or "error" in lines[-1]
+
+
+def test_names_that_a_file_gives_are_cleaned_and_cut(tmp_path: Path) -> None:
+    parts = b"".join(
+        b'--b\nContent-Type: image/x; name="=?utf-8?q?n=00' + b"n" * 5_000 + b'?="\n\nx\n' for _ in range(3)
+    )
+    mail = b"Subject: =?utf-8?q?a=00b_?= =?zlib?q?c?= " + b"s" * 9_000
+    lines = parse(tmp_path, mail + b"\nContent-Type: multipart/mixed; boundary=b\n\n--b\n\ntext\n" + parts, types.MAIL)
+    assert lines[-2]["section"].startswith("a b c")
+    [warning] = lines[-1]["warnings"]
+    assert [len(lines[-2]["section"]), len(warning)] == [2_000, 2_000]
+    assert "\0" not in json.dumps([lines[-2]["section"], warning], ensure_ascii=False)
+
+
+def test_a_part_of_a_workbook_that_is_named_as_several_sheets_is_read_once(tmp_path: Path) -> None:
+    sheet = b'<sheet xmlns:r="http://schemas.openxmlformats.org/officeDocument/2006/relationships"'
+    more = b"".join(sheet + b' name="s%d" sheetId="%d" r:id="rId1"/>' % (n, n + 9) for n in range(3))
+    book = _changed(files.xlsx("First", [["a", "b"], ["c", "d"]]), "xl/workbook.xml", b"</sheets>", more + b"</sheets>")
+    passages, _ = read(tmp_path, book, types.XLSX)
+    assert [passage["section"] for passage in passages] == ["First"]
+
+
+def test_a_book_that_names_many_missing_parts_has_a_few_warnings(tmp_path: Path) -> None:
+    book = _repeating_book(1)
+    items = b"".join(b'<item id="m%d" href="m%d" media-type="text/html"/>' % (n, n) for n in range(500))
+    spine = b"".join(b'<itemref idref="m%d"/>' % n for n in range(500))
+    book = _changed(book, "p.opf", b"</manifest><spine>", items + b"</manifest><spine>" + spine)
+    *_, last = parse(tmp_path, book, types.EPUB)
+    assert (len(last["warnings"]), last["warnings"][-1]) == (101, "401 more warnings.")

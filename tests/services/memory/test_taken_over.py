@@ -18,6 +18,9 @@ from tooling.stack.checkout import CHECKOUT
 # Acts of a parser that its file has taken over, and the reason with which the file is refused.
 TAKEN_OVER = {
     "says nothing in JSON": ("print('x' * 10)", "cannot be read"),
+    "says NUL": (r"""print('{"text": "a\u0000"}')""", "cannot be read"),
+    "says a long passage": ("print('{\"text\": \"%s\"}' % ('x' * 100_001))", "cannot be read"),
+    "says a page of 64 bits": ('print(\'{"text": "x", "page": 4294967296}\')', "cannot be read"),
     "says other types": ("print('{\"text\": [5]}')", "cannot be read"),
     "has no line end": ("print('x' * (2**22 + 1), end='')", "too large"),
     "never ends": ('while True: print(\'{"text": "x"}\')', "more than 1 MiB"),
