@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
 
@@ -27,7 +28,16 @@ from services.agent.runs.cancelling import cancel, fail
 from services.agent.runs.content import Unsealer
 from services.agent.runs.decisions import decision_in, is_unclear, settle, suspension
 from services.agent.runs.domain import Fail, Suspension
-from services.agent.runs.notices import BUSY, INTERRUPTED, NOT_YOURS, TAKEN_OVER, question_repeated
+from services.agent.runs.notices import (
+    BUSY,
+    INTERRUPTED,
+    NEXT,
+    NOT_YOURS,
+    TAKEN_OVER,
+    TOO_EARLY,
+    UNCLEAR,
+    question_repeated,
+)
 from services.agent.runs.publishing import stream as run_stream
 from services.agent.runs.replies import send_reply
 from services.agent.sessions.arrivals import Arrival, ArrivalRows, Context, message_row, run_row
@@ -204,6 +214,8 @@ class Asking(NamedTuple):
     run_id: UUID
     may_decide: bool
     """The author of the message may give it."""
+    next_run: UUID | None = None
+    """The run of the author's question before this one."""
 
 
 async def _answered_question(tx: Tx, unfinished: Mapping[UUID, OpenRun], arrival: Arrival) -> Asking | None:
@@ -238,17 +250,23 @@ async def _settle_question(tx: Tx, arrival: Arrival, subjects: SubjectKeys, aski
     if not asking.may_decide:
         audit_refusal(tx, *act, **about)
         await _answer(tx, arrival, run_id, NOT_YOURS, arrival.subject_id)
+    elif decision and arrival.origin and arrival.received_at <= waits.at:
+        # Meant for an earlier question, or for none: the person has not seen this one.
+        await _ask_again(tx, arrival, subjects, run_id, waits, TOO_EARLY)
     elif decision:
         await settle(tx, run_id, waits.step, decision, arrival.subject_id)
         audit(tx, *act, **about)
+        if arrival.origin and asking.next_run:
+            waits = await suspension(tx, asking.next_run)
+            await _ask_again(tx, arrival, subjects, asking.next_run, waits, NEXT)
     else:
-        await _ask_again(tx, arrival, subjects, run_id, waits)
+        await _ask_again(tx, arrival, subjects, run_id, waits, UNCLEAR)
 
 
 async def _asking(tx: Tx, unfinished: Mapping[UUID, OpenRun], arrival: Arrival) -> Asking | None:
-    """The first run that waits for an approval of the message's author, or else the first that waits for the approval
-    of another person. A run that waits for another agent is neither."""
-    others = None
+    """The run whose question was asked last, of those that the message's author may answer, or else of those of other
+    persons. A run that waits for another agent has none."""
+    asked: list[tuple[bool, datetime, UUID]] = []
     for run_id, run in unfinished.items():
         if run.status == "waiting":
             waits = (await tx.load(run_stream(run_id))).suspended
@@ -256,11 +274,12 @@ async def _asking(tx: Tx, unfinished: Mapping[UUID, OpenRun], arrival: Arrival) 
                 # In a channel with a rule of its own the newest form of that rule counts: the answer carries it.
                 rule = arrival.context.approvers if arrival.context else ()
                 approvers = rule or (await load(tx, run.agent_id)).definition.approvers
-                asked = arrival.subject_id == await _subject(tx, run_id)
-                if may_decide(approvers, arrival.names, asked=asked):
-                    return Asking(run_id, True)
-                others = others or Asking(run_id, False)
-    return others
+                is_asker = arrival.subject_id == await _subject(tx, run_id)
+                asked.append((may_decide(approvers, arrival.names, asked=is_asker), waits.at, run_id))
+    if not asked:
+        return None
+    (mine, _, run_id), *others = sorted(asked, reverse=True)
+    return Asking(run_id, mine, others[0][2] if mine and others and others[0][0] else None)
 
 
 async def _subject(tx: Tx, run_id: UUID) -> str:
@@ -268,14 +287,16 @@ async def _subject(tx: Tx, run_id: UUID) -> str:
     return str(subject_id)
 
 
-async def _ask_again(tx: Tx, arrival: Arrival, subjects: SubjectKeys, run_id: UUID, waits: Suspension) -> None:
-    """The answer was unclear: the person is asked the same question again, and the run goes on waiting."""
+async def _ask_again(
+    tx: Tx, arrival: Arrival, subjects: SubjectKeys, run_id: UUID, waits: Suspension, reason: str
+) -> None:
+    """The person is asked the same question again, and the run goes on waiting."""
     subject_id = await _subject(tx, run_id)
     arguments = None
     if waits.arguments:
         unsealer = Unsealer(tx, subjects)
         arguments = await unsealer.open(waits.arguments, subject_id, f"{run_id}/{waits.step}", "arguments")
-    await _answer(tx, arrival, run_id, question_repeated(waits.name, arguments), subject_id)
+    await _answer(tx, arrival, run_id, question_repeated(reason, waits.name, arguments), subject_id)
 
 
 async def _answer(tx: Tx, arrival: Arrival, run_id: UUID, text: str, subject_id: str) -> None:

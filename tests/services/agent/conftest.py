@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -85,8 +86,9 @@ class Tenant:
         parent: str | None = None,
         by_admin: bool = False,
         approvers: tuple[str, ...] = (),
+        seconds_late: float = 0,
     ) -> UUID:
-        """A message from a channel, as the channel service's relay sends it."""
+        """A message from a channel, as the channel service's relay sends it. It was under way for `seconds_late`."""
         message = MessageReceived(
             channel_id=UUID(int=7),
             channel_type="telegram",
@@ -96,7 +98,7 @@ class Tenant:
             subject_id=person,
             vendor_message_id="m1",
             text=text,
-            received_at=utcnow(),
+            received_at=utcnow() - timedelta(seconds=seconds_late),
             position=position,
             parent_session_key=f"{self.id}-{parent}" if parent else "",
             by_admin=by_admin,

@@ -19,6 +19,7 @@ from tooling.testing.service_fakes import CALCULATOR, WEATHER
 
 UNKNOWN = plugin_pb2.CallReply(outcome=plugin_pb2.CallReply.OUTCOME_UNKNOWN, error="it did not answer")
 BERN = (WEATHER, '{"city":"Bern"}')
+QUESTION = f"May I use {WEATHER} with these arguments?\n\n```\n{BERN[1]}\n```\n\n"
 
 
 async def careful(tenant: Tenant, **more: Any) -> str:
@@ -105,7 +106,7 @@ async def test_the_person_in_the_chat_decides(world: World, tenant: Tenant, answ
     await tenant.receive(agent, "Weather?")
     run = await waiting(tenant)
     [question] = await tenant.sent("channel.outbound")
-    assert question["text"] == f"May I use {WEATHER} with {BERN[1]}? Please answer yes or no."
+    assert question["text"] == f"{QUESTION}Please answer yes or no."
     await tenant.receive(agent, answer)
     [over] = await tenant.runs(1)
     assert over["id"] == run["id"]
@@ -133,7 +134,7 @@ async def test_an_unclear_answer_is_asked_back_and_starts_no_run(world: World, t
     assert [item["id"] for item in (await tenant.call("GET", "/api/v1/runs"))["items"]] == [run["id"]]
     assert (await tenant.run(run["id"]))["status"] == "waiting"
     question, *repeated = await tenant.sent("channel.outbound")
-    again = f"I did not understand that. May I use {WEATHER} with {BERN[1]}? Please answer only yes or no."
+    again = f"I did not understand that. {QUESTION}Please answer only yes or no."
     assert [send["text"] for send in repeated] == [again, again]
     assert [send["position"] for send in repeated] == [question["position"] + 1, question["position"] + 2]
     await tenant.receive(agent, "yes")
@@ -150,6 +151,38 @@ async def test_a_yes_in_the_thread_of_the_question_decides(world: World, tenant:
     [over] = await tenant.runs(1)
     assert (over["id"], over["reply"]) == (run["id"], "Done.")
     assert len((await tenant.call("GET", "/api/v1/runs"))["items"]) == 1
+
+
+async def test_a_yes_from_before_the_question_is_asked_back(world: World, tenant: Tenant) -> None:
+    agent = await careful(tenant)
+    world.models.script(MODEL, Says(calls=(BERN,)), Says("Done."))
+    await tenant.receive(agent, "Weather?")
+    run = await waiting(tenant)
+    # A second yes to the question before, or one that its vendor kept for a while.
+    await tenant.receive(agent, "yes", seconds_late=60)
+    assert (await answers(tenant, 2))[1] == f"You wrote that before I asked. {QUESTION}Please answer only yes or no."
+    assert (await tenant.run(run["id"]))["status"] == "waiting"
+    await tenant.receive(agent, "yes")
+    assert (await tenant.over(run["id"]))["reply"] == "Done."
+
+
+async def test_of_two_questions_a_yes_answers_the_last_one_and_the_other_is_asked_again(
+    world: World, tenant: Tenant
+) -> None:
+    agent = await careful(tenant)
+    world.models.script(MODEL, Says(calls=(BERN,)))
+    await tenant.receive(agent, "Weather in Bern?")
+    first = await waiting(tenant)
+    world.models.script(MODEL, Says(calls=((WEATHER, '{"city":"Rome"}'),)), Says("Sun."))
+    await tenant.receive(agent, "And in Rome?")
+    await answers(tenant, 2)
+    await tenant.receive(agent, "yes")
+    texts = await answers(tenant, 4)
+    assert set(texts[2:]) == {f"I also wait for another answer. {QUESTION}Please answer only yes or no.", "Sun."}
+    assert (await tenant.run(first["id"]))["status"] == "waiting"
+    world.models.script(MODEL, Says("Rain."))
+    await tenant.receive(agent, "yes")
+    assert (await tenant.over(first["id"]))["reply"] == "Rain."
 
 
 async def acts(tenant: Tenant, run_id: str) -> list[tuple[str, str, str]]:
@@ -198,9 +231,8 @@ async def test_in_a_room_only_an_approver_decides_and_the_audit_says_who(
     world.models.script(MODEL, Says(calls=(BERN,)), Says("Done."))
     await tenant.receive(agent, "Weather?", person="asker")
     run = await waiting(tenant)
-    question = f"May I use {WEATHER} with {BERN[1]}?"
     who = "A person who may decide this has to answer" if approvers else "Please answer"
-    assert await answers(tenant, 1) == [f"{question} {who} yes or no."]
+    assert await answers(tenant, 1) == [f"{QUESTION}{who} yes or no."]
     for count, no in enumerate(("yes", "no"), 2):
         await tenant.receive(agent, no, **other)
         assert (await answers(tenant, count))[-1] == NOT_YOURS
