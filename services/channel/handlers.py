@@ -68,7 +68,8 @@ async def expire_delivery(due: DueDelivery, tx: Tx) -> None:
     await _decide(tx, due.delivery_id, MarkFailed("expired"))
 
 
-@DELIVERIES.runner(concurrency=64, expired=expire_delivery)
+# An address of a tenant that never answers must not hold the slots of all tenants.
+@DELIVERIES.runner(concurrency=64, per_tenant=24, expired=expire_delivery)
 async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) -> None:
     try:
         async with effects.reading() as reading:

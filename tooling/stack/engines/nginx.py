@@ -49,11 +49,19 @@ class Limits:
     webhook_rate: int
     """Per second, for the webhooks from each address. Vendors call for many channels from a few addresses."""
     webhook_burst: int
+    connections: int = 2000
+    """At once, for each API key and for each address."""
 
 
 # Everything on this machine has one address.
 LOCAL_LIMITS = Limits(
-    rate=1000, burst=2000, channel_rate=1000, channel_burst=2000, webhook_rate=1000, webhook_burst=2000
+    rate=1000,
+    burst=2000,
+    channel_rate=1000,
+    channel_burst=2000,
+    webhook_rate=1000,
+    webhook_burst=2000,
+    connections=8000,
 )
 
 

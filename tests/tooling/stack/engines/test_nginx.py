@@ -6,7 +6,8 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -415,6 +416,25 @@ async def test_a_flood_from_one_key_address_or_channel_is_refused_and_others_are
         assert await post(5, "/webhooks/slack/2", "x", here) == {200}
         # Invented tokens, each of them once.
         assert 429 in await post(60, "/webhooks/slack/invented-{}", "x", here)
+
+
+async def test_one_key_or_address_cannot_take_all_connections(services: StandIns) -> None:
+    services.keys |= {"claw_first", "claw_second"}
+    services.more.clear()
+    async with running(services, replace(LOCAL_LIMITS, connections=3)) as client, AsyncExitStack() as all_:
+
+        async def follow(key: str, address: str) -> int:
+            transport = httpx.AsyncHTTPTransport(local_address=address)
+            caller = await all_.enter_async_context(httpx.AsyncClient(transport=transport, base_url=client.base_url))
+            headers = {"Authorization": f"Bearer {key}"}
+            answer = await all_.enter_async_context(caller.stream("GET", "/api/v1/runs/1/events", headers=headers))
+            return answer.status_code
+
+        here, elsewhere = "127.0.0.1", "127.0.0.2"
+        assert [await follow("claw_first", here) for _ in range(4)] == [200, 200, 200, 429]
+        assert [await follow("claw_first", elsewhere), await follow("claw_second", here)] == [429, 429]
+        assert await follow("claw_second", elsewhere) == 200
+        services.more.set()
 
 
 @pytest.mark.parametrize(
