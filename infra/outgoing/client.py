@@ -236,7 +236,7 @@ class _Transport(httpx2.AsyncBaseTransport):
         try:
             response = await self._connections.handle_async_request(request)
             if len(response.headers.get_list("content-encoding", split_commas=True)) > 1:
-                # Each coding may multiply by a thousand what the next one reads without any output: a few kilobytes
+                # Each coding may multiply its input by a thousand, and the last one may have no output: a few kilobytes
                 # would stop the event loop for minutes, and no limit of size or time would end it.
                 await response.aclose()
                 raise httpx2.DecodingError("more than one content coding")
