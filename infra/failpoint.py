@@ -5,8 +5,15 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
+from functools import cache
 
 _passed: Counter[str] = Counter()
+
+
+@cache
+def _armed() -> str | None:
+    """Read once: a run of five steps passes many points."""
+    return os.environ.get("CLAW_FAILPOINT")
 
 
 def failpoint(name: str) -> None:
@@ -16,7 +23,7 @@ def failpoint(name: str) -> None:
     that a restarted process passes. CLAW_FAILPOINT_PASS = n kills the process when it passes for the n-th time.
     CLAW_FAILPOINT_SIGNAL names another signal: SIGSTOP.
     """
-    if os.environ.get("CLAW_FAILPOINT") != name:
+    if _armed() != name:
         return
     _passed[name] += 1
     if _passed[name] != int(os.environ.get("CLAW_FAILPOINT_PASS", _passed[name])):

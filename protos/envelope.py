@@ -51,25 +51,43 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
 
     def headers(self) -> dict[str, str]:
         """The header table. Only UTF-8 strings, which Kafka and RabbitMQ clients of any language can read."""
-        headers = {
-            "ce_id": str(self.id),
-            "ce_source": self.source,
-            "ce_type": self.type,
-            "ce_specversion": "1.0",
-            "ce_time": self.time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "content-type": "application/json",
-        }
-        if self.subject is not None:
-            headers["ce_subject"] = self.subject
-        if self.sequence is not None:
-            headers["ce_sequence"] = str(self.sequence)
-        if self.tenant_id is not None:
-            headers["tenant_id"] = self.tenant_id
-        if self.traceparent is not None:
-            headers["traceparent"] = self.traceparent
-        if self.tracestate is not None:
-            headers["tracestate"] = self.tracestate
+        headers: dict[str, str] = msgspec.to_builtins(self._table())
         return headers
+
+    def headers_json(self) -> str:
+        """The header table as JSON. Every message of the outbox has one, so it is written without a dict."""
+        return msgspec.json.encode(self._table()).decode()
+
+    def _table(self) -> _HeaderTable:
+        return _HeaderTable(
+            self.id,
+            self.source,
+            self.type,
+            "1.0",
+            self.time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "application/json",
+            self.subject,
+            None if self.sequence is None else str(self.sequence),
+            self.tenant_id,
+            self.traceparent,
+            self.tracestate,
+        )
+
+
+class _HeaderTable(msgspec.Struct, omit_defaults=True, rename={"content_type": "content-type"}):
+    """The headers in their order; those that are None are left out."""
+
+    ce_id: UUID
+    ce_source: str
+    ce_type: str
+    ce_specversion: str
+    ce_time: str
+    content_type: str
+    ce_subject: str | None = None
+    ce_sequence: str | None = None
+    tenant_id: str | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
 
 
 def read_headers(headers: dict[str, Any]) -> Envelope:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 from uuid import UUID
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError, UnknownTopicOrPartitionError
+from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
+from aiokafka.partitioner import murmur2
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.types import (
     AbstractType,
@@ -29,6 +31,8 @@ from infra.postgres.tx import MAX_MESSAGE_BYTES
 
 # One record. Larger content belongs in the object store, with a reference in the message.
 MAX_RECORD_BYTES = MAX_MESSAGE_BYTES
+# Topics take records with so much beside the body, and some room for names and lengths.
+MAX_HEADER_BYTES = 48 * 1024
 
 
 class KafkaPublisher:
@@ -57,9 +61,7 @@ class KafkaPublisher:
                     client_id=self._client_id,
                     enable_idempotence=True,
                     acks="all",
-                    linger_ms=2,
                     max_batch_size=128 * 1024,
-                    max_request_size=MAX_RECORD_BYTES + 48 * 1024,
                     compression_type="lz4",
                 )
                 try:
@@ -77,40 +79,81 @@ class KafkaPublisher:
     async def publish(self, rows: Sequence[Pending]) -> list[Outcome]:
         producer = await self.start()
         outcomes: list[Outcome] = [None] * len(rows)
-        sent: dict[int, asyncio.Future[Any]] = {}
+        batches: list[_Batch] = []
         for destination, indexes in by_destination(rows).items():
             topic = self._prefix + destination
             try:
                 # A send to a topic that does not exist would hold back all others until its time-out.
-                await asyncio.wait_for(producer.partitions_for(topic), 1)
+                partitions = sorted(await asyncio.wait_for(producer.partitions_for(topic), 1))
             except (TimeoutError, UnknownTopicOrPartitionError) as error:
                 for index in indexes:
                     outcomes[index] = HeldBack(f"topic {topic}: {type(error).__name__}; is the topic provisioned?")
                 continue
+            filling: dict[int, _Batch] = {}
             for index in indexes:
                 row = rows[index]
-                if len(row.body) > MAX_RECORD_BYTES:
-                    outcomes[index] = Unpublishable(
-                        f"body: must have at most {MAX_RECORD_BYTES} bytes, not {len(row.body)}"
-                    )
+                if unpublishable := _too_large(row):
+                    outcomes[index] = unpublishable
                     continue
-                headers = [(name, value.encode()) for name, value in row.headers.items()]
-                try:
-                    sent[index] = await producer.send(topic, row.body, key=row.key.encode(), headers=headers)
-                except MessageSizeTooLargeError as error:
-                    outcomes[index] = Unpublishable(f"record: {error}")
-        results = await asyncio.gather(*sent.values(), return_exceptions=True)
-        failed: dict[str, HeldBack] = {}
-        for index, result in zip(sent, results, strict=True):
-            destination = rows[index].destination
-            # All messages of the destination behind a failure count as not sent. They are sent again in their order.
-            if isinstance(result, BaseException) and destination not in failed:
+                partition = partitions[_hash(row.key) % len(partitions)]
+                batch = filling.get(partition)
+                if batch is None or not batch.add(index, row):
+                    batch = filling[partition] = _Batch(producer, topic, partition)
+                    batches.append(batch)
+                    batch.add(index, row)
+        # In the order in which they were begun, so that those of one partition follow each other.
+        sent = [await batch.send() for batch in batches]
+        results = await asyncio.gather(*sent, return_exceptions=True)
+        failed: dict[tuple[str, int], HeldBack] = {}
+        for batch, result in zip(batches, results, strict=True):
+            if isinstance(result, BaseException):
                 if not isinstance(result, KafkaError):
                     raise result
-                failed[destination] = HeldBack(describe(result))
-            if destination in failed:
-                outcomes[index] = failed[destination]
+                failed.setdefault(batch.place, HeldBack(describe(result)))
+            # All messages of the partition behind a failure count as not sent. They are sent again in their order.
+            if held_back := failed.get(batch.place):
+                for index in batch.indexes:
+                    outcomes[index] = held_back
         return outcomes
+
+
+class _Batch:
+    """Records of one partition that are sent together: a future for each record would cost more than the record."""
+
+    def __init__(self, producer: AIOKafkaProducer, topic: str, partition: int) -> None:
+        self.place = topic, partition
+        self.indexes: list[int] = []
+        self._producer = producer
+        self._records = producer.create_batch()
+
+    def add(self, index: int, row: Pending) -> bool:
+        """False if the batch is full. The first record always fits."""
+        headers = [(name, value.encode()) for name, value in row.headers.items()]
+        if self._records.append(timestamp=None, key=row.key.encode(), value=row.body, headers=headers) is None:
+            return False
+        self.indexes.append(index)
+        return True
+
+    async def send(self) -> asyncio.Future[Any]:
+        """Waits until the batch before it has left for the broker. The result is done when the broker has this one."""
+        self._records.close()  # otherwise it would wait for more records
+        topic, partition = self.place
+        sent: asyncio.Future[Any] = await self._producer.send_batch(self._records, topic, partition=partition)
+        return sent
+
+
+def _too_large(row: Pending) -> Unpublishable | None:
+    if len(row.body) > MAX_RECORD_BYTES:
+        return Unpublishable(f"body: must have at most {MAX_RECORD_BYTES} bytes, not {len(row.body)}")
+    if (size := len("".join((row.key, *row.headers.values())).encode())) > MAX_HEADER_BYTES:
+        return Unpublishable(f"key and headers: must have at most {MAX_HEADER_BYTES} bytes, not {size}")
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _hash(key: str) -> int:
+    """Kafka's own hash of a record's key, from which all of its clients find the partition."""
+    return int(murmur2(key.encode())) & 0x7FFF_FFFF
 
 
 class _Uuid(AbstractType[UUID]):  # type: ignore[misc]  # aiokafka is untyped

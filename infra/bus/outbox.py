@@ -7,6 +7,7 @@ first occurrences of a key. Each process relays the key-hash buckets whose lease
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +16,7 @@ from uuid import UUID
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from infra.clock import wait_at_most
 from infra.errors import describe
 from infra.failpoint import failpoint
 from infra.observe import telemetry
@@ -31,6 +33,10 @@ WINDOW = 500
 # A relay that holds all buckets is the only one of its service: it polls seldom.
 POLL_SECONDS = 0.25
 POLL_SECONDS_ALONE = 2.0
+# The next window begins at the earliest so long after the last one, unless that one was full: each window costs a few
+# statements and a request to the bus, however many messages it has. The first message after a pause does not wait, nor
+# does work for another service, which a person may wait for.
+GATHER_SECONDS = {"kafka": 0.025, "rabbit": 0.0}
 HELD_BACK_SECONDS = (1, 2, 5, 15, 60)
 
 
@@ -108,6 +114,7 @@ class Relay:
         failures = 0
         while not self._stopping:
             self._wake.clear()
+            began = time.monotonic()
             try:
                 full = await self.step() == WINDOW
                 failures = 0
@@ -126,12 +133,10 @@ class Relay:
             if not full and not self._stopping:
                 alone = len(self.leases.held) == BUCKETS and not failures
                 pause = self._poll_seconds_alone if alone else min(POLL_SECONDS * 2**failures, 5.0)
-                try:
-                    await asyncio.wait_for(self._wake.wait(), pause)
-                except TimeoutError:
-                    continue
-                if failures:
-                    await asyncio.sleep(POLL_SECONDS)  # a commit wakes the relay, but must not make it spin
+                if await wait_at_most(pause, self._wake):
+                    # A commit wakes the relay, but must not make it spin.
+                    gathered = began + GATHER_SECONDS[self._publisher.bus]
+                    await asyncio.sleep(POLL_SECONDS if failures else gathered - time.monotonic())
         if self.leases.held:
             await self.leases.release()
 
@@ -199,7 +204,7 @@ class Relay:
     ) -> bool:
         """`confirmed`: the rows that the bus has taken, so that their destinations are not held back any longer."""
         held = self.leases.held
-        marked = await sql(
+        [(marked,)] = await sql(
             connection,
             # Locks the leases, in the order of their names, so that a `resend` comes before or after this mark and not
             # in between; then the rows. Only under the epoch under which the rows were read: a relay that was paused
@@ -217,11 +222,13 @@ class Relay:
                 DELETE FROM outbox_held_back h
                 WHERE h.bus = $6 AND h.destination = ANY($7::text[]) AND h.key = ANY($8::text[])
                     AND h.retry_at < clock_timestamp()
+            ), marked AS (
+                UPDATE outbox o SET published_at = clock_timestamp()
+                FROM unnest($1::bigint[]) AS p(position)
+                WHERE o.position = p.position AND EXISTS (SELECT FROM own WHERE own.name = $5 || ':' || o.bucket)
+                RETURNING 1
             )
-            UPDATE outbox o SET published_at = clock_timestamp()
-            FROM unnest($1::bigint[]) AS p(position)
-            WHERE o.position = p.position AND EXISTS (SELECT FROM own WHERE own.name = $5 || ':' || o.bucket)
-            RETURNING o.position
+            SELECT count(*) FROM marked
             """,
             positions,
             [f"outbox-{self._publisher.bus}:{bucket}" for bucket in held],
@@ -232,13 +239,13 @@ class Relay:
             list({row.destination for row in confirmed}),
             list({row.routing_key for row in confirmed}),
         )
-        if len(marked) != len(positions):
+        if marked != len(positions):
             self.leases.due = 0.0
             self._log.warning(
                 "the relay lost leases while it published; their next owner sends these messages again",
                 bus=self._publisher.bus,
                 published=len(positions),
-                marked=len(marked),
+                marked=marked,
             )
         return bool(marked)
 

@@ -159,6 +159,10 @@ class Tx:
         """The messages collected so far, in their order."""
         return self._rows
 
+    def put_messages(self, rows: Sequence[OutboxRow]) -> None:
+        """Adds messages in their final bytes."""
+        self._rows += rows
+
     def _publish(self, new: NewEvent) -> None:
         own, self.tenant_id = self.tenant_id, new.tenant_id
         for id_, (topic, key, message) in publications(new.stream.aggregate, new.stream.id, new.event_id, new.event):
@@ -262,7 +266,7 @@ class Tx:
             traceparent=carrier.get("traceparent"),
             tracestate=carrier.get("tracestate"),
         )
-        return msgspec.json.encode(envelope.headers()).decode()
+        return envelope.headers_json()
 
     def _body(self, message: Message) -> bytes:
         """Raises TooLarge if a bus cannot carry the message: the transaction of a message that could never be published

@@ -1,14 +1,14 @@
 """The group write: the records of many runs at the same moment are one call of `write_runs` and one commit.
 
 From top to bottom: the write of a single run, the group and its commit, and the columns of the call. The SQL function
-`write_runs` (migration 0007) says which rows are locked and which writes are refused.
+`write_runs` (migration 0013) says which rows are locked and which writes are refused.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
@@ -32,7 +32,7 @@ from services.agent.runs.events import Event, StepKind
 
 # Half of the runs that a process executes at the same time: while the database commits the writes of one half, the
 # process works on the other half. All in one group would wait for the database together, and it for them.
-LARGEST_GROUP = 64
+LARGEST_GROUP = 128
 # The results of calls are in the writes, so they are tried for as long as this process may still have the lanes. A
 # write whose lane went to another process is refused when the database is back.
 RETRY_SECONDS = 60.0
@@ -119,12 +119,26 @@ class RunWrite:
     ended: list[EndedStep] = field(default_factory=list)
     used: list[Used] = field(default_factory=list)
     completion: Completion | None = None
+    recorded: list[Callable[[], None]] = field(default_factory=list)
+    """Called after the commit."""
 
     # Known after the commit.
     messages: int = 0
     """How many messages the run has."""
     next: LaneHead | None = None
     """The lane's next item, if this write has ended one and may go on."""
+
+    def continue_from(self, held: RunWrite) -> None:
+        """Puts all parts of `held`, which was not submitted, before those of this write."""
+        self.version = held.version
+        self.begins = self.begins or held.begins
+        self.started_model = held.started_model
+        self.events = held.events + self.events
+        self.begun = held.begun + self.begun
+        self.ended = held.ended + self.ended
+        self.used = held.used + self.used
+        self.recorded = held.recorded + self.recorded
+        self.out.put_messages(held.out.messages)
 
 
 class GroupWriter:
@@ -164,6 +178,9 @@ class GroupWriter:
             write.next = None if head[0] is None else LaneHead(*head)
             if refusal:
                 refused[index] = _refused(refusal, write)
+                continue
+            for call in write.recorded:
+                call()
         return refused
 
     async def _call(self, group: Sequence[RunWrite], *, repeated: bool) -> Sequence[tuple[Any, ...]]:

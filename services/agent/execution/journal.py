@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Literal
 
 from infra.clock import uuid7
 from infra.lanes.effects import Effects, ItemEnded
@@ -44,32 +44,29 @@ from services.agent.runs.publishing import RUN
 from services.agent.runs.replies import sent_files
 
 
-class _Starting(NamedTuple):
-    """The start of a run: its events, and the model under which the run is counted."""
-
-    events: Sequence[Event]
-    model: str | None
-
-
 class RunJournal:
     """Records one run. Writes that only report a past fact are submitted and not awaited; they are committed in order,
     often in one group with the next write. Writes that begin something are awaited, and with them all before.
+
+    The start of the run is held back, and the end of a step for the rest of the turn of the event loop: with the start
+    of the next step, or with the end of the run, they are one write.
     """
 
     def __init__(self, context: RunContext, effects: Effects, writer: GroupWriter) -> None:
         self._context = context
         self._effects = effects
         self._writer = writer
+        self._stream_id = str(context.run_id)
         self._submitted: list[tuple[asyncio.Future[None], RunWrite]] = []
         # A write that may be refused blocks the others: they would continue a version that never comes to be.
         self._turn = asyncio.Lock()
-        self._starting: _Starting | None = None
-        """The start of the run, if no write has recorded it yet."""
+        self._held: RunWrite | None = None
+        """The write that is held back; the next one continues it."""
 
     async def settle(self) -> None:
         """Returns after the commit of all submitted writes. Raises the error of the first that failed."""
-        if self._starting:
-            self._submit(self._write())
+        if self._held:
+            self._submit(self._held)
         while self._submitted:
             future, write = self._submitted[0]
             try:
@@ -82,10 +79,8 @@ class RunJournal:
 
     def start(self, command: Start, model: str) -> None:
         """The run starts. The next write records it too; it raises RunStopped if the run is to be cancelled."""
-        context = self._context
-        self._starting = _Starting(decide(command, context.state), model)
-        for event in self._starting.events:
-            context.state = evolve(context.state, event)
+        self._held = self._write(command, begins=True)
+        self._held.started_model = model
 
     async def begin(
         self, command: BeginStep, span_id: str | None, lost: MeteredCall | None, expected_messages: int | None
@@ -110,18 +105,18 @@ class RunJournal:
         estimated: bool,
         recorded: Callable[[], None] | None = None,
     ) -> None:
-        """Submits the end of a step with its usage. `recorded` is called after its commit."""
+        """Submits the end of a step with its usage, in this turn of the event loop or as a part of the next write.
+        `recorded` is called after its commit."""
         async with self._turn:
             write = self._write(command)
             status: Literal["completed", "failed"] = "failed" if command.content is None else "completed"
             write.ended.append(EndedStep(command.step, status, command.duration_ms, command.error))
             if metered:
                 self._use(write, command.step, command.attempts, metered, estimated=estimated)
-            future = self._submit(write)
             if recorded:
-                future.add_done_callback(
-                    lambda done: None if done.cancelled() or done.exception() is not None else recorded()
-                )
+                write.recorded.append(recorded)
+            self._held = write
+            asyncio.get_running_loop().call_soon(self._submit_if_held, write)
 
     async def fail_attempt(self, command: FailAttempt, lost: MeteredCall | None) -> None:
         """Commits the end of an attempt that another one will follow."""
@@ -152,7 +147,6 @@ class RunJournal:
         Raises RunStopped, and MessagesArrived if the run has other than the expected messages.
         """
         context, command = self._context, self._context.completion(reply)
-        completed: list[RunWrite] = []
 
         def fill(write: RunWrite) -> None:
             context.publish_end(write.out, context.state.n, reply)
@@ -162,10 +156,9 @@ class RunJournal:
             )
             if seconds := seconds_used(context.state, context.origin):
                 self._record_use(write, Used(seconds, Usage()))
-            completed.append(write)
 
-        await self._write_or_restore(command, fill, expected_messages)
-        return ItemEnded(completed[0].next)
+        write = await self._write_or_restore(command, fill, expected_messages)
+        return ItemEnded(write.next)
 
     def _reply_message(self, row: RunRow, conversation: Conversation, reply: Reply) -> ReplyMessage | None:
         if not reply.text or row.channel_id is None or conversation.conversation_id is None:
@@ -191,37 +184,37 @@ class RunJournal:
 
     async def _write_or_restore(
         self, command: Command, fill: Callable[[RunWrite], None], expected_messages: int | None
-    ) -> None:
+    ) -> RunWrite:
         async with self._turn:
-            before, starting = self._context.state, self._starting
+            before, held = self._context.state, self._held
             write = self._write(command, begins=True, expected_messages=expected_messages)
             fill(write)
             self._submit(write)
             try:
                 await self.settle()
             except (RunStopped, MessagesArrived):
-                self._context.state, self._starting = before, starting
+                self._context.state, self._held = before, held
                 self._context.messages = write.messages
+                if held and held.ended:
+                    self._submit(held)
                 raise
+        return write
 
     def _write(self, *commands: Command, begins: bool = False, expected_messages: int | None = None) -> RunWrite:
-        """A write with the start of the run, if it is not recorded yet, and with the events of the commands and all
-        messages that they publish. Moves the state on."""
+        """A write that continues the one that is held back, with the events of the commands and all messages that they
+        publish. Moves the state on."""
         context = self._context
-        started, model = self._starting or _Starting((), None)
-        self._starting = None
         write = RunWrite(
             lease=self._effects.lease,
             run_id=context.run_id,
             tenant_id=context.tenant_id,
-            version=context.state.n - len(started),
+            version=context.state.n,
             out=context.database.collector(context.tenant_id),
-            begins=begins or model is not None,
+            begins=begins,
             expected_messages=expected_messages,
-            started_model=model,
         )
-        for event in started:
-            self._record(write, event)
+        if self._held:
+            write.continue_from(self._held)
         for command in commands:
             for event in decide(command, context.state):
                 self._record(write, event)
@@ -231,13 +224,17 @@ class RunJournal:
     def _record(self, write: RunWrite, event: Event) -> None:
         event_id = uuid7()
         write.events.append((event_id, event))
-        for id_, (topic, key, message) in publications(RUN, str(self._context.run_id), event_id, event):
+        for id_, (topic, key, message) in publications(RUN, self._stream_id, event_id, event):
             write.out.publish(topic, message, key=key, message_id=id_)
 
-    def _submit(self, write: RunWrite) -> asyncio.Future[None]:
-        future = self._writer.submit(write)
-        self._submitted.append((future, write))
-        return future
+    def _submit(self, write: RunWrite) -> None:
+        """Submits a write that contains the one that is held back."""
+        self._held = None
+        self._submitted.append((self._writer.submit(write), write))
+
+    def _submit_if_held(self, write: RunWrite) -> None:
+        if self._held is write:
+            self._submit(write)
 
     def _use(self, write: RunWrite, step: int, attempt: int, metered: MeteredCall, *, estimated: bool) -> None:
         id_ = usage_id(self._context.run_id, step, attempt)

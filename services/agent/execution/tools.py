@@ -72,6 +72,8 @@ class Tools:
         agent_calls = sum(self._agent_named(call.name) is not None for call in calls)
         # Each coroutine takes its step number at its first turn, so the order of this list is the order of the steps.
         made = [self._deny(call) if n in denied else self._call(call, agent_calls) for n, call in enumerate(calls, 1)]
+        if len(made) == 1:
+            return [ToolTurn(calls[0], await made[0])]
         # All calls run to their end: an error in one must not leave the effect of another one unrecorded.
         results = await asyncio.gather(*made, return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]

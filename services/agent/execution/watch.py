@@ -21,13 +21,26 @@ class CancelRequested(Exception):
     """The run is to be cancelled."""
 
 
+class _Call:
+    """A call, and the task that awaits it."""
+
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self._task = task
+        self.error: Exception | None = None
+        """The reason for which it was stopped."""
+
+    def stop(self, error: Exception) -> None:
+        if self.error is None:
+            self.error = error
+            self._task.cancel()
+
+
 class Watch:
     """Finds the runs of this process that are to be cancelled, with one query for all of them."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._calls: dict[UUID, set[asyncio.Task[Any]]] = {}
-        self._cancelled: set[UUID] = set()
+        self._calls: dict[UUID, set[_Call]] = {}
         self._poll: asyncio.Task[None] | None = None
 
     async def guard(self, run_id: UUID, call: Coroutine[Any, Any, T], seconds: float) -> T:
@@ -35,33 +48,38 @@ class Watch:
         if seconds <= 0:
             call.close()
             raise TimeoutError
-        task = asyncio.create_task(call)
-        self._calls.setdefault(run_id, set()).add(task)
+        task = asyncio.current_task()
+        assert task
+        cancelling = task.cancelling()
+        # The call stays in this task: another one for each call would cost as much as a call that answers at once.
+        guarded = _Call(task)
+        self._calls.setdefault(run_id, set()).add(guarded)
         if self._poll is None:
             self._poll = asyncio.create_task(self._look_repeatedly())
+        timer = asyncio.get_running_loop().call_later(seconds, guarded.stop, TimeoutError())
         try:
-            async with asyncio.timeout(seconds):
-                return await task
+            return await call
         except asyncio.CancelledError:
-            if run_id in self._cancelled:
-                raise CancelRequested from None
+            if guarded.error and task.cancelling() == cancelling + 1:
+                raise guarded.error from None
             raise
         finally:
-            self._calls[run_id].discard(task)
+            timer.cancel()
+            if guarded.error:
+                task.uncancel()
+            self._calls[run_id].discard(guarded)
             if not self._calls[run_id]:
                 del self._calls[run_id]
-                self._cancelled.discard(run_id)
 
     async def look(self) -> None:
-        """Cancels the calls of the runs that are to be cancelled."""
+        """Stops the calls of the runs that are to be cancelled."""
         async with self._database.begin() as tx:
             rows = await tx.sql(
                 "SELECT id FROM run WHERE id = ANY($1::uuid[]) AND cancel_reason IS NOT NULL", list(self._calls)
             )
         for (run_id,) in rows:
-            for task in self._calls.get(run_id, ()):
-                self._cancelled.add(run_id)
-                task.cancel()
+            for call in self._calls.get(run_id, ()):
+                call.stop(CancelRequested())
 
     async def _look_repeatedly(self) -> None:
         while self._calls:

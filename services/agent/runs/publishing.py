@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 from typing import get_args
 from uuid import UUID
 
@@ -19,7 +20,7 @@ from services.agent.runs.domain import Run, decide, evolve
 
 def publish(run_id: str, event: events.Event) -> Iterable[Publication]:
     """All events but `RunCompleted`: its text is stored sealed, so the code that completes the run publishes it."""
-    id_ = UUID(run_id)
+    id_ = _uuid(run_id)
     key = event.session_key
     match event:
         case events.RunStarted():
@@ -84,6 +85,9 @@ def publish_again(run_id: str, event: events.Event) -> Iterable[Publication]:
 def published(calls: Iterable[ToolCall]) -> tuple[public.ToolCall, ...]:
     return tuple(public.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in calls)
 
+
+# A run has a dozen events in a row.
+_uuid = lru_cache(maxsize=1024)(UUID)
 
 RUN = Aggregate(
     name="run",

@@ -7,18 +7,21 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import aio_pika
 import msgspec
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+from aiokafka.partitioner import DefaultPartitioner
 
 from infra.bus import provisioning
-from infra.bus.kafka import MAX_RECORD_BYTES, KafkaPublisher
-from infra.bus.outbox import Outcome, Pending, Relay, resend
-from infra.clock import utcnow
+from infra.bus.kafka import MAX_HEADER_BYTES, MAX_RECORD_BYTES, KafkaPublisher
+from infra.bus.outbox import HeldBack, Outcome, Pending, Relay, resend
+from infra.clock import utcnow, uuid7
 from infra.postgres import tx
 from infra.postgres.database import Database
 from infra.postgres.dead_letters import list_dead_letters
@@ -127,15 +130,66 @@ async def test_a_row_that_is_too_large_is_a_dead_letter_and_its_key_goes_on(
     ids = [
         await publish(desk, SAMPLE_EVENTS, "large", 1),
         await publish(desk, SAMPLE_EVENTS, "large", 2, "x" * (MAX_RECORD_BYTES + 1)),
-        await publish(desk, SAMPLE_EVENTS, "large", 3),
+        # Of these only two fit into one batch.
+        *[await publish(desk, SAMPLE_EVENTS, "large", n, "x" * 60_000) for n in range(3, 8)],
+        await publish(desk, SAMPLE_EVENTS, "k" * (MAX_HEADER_BYTES + 1), 1),
     ]
     async with buses.relay(desk):
         await until(is_published(desk, *ids))
-    assert [message.note.number for message in await log_of(buses, SAMPLE_EVENTS, "large")] == [1, 3]
+    assert [message.note.number for message in await log_of(buses, SAMPLE_EVENTS, "large")] == [1, 3, 4, 5, 6, 7]
     async with desk.engine.connect() as connection:
-        [letter] = [x for x in await list_dead_letters(connection, "sample_desk") if x.message_id == str(ids[1])]
+        letters = {x.message_id: x for x in await list_dead_letters(connection, "sample_desk")}
+    letter, of_key = letters[str(ids[1])], letters[str(ids[-1])]
     assert (letter.source, letter.key, letter.state) == ("outbox:sample.events", "large", "failed")
     assert f"must have at most {MAX_RECORD_BYTES} bytes" in letter.error
+    assert f"key and headers: must have at most {MAX_HEADER_BYTES} bytes" in of_key.error
+
+
+class Producer:
+    """A producer with two partitions. `refusing`: this one refuses its first batch. Two records fit into a batch."""
+
+    def __init__(self, refusing: int) -> None:
+        self.refusing = refusing
+        self.sent: list[tuple[int, list[bytes]]] = []
+
+    async def partitions_for(self, topic: str) -> set[int]:
+        return {0, 1}
+
+    def create_batch(self) -> Any:
+        records: list[bytes] = []
+
+        def append(*, value: bytes, **_: Any) -> bool | None:
+            if len(records) == 2:
+                return None
+            records.append(value)
+            return True
+
+        return SimpleNamespace(append=append, close=lambda: None, records=records)
+
+    async def send_batch(self, batch: Any, topic: str, *, partition: int) -> asyncio.Future[None]:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if partition == self.refusing:
+            self.refusing = -1
+            future.set_exception(KafkaError())
+        else:
+            self.sent.append((partition, batch.records))
+            future.set_result(None)
+        return future
+
+
+async def test_all_records_of_a_partition_behind_a_refused_batch_count_as_not_sent() -> None:
+    of_all_clients = DefaultPartitioner()
+    keys = ["a", "b", "c", "d", "e"] * 3
+    partitions = [of_all_clients(key.encode(), [0, 1], [0, 1]) for key in keys]
+    assert min(partitions.count(0), partitions.count(1)) > 2  # more than one batch each
+    publisher = KafkaPublisher("nowhere")
+    producer = Producer(refusing=1)
+    publisher._producer = producer
+    rows = [Pending(n, uuid7(), "t", "", key, {"ce_id": "x"}, str(n).encode()) for n, key in enumerate(keys)]
+    outcomes = await publisher.publish(rows)
+    assert [isinstance(outcome, HeldBack) for outcome in outcomes] == [partition == 1 for partition in partitions]
+    sent = [int(value) for partition, records in producer.sent if partition == 0 for value in records]
+    assert sent == [n for n, partition in enumerate(partitions) if partition == 0]
 
 
 async def test_a_topic_that_is_not_there_holds_up_only_itself(buses: Buses, desk: Database, stack: Stack) -> None:
