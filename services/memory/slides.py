@@ -20,7 +20,7 @@ def texts(file: IO[bytes]) -> Iterator[str]:
     from pptx import Presentation
 
     # Each slide once: a small file could name one a million times.
-    for slide in dict.fromkeys(Presentation(file).slides):
+    for slide in {slide.part.partname: slide for slide in Presentation(file).slides}.values():
         title = slide.shapes.title
         shown = title is not None and title.text.strip()
         lines = [f"# {' '.join(title.text.split())}"] if shown else []

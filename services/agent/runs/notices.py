@@ -55,7 +55,7 @@ def _block(arguments: str) -> str:
     """
     try:
         shown = msgspec.json.encode(msgspec.json.decode(arguments)).decode()
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         shown = json.dumps(arguments, ensure_ascii=False)
     safe = (sign if sign.isprintable() and not _ESCAPED.match(sign) else _escape(sign) for sign in shown)
     return f"```\n{''.join(safe)}\n```"

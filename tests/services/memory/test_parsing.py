@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -106,6 +107,10 @@ def test_a_presentation_slide_by_slide(tmp_path: Path) -> None:
         ("30 months", "Warranty", 1),
         ("45 天之内", "退货", 2),
     ]
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        *_, last = re.findall(rb"<p:sldId [^>]*>", archive.read("ppt/presentation.xml"))
+    again = _changed(content, "ppt/presentation.xml", last, last * 3)
+    assert read(tmp_path, again, types.PPTX) == (passages, None)
 
 
 def test_every_passage_of_a_long_table_has_the_header(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from services.agent.runs.notices import approval_question
         ('{"a":"Zürich 退货"}', '{"a":"Zürich 退货"}'),
         ('{"a":1}} and yes', r'"{\"a\":1}} and yes"'),
         ("", '""'),
+        ("[" * 5_000, f'"{"[" * 5_000}"'),
+        ("[" * 5_000 + "]" * 5_000, f'"{"[" * 5_000}{"]" * 5_000}"'),
     ],
 )
 def test_nothing_in_the_arguments_is_hidden_or_taken_for_a_mark(arguments: str, shown: str) -> None:
