@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from infra.clock import uuid7
+from infra.clock import utcnow, uuid7
 from infra.errors import Conflict
 from infra.lanes.claims import LaneLost
 from infra.postgres.outbox_rows import OutboxRow
@@ -244,6 +245,25 @@ async def test_a_completed_run_ends_its_item_and_sends_its_reply_in_the_next_pos
     # The run is over: nothing begins any more.
     again = runs.write(run_id, lease, version=1, begins=True)
     assert [type(error) for error in await runs.commit(again)] == [RunStopped]
+
+
+async def test_a_lane_goes_on_with_an_item_that_is_due_and_is_given_back_otherwise(runs: Runs) -> None:
+    later = utcnow() + timedelta(days=1)
+    ended = [await runs.queued() for _ in range(3)]
+    async with runs.database.begin(tenant_id=TENANT) as tx:
+        for (_, lease), not_before in zip(ended, (None, later), strict=False):
+            tx.enqueue(RUNS, lane=lease.lane, item=RunItem(uuid7()), not_before=not_before)
+    writes = [runs.write(run_id, lease, begins=True, expected_messages=1) for run_id, lease in ended]
+    for write, (run_id, lease) in zip(writes, ended, strict=True):
+        write.completion = runs.completion(run_id, lease)
+    assert await runs.commit(*writes) == [None, None, None]
+    assert [write.next is not None for write in writes] == [True, False, False]
+    lanes = [
+        await runs.rows("SELECT owner IS NULL, ready_at FROM lane WHERE lane_id = $1", lease.lane_id)
+        for _, lease in ended
+    ]
+    assert [given_back for [(given_back, _)] in lanes] == [False, True, True]
+    assert [ready_at for [(_, ready_at)] in lanes[1:]] == [later, None]
 
 
 async def test_groups_over_the_same_runs_in_any_order_do_not_deadlock(runs: Runs) -> None:
