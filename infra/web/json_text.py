@@ -14,6 +14,10 @@ MAX_DEPTH = 100
 # Escapes of NUL and of surrogates; unescaped, JSON and UTF-8 do not allow them. And numbers that Python reads as
 # infinite or as no number, and writes as null.
 _SUSPICIOUS = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])|NaN|Infinity|[eE]\+?\d{3}|\d{200}")
+# Control characters, line separators, marks that change the direction of the text around them, and signs without width:
+# with them a name could look like another one, or forge lines of a mail or a log. Joiners are parts of words.
+NAME_PATTERN = r"^[^\x00-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\uffff]*$"
+"""The names that people see in lists, questions and mails."""
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 

@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from infra.web.json_text import NAME_PATTERN
 from services.plugin.domain import TOOL_NAME, Effect
 
 ToolName = Annotated[str, StringConstraints(pattern=f"^{TOOL_NAME.pattern}$")]
-# PostgreSQL's text cannot hold a NUL, and a name must not contain line breaks.
-Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=64, pattern=r"^[^\x00-\x1f]*$")]
+Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=64, pattern=NAME_PATTERN)]
+# PostgreSQL's text cannot hold a NUL.
 Text = Annotated[str, StringConstraints(max_length=4_000, pattern=r"^[^\x00]*$")]
 HeaderName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}$")]
 HeaderValue = Annotated[str, StringConstraints(max_length=4_000, pattern=r"^[\x20-\x7e]*$")]

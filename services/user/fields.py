@@ -6,10 +6,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
-# No control characters: PostgreSQL refuses NUL, and a line break in a name could forge lines of a mail or a log.
-Name = Annotated[
-    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")
-]
+from infra.web.json_text import NAME_PATTERN
+
+Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200, pattern=NAME_PATTERN)]
 # Only a delivered mail proves that an address exists. The pattern refuses lists of addresses and header lines.
 Email = Annotated[
     str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from uuid import UUID
 
@@ -17,6 +18,7 @@ from infra.service.idempotency import once
 from infra.service.service import Runtime
 from infra.web import rpc
 from infra.web.json_schema import check_schema
+from infra.web.json_text import NAME_PATTERN
 from protos.billing.v1 import billing_pb2
 from protos.plugin.v1 import plugin_pb2
 from services.agent import adapters
@@ -43,6 +45,9 @@ def router(runtime: Runtime) -> APIRouter:
 
     async def check(tenant_id: str, definition: NewAgent, keys: store.ProviderKeys) -> None:
         """Raises InvalidMessage for a definition that cannot work: no key, a private address, an unknown tool."""
+        # Not in the model, which also reads the names that were stored before.
+        if not re.fullmatch(NAME_PATTERN, definition.name):
+            raise InvalidMessage("name", "must not have line breaks or invisible characters")
         await reachable("provider", definition.model, definition.provider, keys.own)
         if fallback := definition.fallback:
             if fallback.provider is None and fallback.model.partition("/")[0] != definition.model.partition("/")[0]:

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Query
 
-from infra.errors import Forbidden, Transient
+from infra.errors import Conflict, Forbidden, Transient
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.security.auth import Identity
@@ -130,6 +130,8 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
             listed = (await store.load(tx, run.agent_id)).definition.approvers
             if not approvers.may_decide(listed, approvers.of_identity(who), asked=run.subject_id == who.actor):
                 raise Forbidden(f"run {run_id}: the agent's approvers do not include this client")
+            if body.step not in (None, waits.step):
+                raise Conflict(f"the run waits for step {waits.step} now")
             decision: Decision = "approve" if body.approved else "deny"
             await settle(tx, run_id, waits.step, decision, who.actor)
             audit(tx, who.actor, f"run.{decision}", "run", str(run_id), step=str(waits.step), tool=waits.name)

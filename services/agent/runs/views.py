@@ -57,6 +57,8 @@ class Approval(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     approved: bool
+    step: int | None = None
+    """The step that the client has seen in `waiting`. If the run waits for another one now, the answer is 409."""
 
 
 class StepResolution(BaseModel):

@@ -397,7 +397,9 @@ async def test_of_calls_made_together_none_is_made_before_all_may_be(world: Worl
 
         await world.platform.until(asks)
         assert world.peers.plugin.calls == calls
-        await tenant.call("POST", f"/api/v1/runs/{run_id}/approval", json={"approved": approved})
+        path = f"/api/v1/runs/{run_id}/approval"
+        await tenant.call("POST", path, expect=409, json={"approved": True, "step": 7 - step})
+        await tenant.call("POST", path, json={"approved": approved, "step": step})
     run = await tenant.over(run_id)
     assert [(step["n"], step["status"]) for step in run["steps"]] == [
         (1, "completed"),

@@ -133,6 +133,7 @@ async def test_a_missing_secret_is_made_and_shown_once(plugin: Platform, server:
     ("body", "field"),
     [
         (shop(kind="soap"), "kind"),
+        (shop(name="shop\u2066"), "name"),
         (shop(url="ftp://shop.example/x"), "url"),
         (shop(url="http://user:pw@127.0.0.1/"), "url"),
         (shop(secret="short"), "secret"),

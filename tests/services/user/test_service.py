@@ -161,6 +161,8 @@ async def test_the_same_idempotency_key_makes_one_tenant_and_shows_only_the_pref
         ("tenants", {}, "name"),
         ("tenants", {"name": " "}, "name"),
         ("tenants", {"name": "a\x00b"}, "name"),
+        ("tenants", {"name": "a\u202eb"}, "name"),
+        ("tenants", {"name": "Acme\u200b"}, "name"),
         ("tenants", {"name": "x", "currency": "usd"}, "currency"),
         ("tenants", {"name": "x", "credit_nanos": -1}, "credit_nanos"),
         ("tenants", {"name": "x", "credit_nanos": 2**63}, "credit_nanos"),

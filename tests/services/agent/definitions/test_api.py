@@ -17,6 +17,7 @@ GOOD: dict[str, Any] = {"name": "A", "model": f"openai/{MODEL}", "provider": {"a
     ("change", "field"),
     [
         ({"name": ""}, "name"),
+        ({"name": "A\u202eB"}, "name"),
         ({"model": "gpt-4o-mini"}, "model"),
         ({"model": "scripted/other"}, "model"),
         ({"provider": None}, "provider.api_key"),
