@@ -431,3 +431,10 @@ async def test_a_connection_that_breaks_is_transient_and_heals(channels: Channel
             await call(channel, b"lost", timeout=0.3)
         proxy.heal()
         assert await call(channel, b"healed", method="Repeat") == b"healed"
+
+
+def test_text_that_postgresql_cannot_hold_is_refused_with_its_field() -> None:
+    read = rpc._reader(health_pb2.HealthCheckRequest.FromString)
+    assert read(health_pb2.HealthCheckRequest(service="ab").SerializeToString()).service == "ab"
+    with pytest.raises(InvalidMessage, match="service: must not contain"):
+        read(health_pb2.HealthCheckRequest(service="a\0b").SerializeToString())
