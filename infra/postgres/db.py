@@ -140,12 +140,20 @@ class Pool(AsyncEngine):
         await super().dispose(close)
 
 
-def create_engine(url: str, *, pool_size: int = 10, name: str = "clawbus", schema: str | None = None) -> Pool:
+def create_engine(
+    url: str,
+    *,
+    pool_size: int = 10,
+    name: str = "clawbus",
+    schema: str | None = None,
+    generic_plans: bool = False,
+) -> Pool:
     """A pool of connections to `url` (``postgresql://user:password@host:port/database``). It connects at first use.
 
     The URL may ask for TLS: ``?sslmode=verify-full&sslrootcert=FILE&sslcert=FILE&sslkey=FILE``.
 
-    `schema`: the search path, for a role that has none of its own (an administrator).
+    schema: the search path, for a role that has none of its own (an administrator). generic_plans: each statement is
+    planned once per connection, and not again for the values of each execution.
     """
     parsed = make_url(url).set(drivername="postgresql+asyncpg")
     context, query = postgres_context(parsed.query)
@@ -165,6 +173,7 @@ def create_engine(url: str, *, pool_size: int = 10, name: str = "clawbus", schem
                 "application_name": name,
                 "timezone": "UTC",
                 **({"search_path": schema} if schema else {}),
+                **({"plan_cache_mode": "force_generic_plan"} if generic_plans else {}),
                 "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
                 "statement_timeout": str(STATEMENT_TIMEOUT_MS),
                 "transaction_timeout": str(TRANSACTION_TIMEOUT_MS),
@@ -222,12 +231,18 @@ async def sql(connection: AsyncConnection, statement: str, *arguments: Any) -> S
         raise
 
 
-async def begin(connection: AsyncConnection) -> None:
-    """Begins a transaction on a connection that `Pool.take` has given.
+async def begin(connection: AsyncConnection, tenant_id: str | None = None) -> None:
+    """Begins a transaction on a connection that `Pool.take` has given, for a tenant if the role is bound by row-level
+    security.
 
     The driver begins and ends it: SQLAlchemy's own work takes longer than the round trips.
     """
-    await _command(connection, "BEGIN")
+    command = "BEGIN"
+    if tenant_id is not None:
+        # Both in one round trip. The driver sends commands without parameters; hexadecimal digits need no quoting.
+        name = f"convert_from('\\x{tenant_id.encode().hex()}', 'UTF8')"
+        command += f"; SELECT set_config('claw.tenant', {name}, true)"
+    await _command(connection, command)
 
 
 async def commit(connection: AsyncConnection) -> None:

@@ -88,39 +88,41 @@ class StoredEvent(NamedTuple):
     headers: dict[str, str]
 
 
-async def append(connection: AsyncConnection, new: Sequence[NewEvent], headers: Mapping[str, str]) -> list[NewEvent]:
-    """Stores the events of one transaction and returns those that are new.
+APPEND = """
+append_events($1::text[], $2::uuid[], $3::bigint[], $4::text[], $5::int[], $6::bytea[], $7::text[], $8::uuid[])
+"""
+"""Locks the streams in the order of their names, as all transactions do: they never deadlock. Returns the ids of the
+events that are stored already."""
+
+
+async def append(
+    connection: AsyncConnection, new: Sequence[NewEvent], statement: str = f"SELECT {APPEND}", *arguments: Any
+) -> Sequence[tuple[Any, ...]]:
+    """Stores the events of one transaction by `statement`: its first parameters are those of `APPEND`, its others are
+    `arguments`. Returns its rows.
 
     A stream is not changed if all its events are stored already (same ids): the earlier append stands.
     Raises Conflict if a stream is not at the expected version any more, or if only a part of a stream's events is
     stored already.
     """
     try:
-        [(stored,)] = await sql(
+        return await sql(
             connection,
-            # Locks the streams in the order of their names, as all transactions do: they never deadlock.
-            """
-            SELECT append_events($1::text[], $2::uuid[], $3::bigint[], $4::text[], $5::int[], $6::bytea[], $7::text[],
-                                 $8::uuid[])
-            """,
+            statement,
             [e.stream.row for e in new],
             [e.event_id for e in new],
             [e.expected for e in new],
             [type(e.event).__name__ for e in new],
             [schema_version(type(e.event)) for e in new],
             [msgspec.json.encode(e.event) for e in new],
-            [
-                msgspec.json.encode({**headers, **({"tenant_id": e.tenant_id} if e.tenant_id else {})}).decode()
-                for e in new
-            ],
+            [msgspec.json.encode({"tenant_id": e.tenant_id} if e.tenant_id else {}).decode() for e in new],
             [e.event_id for e in new if not e.is_new],
+            *arguments,
         )
     except DBAPIError as error:
         if sqlstate(error) == CONFLICT:
             raise Conflict(message(error)) from error
         raise
-    repeated = set(stored)
-    return [e for e in new if e.event_id not in repeated]
 
 
 async def lock(connection: AsyncConnection, stream: Stream[State]) -> tuple[State, int]:

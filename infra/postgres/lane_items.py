@@ -7,15 +7,14 @@ the lane. The item is then handled right after the commit, without a wake-up and
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
 import msgspec
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.clock import utcnow
-from infra.postgres.db import sql
 
 Item = TypeVar("Item", bound=msgspec.Struct)
 ItemOf = TypeVar("ItemOf", bound=msgspec.Struct, covariant=True)
@@ -77,10 +76,7 @@ _TYPES = ("text", "text", "text", "uuid", "bytea", "text", "timestamptz", "inter
 def enqueue_call(after: int) -> str:
     """The call of `enqueue_items`, which locks the lanes, with parameters behind the first `after`."""
     columns = [f"${n}::{type_}[]" for n, type_ in enumerate(_TYPES, after + 1)]
-    return f"SELECT * FROM enqueue_items({', '.join(columns)}, ${after + 10}::uuid, ${after + 11}::float8)"
-
-
-_ENQUEUE = enqueue_call(0)
+    return f"enqueue_items({', '.join(columns)}, ${after + 10}::uuid, ${after + 11}::float8)"
 
 
 class NewItems:
@@ -89,8 +85,10 @@ class NewItems:
     def __init__(self, places: Places | None) -> None:
         self._places = places
         self._items: dict[tuple[str, UUID], NewItem] = {}
+        self._inserting: Sequence[NewItem] = ()
+        self._until = 0.0
         self._reserved: list[NewItem] = []
-        self._claimed: list[ClaimedItem] = []
+        self._claimed: dict[tuple[str, UUID], ClaimedItem] = {}
 
     def __bool__(self) -> bool:
         return bool(self._items)
@@ -99,21 +97,17 @@ class NewItems:
         """Does nothing for an id that the kind has here already."""
         self._items.setdefault((item.kind, item.item_id), item)
 
-    async def insert(self, connection: AsyncConnection, statement: str = _ENQUEUE, *arguments: Any) -> set[str]:
-        """Appends the items to their lanes, in their order, by `statement`, which begins with `arguments` and ends with
-        `enqueue_call`. Returns the kinds of lane in which there is something to claim.
+    def arguments(self) -> list[Any]:
+        """The arguments of `enqueue_call` for the items, in their order. Places are reserved for their lanes.
 
         An item whose id exists already is skipped. The lanes' rows are locked until the transaction ends: an item that
         commits later stands behind.
         """
-        items = list(self._items.values())
+        items = self._inserting = list(self._items.values())
         self._items.clear()
         reserved = [self._reserve(item) for item in items]
-        until = time.monotonic() + (self._places.lease_seconds if self._places else 0.0)
-        rows = await sql(
-            connection,
-            statement,
-            *arguments,
+        self._until = time.monotonic() + (self._places.lease_seconds if self._places else 0.0)
+        return [
             [item.kind for item in items],
             [item.tenant_id for item in items],
             [item.lane for item in items],
@@ -125,11 +119,23 @@ class NewItems:
             reserved,
             self._places.owner if self._places else None,
             self._places.lease_seconds if self._places else None,
-        )
-        claimed = [ClaimedItem(items[n - 1], lane_id, epoch, seq, until) for n, lane_id, epoch, seq in rows]
-        self._claimed += claimed
-        ours = {one.item.item_id for one in claimed}
-        return {item.kind for item in items if item.item_id not in ours}
+        ]
+
+    def inserted(self, rows: Sequence[tuple[int | None, int, int, int]]) -> set[str]:
+        """Takes the rows that `enqueue_items` has returned; those that begin with None are not from it.
+
+        Returns the kinds of lane in which there is something to claim.
+        """
+        items = self._inserting
+        for n, lane_id, epoch, seq in rows:
+            if n is not None:
+                item = items[n - 1]
+                self._claimed[item.kind, item.item_id] = ClaimedItem(item, lane_id, epoch, seq, self._until)
+        return {item.kind for item in items if not self.is_claimed(item.kind, item.item_id)}
+
+    def is_claimed(self, kind: str, item_id: UUID) -> bool:
+        """The transaction has claimed a lane with this item."""
+        return (kind, item_id) in self._claimed
 
     def _reserve(self, item: NewItem) -> bool:
         if self._places is None or not (item.not_before is None or item.not_before <= utcnow()):
@@ -141,12 +147,11 @@ class NewItems:
 
     def ended(self, *, committed: bool) -> None:
         """The transaction has ended: its claims are handed over, and all other places are given up."""
-        claimed = self._claimed if committed else []
-        ours = {one.item.item_id for one in claimed}
+        claimed = self._claimed if committed else {}
         for item in self._reserved:
-            if item.item_id not in ours:
+            if (item.kind, item.item_id) not in claimed:
                 assert self._places
                 self._places.give_up(item.kind, item.tenant_id)
-        for one in claimed:
+        for one in claimed.values():
             assert self._places
             self._places.take(one)

@@ -33,16 +33,31 @@ class OutboxRow(NamedTuple):
         return zlib.crc32(self.key.encode()) % BUCKETS
 
 
-INSERT_OUTBOX = """
+def insert_outbox_call(after: int = 0, *, unless_stored: bool = False) -> str:
+    """The statement that writes `outbox_columns`, with parameters behind the first `after`. Positions are drawn in the
+    order of the rows.
+
+    unless_stored: a further parameter has the id of the event that each row tells of, or null. The row is not written
+    if ``stored.ids`` has this id.
+    """
+    columns = [f"${after + n}::{type_}[]" for n, type_ in enumerate((*_TYPES, "uuid"), 1)]
+    if not unless_stored:
+        return f"{_INSERT} FROM unnest({', '.join(columns[:-1])}) AS n(b, u, m, d, r, k, h, y, t)"
+    return f"""
+        {_INSERT} FROM stored, unnest({", ".join(columns)}) AS n(b, u, m, d, r, k, h, y, t, e)
+        WHERE e IS NULL OR e <> ALL (stored.ids)
+    """
+
+
+_TYPES = ("text", "smallint", "uuid", "text", "text", "text", "text", "bytea", "interval")
+_INSERT = """
 INSERT INTO outbox (bus, bucket, message_id, destination, routing_key, key, headers, body, keep_until)
 SELECT b, u, m, d, r, k, h, y, clock_timestamp() + t
-FROM unnest($1::text[], $2::smallint[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::bytea[],
-            $9::interval[]) AS n(b, u, m, d, r, k, h, y, t)
 """
 
 
 def outbox_columns(rows: Sequence[OutboxRow]) -> list[list[Any]]:
-    """The arguments of `INSERT_OUTBOX`."""
+    """The arguments of `insert_outbox_call`."""
     return [
         [row.bus for row in rows],
         [row.bucket for row in rows],
@@ -58,4 +73,4 @@ def outbox_columns(rows: Sequence[OutboxRow]) -> list[list[Any]]:
 
 async def insert_outbox(connection: AsyncConnection, rows: Sequence[OutboxRow]) -> None:
     """Writes messages into the outbox, positions in the order given."""
-    await db.sql(connection, INSERT_OUTBOX, *outbox_columns(rows))
+    await db.sql(connection, insert_outbox_call(), *outbox_columns(rows))

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -26,7 +27,7 @@ from infra.observe.logs import get_logger
 from infra.postgres import db, event_store
 from infra.postgres.event_store import Aggregate, NewEvent, Publication, Stream
 from infra.postgres.lane_items import Item, LaneKind, NewItem, NewItems, Places, enqueue_call
-from infra.postgres.outbox_rows import INSERT_OUTBOX, OutboxRow, outbox_columns
+from infra.postgres.outbox_rows import OutboxRow, insert_outbox, insert_outbox_call, outbox_columns
 from protos.envelope import Envelope, Message
 from protos.topology import Queue, Topic
 
@@ -37,10 +38,28 @@ QUEUE_HORIZON = timedelta(hours=24)
 MAX_MESSAGE_BYTES = 1_000_000
 """Of a body. Larger content belongs in the object store, with a reference in the message."""
 
-_INSERT_BOTH = f"""
-WITH sent AS ({INSERT_OUTBOX})
-{enqueue_call(9)}
-"""
+
+@cache
+def _write(*, events: bool, messages: bool, items: bool) -> str:
+    """The statement that appends events, writes messages to the outbox and puts items into lanes: one round trip.
+
+    Its parameters are those of the parts, in this order. Its columns are the ids of events that were stored already,
+    and those of `enqueue_items`. The streams are locked first: `sent` and `enqueue_items` are evaluated for the row of
+    `stored`. The lanes are locked last of all rows that other transactions wait for.
+    """
+    parts = [f"stored AS MATERIALIZED (SELECT {event_store.APPEND} AS ids)"] if events else []
+    used = 8 if events else 0
+    if messages:
+        parts.append(f"sent AS ({insert_outbox_call(used, unless_stored=events)})")
+        used += 10 if events else 9
+    if events and items:
+        # A left join reads its left side first.
+        select = f"SELECT ids, e.* FROM stored LEFT JOIN {enqueue_call(used)} e ON true"
+    elif events:
+        select = "SELECT ids FROM stored"
+    else:
+        select = f"SELECT * FROM {enqueue_call(used)}" if items else "SELECT"
+    return f"WITH {', '.join(parts)} {select}" if parts else select
 
 
 class Tx:
@@ -68,6 +87,8 @@ class Tx:
         self._events: list[NewEvent] = []
         self._rows: list[OutboxRow] = []
         self.items = NewItems(places)
+        # By the kind and id of the item that the message tells of.
+        self._hints: dict[tuple[str, UUID], OutboxRow] = {}
         self._buffered: dict[str, list[tuple[Any, ...]]] = {}
         self._loaded: dict[str, tuple[Any, int]] = {}
         self._after: list[Callable[[], Awaitable[None]]] = []
@@ -107,9 +128,7 @@ class Tx:
         if self._connection is None:
             connection = self._connection = await self._pool.take()
             if not self._reads_only:
-                await db.begin(connection)
-            if self._tenanted:
-                await db.sql(connection, "SELECT set_config('claw.tenant', $1, true)", self.tenant_id)
+                await db.begin(connection, self.tenant_id if self._tenanted else None)
         return self._connection
 
     async def sql(self, statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
@@ -176,11 +195,13 @@ class Tx:
         """
         if type(message) not in topic.messages:
             raise ValueError(f"{type(message).__name__} is not a message of topic {topic.name}")
-        id_ = message_id or uuid7()
+        row = self._fact(topic, message, key, message_id or uuid7())
+        self._rows.append(row)
+        return row.message_id
+
+    def _fact(self, topic: Topic, message: Message, key: str, id_: UUID) -> OutboxRow:
         headers = self._headers(id_, message, key)
-        body = self._body(message)
-        self._rows.append(OutboxRow("kafka", id_, topic.name, "", key, headers, body, topic.retention))
-        return id_
+        return OutboxRow("kafka", id_, topic.name, "", key, headers, self._body(message), topic.retention)
 
     def send(
         self,
@@ -223,8 +244,11 @@ class Tx:
         item_id: UUID | None = None,
         not_before: datetime | None = None,
         expires_in: timedelta | None = None,
+        hint: tuple[Topic, Message] | None = None,
     ) -> UUID:
         """Puts work at the end of a lane once the transaction commits. Returns the item's id.
+
+        hint: a message that wakes other processes. It is not published if this process claims the lane with the item.
 
         A lane is one tenant's: that of this transaction. With an `item_id` that its kind has had already, nothing
         is enqueued. `expires_in`: an item that has not begun by then is not done any more.
@@ -244,6 +268,9 @@ class Tx:
             expires_in,
         )
         self.put(new)
+        if hint:
+            topic, message = hint
+            self._hints[lane_kind.name, id_] = self._fact(topic, message, lane, uuid7())
         return id_
 
     def put(self, item: NewItem) -> None:
@@ -281,26 +308,38 @@ class Tx:
 
     async def flush(self) -> None:
         """Writes the collected events, messages and items. The kernel calls it before the commit."""
-        if self._events:
-            fresh = await event_store.append(await self.connection(), self._events, {})
-            self._events.clear()
-            failpoint("after_append")
-            for new in fresh:
-                self._publish(new)
-        for statement, rows in self._buffered.items():
-            await self.sql(statement, *map(list, zip(*rows, strict=True)))
+        for statement, buffered in self._buffered.items():
+            await self.sql(statement, *map(list, zip(*buffered, strict=True)))
         self._buffered.clear()
-        # Last: the rows of the lanes stay locked until the commit, and other transactions that enqueue there wait.
-        if self._rows:
-            columns = outbox_columns(self._rows)
-            if self.items:
-                self.woken |= await self.items.insert(await self.connection(), _INSERT_BOTH, *columns)
-            else:
-                await self.sql(INSERT_OUTBOX, *columns)
-            self.buses |= {row.bus for row in self._rows}
-            self._rows.clear()
-        elif self.items:
-            self.woken |= await self.items.insert(await self.connection())
+        events, self._events = self._events, []
+        told: list[UUID | None] = [None] * len(self._rows)
+        for new in events:
+            self._publish(new)
+            # The messages of an event that is stored already are not sent again.
+            told += [None if new.is_new else new.event_id] * (len(self._rows) - len(told))
+        messages, self._rows = self._rows, []
+        if not (events or messages or self.items):
+            return
+        arguments = outbox_columns(messages) if messages else []
+        if events and messages:
+            arguments.append(told)
+        statement = _write(events=bool(events), messages=bool(messages), items=bool(self.items))
+        has_items = bool(self.items)
+        if has_items:
+            arguments += self.items.arguments()
+        if events:
+            rows = await event_store.append(await self.connection(), events, statement, *arguments)
+            failpoint("after_append")
+        else:
+            rows = await self.sql(statement, *arguments)
+        if has_items:
+            self.woken |= self.items.inserted([row[-4:] for row in rows])
+            hints = [hint for item, hint in self._hints.items() if not self.items.is_claimed(*item)]
+            self._hints.clear()
+            if hints:
+                await insert_outbox(await self.connection(), hints)
+                messages += hints
+        self.buses |= {row.bus for row in messages}
 
     async def run_after_commit(self) -> None:
         for call in self._after:

@@ -33,9 +33,16 @@ LEARNING = Lane("learning", LearningItem)
 def queue_run(
     tx: Tx, run_id: UUID, session_key: str, *, item_id: UUID | None = None, not_before: datetime | None = None
 ) -> None:
-    """Puts the run at the end of its session's lane and announces it to all workers. `item_id`: the run's id if None.
+    """Puts the run at the end of its session's lane. `item_id`: the run's id if None.
 
-    The announcement is only a hint: a worker that does not receive it finds the lane later by itself.
+    The run is announced to all workers, unless this process claims the lane. The announcement is only a hint: a worker
+    that does not receive it finds the lane later by itself.
     """
-    tx.enqueue(RUNS, lane=session_key, item=RunItem(run_id), item_id=item_id or run_id, not_before=not_before)
-    tx.publish(AGENT_TASKS, RunRequested(run_id=run_id, session_key=session_key), key=session_key)
+    tx.enqueue(
+        RUNS,
+        lane=session_key,
+        item=RunItem(run_id),
+        item_id=item_id or run_id,
+        not_before=not_before,
+        hint=(AGENT_TASKS, RunRequested(run_id=run_id, session_key=session_key)),
+    )

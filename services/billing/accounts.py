@@ -40,6 +40,9 @@ class Entry:
     """The period whose invoice has it. 0: none, so grants cover it."""
 
 
+CURRENCIES = "SELECT ROW(tenant_id, currency) FROM account WHERE tenant_id = ANY({}::text[])"
+
+
 async def currencies(tx: Tx, tenant_ids: Iterable[str]) -> Mapping[str, str]:
     """Returns tenant → currency, for the tenants that have an account.
 
@@ -47,8 +50,13 @@ async def currencies(tx: Tx, tenant_ids: Iterable[str]) -> Mapping[str, str]:
     that opens the account waits for that lock, and then finds the records that this transaction held.
     """
     wanted = sorted(set(tenant_ids))
-    rows = await tx.sql("SELECT tenant_id, currency FROM account WHERE tenant_id = ANY($1::text[])", wanted)
-    found = {tenant_id: code for tenant_id, code in rows}
+    rows = await tx.sql(CURRENCIES.format("$1"), wanted)
+    return await with_opened(tx, wanted, dict(row for (row,) in rows))
+
+
+async def with_opened(tx: Tx, wanted: Sequence[str], found: dict[str, str]) -> Mapping[str, str]:
+    """Adds to `found`, which is from `CURRENCIES`, what `currencies` does for tenants without an account. `wanted` is
+    sorted."""
     for tenant_id in wanted:
         if tenant_id not in found:
             await _lock_opening(tx, tenant_id)

@@ -123,6 +123,18 @@ REBUILT = f"""
 """
 
 
+# Adds counted records to their buckets. The parameters are the tenants and the usage_ids, joined by U+001F. The caller
+# has locked the accounts. OFFSET keeps one look-up by key for each record: a plan that was made while the table was
+# small, or had no statistics, would read the whole table for every batch.
+ADDED = added(
+    "usage_bucket",
+    """
+    unnest(string_to_array($1, E'\\x1f'), string_to_array($2, E'\\x1f')) AS n(tenant, id)
+    CROSS JOIN LATERAL (SELECT * FROM measure WHERE tenant_id = n.tenant AND usage_id = n.id OFFSET 0) AS m
+    """,
+)
+
+
 class Meter(BaseModel):
     name: str
     description: str
@@ -156,24 +168,6 @@ class Window(NamedTuple):
     tenant_id: str
     since: datetime
     until: datetime
-
-
-async def add(tx: Tx, keys: Sequence[tuple[str, str]]) -> None:
-    """Adds counted records (tenant, usage_id) to their buckets. The caller has locked the tenants' accounts, so no
-    other transaction changes these buckets."""
-    await tx.sql(
-        # OFFSET keeps one look-up by key for each record. A plan that was made while the table was small, or had no
-        # statistics, would read the whole table for every batch.
-        added(
-            "usage_bucket",
-            """
-            unnest(string_to_array($1, E'\\x1f'), string_to_array($2, E'\\x1f')) AS n(tenant, id)
-            CROSS JOIN LATERAL (SELECT * FROM measure WHERE tenant_id = n.tenant AND usage_id = n.id OFFSET 0) AS m
-            """,
-        ),
-        "\x1f".join(tenant_id for tenant_id, _ in keys),
-        "\x1f".join(usage_id for _, usage_id in keys),
-    )
 
 
 async def add_corrections(tx: Tx, tenant_id: str, keys: Sequence[tuple[str, str]]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 from uuid import UUID
 
 from pydantic import BaseModel
@@ -121,53 +121,45 @@ def concerning(rests: Iterable[Rest], use: Use) -> list[Rest]:
     return [rest for rest in rests if (rest.scope, rest.scope_id) in scopes]
 
 
-async def rests(tx: Tx, tenant_id: str, uses: Iterable[Use]) -> list[Rest]:
-    """Returns the rests of the budgets that concern one of these uses. The account is locked."""
+def scopes_of(uses: Iterable[Use]) -> tuple[list[str], list[str]]:
+    """Returns the parameters of `RESTS`."""
     scopes = sorted({scope for use in uses for scope in _scopes(use)})
-    rows = await tx.sql(
-        f"""
-        SELECT b.nanos - {_SPENT} - {_HELD}, b.nanos, b.scope, b.scope_id, b.period
-        FROM unnest($2::text[], $3::text[]) AS n(scope, scope_id)
-        JOIN budget AS b USING (scope, scope_id)
-        WHERE b.tenant_id = $1
-        """,
-        tenant_id,
-        [scope for scope, _ in scopes],
-        [scope_id for _, scope_id in scopes],
-    )
-    return [Rest(*row) for row in rows]
+    return [scope for scope, _ in scopes], [scope_id for _, scope_id in scopes]
 
 
-async def spend(tx: Tx, keys: Sequence[tuple[str, str]]) -> None:
-    """Adds the cost of counted records (tenant, usage_id) to their budgets, and notifies each tenant whose spending
-    passes a threshold. The caller has locked the accounts."""
-    rows = await tx.sql(
-        # OFFSET keeps one look-up by key for each record, as in `aggregates.add`.
-        f"""
-        WITH used AS (
-            SELECT b.tenant_id, b.budget_id, sum(u.amount_nanos)::bigint AS nanos
-            FROM (
-                -- Most tenants have no budget; their records are not looked up.
-                SELECT tenant, id
-                FROM unnest(string_to_array($1, E'\\x1f'), string_to_array($2, E'\\x1f')) AS a(tenant, id)
-                WHERE tenant = ANY(ARRAY(
-                    SELECT tenant_id FROM budget WHERE tenant_id = ANY(string_to_array($1, E'\\x1f'))
-                ))
-            ) AS n
-            CROSS JOIN LATERAL (SELECT * FROM usage WHERE tenant_id = n.tenant AND usage_id = n.id OFFSET 0) AS u
-            JOIN budget AS b ON {_concerns("u")}
-            GROUP BY b.tenant_id, b.budget_id
-        )
-        UPDATE budget AS b
-        SET spent_nanos = {_SPENT} + used.nanos, window_starts = {_WINDOW}
-        FROM used
-        WHERE b.tenant_id = used.tenant_id AND b.budget_id = used.budget_id
-        RETURNING b.tenant_id, b.budget_id, b.scope, b.scope_id, b.nanos, b.period, b.soft_percent, b.spent_nanos,
-                  used.nanos
-        """,
-        "\x1f".join(tenant_id for tenant_id, _ in keys),
-        "\x1f".join(usage_id for _, usage_id in keys),
-    )
+# The rests of the budgets of tenant $1 that concern a use. The account is locked.
+RESTS = f"""
+SELECT ROW(b.nanos - {_SPENT} - {_HELD}, b.nanos, b.scope, b.scope_id, b.period)
+FROM unnest($2::text[], $3::text[]) AS n(scope, scope_id)
+JOIN budget AS b USING (scope, scope_id)
+WHERE b.tenant_id = $1
+"""
+# The costs of counted records by budget. The parameters are the tenants and the usage_ids, joined by U+001F. OFFSET
+# keeps one look-up by key for each record, as in `aggregates.ADDED`.
+USED = f"""
+SELECT b.tenant_id, b.budget_id, sum(u.amount_nanos)::bigint AS nanos
+FROM (
+    -- Most tenants have no budget; their records are not looked up.
+    SELECT tenant, id
+    FROM unnest(string_to_array($1, E'\\x1f'), string_to_array($2, E'\\x1f')) AS a(tenant, id)
+    WHERE tenant = ANY(ARRAY(SELECT tenant_id FROM budget WHERE tenant_id = ANY(string_to_array($1, E'\\x1f'))))
+) AS n
+CROSS JOIN LATERAL (SELECT * FROM usage WHERE tenant_id = n.tenant AND usage_id = n.id OFFSET 0) AS u
+JOIN budget AS b ON {_concerns("u")}
+GROUP BY b.tenant_id, b.budget_id
+"""
+# Adds the costs `used` to the budgets. The caller has locked the accounts.
+SPENT = f"""
+UPDATE budget AS b
+SET spent_nanos = {_SPENT} + used.nanos, window_starts = {_WINDOW}
+FROM used
+WHERE b.tenant_id = used.tenant_id AND b.budget_id = used.budget_id
+RETURNING b.tenant_id, b.budget_id, b.scope, b.scope_id, b.nanos, b.period, b.soft_percent, b.spent_nanos, used.nanos
+"""
+
+
+def notify(tx: Tx, rows: Iterable[tuple[Any, ...]]) -> None:
+    """Notifies each tenant whose spending passes a threshold. `rows` are from `SPENT`."""
     for tenant_id, budget_id, scope, scope_id, nanos, period, soft, spent, used in rows:
         if period == "minute":
             continue

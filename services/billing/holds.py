@@ -29,6 +29,25 @@ MAX_EXPIRY = timedelta(days=1)
 LARGEST_GROUP = 100
 
 
+_OPEN = """
+SELECT coalesce(sum(held_nanos), 0)::bigint
+FROM hold
+WHERE tenant_id = $1 AND ended_at IS NULL AND expires_at > clock_timestamp()
+"""
+# Everything by which requests for holds are decided, in one round trip. It reads only; the account is locked.
+_STATE = f"""
+SELECT ARRAY({budgets.RESTS}),
+       ARRAY(
+           SELECT ROW(hold_id, ended_at IS NULL AND expires_at <= clock_timestamp(), request, granted, held_nanos,
+                      available_nanos, refused_by, retry_later)
+           FROM hold
+           WHERE tenant_id = $1 AND hold_id = ANY($4::uuid[])
+       ),
+       ({_OPEN}),
+       ARRAY({price_book.PRICES.format("$5")})
+"""
+
+
 class HoldRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """The use that a hold is requested for."""
 
@@ -129,29 +148,29 @@ class Holds:
 async def _reserve(tx: Tx, tenant_id: str, asked: Mapping[int, _Reserve]) -> Mapping[int, Exception]:
     """Answers the requests in their order, as if each had a transaction of its own. Returns the errors of those that
     are refused, by their index."""
-    prices = await price_book.versions(tx, {one.request.resource for one in asked.values()})
+    requests = [one.request for one in asked.values()]
+    resources = {request.resource for request in requests}
     try:
         currency, account = await accounts.lock_one(tx, tenant_id)
     except NotFound as error:
         raise Transient(f"{error} yet") from error
-    rows = await tx.sql(
-        """
-        SELECT hold_id, ended_at IS NULL AND expires_at <= clock_timestamp(), request, granted, held_nanos,
-               available_nanos, refused_by, retry_later
-        FROM hold
-        WHERE tenant_id = $1 AND hold_id = ANY($2::uuid[])
-        """,
+    # After the lock: the statement sees the holds and the spending that other transactions have committed before.
+    [(rests, rows, open_nanos, priced)] = await tx.sql(
+        _STATE,
         tenant_id,
+        *budgets.scopes_of(requests),
         [one.hold_id for one in asked.values()],
+        price_book.names_of(resources),
     )
+    prices = price_book.versions_of(resources, priced)
     # An expired hold holds nothing: the request is decided again.
     known = {
         hold_id: (text, None if expired else Reservation(granted, held, available, currency, refused_by, retry_later))
         for hold_id, expired, text, granted, held, available, refused_by, retry_later in rows
     }
     balance = account.balance_nanos
-    credit = None if balance is None else balance - await open_nanos(tx, tenant_id)
-    limits = await budgets.rests(tx, tenant_id, [one.request for one in asked.values()])
+    credit = None if balance is None else balance - open_nanos
+    limits = [budgets.Rest(*row) for row in rests]
     now = utcnow()
     made: list[tuple[_Reserve, Reservation]] = []
     refused: dict[int, Exception] = {}
@@ -242,14 +261,7 @@ async def _insert(tx: Tx, tenant_id: str, made: Sequence[tuple[_Reserve, Reserva
 
 async def open_nanos(tx: Tx, tenant_id: str) -> int:
     """Returns the credit that the tenant's open holds reserve now."""
-    [(held,)] = await tx.sql(
-        """
-        SELECT coalesce(sum(held_nanos), 0)::bigint
-        FROM hold
-        WHERE tenant_id = $1 AND ended_at IS NULL AND expires_at > clock_timestamp()
-        """,
-        tenant_id,
-    )
+    [(held,)] = await tx.sql(_OPEN, tenant_id)
     return int(held)
 
 

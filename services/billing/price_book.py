@@ -10,10 +10,11 @@ facts about people; it has the model's price unless the book has a price for ``l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, time
 from decimal import Decimal
 from functools import lru_cache
+from typing import Any
 
 import msgspec
 from genai_prices import data_snapshot
@@ -75,24 +76,35 @@ def canonical(resource: str) -> str | None:
     return _canonical(resource.lower())
 
 
-async def versions(tx: Tx, resources: Iterable[str]) -> Mapping[str, Sequence[Price]]:
+PRICES = "SELECT ROW(resource, version, currency, valid_from, prices) FROM price WHERE resource = ANY({}::text[])"
+"""The rows for `versions_of`. The parameter is `names_of`."""
+
+
+def names_of(resources: Iterable[str]) -> list[str]:
+    """Returns all names under which the book may have one of the resources."""
+    return sorted({name for resource in set(resources) for name in _names(resource)})
+
+
+def versions_of(resources: Collection[str], rows: Iterable[tuple[Any, ...]]) -> Mapping[str, Sequence[Price]]:
     """Returns resource → all versions of its price, without the resources that the book does not know.
 
     They are grouped by the names under which the book has the resource, the most specific name first.
     """
-    names = {resource: _names(resource) for resource in set(resources)}
-    rows = await tx.sql(
-        "SELECT resource, version, currency, valid_from, prices FROM price WHERE resource = ANY($1::text[])",
-        sorted({name for found in names.values() for name in found}),
-    )
     book: dict[str, list[Price]] = {}
     for resource, version, currency, valid_from, prices in rows:
         book.setdefault(resource, []).append(read(resource, version, currency, valid_from, prices))
+    names = {resource: _names(resource) for resource in set(resources)}
     return {
         resource: [price for name in dict.fromkeys(found) for price in book.get(name, ())]
         for resource, found in names.items()
         if any(name in book for name in found)
     }
+
+
+async def versions(tx: Tx, resources: Collection[str]) -> Mapping[str, Sequence[Price]]:
+    """As `versions_of`."""
+    rows = await tx.sql(PRICES.format("$1"), names_of(resources))
+    return versions_of(resources, [row for (row,) in rows])
 
 
 async def name_in_book(tx: Tx, resource: str) -> str:

@@ -18,6 +18,18 @@ from services.billing.accounts import Entry
 from services.billing.domain import Account, UsageContent, Verdict, judge, settle
 from services.billing.subscriptions import Place
 
+# Reads only, in one round trip. OFFSET keeps one look-up by key for each record, as in `aggregates.ADDED`.
+_RATE = f"""
+SELECT ARRAY({accounts.CURRENCIES.format("$1")}),
+       ARRAY({price_book.PRICES.format("$2")}),
+       ARRAY(
+           SELECT ROW(u.tenant_id, u.usage_id, u.resource, u.quantities)
+           FROM unnest(string_to_array($3, E'\\x1f'), string_to_array($4, E'\\x1f')) AS n(tenant, id)
+           CROSS JOIN LATERAL (SELECT * FROM usage WHERE tenant_id = n.tenant AND usage_id = n.id OFFSET 0) AS u
+       )
+"""
+# Adds counted records to their buckets and budgets, which no other transaction changes: the accounts are locked.
+_ADD = f"WITH bucketed AS ({aggregates.ADDED}), used AS ({budgets.USED}) {budgets.SPENT}"
 _RECORD = Path(__file__).with_name("record_usage.sql").read_text()
 # Separates the values of a column in a parameter. JSON text never contains it unescaped.
 _SEPARATOR = "\x1f"
@@ -34,20 +46,13 @@ async def rate(tx: Tx, records: Sequence[UsageRecorded]) -> list[Verdict]:
     tenant_ids = _column("tenant_id", [record.tenant_id for record in records])
     usage_ids = _column("usage_id", [record.usage_id for record in records])
     _column("resource", [record.resource for record in records])
-    currencies = await accounts.currencies(tx, {record.tenant_id for record in records})
-    prices = await price_book.versions(tx, {record.resource for record in records})
-    rows = await tx.sql(
-        # OFFSET keeps one look-up by key for each record, as in `aggregates.add`.
-        """
-        SELECT u.tenant_id, u.usage_id, u.resource, u.quantities
-        FROM unnest(string_to_array($1, E'\x1f'), string_to_array($2, E'\x1f')) AS n(tenant, id)
-        CROSS JOIN LATERAL (SELECT * FROM usage WHERE tenant_id = n.tenant AND usage_id = n.id OFFSET 0) AS u
-        """,
-        tenant_ids,
-        usage_ids,
+    tenants, resources = sorted({record.tenant_id for record in records}), {record.resource for record in records}
+    [(accounts_found, prices, used)] = await tx.sql(
+        _RATE, tenants, price_book.names_of(resources), tenant_ids, usage_ids
     )
-    seen = {(tenant_id, id_): UsageContent(resource, counts) for tenant_id, id_, resource, counts in rows}
-    return settle(records, seen, currencies, prices, utcnow())
+    currencies = await accounts.with_opened(tx, tenants, dict(accounts_found))
+    seen = {(tenant_id, id_): UsageContent(resource, counts) for tenant_id, id_, resource, counts in used}
+    return settle(records, seen, currencies, price_book.versions_of(resources, prices), utcnow())
 
 
 async def record(
@@ -96,9 +101,14 @@ async def record(
         for item, verdict in zip(records, verdicts, strict=True)
         if verdict.kind == "counted"
     ]:
-        await aggregates.add(tx, counted)
-        await budgets.spend(tx, counted)
+        await _add(tx, counted)
     return [(currency, amount_nanos) for _, currency, _, _, amount_nanos in debited]
+
+
+async def _add(tx: Tx, keys: Sequence[tuple[str, str]]) -> None:
+    """Adds counted records (tenant, usage_id) to their buckets and budgets. The caller has locked the accounts."""
+    tenant_ids, usage_ids = (_SEPARATOR.join(column) for column in zip(*keys, strict=True))
+    budgets.notify(tx, await tx.sql(_ADD, tenant_ids, usage_ids))
 
 
 async def _places(tx: Tx, records: Sequence[UsageRecorded], verdicts: Sequence[Verdict]) -> Sequence[Place]:
@@ -144,8 +154,7 @@ async def _charge(tx: Tx, record: UsageRecorded, verdict: Verdict, period: int) 
     )
     await accounts.debit(tx, [entry])
     keys = [(record.tenant_id, record.usage_id)]
-    await aggregates.add(tx, keys)
-    await budgets.spend(tx, keys)
+    await _add(tx, keys)
     if record.hold_id:
         await holds.close(tx, [(record.tenant_id, record.hold_id)])
 
@@ -185,7 +194,7 @@ async def held(
 async def rate_again(tx: Tx, records: Sequence[UsageRecorded]) -> list[Verdict]:
     """Rates held records again with the current prices and quantities, and charges the ones that are counted now."""
     currencies = await accounts.currencies(tx, (record.tenant_id for record in records))
-    prices = await price_book.versions(tx, (record.resource for record in records))
+    prices = await price_book.versions(tx, {record.resource for record in records})
     # Their age counts at their arrival. A record that waited for review is not late.
     arrived = await _arrivals(tx, records)
     found = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
 from uuid import UUID
@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from infra.clock import uuid7
 from infra.postgres.tx import Tx
 from infra.security.crypto import DataKey
-from infra.security.subjects import SubjectKeys
+from infra.security.subjects import Subject, SubjectKeys
 from services.channel.attachments import FETCHES, FetchAttachments, publish
 from services.channel.events import InboundContent, MessageTaken
 from services.channel.publishing import CONVERSATION
@@ -31,6 +31,16 @@ _COUNT = """
     ON CONFLICT (session_key) DO UPDATE
     SET subject_id = excluded.subject_id, position = c.position + excluded.position, last_at = excluded.last_at
     RETURNING session_key, position
+"""
+
+
+# Reads only: the session that each conversation had under a former id, and the author's key.
+_LOOK = """
+    SELECT a.target, k.subject_id IS NOT NULL, k.wrapped
+    FROM unnest($1::text[], $2::text[], $3::text[]) WITH ORDINALITY AS n(session_key, tenant_id, subject_id, n)
+        LEFT JOIN session_alias a USING (session_key)
+        LEFT JOIN subject_key k USING (tenant_id, subject_id)
+    ORDER BY n.n
 """
 
 
@@ -70,8 +80,7 @@ async def store(tx: Tx, subjects: SubjectKeys, messages: Sequence[UniqueMessage]
     """
     if not messages:
         return
-    messages = await _with_aliases(tx, messages)
-    keys = await subjects.keys(tx, {(new.message.tenant_id, new.message.subject_id) for new in messages})
+    messages, keys = await _look(tx, subjects, messages)
     kept = [(new, key) for new in messages if (key := keys[new.message.tenant_id, new.message.subject_id])]
     if len(kept) < len(messages):
         await tx.sql(
@@ -88,19 +97,28 @@ async def store(tx: Tx, subjects: SubjectKeys, messages: Sequence[UniqueMessage]
         _record(tx, new.message, key, next(positions[new.message.session_key]))
 
 
-async def _with_aliases(tx: Tx, messages: Sequence[UniqueMessage]) -> Sequence[UniqueMessage]:
-    """The messages with the sessions that their conversations had under former ids."""
-    keys = sorted({new.message.session_key for new in messages})
-    rows = await tx.sql("SELECT session_key, target FROM session_alias WHERE session_key = ANY($1::text[])", keys)
-    if not rows:
-        return messages
-    target = dict(rows)
-    return [
-        new._replace(
-            message=replace(new.message, session_key=target.get(new.message.session_key, new.message.session_key))
-        )
-        for new in messages
-    ]
+async def _look(
+    tx: Tx, subjects: SubjectKeys, messages: Sequence[UniqueMessage]
+) -> tuple[Sequence[UniqueMessage], Mapping[Subject, DataKey | None]]:
+    """Returns the messages, with the sessions that their conversations had under former ids, and their authors' keys,
+    made if they do not exist."""
+    rows = await tx.sql(
+        _LOOK,
+        [new.message.session_key for new in messages],
+        [new.message.tenant_id for new in messages],
+        [new.message.subject_id for new in messages],
+    )
+    found: list[UniqueMessage] = []
+    keys: dict[Subject, DataKey | None] = {}
+    unknown: set[Subject] = set()
+    for new, (target, has_key, wrapped) in zip(messages, rows, strict=True):
+        found.append(new._replace(message=replace(new.message, session_key=target)) if target else new)
+        subject = new.message.tenant_id, new.message.subject_id
+        if not has_key:
+            unknown.add(subject)
+        elif subject not in keys:
+            keys[subject] = subjects.opened(subject, wrapped)
+    return found, keys | await subjects.keys(tx, unknown) if unknown else keys
 
 
 async def _draw_positions(tx: Tx, messages: Sequence[AcceptedMessage]) -> dict[str, Iterator[int]]:

@@ -38,7 +38,8 @@ SELECT r.id, r.tenant_id, r.session_key, r.agent_id, r.subject_id, r.channel_id,
        e.types, e.versions, e.data,
        m.seqs, m.ids, m.subjects, m.texts, m.conversations, m.vendor_ids, m.contexts,
        s.summary, s.summary_subject, s.summary_about, s.summary_seq, s.parent_key, s.parent_seq,
-       a.id, a.tenant_id, v.version, a.enabled, v.definition, v.api_key, v.fallback_key, a.created_at, v.created_at
+       a.id, a.tenant_id, v.version, a.enabled, v.definition, v.api_key, v.fallback_key, a.created_at, v.created_at,
+       k.subjects, k.keys
 FROM run r
     CROSS JOIN LATERAL (
         SELECT array_agg(type ORDER BY version) AS types, array_agg(schema_version ORDER BY version) AS versions,
@@ -57,6 +58,12 @@ FROM run r
     LEFT JOIN session s ON s.tenant_id = r.tenant_id AND s.session_key = r.session_key
     LEFT JOIN agent a ON a.id = r.agent_id AND a.tenant_id = r.tenant_id
     LEFT JOIN agent_version v ON v.agent_id = a.id AND v.version = a.version
+    CROSS JOIN LATERAL (
+        SELECT array_agg(subject_id ORDER BY subject_id) AS subjects, array_agg(wrapped ORDER BY subject_id) AS keys
+        FROM subject_key
+        WHERE tenant_id = r.tenant_id
+            AND subject_id = ANY(ARRAY[r.subject_id, s.summary_subject] || m.subjects || s.summary_about)
+    ) k
 WHERE r.id = ANY($1::uuid[])
 """
 _EARLIER = """
@@ -126,7 +133,9 @@ class LoadedRun:
 async def load_runs(tx: Tx, subjects: SubjectKeys, run_ids: Sequence[UUID]) -> dict[UUID, LoadedRun]:
     """The runs by their ids. A run that does not exist is left out."""
     rows = [_Row(row) for row in await tx.sql(_RUNS, list(run_ids))]
-    known = await subjects.keys(tx, {subject for row in rows for subject in row.subjects()})
+    known = {subject: subjects.opened(subject, key) for row in rows for subject, key in row.keys.items()}
+    if unknown := {subject for row in rows for subject in row.subjects()} - known.keys():
+        known |= await subjects.keys(tx, unknown)
     for row in rows:
         row.open_summary(known)
     found: dict[tuple[UUID, bool], list[ExchangeRow]] = {}
@@ -171,6 +180,9 @@ class _Row:
         self.summary: SessionSummary | None = None
         self._parent = values[25:27] if values[25] and values[26] else None
         self.agent = store.stored(values[27:36]) if values[27] else None
+        stored = zip(*(column or () for column in values[36:38]), strict=True)
+        self.keys = {(self.run.tenant_id, subject): key for subject, key in stored}
+        """Person → the stored key, of those that have a row."""
 
     def subjects(self) -> set[tuple[str, str]]:
         found = {self.run.subject_id, *(message.subject_id for message in self.messages)}

@@ -12,9 +12,11 @@ from infra.errors import Transient
 from infra.lanes.claims import Claims
 from infra.lanes.lane import Lane
 from infra.postgres.database import Database
+from protos.messages.sample import NoteTaken
 from tests.infra.bus.conftest import until
 from tests.infra.conftest import SampleDatabase
 from tests.infra.lanes.lane_fixture import TENANT, Notes, Parcel, World, all_over, items, log_lines, new_lane, put
+from tooling.testing.sample.catalog import SAMPLE_EVENTS
 
 
 @pytest.fixture
@@ -87,11 +89,19 @@ async def test_a_process_without_a_place_claims_nothing_and_older_lanes_come_fir
     kind = new_lane()
     async with world.process(kind.runner(concurrency=1)(notes.hold)) as database:
         await ready(database, kind)
-        await put(database, kind, "a", 1)
+        hint = SAMPLE_EVENTS, NoteTaken(notebook=kind.name, number=1, text="a lane is ready")
+        await put(database, kind, "a", 1, hint=hint)
         await notes.begun.wait()
         for lane, number in (("b", 2), ("c", 3)):
-            await put(database, kind, lane, number)
+            await put(database, kind, lane, number, hint=hint)
         assert [is_owned for _, is_owned, _ in await owned(database, kind)] == [True, False, False]
+        async with database.begin() as tx:
+            hints = await tx.sql(
+                "SELECT key FROM outbox WHERE convert_from(body, 'UTF8')::json ->> 'notebook' = $1 ORDER BY position",
+                kind.name,
+            )
+        # Other processes need not look for the lane that this one has claimed.
+        assert hints == [("b",), ("c",)]
         notes.go_on.set()
         await all_over(database, kind)
     assert notes.numbers == [1, 2, 3]

@@ -15,6 +15,8 @@ from infra.postgres.db import sql
 from infra.postgres.event_store import NewEvent
 from infra.postgres.tx import Tx
 from infra.postgres.upcasting import EventTypes
+from tests.infra.bus.conftest import until
+from tests.infra.lanes.lane_fixture import TENANT, Parcel, items, new_lane, put
 from tooling.testing.sample.desk.domain import Notebook, NoteWritten, WriteNote
 from tooling.testing.sample.desk.publishing import NOTEBOOK
 
@@ -27,7 +29,8 @@ async def versions(desk: Database, notebook: str) -> list[int]:
 
 async def append(desk: Database, *events: NewEvent) -> list[NewEvent]:
     async with desk.begin() as tx:
-        return await event_store.append(await tx.connection(), events, {})
+        [(stored,)] = await event_store.append(await tx.connection(), events)
+    return [event for event in events if event.event_id not in stored]
 
 
 async def test_concurrent_decisions_leave_no_gap_and_no_repeat(desk: Database) -> None:
@@ -88,6 +91,30 @@ async def test_the_outbox_follows_the_streams_order(desk: Database) -> None:
         sent = await tx.sql("SELECT body FROM outbox WHERE key = 'ordered' ORDER BY position")
     numbers = [msgspec.json.decode(data)["number"] for (data,) in stored]
     assert [msgspec.json.decode(body)["number"] for (body,) in sent] == numbers
+
+
+async def test_streams_are_locked_before_lanes(desk: Database) -> None:
+    kind, stream = new_lane(), NOTEBOOK.stream("locked")
+    await put(desk, kind, "a", 1)
+
+    async def write(tx: Tx) -> None:
+        tx.append(stream, NoteWritten(2, "x"))
+        tx.enqueue(kind, lane="a", item=Parcel(2))
+
+    async with desk.begin() as first:
+        first.append(stream, NoteWritten(1, "x"))
+        await first.flush()
+        second = asyncio.create_task(desk.run(write, tenant_id=TENANT))
+
+        async def waits() -> bool:
+            async with desk.begin() as tx:
+                return bool(await tx.sql("SELECT FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"))
+
+        await until(waits)
+        async with desk.begin() as tx:
+            assert await tx.sql("SELECT 1 FROM lane WHERE kind = $1 FOR UPDATE NOWAIT", kind.name) == [(1,)]
+    await second
+    assert [seq for (seq,) in await items(desk, kind, "seq")] == [1, 2]
 
 
 async def test_a_failing_transaction_leaves_no_event_and_no_message(desk: Database) -> None:
