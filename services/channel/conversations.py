@@ -38,8 +38,8 @@ _COUNT = """
 _LOOK = """
     SELECT a.target, k.subject_id IS NOT NULL, k.wrapped
     FROM unnest($1::text[], $2::text[], $3::text[]) WITH ORDINALITY AS n(session_key, tenant_id, subject_id, n)
-        LEFT JOIN session_alias a USING (session_key)
-        LEFT JOIN subject_key k USING (tenant_id, subject_id)
+        LEFT JOIN session_alias a ON a.session_key = n.session_key
+        LEFT JOIN subject_key k ON k.tenant_id = n.tenant_id AND k.subject_id = n.subject_id
     ORDER BY n.n
 """
 
