@@ -66,7 +66,7 @@ async def test_facts_that_the_live_consumer_has_not_seen_are_left_to_it(history:
     # In the store but never sent, as while the relay or the consumer is behind.
     async with history.desk.begin() as tx:
         unseen = NewEvent(NOTEBOOK.stream(name), uuid7(), NoteWritten(1, "unseen"), None)
-        await append(await tx.connection(), [unseen], {})
+        await append(await tx.connection(), [unseen])
     try:
         assert equal(await history.from_events()) == {"total": True, "effect": True}
         assert await history.effects(name) == []
