@@ -140,20 +140,12 @@ class Pool(AsyncEngine):
         await super().dispose(close)
 
 
-def create_engine(
-    url: str,
-    *,
-    pool_size: int = 10,
-    name: str = "clawbus",
-    schema: str | None = None,
-    generic_plans: bool = False,
-) -> Pool:
+def create_engine(url: str, *, pool_size: int = 10, name: str = "clawbus", schema: str | None = None) -> Pool:
     """A pool of connections to `url` (``postgresql://user:password@host:port/database``). It connects at first use.
 
     The URL may ask for TLS: ``?sslmode=verify-full&sslrootcert=FILE&sslcert=FILE&sslkey=FILE``.
 
-    schema: the search path, for a role that has none of its own (an administrator). generic_plans: each statement is
-    planned once per connection, and not again for the values of each execution.
+    `schema`: the search path, for a role that has none of its own (an administrator).
     """
     parsed = make_url(url).set(drivername="postgresql+asyncpg")
     context, query = postgres_context(parsed.query)
@@ -173,7 +165,6 @@ def create_engine(
                 "application_name": name,
                 "timezone": "UTC",
                 **({"search_path": schema} if schema else {}),
-                **({"plan_cache_mode": "force_generic_plan"} if generic_plans else {}),
                 "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
                 "statement_timeout": str(STATEMENT_TIMEOUT_MS),
                 "transaction_timeout": str(TRANSACTION_TIMEOUT_MS),

@@ -94,12 +94,8 @@ class Background(Protocol):
 class Service:
     """The declaration of a service, made in its ``__main__``. Nothing connects before `run`."""
 
-    def __init__(self, name: str, settings: type[Settings] = Settings, *, generic_plans: bool = False) -> None:
-        """generic_plans: for a service whose worker role looks rows up by their keys. PostgreSQL guesses ten elements
-        for an array, takes a plan for one element to be cheaper, and would plan such a statement at each execution,
-        which takes longer than to execute it."""
+    def __init__(self, name: str, settings: type[Settings] = Settings) -> None:
         self.name = name
-        self._generic_plans = generic_plans
         self.subscriptions: list[Subscription] = []
         self.adapters: dict[str, dict[str, Callable[[Runtime], Any]]] = {}
         self.works: list[tuple[Work, dict[str, Callable[[Runtime], Any]]]] = []
@@ -199,9 +195,7 @@ class Service:
         await sink.start()
         stack.push_async_callback(sink.stop)
 
-        engine = db.create_engine(
-            settings.database_url.get_secret_value(), name=self.name, generic_plans=self._generic_plans
-        )
+        engine = db.create_engine(settings.database_url.get_secret_value(), name=self.name)
         stack.push_async_callback(engine.dispose)
         request_engine = db.create_engine(settings.request_database_url.get_secret_value(), name=self.name)
         stack.push_async_callback(request_engine.dispose)

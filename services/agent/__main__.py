@@ -11,7 +11,7 @@ from services.agent.runs.publishing import REPLAYED
 from services.agent.sessions.publishing import SESSION
 from services.agent.settings import AgentSettings
 
-service = Service("agent", AgentSettings, generic_plans=True)
+service = Service("agent", AgentSettings)
 service.own(SESSION, REPLAYED)
 service.project(*READ_MODELS)
 service.seal(*SEALED)

@@ -18,7 +18,7 @@ def metrics(runtime: Runtime) -> Metrics:
     return runtime.metrics
 
 
-service = Service("billing", BillingSettings, generic_plans=True)
+service = Service("billing", BillingSettings)
 service.project(*READ_MODELS)
 service.serve_http(api.routes)
 service.serve_grpc(rpc.servicer)

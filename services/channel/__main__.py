@@ -11,7 +11,7 @@ from services.channel.publishing import DELIVERY, MESSAGE, REPLAYED
 from services.channel.sender import sender
 from services.channel.settings import ChannelSettings
 
-service = Service("channel", ChannelSettings, generic_plans=True)
+service = Service("channel", ChannelSettings)
 service.own(REPLAYED, DELIVERY, MESSAGE)
 service.project(*READ_MODELS)
 service.seal(*accounts.SEALED, ACCEPTED)

@@ -106,22 +106,6 @@ async def test_a_pool_keeps_connections_until_it_is_disposed_of(engine: db.Pool,
     await other.dispose()
 
 
-async def test_with_generic_plans_a_statement_is_not_planned_for_the_values_of_each_execution(
-    sample: SampleDatabase,
-) -> None:
-    engine = db.create_engine(sample.url("desk", "worker"), generic_plans=True)
-    by_ids = "SELECT version FROM stream WHERE stream_id = ANY($1::text[])"
-    async with engine.statements() as connection:
-        # By itself PostgreSQL makes a plan for the values of the first five executions.
-        for _ in range(6):
-            await db.sql(connection, by_ids, ["one"])
-        planned = await db.sql(
-            connection, "SELECT generic_plans, custom_plans FROM pg_prepared_statements WHERE statement = $1", by_ids
-        )
-    await engine.dispose()
-    assert planned == [(6, 0)]
-
-
 async def test_a_pool_without_a_free_connection_is_a_transient_error(
     sample: SampleDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
