@@ -55,7 +55,7 @@ async def currencies(tx: Tx, tenant_ids: Iterable[str]) -> Mapping[str, str]:
 
 
 async def with_opened(tx: Tx, wanted: Sequence[str], found: dict[str, str]) -> Mapping[str, str]:
-    """Adds to `found`, which is from `CURRENCIES`, what `currencies` does for tenants without an account. `wanted` is
+    """Completes `found`, which is from `CURRENCIES`, as `currencies` does for tenants without an account. `wanted` is
     sorted."""
     for tenant_id in wanted:
         if tenant_id not in found:
