@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx2
 import mcp_types
+import msgspec
 from mcp import Client, ClientSession, MCPError
 from mcp.client.streamable_http import streamable_http_client
 from pydantic import ValidationError
@@ -34,14 +36,20 @@ logging.getLogger("mcp").setLevel(logging.WARNING)
 async def discover(outgoing: Outgoing, url: str, headers: Mapping[str, str]) -> list[McpTool]:
     """Returns the tools that the server at `url` offers, at most 200.
 
-    Raises InvalidMessage (field ``url``) if the answer is not from an MCP server, and Transient if there is no answer.
+    Raises InvalidMessage (field ``url``) if it is too large or not of an MCP server, Transient if there is none.
     """
     tools: list[McpTool] = []
     try:
         async with _connected(outgoing, url, headers, DISCOVERY_SECONDS) as (client, _):
-            cursor = None
+            cursor, size, deadline = None, 0, time.monotonic() + DISCOVERY_SECONDS
             while len(tools) < MAX_TOOLS:
+                if time.monotonic() > deadline:
+                    # A server could answer with one empty page after the other.
+                    raise Transient(f"the MCP server did not list its tools within {DISCOVERY_SECONDS:g} s")
                 listed = await _list_tools(client.session, cursor)
+                size += len(msgspec.json.encode(listed))
+                if size > MAX_ANSWER_BYTES:
+                    raise InvalidMessage("url", f"its MCP server lists more than {MAX_ANSWER_BYTES} bytes of tools")
                 found = listed.get("tools")
                 tools += map(_mcp_tool, found if isinstance(found, list) else ())
                 if not isinstance(cursor := listed.get("nextCursor"), str):

@@ -23,6 +23,8 @@ class RawMcp:
         self.tools: list[Any] = []
         self.results: dict[str, Any] = {}
         """Tool → result of its call."""
+        self.endless = False
+        """After each page of tools there is another one."""
         self.methods: list[str] = []
         self.restarts = 0
         """How many calls still come just after a restart, which has lost the session."""
@@ -40,7 +42,7 @@ class RawMcp:
                     "serverInfo": {"name": "raw", "version": "1"},
                 }
             case "tools/list":
-                result = {"tools": self.tools}
+                result = {"tools": self.tools} | ({"nextCursor": "more"} if self.endless else {})
             case "tools/call" if self.restarts:
                 self.restarts -= 1
                 error = {"code": -32600, "message": "Session not found"}

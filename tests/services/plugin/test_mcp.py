@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from infra.errors import InvalidMessage
+from infra.errors import InvalidMessage, Transient
+from infra.outgoing.client import Outgoing
 from services.plugin.domain import MAX_FILES_BYTES
+from services.plugin.tools import mcp
 from tests.services.plugin.conftest import CallReply, call
 from tests.services.plugin.raw_mcp import RawMcp, raw_mcp_server
 from tooling.testing.platform import Platform
@@ -149,3 +152,21 @@ async def test_an_answer_that_does_not_follow_the_protocol_is_a_failure_with_a_r
     reply = await call(plugin, "odd", "odd", key="odd")
     assert reply.outcome == CallReply.OUTCOME_FAILED
     assert "does not follow the protocol: " in reply.error
+
+
+@pytest.mark.parametrize(
+    ("tools", "error"),
+    [([], Transient), ([{"name": "a", "description": "x" * 1_000_000}], InvalidMessage)],
+    ids=["empty pages", "large pages"],
+)
+async def test_a_server_that_lists_without_end_is_left(
+    raw: RawMcp, monkeypatch: pytest.MonkeyPatch, tools: list[Any], error: type[Exception]
+) -> None:
+    raw.tools, raw.endless = tools, True
+    outgoing = Outgoing(allow_private=True)
+    if not tools:
+        monkeypatch.setattr(mcp, "DISCOVERY_SECONDS", 1.0)
+    async with asyncio.timeout(60):
+        with pytest.raises(error):
+            await mcp.discover(outgoing, raw.url, {})
+    await outgoing.close()
