@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from infra.errors import InvalidMessage, Transient
+from infra.errors import InvalidMessage, TooLarge, Transient
 from infra.outgoing.client import Outgoing
 from services.plugin.domain import MAX_FILES_BYTES
 from services.plugin.tools import mcp
@@ -156,8 +156,12 @@ async def test_an_answer_that_does_not_follow_the_protocol_is_a_failure_with_a_r
 
 @pytest.mark.parametrize(
     ("tools", "error"),
-    [([], Transient), ([{"name": "a", "description": "x" * 1_000_000}], InvalidMessage)],
-    ids=["empty pages", "large pages"],
+    [
+        ([], Transient),
+        ([{"name": "a", "description": "x" * 1_000_000}], InvalidMessage),
+        ([{"name": "a", "description": "x" * 9_000_000}], TooLarge),
+    ],
+    ids=["empty pages", "large pages", "a page beyond the limit"],
 )
 async def test_a_server_that_lists_without_end_is_left(
     raw: RawMcp, monkeypatch: pytest.MonkeyPatch, tools: list[Any], error: type[Exception]
