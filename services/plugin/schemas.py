@@ -88,9 +88,11 @@ def _adapted(schema: Any) -> Any:
 
 
 def _adapt_types(new: dict[str, Any]) -> None:
-    """Draft 3 has the type ``any``, and schemas in a list of types."""
+    """Draft 3 has the type ``any``, and schemas in a list of types. OpenAPI 3.0 has ``nullable``."""
     types = new.get("type")
-    if types == "any" or (isinstance(types, list) and not all(isinstance(t, str) and t in _TYPES for t in types)):
+    if new.pop("nullable", None) is True and isinstance(types, str) and types in _TYPES - {"null"}:
+        new["type"] = [types, "null"]
+    elif types == "any" or (isinstance(types, list) and not all(isinstance(t, str) and t in _TYPES for t in types)):
         del new["type"]
 
 

@@ -250,11 +250,15 @@ def _body(model: str, prompt: Prompt) -> dict[str, Any]:
 
 
 def _tool(tool: Tool) -> dict[str, Any]:
-    function = {
-        "name": wire_name(tool.name),
-        "description": tool.description,
-        "parameters": _transformer(tool.schema, strict=tool.strict).walk(),
-    } | ({"strict": True} if tool.strict else {})  # not every server knows it
+    from pydantic_ai.exceptions import UserError
+
+    try:
+        parameters = _transformer(tool.schema, strict=tool.strict).walk()
+    except UserError:
+        parameters = tool.schema  # malformed, by a client of /v1: the server judges it
+    function = {"name": wire_name(tool.name), "description": tool.description, "parameters": parameters} | (
+        {"strict": True} if tool.strict else {}
+    )  # not every server knows it
     return {"type": "function", "function": function}
 
 

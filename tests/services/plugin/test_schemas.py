@@ -39,6 +39,9 @@ def properties(**schemas: Any) -> dict[str, Any]:
         (properties(a={"maximum": 1, "exclusiveMaximum": False}), properties(a={"maximum": 1})),
         (properties(a={"divisibleBy": 2}), properties(a={"multipleOf": 2})),
         (properties(a={"type": "any"}), properties(a={})),
+        (properties(a={"type": "string", "nullable": True}), properties(a={"type": ["string", "null"]})),
+        (properties(a={"type": "string", "nullable": False}), properties(a={"type": "string"})),
+        (properties(a={"type": "object"}) | {"nullable": True}, properties(a={"type": "object"})),
         (properties(a={"type": "string", "required": True}), properties(a={"type": "string"}) | {"required": ["a"]}),
         (
             properties(a={}) | {"dependencies": {"a": ["b"], "b": {"required": ["c"]}}},

@@ -443,6 +443,14 @@ async def test_a_value_that_is_refused_is_left_out_once(server: ModelServer, pro
     assert all((body["stop"], "max_output_tokens" in body) == (["x"], False) for body in bodies)
 
 
+async def test_a_malformed_schema_of_a_client_goes_to_the_server_as_it_is(
+    server: ModelServer, providers: Providers
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}, "b": {"required": True}}}
+    await ask(server, providers, msgspec.structs.replace(PROMPT, tools=(Tool("add", "", schema),)))
+    assert server.requests[-1].body["tools"][0]["function"]["parameters"] == schema
+
+
 async def test_several_refused_options_are_left_out_and_a_limit_gets_its_older_name(
     server: ModelServer, providers: Providers
 ) -> None:

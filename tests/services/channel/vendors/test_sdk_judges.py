@@ -1,4 +1,4 @@
-"""The SDKs of LINE and Lark accept the calls of our stand-ins, read the same kinds, and refuse the same calls.
+"""The SDKs of LINE, Lark and Teams accept the calls of our stand-ins, read the same kinds, and refuse the same calls.
 
 They need older packages than the project. ``python -m tests.services.channel.vendors.test_sdk_judges`` installs them.
 """
@@ -17,9 +17,10 @@ from infra.clock import utcnow
 from infra.errors import InvalidMessage, Unauthenticated
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Request
-from tests.services.channel.vendors import kinds_of_messengers, kinds_of_offices
+from tests.services.channel.vendors import kinds_of_apps, kinds_of_messengers, kinds_of_offices
 from tooling.stack.own_environment import environment, made
-from tooling.testing.vendors import FeishuStandIn, LineStandIn
+from tooling.testing.vendors import FeishuStandIn, LineStandIn, TeamsStandIn
+from tooling.testing.vendors.teams import published
 
 PYTHON = made("judges")
 pytestmark = pytest.mark.skipif(PYTHON is None, reason="the SDKs are not installed: see the docstring")
@@ -43,8 +44,9 @@ def changed(body: bytes, headers: dict[str, str], proofs: tuple[str, ...]) -> li
 
 def ours(name: str, fake: Any, body: bytes, headers: dict[str, str]) -> bool:
     vendor = VENDORS[name]
+    keys = published(fake) if isinstance(fake, TeamsStandIn) else {}
     try:
-        vendor.receive(Request("POST", "", headers, body), vendor.credentials(**fake.credentials), utcnow())
+        vendor.receive(Request("POST", "", headers, body, keys=keys), vendor.credentials(**fake.credentials), utcnow())
     except (Unauthenticated, InvalidMessage):
         return False
     return True
@@ -98,6 +100,48 @@ def test_larks_sdk_reads_the_same_kinds_and_refuses_the_same_calls() -> None:
     assert ours("feishu", fake, body, headers)
     assert verdicts[len(calls) + 1 :] == [None] * len(forged)
     assert not any(ours("feishu", fake, *one) for one in forged)
+
+
+def test_the_sdk_of_teams_reads_the_same_kinds_and_refuses_the_same_tokens() -> None:
+    fake, request, given = kinds_of_apps.teams()
+    assert isinstance(fake, TeamsStandIn)
+    kinds = ("message", "messageUpdate", "messageDelete", "messageReaction", "typing", "invoke.adaptiveCard/action")
+    calls = [(made_.body, dict(made_.headers)) for kind in kinds for made_ in [request(given[kind][0])]]
+    activity = fake.activity("größer 😀")
+    past = {"iat": 1_700_000_000, "nbf": 1_700_000_000, "exp": 1_700_003_600}
+    wrong: list[dict[str, object]] = [
+        {"aud": "another"},
+        {"iss": "https://sts.windows.net/x/"},
+        {"serviceurl": "https://other.example/"},
+        past,
+        {"nbf": 4_000_000_000, "exp": 4_000_003_600},
+    ]
+    forged = [fake.signed(activity, **claims) for claims in wrong]
+    body, headers = fake.signed(activity)
+    head, payload, signature = headers["authorization"].removeprefix("Bearer ").split(".")
+    forged += [(body, {"authorization": f"Bearer {token}"}) for token in ("", "x", f"{head}.{payload}.")]
+    forged += [
+        (
+            body,
+            {
+                "authorization": f"Bearer {head}.{payload}.{signature[:at]}{'A' if signature[at] != 'A' else 'B'}"
+                f"{signature[at + 1 :]}"
+            },
+        )
+        for at in range(0, len(signature) - 1, 40)
+    ]
+    other = TeamsStandIn()
+    forged.append(other.signed(activity, aud=fake.app_id))
+    keys = list(published(fake).values())
+    shown = [
+        {"vendor": "teams", "app_id": fake.app_id, "keys": keys, "body": one.decode(), "headers": signed}
+        for one, signed in (*calls, (body, headers), *forged)
+    ]
+    verdicts = judged(shown)
+    assert verdicts[: len(calls) + 1] == [[kind.partition(".")[0]] for kind in (*kinds, "message")]
+    assert all(ours("teams", fake, *one) for one in (*calls, (body, headers)))
+    assert verdicts[len(calls) + 1 :] == [None] * len(forged)
+    assert [ours("teams", fake, *one) for one in forged] == [False] * len(forged)
 
 
 if __name__ == "__main__":
