@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from typing import Any, cast
@@ -119,7 +120,9 @@ async def test_the_person_in_the_chat_decides(world: World, tenant: Tenant, answ
     assert turns == ["Weather?", "Done.", "Next"]
 
 
-async def test_an_unclear_answer_is_asked_back_and_starts_no_run(world: World, tenant: Tenant) -> None:
+async def test_an_unclear_answer_is_asked_back_and_a_yes_decides_once_also_after_a_restart(
+    world: World, tenant: Tenant
+) -> None:
     agent = await careful(tenant)
     world.models.script(MODEL, Says(calls=(BERN,)), Says("Done."))
     await tenant.receive(agent, "Weather?")
@@ -137,9 +140,18 @@ async def test_an_unclear_answer_is_asked_back_and_starts_no_run(world: World, t
     again = f"I did not understand that. {QUESTION}Please answer only yes or no."
     assert [send["text"] for send in repeated] == [again, again]
     assert [send["position"] for send in repeated] == [question["position"] + 1, question["position"] + 2]
+    # The question outlives the process.
+    await asyncio.to_thread(world.platform.stop, "agent")
+    await world.platform.start("agent")
     await tenant.receive(agent, "yes")
     [over] = await tenant.runs(1)
     assert (over["id"], over["reply"]) == (run["id"], "Done.")
+    called = dict(world.peers.plugin.calls)
+    # Later answers decide nothing: they are ordinary messages.
+    for count, answer in enumerate(("yes", "no"), 2):
+        await tenant.receive(agent, answer)
+        assert {item["reply"] for item in await tenant.runs(count)} >= {"Done.", f"You said: {answer}"}
+    assert world.peers.plugin.calls == called
 
 
 async def test_a_yes_in_the_thread_of_the_question_decides(world: World, tenant: Tenant) -> None:

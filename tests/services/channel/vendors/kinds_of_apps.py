@@ -197,8 +197,14 @@ def teams() -> Examples:
     body = [{"type": "TextBlock", "text": "Invoice"}, {"type": "FactSet", "facts": [{"title": "Sum", "value": "9"}]}]
     given: dict[str, tuple[Any, Expected]] = {
         "message": (fake.activity("hi"), "hi"),
-        "messageUpdate": (fake.activity("hi", type="messageUpdate", **at), Edited),
-        "messageDelete": (fake.activity(None, type="messageDelete"), Deleted),
+        "messageUpdate": (
+            fake.activity("hi", type="messageUpdate", channelData={"eventType": "editMessage"}, **at),
+            Edited,
+        ),
+        "messageDelete": (
+            fake.activity(None, type="messageDelete", channelData={"eventType": "softDeleteMessage"}),
+            Deleted,
+        ),
         "messageReaction": (
             fake.activity(None, type="messageReaction", replyToId="a1", reactionsAdded=[{"type": "like"}], **at),
             Reacted,
