@@ -108,7 +108,7 @@ def test_the_sdk_of_teams_reads_the_same_kinds_and_refuses_the_same_tokens() -> 
     kinds = ("message", "messageUpdate", "messageDelete", "messageReaction", "typing", "invoke.adaptiveCard/action")
     calls = [(made_.body, dict(made_.headers)) for kind in kinds for made_ in [request(given[kind][0])]]
     activity = fake.activity("größer 😀")
-    past = {"iat": 1_700_000_000, "nbf": 1_700_000_000, "exp": 1_700_003_600}
+    past: dict[str, object] = {"iat": 1_700_000_000, "nbf": 1_700_000_000, "exp": 1_700_003_600}
     wrong: list[dict[str, object]] = [
         {"aud": "another"},
         {"iss": "https://sts.windows.net/x/"},
