@@ -155,22 +155,22 @@ async def test_an_answer_that_does_not_follow_the_protocol_is_a_failure_with_a_r
 
 
 @pytest.mark.parametrize(
-    ("tools", "error"),
+    ("tools", "error", "reason"),
     [
-        ([], Transient),
-        ([{"name": "a", "description": "x" * 1_000_000}], InvalidMessage),
-        ([{"name": "a", "description": "x" * 9_000_000}], TooLarge),
+        ([], Transient, "did not list its tools within 1 s"),
+        ([{"name": "a", "description": "x" * 1_000_000}], InvalidMessage, "lists more than 8388608 bytes"),
+        ([{"name": "a", "description": "x" * 9_000_000}], TooLarge, "8388608"),
     ],
     ids=["empty pages", "large pages", "a page beyond the limit"],
 )
 async def test_a_server_that_lists_without_end_is_left(
-    raw: RawMcp, monkeypatch: pytest.MonkeyPatch, tools: list[Any], error: type[Exception]
+    raw: RawMcp, monkeypatch: pytest.MonkeyPatch, tools: list[Any], error: type[Exception], reason: str
 ) -> None:
     raw.tools, raw.endless = tools, True
     outgoing = Outgoing(allow_private=True)
     if not tools:
         monkeypatch.setattr(mcp, "DISCOVERY_SECONDS", 1.0)
     async with asyncio.timeout(60):
-        with pytest.raises(error):
+        with pytest.raises(error, match=reason):
             await mcp.discover(outgoing, raw.url, {})
     await outgoing.close()
