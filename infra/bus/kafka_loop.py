@@ -9,7 +9,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
-from aiokafka.errors import KafkaError
+from aiokafka.errors import CorruptRecordException, KafkaError
 
 from infra.clock import wait_at_most
 from infra.connections import kafka_options
@@ -48,6 +48,8 @@ class KafkaLoop(ABC):
             "metadata_max_age_ms": METADATA_MS,
         }
         self._failures = 0
+        self.damaged: set[TopicPartition] = set()
+        """Partitions with a batch that does not fit its checksum. They are not read again by this process."""
 
     @abstractmethod
     def _new_consumer(self) -> AIOKafkaConsumer:
@@ -82,11 +84,38 @@ class KafkaLoop(ABC):
         self.stopping.set()
 
     async def fetch(self, consumer: AIOKafkaConsumer, records: int) -> dict[TopicPartition, list[Any]]:
-        """At most so many records, by partition. Empty if none came within half a second."""
-        batches: dict[TopicPartition, list[Any]] = await consumer.getmany(timeout_ms=FETCH_MS, max_records=records)
+        """At most so many records, by partition. Empty if none came within half a second.
+
+        Raises CorruptRecordException once for a damaged partition. Without this, one damaged batch would keep the
+        reader from all partitions: they come in one answer of the broker.
+        """
+        assigned = consumer.assignment()
+        healthy = assigned - self.damaged
+        if assigned and not healthy:
+            await wait_at_most(FETCH_MS / 1000, self.stopping)
+            return {}
+        try:
+            batches: dict[TopicPartition, list[Any]] = await consumer.getmany(
+                *(healthy if self.damaged else ()), timeout_ms=FETCH_MS, max_records=records
+            )
+        except CorruptRecordException as error:
+            # The error has the partition in its text only.
+            for tp in healthy:
+                if str(error).endswith(str(tp)):
+                    self.damaged.add(tp)
+                    self._stop_reading(tp)
+            # The consumer has dropped records before the damage: a new one reads them from the stored position.
+            raise
         if batches:
             self._failures = 0
         return batches
+
+    def _stop_reading(self, tp: TopicPartition) -> None:
+        self._log.error(
+            "partition stopped: a batch of its log does not fit its checksum; docs/operations.md, Damaged data",
+            topic=tp.topic,
+            partition=tp.partition,
+        )
 
     async def back_off(self, text: str, error: Exception, failures: int) -> None:
         """Logs the failure and waits, longer after each failure in a row. Returns at once if the loop is stopped."""
@@ -124,6 +153,10 @@ class GroupReader(KafkaLoop):
             assert isinstance(subscription.source, Topic)
             _, handlers = self._topics.setdefault(prefix + subscription.source.name, (subscription.source, []))
             handlers.append(subscription)
+
+    def _stop_reading(self, tp: TopicPartition) -> None:
+        super()._stop_reading(tp)
+        self._metrics.partition_stopped.labels(self.group, self._topics[tp.topic][0].name, str(tp.partition)).set(1)
 
     @abstractmethod
     def stuck_for(self) -> float:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.errors import CommitFailedError, IllegalStateError
+from aiokafka.errors import CommitFailedError, CorruptRecordException, IllegalStateError
 
 from infra.bus.batch import SAVE_SECONDS, Batches, Fenced, OffsetNotInLog, Position
 from infra.bus.kafka import topic_ids
@@ -122,6 +122,7 @@ class _Partition:
         topic: Topic,
         handlers: Sequence[Subscription],
     ) -> None:
+        self._reader = reader
         self._metrics = reader._metrics
         self._log = get_logger("infra.bus.transactional", group=reader.group, topic=tp.topic, partition=tp.partition)
         self._group = reader.group
@@ -167,9 +168,9 @@ class _Partition:
                     failures = 0
                     self._progress = time.monotonic()
                     self._observe(fetched.records[-1].timestamp)
-            except OffsetNotInLog as error:
+            except (OffsetNotInLog, CorruptRecordException) as error:
                 # To go on would skip records that were never read. Only a person can decide that this is right.
-                self._log.error("partition stopped: the stored offset is not in the log", error=str(error))
+                self._log.error("partition stopped", error=describe(error))
                 self._metrics.partition_stopped.labels(*self._labels()).set(1)
                 self._progress = math.inf  # not stuck: a restart would not help
                 await self._stopping.wait()
@@ -207,6 +208,8 @@ class _Partition:
         return fetched
 
     async def _find_position(self) -> int:
+        if self._tp in self._reader.damaged:
+            raise CorruptRecordException("a batch of the log does not fit its checksum")
         found = await topic_ids(self._consumer._client, [self._tp.topic])
         if self._tp.topic not in found:
             raise Transient(f"topic {self._tp.topic} does not exist at the broker")

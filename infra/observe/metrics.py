@@ -57,7 +57,7 @@ class Metrics:
         self.rebalances = counter("claw_consumer_rebalances_total", "Times partitions were assigned", "consumer")
         self.partition_stopped = gauge(
             "claw_consumer_partition_stopped",
-            "1 while a partition is stopped because its stored offset is not in the log",
+            "1 while a partition is stopped: the stored offset is not in the log, or a batch is damaged",
             "consumer",
             "topic",
             "partition",
@@ -126,6 +126,9 @@ class Metrics:
         self.wal_archived_age_seconds = gauge(
             "claw_wal_archived_age_seconds", "Time since WAL was last archived, or since the start of the server"
         )
+
+        # Pages that do not fit their checksum are never read as data; what needs them fails.
+        self.damaged_pages = gauge("claw_db_damaged_pages", "Reads of PostgreSQL that met a damaged page")
 
         # Requests served.
         self.http_seconds = histogram("claw_http_request_seconds", "HTTP requests served", "method", "route", "status")

@@ -103,7 +103,9 @@ class Maintenance:
             WHERE current_setting('archive_mode') <> 'off'
             """
         )
+        [(damaged,)] = await tx.sql("SELECT coalesce(sum(checksum_failures), 0)::float8 FROM pg_stat_database")
         metrics = self._metrics
+        metrics.damaged_pages.set(damaged)
         for (age,) in archived:
             metrics.wal_archived_age_seconds.set(age)
         for gauge in (

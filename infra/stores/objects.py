@@ -159,7 +159,12 @@ class Objects:
             yield file
 
     async def download_url(self, path: str) -> str:
-        """A URL with which anyone can download the object for an hour. A browser saves it and never shows it."""
+        """A URL with which anyone can download the object for an hour. A browser saves it and never shows it.
+
+        Reads the object first. Raises as `fetch` does: the store hands out what its disk has.
+        """
+        async with self.fetch(path):
+            pass
         name = path.rpartition("/")[2]
         headers: dict[str, str | list[str] | tuple[str]] = {
             "response-content-disposition": f"attachment; filename*=UTF-8''{quote(name)}"

@@ -79,7 +79,7 @@ async def collect(place: Place, supervisor: Supervisor) -> list[Status]:
         if version := await ask(part, place):
             versions[part.NAME] = version
             latencies[part.NAME] = round((time.perf_counter() - began) * 1000, 1)
-    problem = await postgres.archive_problem(place) if versions.get(postgres.NAME) else None
+    problem = await postgres.problem(place) if versions.get(postgres.NAME) else None
     return [
         _status(
             part,

@@ -24,6 +24,7 @@ from protos.envelope import Envelope
 from protos.messages.sample import NoteTaken
 from tests.infra.bus.conftest import Buses, until
 from tooling.testing.sample.catalog import SAMPLE_EVENTS
+from tooling.testing.stack import Stack
 
 Header = tuple[str, bytes]
 
@@ -318,3 +319,31 @@ async def test_a_partition_assigned_while_the_reader_leaves_is_not_kept_for_its_
         await until(lambda: asyncio.sleep(0, len(reader._partitions) == SAMPLE_EVENTS.partitions))
         await asyncio.gather(reader._leave(), assign())
         assert reader._partitions == {}
+
+
+async def test_a_damaged_batch_stops_its_partition_and_no_other(
+    stack: Stack, buses: Buses, ledger_database: Database, ledger: Ledger, producer: AIOKafkaProducer
+) -> None:
+    """Kafka hands out what its disk has. Without the reader's care, this batch would keep it from all partitions."""
+    books = [f"damage {n}" for n in range(16)]
+    for book in books:
+        await send(producer, buses, note(book, 1, "written"))
+    segments = list((stack.home / "kafka" / "data").glob(f"{buses.prefix}{SAMPLE_EVENTS.name}-*/*.log"))
+    [damaged] = [segment for segment in segments if b'"damage 0"' in segment.read_bytes()]
+    with damaged.open("r+b") as file:
+        file.seek(damaged.read_bytes().index(b"written", damaged.read_bytes().index(b'"damage 0"')))
+        file.write(b"changed")
+    healthy = [book for book in books if f'"{book}"'.encode() not in damaged.read_bytes()]
+    assert healthy
+    subscription = SAMPLE_EVENTS.batch(group="sample_ledger")(ledger.count)
+    async with buses.reader(ledger_database, subscription) as reader:
+        for number in (1, 2):
+            for book in healthy:
+                await until(lambda book=book, number=number: _reaches(ledger_database, book, number))  # type: ignore[misc]
+                await send(producer, buses, note(book, number + 1))
+        [stopped] = reader.damaged
+    assert damaged.parent.name == f"{stopped.topic}-{stopped.partition}"
+    labels = {"consumer": "sample_ledger", "topic": SAMPLE_EVENTS.name, "partition": str(stopped.partition)}
+    assert buses.metrics.registry.get_sample_value("claw_consumer_partition_stopped", labels) == 1
+    assert await effects(ledger_database, "damage 0") == []
+    assert "changed" not in str(ledger.calls)

@@ -53,7 +53,7 @@ def prepare(place: Place) -> None:
     password_file.write_text(place.secret("postgres.admin"))
     password_file.chmod(0o600)
     _run(
-        *("initdb", "--pgdata", str(fresh), "--username=admin", "--pwfile", str(password_file)),
+        *("initdb", "--pgdata", str(fresh), "--username=admin", "--pwfile", str(password_file), "--data-checksums"),
         *("--auth=scram-sha-256", "--encoding=UTF8", "--locale-provider=builtin", "--locale=C.UTF-8"),
         *("--no-instructions", "--no-sync"),
     )
@@ -115,30 +115,37 @@ async def ready(place: Place) -> str:
         await connection.close(timeout=ANSWER_SECONDS)
 
 
-async def archive_problem(place: Place) -> str | None:
-    """The reason for which WAL waits for its archive; None if it does not wait, or is not archived here."""
+async def problem(place: Place) -> str | None:
+    """A fault that a person must remove although the server answers: a damaged page was read, or WAL waits for its
+    archive. None if there is none."""
     import asyncpg
 
-    if not (place.home / ARCHIVE).exists():
-        return None
     connection = await asyncpg.connect(access(place)["url"], timeout=ANSWER_SECONDS)
     try:
-        waiting, since = await connection.fetchrow(
-            """
-            SELECT count(*), min(modification)
-            FROM pg_ls_archive_statusdir()
-            WHERE name LIKE '%.ready' AND modification < now() - $1 * interval '1 second'
-            """,
-            _LATE_SECONDS,
-        )
+        damaged = await connection.fetchval("SELECT sum(checksum_failures) FROM pg_stat_database")
+        waiting, since = 0, None
+        if (place.home / ARCHIVE).exists():
+            waiting, since = await connection.fetchrow(
+                """
+                SELECT count(*), min(modification)
+                FROM pg_ls_archive_statusdir()
+                WHERE name LIKE '%.ready' AND modification < now() - $1 * interval '1 second'
+                """,
+                _LATE_SECONDS,
+            )
     finally:
         await connection.close(timeout=ANSWER_SECONDS)
-    if not waiting:
-        return None
-    return (
-        f"{waiting} segments of WAL wait for their archive since {since:%Y-%m-%d %H:%M:%S} UTC, and fill the disk: "
-        "./claw logs postgres shows the reason"
-    )
+    if damaged:
+        return (
+            f"{damaged} reads met a page that does not fit its checksum: the data is damaged. "
+            "./claw logs postgres names the files; docs/operations.md, Damaged data"
+        )
+    if waiting:
+        return (
+            f"{waiting} segments of WAL wait for their archive since {since:%Y-%m-%d %H:%M:%S} UTC, and fill the disk: "
+            "./claw logs postgres shows the reason"
+        )
+    return None
 
 
 def access(place: Place) -> dict[str, Any]:

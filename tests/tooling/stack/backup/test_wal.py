@@ -200,7 +200,7 @@ async def test_an_archive_that_fails_loses_nothing_and_is_a_problem(
     """PostgreSQL keeps segments that cannot be archived, so the status tells before the disk is full."""
     monkeypatch.setattr(postgres, "_LATE_SECONDS", 0)
     place, url = Home(archived.stack.home).place(), archived.stack.postgres_url
-    assert await postgres.archive_problem(place) is None
+    assert await postgres.problem(place) is None
     connection = await asyncpg.connect(url)
     name = await connection.fetchval("SELECT pg_walfile_name(pg_current_wal_lsn())")
     # Another database's file, as if two had the same place.
@@ -210,7 +210,7 @@ async def test_an_archive_that_fails_loses_nothing_and_is_a_problem(
     await connection.fetchval("SELECT pg_switch_wal()")
     while not await connection.fetchval("SELECT last_failed_wal = $1 FROM pg_stat_archiver, pg_sleep(0.2)", name):
         pass
-    problem = await postgres.archive_problem(place)
+    problem = await postgres.problem(place)
     assert problem
     assert problem.startswith("1 segments of WAL wait for their archive")
     assert other.read_bytes() == b"of another"
@@ -219,7 +219,7 @@ async def test_an_archive_that_fails_loses_nothing_and_is_a_problem(
     other.unlink()
     await database.archive_now(url)
     await connection.close()
-    assert await postgres.archive_problem(place) is None
+    assert await postgres.problem(place) is None
     assert wal.pull(archived.archive, archived.system, name)
 
 
