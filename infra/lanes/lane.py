@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, Generic
 from uuid import UUID
 
@@ -68,9 +68,9 @@ class Work:
     dead: Dead | None = None
 
 
-async def postpone(tx: Tx, kind: Lane[Any], lane: str, item_id: UUID, not_before: datetime) -> bool:
-    """Changes the time from which a waiting item may be handled. False if it has begun or ended: too late."""
-    return await _change(tx, kind, lane, item_id, "not_before = $3", not_before)
+async def postpone(tx: Tx, kind: Lane[Any], lane: str, item_id: UUID, after: timedelta) -> bool:
+    """Lets a waiting item be handled so long after now. False if it has begun or ended: too late."""
+    return await _change(tx, kind, lane, item_id, "not_before = clock_timestamp() + $3", after)
 
 
 async def cancel(tx: Tx, kind: Lane[Any], lane: str, item_id: UUID) -> bool:

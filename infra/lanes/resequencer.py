@@ -159,7 +159,7 @@ class Resequencer:
             msgspec.json.encode(telemetry.carrier()).decode(),
         )
         now = utcnow()
-        tx.enqueue(self.gaps, lane=key, item=MissingMessages(key, position, now), not_before=now + GRACE)
+        tx.enqueue(self.gaps, lane=key, item=MissingMessages(key, position, now), after=GRACE)
 
 
 async def next_position(tx: Tx, name: str, key: str) -> int:

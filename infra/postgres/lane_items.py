@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
 import msgspec
 
-from infra.clock import utcnow
+AT_ONCE = timedelta()
 
 Item = TypeVar("Item", bound=msgspec.Struct)
 ItemOf = TypeVar("ItemOf", bound=msgspec.Struct, covariant=True)
@@ -39,7 +39,7 @@ class NewItem(NamedTuple):
     item_id: UUID
     body: bytes
     headers: str
-    not_before: datetime | None = None
+    after: timedelta = AT_ONCE
     expires_in: timedelta | None = None
 
 
@@ -70,12 +70,15 @@ class Places(Protocol):
         """The claim is committed: the item is handled now."""
 
 
-_TYPES = ("text", "text", "text", "uuid", "bytea", "text", "timestamptz", "interval", "boolean")
+_TYPES = ("text", "text", "text", "uuid", "bytea", "text", "interval", "interval", "boolean")
 
 
 def enqueue_call(after: int) -> str:
     """The call of `enqueue_items`, which locks the lanes, with parameters behind the first `after`."""
     columns = [f"${n}::{type_}[]" for n, type_ in enumerate(_TYPES, after + 1)]
+    # Only the database's clock decides when an item is due: those of the machines may differ.
+    pauses = f"unnest({columns[6]}) WITH ORDINALITY AS p(pause, n)"
+    columns[6] = f"(SELECT array_agg(clock_timestamp() + pause ORDER BY n) FROM {pauses})"
     return f"enqueue_items({', '.join(columns)}, ${after + 10}::uuid, ${after + 11}::float8)"
 
 
@@ -114,7 +117,7 @@ class NewItems:
             [item.item_id for item in items],
             [item.body for item in items],
             [item.headers for item in items],
-            [item.not_before for item in items],
+            [item.after for item in items],
             [item.expires_in for item in items],
             reserved,
             self._places.owner if self._places else None,
@@ -138,7 +141,7 @@ class NewItems:
         return (kind, item_id) in self._claimed
 
     def _reserve(self, item: NewItem) -> bool:
-        if self._places is None or not (item.not_before is None or item.not_before <= utcnow()):
+        if self._places is None or item.after:
             return False
         if not self._places.reserve(item.kind, item.tenant_id):
             return False

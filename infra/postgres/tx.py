@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 from uuid import UUID
@@ -26,7 +26,7 @@ from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.postgres import db, event_store
 from infra.postgres.event_store import Aggregate, NewEvent, Publication, Stream
-from infra.postgres.lane_items import Item, LaneKind, NewItem, NewItems, Places, enqueue_call
+from infra.postgres.lane_items import AT_ONCE, Item, LaneKind, NewItem, NewItems, Places, enqueue_call
 from infra.postgres.outbox_rows import OutboxRow, insert_outbox, insert_outbox_call, outbox_columns
 from protos.envelope import Envelope, Message
 from protos.topology import Queue, Topic
@@ -242,7 +242,7 @@ class Tx:
         lane: str,
         item: Item,
         item_id: UUID | None = None,
-        not_before: datetime | None = None,
+        after: timedelta = AT_ONCE,
         expires_in: timedelta | None = None,
         hint: tuple[Topic, Message] | None = None,
     ) -> UUID:
@@ -251,7 +251,8 @@ class Tx:
         hint: a message that wakes other processes. It is not published if this process claims the lane with the item.
 
         A lane is one tenant's: that of this transaction. With an `item_id` that its kind has had already, nothing
-        is enqueued. `expires_in`: an item that has not begun by then is not done any more.
+        is enqueued. `after`: the item is not handled earlier. `expires_in`: if it has not begun by then, it is not done
+        any more.
         """
         if type(item) is not lane_kind.item:
             raise ValueError(f"{type(item).__name__} is not the item of lane {lane_kind.name}")
@@ -264,7 +265,7 @@ class Tx:
             id_,
             msgspec.json.encode(item),
             headers,
-            not_before,
+            after,
             expires_in,
         )
         self.put(new)

@@ -15,7 +15,6 @@ from typing import Any
 
 import msgspec
 
-from infra.clock import utcnow
 from infra.failpoint import failpoint
 from infra.lanes.effects import Effects
 from infra.lanes.lane import Lane
@@ -75,7 +74,7 @@ def queue_erasure(service: str) -> Subscription:
         tx.tenant_id = None
         for number, after in enumerate(PASSES, 1):
             item = EraseTenant(event.tenant_id, number)
-            tx.enqueue(ERASURES, lane=event.tenant_id, item=item, not_before=utcnow() + after)
+            tx.enqueue(ERASURES, lane=event.tenant_id, item=item, after=after)
 
     return erase_tenant
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import timedelta
 from uuid import UUID
 
 import msgspec
 
 from infra.lanes.lane import Lane
+from infra.postgres.lane_items import AT_ONCE
 from infra.postgres.tx import Tx
 from protos.catalog import AGENT_TASKS
 from protos.messages.agent import RunRequested
@@ -31,7 +32,7 @@ LEARNING = Lane("learning", LearningItem)
 
 
 def queue_run(
-    tx: Tx, run_id: UUID, session_key: str, *, item_id: UUID | None = None, not_before: datetime | None = None
+    tx: Tx, run_id: UUID, session_key: str, *, item_id: UUID | None = None, after: timedelta = AT_ONCE
 ) -> None:
     """Puts the run at the end of its session's lane. `item_id`: the run's id if None.
 
@@ -43,6 +44,6 @@ def queue_run(
         lane=session_key,
         item=RunItem(run_id),
         item_id=item_id or run_id,
-        not_before=not_before,
+        after=after,
         hint=(AGENT_TASKS, RunRequested(run_id=run_id, session_key=session_key)),
     )

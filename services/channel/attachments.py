@@ -12,7 +12,6 @@ from uuid import UUID
 
 import msgspec
 
-from infra.clock import utcnow
 from infra.errors import EffectFailed, InvalidMessage, NotFound, TooLarge, Transient, Unanswered, WrongType
 from infra.lanes.effects import Effects
 from infra.lanes.lane import Lane
@@ -268,7 +267,7 @@ ERASURES = Lane("erased files", EraseFiles)
 async def queue_erasure(event: SubjectErased, tx: Tx) -> None:
     tx.tenant_id = event.tenant_id
     # A message whose files are being fetched at this moment is done before.
-    tx.enqueue(ERASURES, lane=event.subject_id, item=EraseFiles(event.subject_id), not_before=utcnow() + ERASE_AFTER)
+    tx.enqueue(ERASURES, lane=event.subject_id, item=EraseFiles(event.subject_id), after=ERASE_AFTER)
 
 
 @ERASURES.runner(concurrency=2)

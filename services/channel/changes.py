@@ -239,4 +239,4 @@ async def _remove_texts(tx: Tx, target: _Target) -> None:
     assert target.taken
     subject_id = target.taken.subject_id
     # A file that is being fetched at this moment is stored before.
-    tx.enqueue(ERASURES, lane=subject_id, item=EraseFiles(subject_id, target.id), not_before=utcnow() + ERASE_AFTER)
+    tx.enqueue(ERASURES, lane=subject_id, item=EraseFiles(subject_id, target.id), after=ERASE_AFTER)

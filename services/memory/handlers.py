@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import timedelta
 from typing import Literal
 from uuid import UUID
 
 import msgspec
 
-from infra.clock import utcnow
 from infra.lanes.effects import Effects
 from infra.lanes.lane import Lane
 from infra.postgres.database import Database
+from infra.postgres.lane_items import AT_ONCE
 from infra.postgres.tx import Tx
 from protos.catalog import AGENT_EVENTS, DOCUMENT_INDEX, PLATFORM_EVENTS
 from protos.messages.agent import RunCompleted, RunMessageDeleted
@@ -64,7 +64,7 @@ async def remember_run(event: RunCompleted, tx: Tx, conversations: Conversations
         tx, event.run_id, event.session_key, event.subject_id, event.reply
     ):
         _enqueue_utterance(tx, event.run_id, "embed")
-        _enqueue_utterance(tx, event.run_id, "forget", utcnow() + KEEP)
+        _enqueue_utterance(tx, event.run_id, "forget", KEEP)
     if event.learning == "model":
         # The agent service sends the facts that its model found, or the message if the model gave no usable answer.
         return
@@ -133,10 +133,8 @@ def enqueue_memory(tx: Tx, memory_id: UUID) -> None:
     tx.enqueue(MEMORIES, lane=str(memory_id), item=MemoryWork(memory_id))
 
 
-def _enqueue_utterance(
-    tx: Tx, run_id: UUID, act: Literal["embed", "forget"], not_before: datetime | None = None
-) -> None:
-    tx.enqueue(UTTERANCES, lane=f"{act} {run_id}", item=UtteranceWork(run_id, act), not_before=not_before)
+def _enqueue_utterance(tx: Tx, run_id: UUID, act: Literal["embed", "forget"], after: timedelta = AT_ONCE) -> None:
+    tx.enqueue(UTTERANCES, lane=f"{act} {run_id}", item=UtteranceWork(run_id, act), after=after)
 
 
 async def refill(database: Database, index: str) -> None:

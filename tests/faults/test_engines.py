@@ -1,5 +1,5 @@
-"""Each engine killed, paused, and a bus damaged and wiped, under load: nothing accepted is lost, and effects happen once
-and in order."""
+"""Each engine killed and paused, and a bus damaged and wiped, under load: nothing accepted is lost, and effects happen
+once and in order."""
 
 from __future__ import annotations
 

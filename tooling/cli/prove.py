@@ -12,13 +12,14 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from infra.errors import describe
 from infra.observe import logs
 from tooling.bench.record import commit, machine
 from tooling.stack.engines.base import EngineError
 from tooling.testing.campaign import results
 from tooling.testing.campaign.campaign import Campaign, Report, rigged
 from tooling.testing.campaign.faults import FAULTS
-from tooling.testing.campaign.mutants import Result, try_all
+from tooling.testing.campaign.mutants import CONTROL, MUTANTS, Result, try_one
 from tooling.testing.model_server import model_server
 from tooling.testing.stack import private_home, run_claw
 from tooling.testing.system import System
@@ -49,8 +50,8 @@ def prove(
         console.print(f"Seed {chosen}. Starting a system of its own: all engines and services.")
         run_claw(home, "up")
         if mutants:
-            tried = asyncio.run(_mutants(home, chosen, console))
-            made = results.made(f"./claw prove --mutants --seed {chosen} --report", commit(), where, mutants=tried)
+            made = results.made(f"./claw prove --mutants --seed {chosen} --report", commit(), where)
+            asyncio.run(_mutants(home, chosen, console, made, keep=report))
         else:
             found = asyncio.run(_prove(home, kills, chosen, names, console))
             kinds = f" --faults {faults}" if faults else ""
@@ -73,15 +74,30 @@ async def _prove(home: Path, kills: int, seed: int, names: list[str], console: C
         return await Campaign(system, models, seed, names, rig=rig, wires=wires).run(kills, console.print)
 
 
-async def _mutants(home: Path, seed: int, console: Console) -> list[Result]:
+async def _mutants(home: Path, seed: int, console: Console, made: results.Made, *, keep: bool) -> None:
+    """Tries the control and each mutant, and adds their results. With `keep` each is written when it ends, and those of
+    an earlier command with the same seed and code are not tried again. One that cannot end stops no other."""
     system = System.at(home)
+    earlier = results.mutants_of(made) if keep else []
     async with model_server() as models, rigged(system, ["stop"]) as (rig, _):
-        return await try_all(system, models, rig, seed, console.print)
+        for mutant in (CONTROL, *MUTANTS):
+            if known := next((result for result in earlier if result.guard == mutant.guard), None):
+                made.mutants.append(known)
+                continue
+            try:
+                made.mutants.append(await try_one(system, models, rig, seed, mutant, console.print))
+            except Exception as error:
+                console.print(f"without {mutant.guard}: the campaign did not end: {describe(error)}")
+            if keep:
+                results.write(made)
 
 
 def all_found(found: list[Result]) -> bool:
     """True if the control held, and an invariant failed without each of the guards."""
-    return all(bool(result.found_by) == (result.guard != "none") for result in found)
+    tried = {result.guard for result in found}
+    return tried == {mutant.guard for mutant in (CONTROL, *MUTANTS)} and all(
+        bool(result.found_by) == (result.guard != "none") for result in found
+    )
 
 
 def show(found: Report) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from infra.clock import utcnow
 from infra.errors import Conflict, NotFound
 from infra.lanes import lane as lanes
+from infra.postgres.lane_items import AT_ONCE
 from infra.postgres.tx import Tx
 from services.agent.lanes import RUNS
 from services.agent.runs import projections
@@ -47,7 +47,7 @@ async def cancel(tx: Tx, run_id: UUID, reason: str) -> None:
         return
     await tx.sql("UPDATE run SET cancel_reason = $2 WHERE id = $1", run_id, reason)
     # A run that pauses before its next attempt ends without the rest of the pause.
-    await lanes.postpone(tx, RUNS, session_key, UUID(str(item_id)), utcnow())
+    await lanes.postpone(tx, RUNS, session_key, UUID(str(item_id)), AT_ONCE)
 
 
 async def fail(tx: Tx, run_id: UUID, session_key: str, status: Ending, error: str) -> None:

@@ -11,7 +11,6 @@ from uuid import UUID
 
 from msgspec.structs import replace
 
-from infra.clock import utcnow
 from infra.errors import Transient
 from infra.lanes import lane as lanes
 from infra.postgres import event_store
@@ -28,7 +27,7 @@ from services.agent.runs.content import SAID_CHARACTERS
 from services.agent.runs.notices import DELETED
 from services.agent.sessions import intake
 from services.agent.sessions.arrivals import Arrival, Origin
-from services.agent.sessions.domain import Session, begins_at
+from services.agent.sessions.domain import Session, begins_after
 from services.agent.sessions.events import MessageWithdrawn
 from services.agent.sessions.publishing import SESSION, stream
 
@@ -128,7 +127,7 @@ async def _edit(
 
 async def _has_not_begun(tx: Tx, session_key: str, run_id: UUID, run: _Run, session: Session) -> bool:
     """True if no worker has the run. None gets it before this transaction ends: its lane is locked."""
-    return run.is_new and await lanes.postpone(tx, RUNS, session_key, run_id, begins_at(session, utcnow()))
+    return run.is_new and await lanes.postpone(tx, RUNS, session_key, run_id, begins_after(session))
 
 
 def _correction(tx: Tx, changed: MessageChanged) -> Arrival:

@@ -85,6 +85,6 @@ def evolve(session: Session, event: Event) -> Session:
     return Session(event.run_id, 1 if event.opens else session.messages + 1, event.waits)
 
 
-def begins_at(session: Session, now: datetime) -> datetime:
-    """The time from which the session's last run may start: a moment after its last message, or now if it is full."""
-    return now + DEBOUNCE if session.waits and session.messages < CAP else now
+def begins_after(session: Session) -> timedelta:
+    """The time after which the session's last run may start: a moment after its last message, or none if it is full."""
+    return DEBOUNCE if session.waits and session.messages < CAP else timedelta()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from uuid import UUID
 
-from infra.clock import utcnow, uuid7
+from infra.clock import uuid7
 from infra.postgres.tx import Tx
 from infra.security.crypto import DataKey
 from infra.security.subjects import Subject, SubjectKeys
@@ -21,7 +21,7 @@ from services.agent.definitions.store import mode_of
 from services.agent.lanes import queue_run
 from services.agent.runs.decisions import decision_in, is_unclear
 from services.agent.sessions.arrivals import Arrival, ArrivalRows, message_row, run_row
-from services.agent.sessions.domain import Accept, Session, begins_at, decide, evolve
+from services.agent.sessions.domain import Accept, Session, begins_after, decide, evolve
 from services.agent.sessions.publishing import stream
 
 # Modes in which a second message of a session needs nothing but the state of the session.
@@ -128,7 +128,7 @@ def _take(tx: Tx, rows: ArrivalRows, one: Incoming, session: _Session, mode: Que
     if event.opens:
         session.agent_id = arrival.agent_id
         rows.runs.append(run_row(one.tenant_id, arrival, event.run_id))
-        queue_run(tx, event.run_id, arrival.session_key, not_before=begins_at(session.state, utcnow()))
+        queue_run(tx, event.run_id, arrival.session_key, after=begins_after(session.state))
     rows.messages.append(message_row(one.tenant_id, arrival, event, session.messages, key))
 
 

@@ -13,7 +13,7 @@ from uuid import UUID
 
 import msgspec
 
-from infra.clock import utcnow, uuid7
+from infra.clock import uuid7
 from infra.errors import Forbidden, InvalidMessage
 from infra.lanes import lane as lanes
 from infra.postgres.tx import Tx
@@ -41,7 +41,7 @@ from services.agent.runs.notices import (
 from services.agent.runs.publishing import stream as run_stream
 from services.agent.runs.replies import send_reply
 from services.agent.sessions.arrivals import Arrival, ArrivalRows, Context, message_row, run_row
-from services.agent.sessions.domain import Accept, Busy, Session, begins_at, decide, evolve
+from services.agent.sessions.domain import Accept, Busy, Session, begins_after, decide, evolve
 from services.agent.sessions.events import MessageAccepted
 from services.agent.sessions.publishing import stream
 
@@ -89,7 +89,7 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     if asking:
         await _settle_question(tx, arrival, subjects, asking)
         return event.run_id
-    not_before = begins_at(session, utcnow())
+    after = begins_after(session)
     if taken_over:
         await fail(tx, event.run_id, arrival.session_key, "cancelled", TAKEN_OVER)
     elif busy:
@@ -98,10 +98,10 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
         if mode == "interrupt":
             for run_id in unfinished:
                 await cancel(tx, run_id, INTERRUPTED)
-        queue_run(tx, event.run_id, arrival.session_key, not_before=not_before)
+        queue_run(tx, event.run_id, arrival.session_key, after=after)
     elif session.waits:
         # If a worker already has the item, it waits for the run's row, which this transaction has locked.
-        await lanes.postpone(tx, RUNS, arrival.session_key, event.run_id, not_before)
+        await lanes.postpone(tx, RUNS, arrival.session_key, event.run_id, after)
     return event.run_id
 
 

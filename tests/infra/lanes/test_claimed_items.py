@@ -7,7 +7,6 @@ from datetime import timedelta
 
 import pytest
 
-from infra.clock import utcnow
 from infra.errors import Transient
 from infra.lanes.claims import Claims
 from infra.lanes.lane import Lane
@@ -126,7 +125,7 @@ async def test_a_lane_with_older_items_or_an_item_that_is_not_due_is_not_claimed
     kind = new_lane()
     async with world.process(kind.runner(concurrency=4)(notes.hold)) as database:
         await ready(database, kind)
-        await put(database, kind, "later", 1, not_before=utcnow() + timedelta(hours=1))
+        await put(database, kind, "later", 1, after=timedelta(hours=1))
         await put(database, kind, "expired", 2, expires_in=timedelta(seconds=-1))
         await put(database, kind, "mine", 3)
         await notes.begun.wait()
@@ -146,7 +145,7 @@ async def test_an_item_that_is_not_due_takes_no_place_from_one_that_is(
         await ready(database, kind)
         refuse_claims(monkeypatch)
         async with database.begin(tenant_id=TENANT) as tx:
-            tx.enqueue(kind, lane="later", item=Parcel(1), not_before=utcnow() + timedelta(hours=1))
+            tx.enqueue(kind, lane="later", item=Parcel(1), after=timedelta(hours=1))
             tx.enqueue(kind, lane="now", item=Parcel(2))
         await notes.has(1)
     assert notes.numbers == [2]

@@ -23,9 +23,8 @@ async def test_a_flipped_bit_is_an_error_in_place_of_data_and_a_problem_of_the_s
     await connection.execute("CREATE EXTENSION pg_buffercache")
     await connection.execute("CREATE TABLE word AS SELECT repeat('word', 100) AS text FROM generate_series(1, 100)")
     await connection.execute("CHECKPOINT")
-    with (stack.home / "postgres" / "data" / await connection.fetchval("SELECT pg_relation_filepath('word')")).open(
-        "r+b"
-    ) as file:
+    path = await connection.fetchval("SELECT pg_relation_filepath('word')")
+    with (stack.home / "postgres" / "data" / path).open("r+b") as file:
         file.seek(PAGE + PAGE // 2)
         [byte] = file.read(1)
         file.seek(PAGE + PAGE // 2)

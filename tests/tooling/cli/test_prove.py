@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from io import StringIO
+from pathlib import Path
+
 import pytest
+from rich.console import Console
 
 from tests.tooling.testing.campaign.test_plan import report
 from tooling.cli import prove
 from tooling.stack.engines.base import EngineError
-from tooling.testing.campaign.mutants import Result
+from tooling.testing.campaign import results
+from tooling.testing.campaign.mutants import MUTANTS, Mutant, Result
+from tooling.testing.system import System
 
 
 def test_a_report_is_shown_with_its_failures_and_their_history(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,9 +51,41 @@ def test_mutants_are_shown_with_the_invariants_that_found_them(capsys: pytest.Ca
         "✓ without outbox: found by I1, I2: no run",
         "✗ without hold: no invariant failed",
     ]
-    assert prove.all_found(found[:2])
-    assert not prove.all_found(found)
-    assert not prove.all_found([Result("none", "", 7, ["I4"], "x", 9, 1.0)])
+    every = [Result("none", "", 7, [], "", 9, 1.0), *(Result(m.guard, "", 7, ["I1"], "x", 9, 1.0) for m in MUTANTS)]
+    assert prove.all_found(every)
+    assert not prove.all_found([*every[:-1], found[2]])
+    assert not prove.all_found([Result("none", "", 7, ["I4"], "x", 9, 1.0), *every[1:]])
+    # One that could not end.
+    assert not prove.all_found(every[:-1])
+
+
+async def test_each_mutant_is_kept_as_it_ends_and_the_same_command_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tried: list[str] = []
+
+    async def try_one(system: object, models: object, rig: object, seed: int, mutant: Mutant, tell: object) -> Result:
+        tried.append(mutant.guard)
+        if len(tried) == 2:
+            raise TimeoutError
+        return Result(mutant.guard, "", seed, ["I1"], "x", 9, 1.0)
+
+    @asynccontextmanager
+    async def nothing(*_: object) -> AsyncIterator[tuple[None, None]]:
+        yield None, None
+
+    monkeypatch.setattr(prove, "try_one", try_one)
+    monkeypatch.setattr(prove, "rigged", nothing)
+    monkeypatch.setattr(prove, "model_server", nothing)
+    monkeypatch.setattr(System, "at", lambda home: None)
+    monkeypatch.setattr(results, "write", partial(results.write, file=tmp_path / "page.md", folder=tmp_path))
+    monkeypatch.setattr(results, "mutants_of", partial(results.mutants_of, folder=tmp_path))
+    for commit, more in (("c0ffee", 7), ("c0ffee", 1), ("c0de", 7)):
+        tried.clear()
+        made = results.made("./claw prove --mutants", commit, "here")
+        await prove._mutants(tmp_path, 7, Console(file=StringIO()), made, keep=True)
+        assert len(tried) == more
+    assert [result.guard for result in made.mutants] == ["none", *(m.guard for m in MUTANTS[1:])]
 
 
 def test_an_unknown_fault_is_refused_with_the_known_ones() -> None:

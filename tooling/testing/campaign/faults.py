@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,11 +22,15 @@ from protos.catalog import AGENT_EVENTS, AUDIT_LOGS, CHANNEL_EVENTS, CHANNEL_INB
 from tooling.testing.campaign.evidence import Poison
 from tooling.testing.campaign.rig import STOP_SECONDS, TWINS, Rig
 from tooling.testing.campaign.wires import Wires
-from tooling.testing.stack import Stack
+from tooling.testing.stack import Stack, run_claw
 
 T = TypeVar("T")
-SERVICES = ("channel", "agent", "billing", "plugin", "memory", "user", "ws_gateway")
-ENGINES = ("postgres", "kafka", "rabbitmq", "valkey")
+SERVICES = ("channel", "agent", "billing", "plugin", "memory", "user", "ws_gateway", "log_aggregator")
+ENGINES = ("postgres", "kafka", "rabbitmq", "valkey", "s3", "milvus", "opensearch")
+# The files of each bus, in its folder. They can be filled again from the outboxes, or hold nothing that must stay.
+BUSES = {"kafka": ("data",), "rabbitmq": ("mnesia",), "valkey": ("appendonlydir", "dump.rdb")}
+# Services whose leases, tokens or money depend on time, and the minutes by which their clock is wrong.
+CLOCKS = tuple(f"{service} {minutes}" for service in ("channel", "agent", "billing") for minutes in ("+5m", "-5m"))
 # The failpoints that every message passes: between one transaction, call or acknowledgement and the next.
 FAILPOINTS = {
     "channel": (
@@ -67,6 +72,7 @@ POISONED = (
 # Seconds between two faults, for a fault that lasts, and until a failpoint must have been passed.
 PAUSE, LASTING, PASS_SECONDS = (3.0, 9.0), 3.0, 20.0
 LATENCY_SECONDS = 0.4
+WRONG_SECONDS = 10.0
 UP_SECONDS = 120.0
 
 
@@ -96,13 +102,17 @@ FAULTS: dict[str, Kind] = {
         "channel and vendor, services and PostgreSQL, Kafka, RabbitMQ and each other",
         tuple(f"{wire} {fault}" for wire in WIRES for fault in NETWORK),
     ),
+    "wipe": Kind("a bus loses all of its data; the outboxes fill it again", tuple(BUSES)),
+    "clock": Kind(
+        "the clock of a service is five minutes wrong for a while: the others refuse its calls, and it theirs", CLOCKS
+    ),
     "rewind": Kind("the position of a service's Kafka reader is set back to the first record", REWOUND),
     "poison": Kind("a record or message that no consumer can read; it must become a visible dead letter", POISONED),
     "duplicates": Kind("the vendors send webhooks again, two at once and also late"),
     "reorder": Kind("the vendors send a conversation's messages in another order than they were written"),
 }
 # They change start scripts, so they need a system of the campaign's own.
-NEED_A_RIG = frozenset({"failpoints", "stop", "network"})
+NEED_A_RIG = frozenset({"failpoints", "stop", "network", "wipe", "clock"})
 
 
 class Planned(NamedTuple):
@@ -213,6 +223,25 @@ class Injector:
 
     async def _restart(self, target: str) -> None:
         await asyncio.to_thread(self._stack.restart, target)
+
+    async def _wipe(self, target: str) -> None:
+        await asyncio.to_thread(self._stack.stop, target)
+        for name in BUSES[target]:
+            path = self._stack.home / target / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        # The whole of it: topics and queues are made again, and the outboxes are sent again.
+        await asyncio.to_thread(run_claw, self._stack.home, "up")
+        # No outbox has these: only their sender could send them again.
+        self.poison = [one for one in self.poison if not target.startswith(one.source.partition(":")[0])]
+
+    async def _clock(self, target: str) -> None:
+        assert self._rig
+        service, _, offset = target.partition(" ")
+        self._rig.set_clock(service, offset)
+        await self._rig.restart([service])
+        await asyncio.sleep(WRONG_SECONDS)
+        self._rig.set_clock(service, "+0")
+        await self._rig.restart([service])
 
     async def _network(self, target: str) -> None:
         assert self._wires

@@ -172,15 +172,11 @@ MUTANTS = (
 )
 
 
-async def try_all(
-    system: System, models: ModelServer, rig: Rig, seed: int, tell: Callable[[str], None]
-) -> list[Result]:
-    """Runs a campaign for each mutant, after one without any: with all guards, the same campaigns must hold."""
-    none = Mutant("none", "nothing: the control", (), ("kill", "stop", "failpoints", "duplicates"), 5)
-    return [await _try(system, models, rig, seed, mutant, tell) for mutant in (none, *MUTANTS)]
+CONTROL = Mutant("none", "nothing: the control", (), ("kill", "stop", "failpoints", "duplicates"), 5)
+"""With all guards, the same campaigns must hold."""
 
 
-async def _try(
+async def try_one(
     system: System, models: ModelServer, rig: Rig, seed: int, mutant: Mutant, tell: Callable[[str], None]
 ) -> Result:
     tell(f"without {mutant.guard}: {mutant.removed}")

@@ -22,6 +22,7 @@ import httpx
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.supervisor import Supervisor
 from tooling.testing.campaign.wires import Wires
+from tooling.testing.packages import extract
 from tooling.testing.stack import Stack, free_port
 
 READY_SECONDS = 120.0
@@ -117,6 +118,18 @@ class Rig:
             self.export(twin, {"CLAW_HTTP_PORT": "0", "CLAW_GRPC_PORT": "0"})
             self._supervisor.load(twin)
             self.twins.append(twin)
+
+    def set_clock(self, service: str, offset: str) -> None:
+        """Lets the service, from its next start on, have a clock that differs so much, such as ``+5m``."""
+        if not (self.home / "faketime").exists():
+            (self.home / "faketime").mkdir(mode=0o755)
+            extract("libfaketime", self.home / "faketime")
+            for path in (self.home / "faketime", *(self.home / "faketime").rglob("*")):
+                self._own(path)
+        [library] = (self.home / "faketime").rglob("libfaketimeMT.so.1")
+        # Only the time of the day: what measures how long something takes goes on.
+        variables = {"LD_PRELOAD": str(library), "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+        self.export(service, variables)
 
     def set_failpoint(self, service: str, point: str, number: signal.Signals) -> None:
         """Lets the service, from its next start on, get the signal at this point once it is armed."""

@@ -8,8 +8,9 @@ from uuid import UUID
 
 import pytest
 
+from infra.postgres.lane_items import AT_ONCE
 from services.agent.definitions.queue_modes import QueueMode
-from services.agent.sessions.domain import CAP, DEBOUNCE, Accept, Busy, Session, begins_at, decide, evolve
+from services.agent.sessions.domain import CAP, DEBOUNCE, Accept, Busy, Session, begins_after, decide, evolve
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 OLD, NEW = UUID(int=1), UUID(int=2)
@@ -44,13 +45,13 @@ def accept(
 def test_an_idle_session_answers_at_once() -> None:
     session = accept(Session(OLD, 4, waits=True), joinable=False, busy=False)
     assert session == Session(NEW, 1, waits=False)
-    assert begins_at(session, NOON) == NOON
+    assert begins_after(session) == AT_ONCE
 
 
 def test_what_comes_during_a_run_waits_for_more() -> None:
     session = accept(Session(OLD, 1), joinable=False, busy=True)
     assert session == Session(NEW, 1, waits=True)
-    assert begins_at(session, NOON) == NOON + DEBOUNCE
+    assert begins_after(session) == DEBOUNCE
 
 
 @pytest.mark.parametrize("waits", [True, False])
@@ -61,7 +62,7 @@ def test_a_run_that_has_not_begun_takes_more_and_waits_as_it_did(waits: bool) ->
 def test_a_full_run_begins_at_once_and_the_next_message_opens_another() -> None:
     full = accept(Session(OLD, CAP - 1, waits=True), joinable=True, busy=True)
     assert full == Session(OLD, CAP, waits=True)
-    assert begins_at(full, NOON) == NOON
+    assert begins_after(full) == AT_ONCE
     assert accept(full, joinable=True, busy=True) == Session(NEW, 1, waits=True)
 
 
