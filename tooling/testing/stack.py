@@ -22,7 +22,6 @@ from typing import Any
 import psutil
 
 from tooling.stack.checkout import CHECKOUT
-from tooling.stack.engines.base import Program
 from tooling.stack.home import usual_ports
 from tooling.stack.ports import is_free
 from tooling.stack.supervisor import Supervisor
@@ -106,10 +105,6 @@ class Stack:
     def start(self, name: str) -> None:
         """Starts a stopped engine and waits until it works."""
         run_claw(self.home, "up", "--only", name)
-
-    def begin(self, name: str) -> None:
-        """Starts a stopped engine and does not wait: its data may keep it from working."""
-        self._supervisor.add(name, Program(()))
 
     def restart(self, name: str) -> None:
         self.stop(name)
