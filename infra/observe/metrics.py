@@ -127,7 +127,7 @@ class Metrics:
             "claw_wal_archived_age_seconds", "Time since WAL was last archived, or since the start of the server"
         )
 
-        # Pages that do not fit their checksum are never read as data; what needs them fails.
+        # A page that does not fit its checksum is never read as data: the statement fails.
         self.damaged_pages = gauge("claw_db_damaged_pages", "Reads of PostgreSQL that met a damaged page")
 
         # Requests served.

@@ -161,7 +161,7 @@ class Objects:
     async def download_url(self, path: str) -> str:
         """A URL with which anyone can download the object for an hour. A browser saves it and never shows it.
 
-        Reads the object first. Raises as `fetch` does: the store hands out what its disk has.
+        Reads the object first, because the store does not notice damage. Raises as `fetch` does.
         """
         async with self.fetch(path):
             pass

@@ -324,7 +324,7 @@ async def test_a_partition_assigned_while_the_reader_leaves_is_not_kept_for_its_
 async def test_a_damaged_batch_stops_its_partition_and_no_other(
     stack: Stack, buses: Buses, ledger_database: Database, ledger: Ledger, producer: AIOKafkaProducer
 ) -> None:
-    """Kafka hands out what its disk has. Without the reader's care, this batch would keep it from all partitions."""
+    """Kafka does not notice it. Without a guard in the reader, this batch would keep it from all partitions."""
     books = [f"damage {n}" for n in range(16)]
     for book in books:
         await send(producer, buses, note(book, 1, "written"))

@@ -127,7 +127,7 @@ class Rig:
             for path in (self.home / "faketime", *(self.home / "faketime").rglob("*")):
                 self._own(path)
         [library] = (self.home / "faketime").rglob("libfaketimeMT.so.1")
-        # Only the time of the day: what measures how long something takes goes on.
+        # Only the time of the day: the monotonic clock stays right.
         variables = {"LD_PRELOAD": str(library), "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
         self.export(service, variables)
 
