@@ -13,6 +13,8 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaConnectionError
 
 from infra.bus import transactional
+from infra.bus.at_least_once import AtLeastOnceReader
+from infra.bus.dispatch import Decoded
 from infra.bus.kafka import topic_ids
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage
@@ -347,3 +349,23 @@ async def test_a_damaged_batch_stops_its_partition_and_no_other(
     assert buses.metrics.registry.get_sample_value("claw_consumer_partition_stopped", labels) == 1
     assert await effects(ledger_database, "damage 0") == []
     assert "changed" not in str(ledger.calls)
+
+    # A reader whose position is at Kafka does the same.
+    indexed: list[str] = []
+
+    async def index(records: list[Decoded]) -> None:
+        indexed.extend(msgspec.to_builtins(record.message)["notebook"] for record in records)
+
+    async def all_healthy() -> bool:
+        return set(healthy) <= set(indexed)
+
+    outside = SAMPLE_EVENTS.at_least_once(group="outside")(index)
+    reading = AtLeastOnceReader(
+        ledger_database, "outside", [outside], bootstrap=buses.kafka, metrics=buses.metrics, prefix=buses.prefix
+    )
+    task = asyncio.create_task(reading.run())
+    await until(all_healthy)
+    await reading.stop()
+    await task
+    assert reading.damaged == {stopped}
+    assert "damage 0" not in indexed

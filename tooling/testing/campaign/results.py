@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +20,26 @@ from tooling.testing.campaign.mutants import MUTANTS, Result
 
 FILE, FOLDER = CHECKOUT / "RESULTS.md", CHECKOUT / "results"
 _Z = 1.959964
-# No campaign tries these, so the figures say nothing about them.
+# The figures do not show these.
 GAPS = (
+    'The mutant "epoch fence" survived a first run with stops at random. It was tried again, alone, with the '
+    "model keeping its answers while the stopped process wakes: I4 found it. The control of that run, without "
+    "a mutant, failed in I8: it judged the chain of the system, which is empty if the operator does nothing. "
+    "Later campaigns do not. The faults of the network ran once, in `network-11`, and none of them was on "
+    "Kafka.",
+    "The mutants were tried one after the other by the functions of the command, on one system; the command "
+    "itself has not run to its end yet. The commit of `mutants.json` is of a branch that was rebased since. In"
+    " `all-4.json`, commit and time were entered by hand, and the code had changes that were committed later.",
     "Each engine is a single node: no replica is lost, and no network lies between the nodes of an engine.",
-    "The clock of one service at a time is wrong; the engines' are not. Power is cut, and a disk is full, in "
-    "`tests/faults/test_disk.py` on the kernel alone, and data is damaged in tests of each engine, not in a campaign.",
+    "Only the channel service has a wrong clock. If the agent service's is five minutes wrong, a client with a"
+    " right key is answered 401 in place of 503, because the gateway's token is refused; a campaign has shown "
+    "it.",
+    "Power is cut, and a disk is full, in `tests/faults/test_disk.py` on the kernel alone. Data is damaged in "
+    "tests of PostgreSQL, Kafka and the object store, not in a campaign; damage in Milvus, OpenSearch and "
+    "Valkey was not tried.",
     "A seed repeats the plan of faults and the messages of the clients, not the order in which the processes run.",
+    "The kills of Milvus, OpenSearch, the object store and the log aggregator are newer than the campaigns on "
+    "this page.",
     "Each service runs once, agent and channel twice with `stop`. No campaign runs on several machines.",
 )
 
@@ -131,7 +146,7 @@ def _failures(campaigns: Sequence[tuple[Path, Made, Report]], mutants: Sequence[
     done = {fault for _, _, report in campaigns for fault in report.faults}
     if missing := [name for name in FAULTS if name not in done]:
         lines.append(f"- Faults that no campaign on this page has: {', '.join(missing)}")
-    return [*lines, *(f"- {gap}" for gap in GAPS)]
+    return [*lines, *(textwrap.fill(f"- {gap}", 118, subsequent_indent="  ") for gap in GAPS)]
 
 
 def _mutants(mutants: Sequence[tuple[Path, Made]]) -> list[str]:
