@@ -13,6 +13,7 @@ import pytest
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict
 from infra.lanes.claims import LaneLost
+from infra.postgres.lane_items import AT_ONCE
 from infra.postgres.outbox_rows import OutboxRow
 from services.agent.execution.group_write import Begun, EndedStep, GroupWriter, MessagesArrived, RunStopped
 from services.agent.lanes import RUNS, RunItem
@@ -251,8 +252,8 @@ async def test_a_lane_goes_on_with_an_item_that_is_due_and_is_given_back_otherwi
     later = utcnow() + timedelta(days=1)
     ended = [await runs.queued() for _ in range(3)]
     async with runs.database.begin(tenant_id=TENANT) as tx:
-        for (_, lease), not_before in zip(ended, (None, later), strict=False):
-            tx.enqueue(RUNS, lane=lease.lane, item=RunItem(uuid7()), not_before=not_before)
+        for (_, lease), after in zip(ended, (AT_ONCE, timedelta(days=1)), strict=False):
+            tx.enqueue(RUNS, lane=lease.lane, item=RunItem(uuid7()), after=after)
     writes = [runs.write(run_id, lease, begins=True, expected_messages=1) for run_id, lease in ended]
     for write, (run_id, lease) in zip(writes, ended, strict=True):
         write.completion = runs.completion(run_id, lease)
