@@ -80,8 +80,13 @@ class Model:
         self._executed: UUID | None = None
 
     def in_status(self, *statuses: str) -> list[UUID]:
-        """Ordered by id: a yes or no goes to the first one."""
+        """Ordered by id."""
         return sorted(id_ for id_, run in self.runs.items() if run.status in statuses)
+
+    def asking(self) -> list[UUID]:
+        """The runs that wait for an approval. A yes or no goes to the first one: it has asked last."""
+        asked = [(run.journal.suspended.at, id_) for id_, run in self.runs.items() if run.journal.suspended]
+        return [id_ for _, id_ in sorted(asked, reverse=True) if self.runs[id_].status == "waiting"]
 
     def who_answers(self, mode: QueueMode) -> UUID | None:
         """The run that a message joins, if it is not a yes or no; None: a run of its own."""

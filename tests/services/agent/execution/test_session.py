@@ -182,7 +182,7 @@ class Sessions(RuleBasedStateMachine):
         self._decide(turn.mode, decision, action)
 
     def _decide(self, mode: QueueMode, decision: str, action: Action) -> None:
-        for run_id in self.model.in_status("waiting"):
+        for run_id in self.model.asking():
             if decision in ("approve", "deny"):
                 self._settle(run_id, cast(Decision, decision))
             else:
