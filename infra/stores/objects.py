@@ -29,7 +29,8 @@ T = TypeVar("T")
 BUCKET = "openclaw-media"
 DOWNLOAD_LIFE = timedelta(hours=1)
 """How long a signed URL works."""
-MAX_NAME_BYTES = 200
+MAX_NAME_BYTES = 100
+"""Some stores add much to it, in file systems with 255 bytes."""
 
 _MIB = 1024 * 1024
 # Of the name that a stranger gives a file, the end counts, which has the extension.
@@ -67,7 +68,7 @@ class Stored:
 
 
 def safe_name(name: str) -> str:
-    """`name` as the last part of a path and of a URL: no folders, no control characters, at most 200 bytes.
+    """`name` as the last part of a path and of a URL: no folders, no control characters, at most 100 bytes.
 
     The extension is kept. ``file`` if no character is left.
     """
