@@ -46,7 +46,7 @@ async def _messages(tx: Tx, unsealer: Unsealer, run: queries.StoredRun) -> Async
         WITH RECURSIVE owner AS (SELECT $1::uuid AS id UNION ALL SELECT r.id FROM run r JOIN owner o
         ON r.forked_from = o.id WHERE r.tenant_id = $2 AND r.session_key = $3)
         SELECT message_id, subject_id, text, received_at FROM message WHERE run_id IN (SELECT id FROM owner)
-        AND received_at <= coalesce($4, received_at) ORDER BY seq
+        AND (run_id = $1 OR received_at <= coalesce($4, received_at)) ORDER BY seq
         """,
         run.id,
         tx.tenant_id,

@@ -163,6 +163,14 @@ async def test_a_reply_that_did_not_arrive_is_shown(world: World, tenant: Tenant
     await world.platform.until(shown)
 
 
+async def test_the_timeline_has_the_message_of_a_channel_whose_clock_is_fast(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    await tenant.receive(agent, "Hi", seconds_late=-240)
+    [run] = await tenant.runs(1)
+    items = (await tenant.call("GET", f"/api/v1/runs/{run['id']}/timeline"))["items"]
+    assert [item["data"]["text"] for item in items if item["kind"] == "inbound"] == ["Hi"]
+
+
 async def test_what_a_live_stream_has_missed_can_be_read(world: World, tenant: Tenant) -> None:
     agent = await tenant.agent()
     run_id = await tenant.say(agent, "Hi")
