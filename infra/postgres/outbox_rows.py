@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import cache
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -33,6 +34,7 @@ class OutboxRow(NamedTuple):
         return zlib.crc32(self.key.encode()) % BUCKETS
 
 
+@cache
 def insert_outbox_call(after: int = 0, *, unless_stored: bool = False) -> str:
     """The statement that writes `outbox_columns`, with parameters behind the first `after`. Positions are drawn in the
     order of the rows.

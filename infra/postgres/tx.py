@@ -321,11 +321,13 @@ class Tx:
         messages, self._rows = self._rows, []
         if not (events or messages or self.items):
             return
-        arguments = outbox_columns(messages) if messages else []
-        if events and messages:
-            arguments.append(told)
-        statement = _write(events=bool(events), messages=bool(messages), items=bool(self.items))
+        arguments: list[Any] = []
+        if messages:
+            arguments += outbox_columns(messages)
+            if events:
+                arguments.append(told)
         has_items = bool(self.items)
+        statement = _write(events=bool(events), messages=bool(messages), items=has_items)
         if has_items:
             arguments += self.items.arguments()
         if events:

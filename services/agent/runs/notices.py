@@ -37,14 +37,18 @@ _ESCAPED = re.compile("[`\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00
 def approval_question(tool: str, arguments: str, *, of_asker: bool) -> str:
     """The question in the chat. of_asker: the person who asked may answer it."""
     who = "Please answer" if of_asker else "A person who may decide this has to answer"
-    return f"May I use {tool} with these arguments?\n\n{_block(arguments)}\n\n{who} yes or no."
+    return f"{_question(tool, arguments)}{who} yes or no."
 
 
 def question_repeated(reason: str, tool: str, arguments: str | None) -> str:
     """The same question again. `arguments`: None if they cannot be read any more."""
     if arguments is None:
         return f"{reason} May I use {tool}? Please answer only yes or no."
-    return f"{reason} May I use {tool} with these arguments?\n\n{_block(arguments)}\n\nPlease answer only yes or no."
+    return f"{reason} {_question(tool, arguments)}Please answer only yes or no."
+
+
+def _question(tool: str, arguments: str) -> str:
+    return f"May I use {tool} with these arguments?\n\n{_block(arguments)}\n\n"
 
 
 def _block(arguments: str) -> str:

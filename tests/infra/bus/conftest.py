@@ -42,6 +42,15 @@ class Buses:
     prefix: str
     metrics: Metrics = field(default_factory=lambda: Metrics(CollectorRegistry()))
 
+    async def provision(self, stack: Stack, catalog: Catalog) -> None:
+        await provisioning.apply(
+            catalog,
+            kafka=self.kafka,
+            rabbit_url=self.rabbitmq,
+            management_url=stack.rabbitmq_management_url,
+            prefix=self.prefix,
+        )
+
     @asynccontextmanager
     async def relay(
         self, database: Database, publisher: Publisher | None = None, **options: Any
@@ -87,11 +96,6 @@ class Buses:
 
 @pytest.fixture(scope="module")
 async def buses(stack: Stack, vhost: str, topic_prefix: str) -> Buses:
-    await provisioning.apply(
-        Catalog(topics=(*SAMPLE.topics, AUDIT_LOGS), queues=SAMPLE.queues),
-        kafka=stack.kafka_bootstrap_servers,
-        rabbit_url=vhost,
-        management_url=stack.rabbitmq_management_url,
-        prefix=topic_prefix,
-    )
-    return Buses(stack.kafka_bootstrap_servers, vhost, topic_prefix)
+    buses = Buses(stack.kafka_bootstrap_servers, vhost, topic_prefix)
+    await buses.provision(stack, Catalog(topics=(*SAMPLE.topics, AUDIT_LOGS), queues=SAMPLE.queues))
+    return buses

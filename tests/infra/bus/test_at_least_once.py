@@ -11,7 +11,6 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 
-from infra.bus import provisioning
 from infra.bus.at_least_once import AtLeastOnceReader
 from infra.bus.dispatch import Decoded
 from infra.clock import utcnow, uuid7
@@ -195,13 +194,7 @@ async def made_anew(buses: Buses, stack: Stack) -> None:
         return name not in await admin.list_topics()
 
     await until(gone)
-    await provisioning.apply(
-        Catalog(topics=SAMPLE.topics, queues=()),
-        kafka=buses.kafka,
-        rabbit_url=buses.rabbitmq,
-        management_url=stack.rabbitmq_management_url,
-        prefix=buses.prefix,
-    )
+    await buses.provision(stack, Catalog(topics=SAMPLE.topics, queues=()))
     await admin.close()
 
 

@@ -12,7 +12,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaConnectionError
 
-from infra.bus import provisioning, transactional
+from infra.bus import transactional
 from infra.bus.at_least_once import AtLeastOnceReader
 from infra.bus.dispatch import Decoded
 from infra.bus.kafka import topic_ids
@@ -330,13 +330,7 @@ async def test_a_damaged_batch_stops_its_partition_and_no_other(
     """Kafka does not notice it. Without a guard in the reader, this batch would keep it from all partitions."""
     # The other tests of the module read their topic after this one.
     buses = Buses(buses.kafka, buses.rabbitmq, f"{buses.prefix}damaged.")
-    await provisioning.apply(
-        Catalog(topics=SAMPLE.topics, queues=()),
-        kafka=buses.kafka,
-        rabbit_url=buses.rabbitmq,
-        management_url=stack.rabbitmq_management_url,
-        prefix=buses.prefix,
-    )
+    await buses.provision(stack, Catalog(topics=SAMPLE.topics, queues=()))
     books = [f"damage {n}" for n in range(16)]
     for book in books:
         await send(producer, buses, note(book, 1, "written"))
