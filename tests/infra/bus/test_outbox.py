@@ -18,7 +18,6 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 from aiokafka.partitioner import DefaultPartitioner
 
-from infra.bus import provisioning
 from infra.bus.kafka import MAX_HEADER_BYTES, MAX_RECORD_BYTES, KafkaPublisher
 from infra.bus.outbox import HeldBack, Outcome, Pending, Relay, resend
 from infra.clock import utcnow, uuid7
@@ -202,13 +201,7 @@ async def test_a_topic_that_is_not_there_holds_up_only_itself(buses: Buses, desk
         assert "provisioned" in error
         assert not await is_published(desk, waiting[0])()
         waiting.append(await publish(desk, LATER, "k", 3))
-        await provisioning.apply(
-            Catalog(topics=(LATER,), queues=()),
-            kafka=buses.kafka,
-            rabbit_url=buses.rabbitmq,
-            management_url=stack.rabbitmq_management_url,
-            prefix=buses.prefix,
-        )
+        await buses.provision(stack, Catalog(topics=(LATER,), queues=()))
         await ask_again_now(desk)
         await until(is_published(desk, *waiting))
     assert [message.id for message in await log_of(buses, LATER)] == waiting
@@ -227,13 +220,7 @@ async def test_a_message_that_no_queue_takes_holds_up_only_its_routing_key(
         [error] = await until(lambda: set_aside(desk, "sample"))
         assert error == "exchange sample: no queue is bound to routing key 'sample.unrouted'"
         assert not await is_published(desk, unrouted)()
-        await provisioning.apply(
-            Catalog(topics=(SAMPLE_EVENTS, AUDIT_LOGS), queues=(SAMPLE_WORK, UNROUTED)),
-            kafka=buses.kafka,
-            rabbit_url=buses.rabbitmq,
-            management_url=stack.rabbitmq_management_url,
-            prefix=buses.prefix,
-        )
+        await buses.provision(stack, Catalog(topics=(SAMPLE_EVENTS, AUDIT_LOGS), queues=(SAMPLE_WORK, UNROUTED)))
         await ask_again_now(desk)
         await until(is_published(desk, unrouted))
     await publisher.stop()

@@ -13,7 +13,6 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.new_partitions import NewPartitions
 
-from infra.bus import provisioning
 from infra.bus.tail import Tail
 from infra.clock import utcnow, uuid7
 from protos.envelope import Envelope
@@ -115,14 +114,7 @@ async def test_a_topic_that_grows_or_is_made_anew_is_heard_on_and_the_break_is_t
         await admin.delete_topics([name])
         await until(begun_again, seconds=30)
         before = listener.begun
-        catalog = Catalog(topics=SAMPLE.topics, queues=())
-        await provisioning.apply(
-            catalog,
-            kafka=buses.kafka,
-            rabbit_url=buses.rabbitmq,
-            management_url=stack.rabbitmq_management_url,
-            prefix=buses.prefix,
-        )
+        await buses.provision(stack, Catalog(topics=SAMPLE.topics, queues=()))
         await until(begun_again, seconds=30)
         await send(producer, buses, "in the new log")
         await heard(listener, "in the new log")
