@@ -27,6 +27,7 @@ from services.billing.domain import MAX_AGE
 
 # Farther in the past, usage of that time would be too old to be counted.
 MAX_DAYS_AGO = 45
+MAX_DAYS_AHEAD = 3_660
 
 
 class PlanSubscription(BaseModel):
@@ -207,6 +208,8 @@ async def subscribe(
     begins = (starts_at or now).replace(microsecond=0)
     if (now - begins).days > MAX_DAYS_AGO:
         raise InvalidMessage("starts_at", f"must not be more than {MAX_DAYS_AGO} days ago")
+    if (begins - now).days > MAX_DAYS_AHEAD:
+        raise InvalidMessage("starts_at", f"must not be more than {MAX_DAYS_AHEAD} days ahead")
     if await tx.sql(
         "SELECT 1 FROM subscription WHERE tenant_id = $1 AND ends_at > $2 AND starts_at < ends_at", tenant_id, begins
     ):
