@@ -201,7 +201,7 @@ async def credit(
     unit = nanos_per_minor(invoice.currency)
 
     def part(nanos: int) -> int:
-        """The difference of two shares: the notes of a whole invoice take back exactly what it has booked."""
+        """The difference of two shares: the notes of a whole invoice take back exactly the amounts that it booked."""
         before, after = invoice.credited_minor, invoice.credited_minor + minor
         whole = invoice.total_minor
         return schemes.part(nanos, after, whole) - schemes.part(nanos, before, whole)

@@ -151,7 +151,7 @@ async def burned_prepaid(tx: Tx, tenant_id: str, reference: str) -> int:
 
 
 def given_back(nanos: int, paid_for: int) -> list[tuple[Kind, int]]:
-    """Divides an amount that is given back into grants. What was paid for comes back first, as prepaid credit; the rest
+    """Divides an amount that is given back into grants: paid credit comes back first, as prepaid credit; the rest
     was promotional and is so again."""
     prepaid = min(nanos, max(0, paid_for))
     parts: list[tuple[Kind, int]] = [("prepaid", prepaid), ("promotional", nanos - prepaid)]

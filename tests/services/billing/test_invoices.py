@@ -303,7 +303,7 @@ async def test_credit_notes_of_a_whole_invoice_take_back_what_it_has_booked(bill
 
 
 async def test_a_credit_note_gives_promotional_credit_back_as_such(billing: Billing) -> None:
-    """It became prepaid credit: money that we owed and that nobody had paid."""
+    """It became prepaid credit, as if the tenant had paid for it."""
     tenant, _ = await subscribed(billing, charges=[], included=[], usage_markup_percent=None)
     for kind, nanos in (("promotional", 20 * UNIT), ("prepaid", 4 * UNIT)):
         await post(billing, "grants", {"tenant_id": tenant.id, "nanos": nanos, "kind": kind, "reason": "r"})
