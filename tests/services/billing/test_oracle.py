@@ -172,7 +172,7 @@ def some_records(rng: random.Random, tenant_id: str, model: str) -> list[Made]:
 
 
 class Books(NamedTuple):
-    """What the service has stored about a tenant."""
+    """Sums of a tenant's rows."""
 
     debited: int
     charged: int
