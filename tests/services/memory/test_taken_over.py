@@ -59,7 +59,7 @@ async def never_deleted() -> None:
 
 ATTEMPTS = """
 import ctypes, fcntl, os, resource, socket, sys, tempfile, threading
-from services.memory import confinement
+from infra.security import confinement
 parent, own = os.getppid(), os.getpid()
 libc = ctypes.CDLL(None, use_errno=True)
 

@@ -1,6 +1,7 @@
-"""Confines the parser process: limits of CPU and memory, no network, no other processes, and death with its parent.
+"""Confines a process that parses a stranger's file: limits of CPU and memory, no network, no other processes, and death
+with its parent.
 
-``python -m services.memory.confinement`` prints the protections that this machine does not allow, one a line.
+``python -m infra.security.confinement`` prints the protections that this machine does not allow, one a line.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 import struct
 import sys
 
-# Three parsers and the service itself fit into the container (4 GiB).
+# Three parsers of documents and the service itself fit into the container (4 GiB).
 MAX_MEMORY_BYTES = 768 * 1024**2
 MAX_CPU_SECONDS = 120
 # For the text of an error.
@@ -63,11 +64,11 @@ _KILL, _REFUSE, _ALLOW = 0x80000000, 0x00050001, 0x7FFF0000
 _X32 = 0x40000000
 
 
-def limit(cpu_seconds: int = MAX_CPU_SECONDS) -> None:
+def limit(cpu_seconds: int = MAX_CPU_SECONDS, memory_bytes: int = MAX_MEMORY_BYTES) -> None:
     """Sets the limits of CPU, memory and files."""
     os.nice(10)
     for what, most in (
-        (resource.RLIMIT_AS, MAX_MEMORY_BYTES),
+        (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_FSIZE, _MAX_FILE_BYTES),
         (resource.RLIMIT_CORE, 0),
         # The memory of pipes is none of the process.
