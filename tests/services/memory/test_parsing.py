@@ -570,7 +570,7 @@ def _notes() -> bytes:
 
 
 def _drawings() -> bytes:
-    """A workbook of which a sheet refers to one drawing three times."""
+    """A workbook whose sheet refers to one drawing three times."""
     paragraph = b"<a:p><a:t>word</a:t></a:p>"
     drawing = b'<a xmlns:a="http://schemas.openxmlformats.org/drawingml/2006/main">' + paragraph + b"</a>"
     sheet = "xl/worksheets/_rels/sheet1.xml.rels"
