@@ -288,6 +288,11 @@ def described(kind: str, *facts: object) -> str:
     return f"[{kind}: {known}]" if known else f"[{kind}]"
 
 
+def forwarded(words: str, before: str = "") -> str:
+    """The text of a message that forwards another one's `words`, perhaps after some of its author."""
+    return f"{before}\n\n[Forwarded message]\n{words}" if before else f"[Forwarded message]\n{words}"
+
+
 def kind_of(mime_type: str) -> Literal["image", "voice", "video", "file"]:
     """The kind of an attachment by the type that the vendor states. Its content decides later."""
     kinds: dict[str, Literal["image", "voice", "video"]] = {"image": "image", "audio": "voice", "video": "video"}
