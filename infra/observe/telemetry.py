@@ -168,7 +168,8 @@ def carrier() -> dict[str, str]:
 
     They are stored with a message: its consumer continues the trace, or links to it.
     """
-    return _inject(spans.current_span())
+    span = trace.get_current_span()
+    return _inject(span if isinstance(span, RecordedSpan) else span.get_span_context())
 
 
 def _inject(context: RecordedSpan | SpanContext) -> dict[str, str]:
@@ -311,8 +312,11 @@ def _start(
 
 
 def _current() -> RecordedSpan | SpanContext | None:
-    current = spans.current_span()
-    return current if current.span_id else None
+    current = trace.get_current_span()
+    if isinstance(current, RecordedSpan):
+        return current
+    context = current.get_span_context()
+    return context if context.is_valid else None
 
 
 class _Links:

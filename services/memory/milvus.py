@@ -11,8 +11,9 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 from uuid import UUID
 
 import grpc
@@ -23,6 +24,7 @@ from infra.connections import HttpTarget
 from infra.errors import Transient
 from services.memory.index import Hit, VectorRow
 from services.memory.rights import EVERY, Owners
+from services.memory.together import Together
 
 TIMEOUT_SECONDS = 3.0
 # Creating a collection takes some seconds; loading a large one takes longer.
@@ -30,6 +32,8 @@ OPEN_SECONDS = 60.0
 # Above the 64 of the HNSW build: for a tenant of median size this raises the recall from .93 to .96.
 SEARCH_EF = 128
 PARTITIONS = 16
+# While so many calls for the same rows run, further searches in them wait and then go together.
+SEARCHES_AT_ONCE, MAX_TOGETHER = 2, 32
 _NOT_FOUND, _NOT_LOADED = 100, 101
 
 
@@ -52,28 +56,32 @@ class MilvusIndex:
         self._client: AsyncMilvusClient | None = None
         self._open: set[str] = set()
         self._opening = asyncio.Lock()
+        self._searches = Together(self._search, at_once=SEARCHES_AT_ONCE, most=MAX_TOGETHER)
 
     async def search(
         self, vector: list[float], tenant_id: str, scope: str, limit: int, owners: Owners = EVERY
     ) -> list[Hit]:
         """The tenant's `limit` nearest rows in `scope`, best first. PostgreSQL may have deleted some of them."""
         name = await self._ready(len(vector))
+        rows = f"tenant_id == {json.dumps(tenant_id)} and scope == {json.dumps(scope)}{_narrowed(owners)}"
+        return await self._searches.ask((name, rows, limit), vector)
+
+    async def _search(self, where: tuple[str, str, int], vectors: Sequence[list[float]]) -> list[list[Hit]]:
+        """For each vector its hits in the collection, among the rows. Milvus finds the rows once for all: eight vectors
+        in one call cost it 4.2 ms of CPU, one 2.4."""
+        name, rows, limit = where
         async with self._calling(name) as client:
-            [found] = await client.search(
+            found = await client.search(
                 name,
-                [vector],
-                filter=f"tenant_id == {json.dumps(tenant_id)} and scope == {json.dumps(scope)}{_narrowed(owners)}",
+                vectors,
+                filter=rows,
                 limit=limit,
                 output_fields=["text_id"],
                 search_params={"metric_type": "COSINE", "params": {"ef": max(SEARCH_EF, limit)}},
                 consistency_level="Bounded",
                 timeout=TIMEOUT_SECONDS,
             )
-        # An id may be there twice: a process that had lost the document's lane may have inserted it again.
-        best: dict[UUID, float] = {}
-        for hit in found:
-            best.setdefault(UUID(hit["entity"]["text_id"]), float(hit["distance"]))
-        return [Hit(id_, score) for id_, score in best.items()]
+        return [_hits(each) for each in found]
 
     async def replace(
         self, tenant_id: str, owner_id: UUID, scope: str, batches: AsyncIterator[Sequence[VectorRow]]
@@ -193,6 +201,14 @@ class MilvusIndex:
             raise Transient(f"Milvus: {error.message}") from error
         except (grpc.RpcError, OSError, TimeoutError) as error:
             raise Transient(f"Milvus: {type(error).__name__}") from error
+
+
+def _hits(found: Iterable[Any]) -> list[Hit]:
+    # An id may be there twice: a process that had lost the document's lane may have inserted it again.
+    best: dict[UUID, float] = {}
+    for hit in found:
+        best.setdefault(UUID(hit["entity"]["text_id"]), float(hit["distance"]))
+    return [Hit(id_, score) for id_, score in best.items()]
 
 
 def _narrowed(owners: Owners) -> str:

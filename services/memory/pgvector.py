@@ -38,27 +38,32 @@ class PgvectorIndex:
             f"(vector::public.vector({dimension})) OPERATOR(public.<=>) (SELECT $1::real[]::public.vector({dimension}))"
         )
         rows_of = f"tenant_id = {_literal(tenant_id)} AND model = {_literal(self._model)} AND scope = {_literal(scope)}"
-        async with self._database.begin() as tx:
-            await tx.sql(
-                "SELECT set_config('hnsw.ef_search', $1, true), set_config('hnsw.iterative_scan', $2, true)",
-                str(min(1000, max(SEARCH_EF, limit))),
-                "relaxed_order",
-            )
-            rows = await tx.sql(
-                f"""
+        # One round trip: the settings hold for the statement, whose inner part waits for them.
+        rows = await self._database.autocommit(
+            f"""
+            SELECT found.*
+            FROM (
+                SELECT
+                    set_config('hnsw.ef_search', $5, true) || set_config('hnsw.iterative_scan', 'relaxed_order', true)
+                OFFSET 0
+            ) AS setting (done)
+            CROSS JOIN LATERAL (
                 SELECT text_id, {distance} AS distance
                 FROM index_row
                 WHERE {rows_of}
                     AND ($3::uuid[] IS NULL OR owner_id = ANY($3))
                     AND NOT owner_id = ANY($4::uuid[])
+                    AND setting.done <> ''
                 ORDER BY distance
                 LIMIT $2
-                """,
-                vector,
-                limit,
-                None if owners.only is None else list(owners.only),
-                list(owners.without),
-            )
+            ) AS found
+            """,
+            vector,
+            limit,
+            None if owners.only is None else list(owners.only),
+            list(owners.without),
+            str(min(1000, max(SEARCH_EF, limit))),
+        )
         # A relaxed scan is nearly in order.
         return sorted((Hit(id_, 1 - distance) for id_, distance in rows), key=lambda hit: -hit.score)
 

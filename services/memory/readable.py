@@ -41,7 +41,7 @@ MAX_OWNERS = 1000
 class Scope(NamedTuple):
     """The documents that a search reads."""
 
-    names: Sequence[str]
+    names: tuple[str, ...]
     """Of the caller."""
     filters: Filters = NO_FILTERS
 

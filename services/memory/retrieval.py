@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple, Protocol
 from uuid import UUID
 
@@ -26,6 +27,7 @@ from services.memory.queries import QueryVectors
 from services.memory.readable import Found, Scope
 from services.memory.reranking import Reranker
 from services.memory.rights import EVERY, NO_FILTERS, Filters, Owners, ReaderNames
+from services.memory.together import Together
 from services.memory.usage import record_reranking
 
 DEFAULT_LIMIT = 10
@@ -43,6 +45,9 @@ MAX_QUERY_TOKENS = 480
 # The index may still have rows that PostgreSQL has deleted, so a search asks for more hits than it needs. If they are
 # not enough, it asks for four times as many, up to this number.
 MAX_HITS = 2000
+# While so many statements for the same readers run, further searches for them wait and then go together: half of the
+# time of a statement is the way to PostgreSQL and back.
+READS_AT_ONCE, MAX_TOGETHER = 2, 16
 
 _log = get_logger("memory.retrieval")
 
@@ -100,6 +105,25 @@ class _ByWords(NamedTuple):
     """The passages with codes of the query, and how many."""
 
 
+class _Words(NamedTuple):
+    """Searches by words that may go together."""
+
+    tenant_id: str
+    scope: Scope
+    mode: str
+    limit: int
+
+
+class _Wanted(NamedTuple):
+    """The passages that a search reads, and those of them whose vectors it needs."""
+
+    ids: Sequence[UUID]
+    compared: Sequence[UUID]
+
+
+_Passages = tuple[Mapping[UUID, Found], Mapping[UUID, NDArray[np.float32]]]
+
+
 class _Read(NamedTuple):
     texts: Mapping[UUID, Found]
     cosines: Mapping[UUID, float]
@@ -154,6 +178,8 @@ class Retrieval:
         self._memories = memories
         self._reranker = reranker
         self._vectors = QueryVectors(request, embedder)
+        self._words = Together(self._find_words, at_once=READS_AT_ONCE, most=MAX_TOGETHER)
+        self._passages = Together(self._read_passages, at_once=READS_AT_ONCE, most=MAX_TOGETHER)
 
     async def search(self, caller: ReaderNames, query: Query, seconds: float = DEFAULT_SECONDS) -> RetrievalResult:
         """Up to `limit` passages (10) that the caller may read, best first. seconds: the time of the caller.
@@ -212,7 +238,7 @@ class Retrieval:
                     )
                     degraded = True
             hits = [[hit for hit in found if hit.score >= floor] for found in hits]
-            read = await self._read(caller, query, scope, by_words, vector, [hit.id for found in hits for hit in found])
+            read = await self._read(caller, query, scope, by_words, vector, dict(chain.from_iterable(hits)))
             # Of an index that has many deleted rows, more are needed.
             if wanted == MAX_HITS or all(
                 len(found) < wanted or sum(hit.id in read.texts for hit in found) >= limit for found in hits
@@ -230,16 +256,23 @@ class Retrieval:
     async def _by_words(self, tenant_id: str, query: Query, types: Sequence[str], limit: int, scope: Scope) -> _ByWords:
         if DOCUMENT not in types:
             return _ByWords()
-        async with self._worker.read_only(tenant_id=tenant_id) as tx:
-            owners = EVERY if query.mode == KEYWORD else await readable.owners(tx, scope)
-            if query.mode == DENSE:
-                return _ByWords(owners)
-            text = ends(query.text, MAX_QUERY_TOKENS).replace("\0", " ")
-            ranks = await with_words(tx, text, 2 * limit + 10, scope)
-            counts: Mapping[UUID, int] = {}
-            if query.mode == HYBRID and (wanted := codes(query.text)):
-                counts = await readable.with_codes(tx, wanted, self._embedder.model, MAX_LIMIT, scope)
-            return _ByWords(owners, ranks, counts)
+        wanted = codes(query.text) if query.mode == HYBRID else []
+        text = ends(query.text, MAX_QUERY_TOKENS).replace("\0", " ")
+        return await self._words.ask(_Words(tenant_id, scope, query.mode, 2 * limit + 10), (text, wanted))
+
+    async def _find_words(self, key: _Words, asked: Sequence[tuple[str, Sequence[str]]]) -> list[_ByWords]:
+        """For each text and its codes."""
+        async with self._worker.read_only(tenant_id=key.tenant_id) as tx:
+            owners = EVERY if key.mode == KEYWORD else await readable.owners(tx, key.scope)
+            if key.mode == DENSE:
+                return [_ByWords(owners)] * len(asked)
+            ranks = await with_words(tx, [text for text, _ in asked], key.limit, key.scope)
+            model = self._embedder.model
+            counts: list[Mapping[UUID, int]] = [
+                await readable.with_codes(tx, wanted, model, MAX_LIMIT, key.scope) if wanted else {}
+                for _, wanted in asked
+            ]
+        return [_ByWords(owners, *each) for each in zip(ranks, counts, strict=True)]
 
     async def _reranked(
         self, reranker: Reranker, tenant_id: str, text: str, texts: Sequence[str], left: float
@@ -281,19 +314,33 @@ class Retrieval:
         scope: Scope,
         by_words: _ByWords,
         vector: NDArray[np.float32] | None,
-        near: Sequence[UUID],
+        near: Mapping[UUID, float],
     ) -> _Read:
         """The texts that the caller may read. One statement for all documents: if a document is replaced meanwhile, the
         answer has passages of the old version or of the new one, never of both."""
         found = list({**by_words.ranks, **by_words.counts})
-        async with self._request.begin(tenant_id=caller.tenant_id) as tx:
-            compared = [] if vector is None else found
-            passages, vectors = await readable.found(tx, [*near, *found], scope, self._embedder.model, compared)
-            texts = dict(passages)
-            gone = any(id_ not in texts for id_ in found)
-            if query.session_key and CONVERSATION in query.types:
-                texts |= await self._conversations.found(tx, near, query.session_key)
-        return _Read(texts, {} if vector is None else _cosines(vector, vectors), gone)
+        others = [id_ for id_ in found if id_ not in near]
+        passages, vectors = await self._passages.ask(
+            (caller.tenant_id, scope), _Wanted([*near, *others], [] if vector is None else others)
+        )
+        gone = any(id_ not in passages for id_ in found)
+        texts = {id_: passages[id_] for id_ in (*near, *others) if id_ in passages}
+        if query.session_key and CONVERSATION in query.types:
+            async with self._request.begin(tenant_id=caller.tenant_id) as tx:
+                texts |= await self._conversations.found(tx, list(near), query.session_key)
+        cosines = {id_: score for id_, score in near.items() if id_ in texts}
+        if vector is not None:
+            cosines |= _cosines(vector, {id_: vectors[id_] for id_ in others if id_ in vectors})
+        return _Read(texts, cosines, gone)
+
+    async def _read_passages(self, key: tuple[str, Scope], asked: Sequence[_Wanted]) -> list[_Passages]:
+        """The passages of all searches for each of them."""
+        tenant_id, scope = key
+        ids = list(dict.fromkeys(id_ for each in asked for id_ in each.ids))
+        compared = list(dict.fromkeys(id_ for each in asked for id_ in each.compared))
+        async with self._request.begin(tenant_id=tenant_id) as tx:
+            passages = await readable.found(tx, ids, scope, self._embedder.model, compared)
+        return [passages] * len(asked)
 
     async def _nearest(
         self,

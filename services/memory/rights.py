@@ -30,8 +30,8 @@ class ReaderNames(NamedTuple):
 class Filters(NamedTuple):
     """The documents that a search looks at. None: all of them."""
 
-    document_ids: Sequence[UUID] | None = None
-    tags: Sequence[str] | None = None
+    document_ids: tuple[UUID, ...] | None = None
+    tags: tuple[str, ...] | None = None
     """A document must have all of them."""
     since: datetime | None = None
     """A document must have been uploaded then or later."""

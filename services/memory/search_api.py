@@ -115,10 +115,10 @@ def router(runtime: Runtime) -> APIRouter:
 
         Only of documents whose audience names the caller.
         """
-        tags = body.filters.tags
+        ids, tags = body.filters.document_ids, body.filters.tags
         filters = rights.Filters(
-            body.filters.document_ids,
-            None if tags is None else rights.checked_tags(tags, "filters.tags"),
+            None if ids is None else tuple(ids),
+            None if tags is None else tuple(rights.checked_tags(tags, "filters.tags")),
             body.filters.since,
         )
         query = Query(body.query, body.limit, body.min_similarity, body.types, body.session_key, body.mode, filters)

@@ -22,7 +22,6 @@ from infra.outgoing.client import Outgoing
 from services.channel.vendors import wecom_messages
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
-    MALFORMED,
     AccountRefused,
     Limit,
     Outbound,
@@ -117,10 +116,7 @@ class WeCom(Vendor[WeComCredentials]):
         content = await download(outgoing, url, most, template="/cgi-bin/media/get")
         if content.startswith(b'{"errcode"'):
             # An error is JSON with the status 200.
-            try:
-                refused = msgspec.json.decode(content, type=_Response)
-            except MALFORMED:
-                return content
+            refused = msgspec.json.decode(content, type=_Response)
             _refuse(refused.errcode, refused.errmsg)
         return content
 

@@ -40,7 +40,7 @@ async def add(database: Database, tenant_id: str, blocks: list[Block], *, indexe
 
 async def found(database: Database, tenant_id: str, text: str, limit: int = 10) -> list[str]:
     async with database.begin(tenant_id=tenant_id) as tx:
-        ranks = await with_words(tx, text, limit, EVERYONE)
+        [ranks] = await with_words(tx, [text], limit, EVERYONE)
         texts, _ = await readable.found(tx, list(ranks), EVERYONE, "", [])
     return [texts[id_].text for id_ in ranks]
 
@@ -108,7 +108,7 @@ async def test_documents_of_other_readers_do_not_change_a_rank(memory_database: 
 
     async def ranks() -> list[float]:
         async with memory_database.begin(tenant_id="readers") as tx:
-            return list((await with_words(tx, "kettle gasket", 10, EVERYONE)).values())
+            return list((await with_words(tx, ["kettle gasket"], 10, EVERYONE))[0].values())
 
     before = await ranks()
     hidden = await add(memory_database, "readers", [Block(f"Kettle {n}.", str(n)) for n in range(5)])
@@ -142,7 +142,7 @@ async def test_words_with_quotes_are_counted(memory_database: Database) -> None:
     address = "https://example.org/o'brien"
     await add(memory_database, "quotes", [Block(f"It is at {address} now."), Block("It is at https://example.org.")])
     async with memory_database.begin(tenant_id="quotes") as tx:
-        ranks = await with_words(tx, address, 10, EVERYONE)
+        [ranks] = await with_words(tx, [address], 10, EVERYONE)
     assert max(ranks.values()) == pytest.approx(1.0)
 
 
@@ -163,16 +163,16 @@ async def test_the_worker_role_finds_words_and_codes_by_their_indexes(
     async with memory_database.begin(tenant_id="plans") as tx:
         await tx.sql("SELECT set_config('enable_seqscan', 'off', true)")
         scoped = (*EVERYONE.parameters, "plans")
-        words = await tx.sql(f"EXPLAIN {_READ}", *scoped, list(LANGUAGES), "lamps")
+        words = await tx.sql(f"EXPLAIN {_READ}", *scoped, list(LANGUAGES), ["lamps"], [None])
         counted = await tx.sql(f"EXPLAIN {_COUNT}", *scoped, ["lamp"])
-        ranked = await tx.sql(f"EXPLAIN {_RANK}", *scoped, ["lamp"])
+        ranked = await tx.sql(f"EXPLAIN {_RANK}", *scoped, ["lamp"], ["lamp"])
     for plan in (words, counted, ranked):
         assert "Bitmap Index Scan on passage_words" in str(plan)
     url = role_url(platform.database_url, "memory", "request", PASSWORDS.request)
     engine = create_engine(url, pool_size=1)
     async with Database(engine, "memory", tenanted=True).begin(tenant_id="plans") as tx:
         await tx.sql("SELECT set_config('enable_seqscan', 'off', true)")
-        assert "passage_words" not in str(await tx.sql(f"EXPLAIN {_RANK}", *scoped, ["lamp"]))
+        assert "passage_words" not in str(await tx.sql(f"EXPLAIN {_RANK}", *scoped, ["lamp"], ["lamp"]))
     await engine.dispose()
 
 

@@ -157,7 +157,7 @@ async def test_the_read_in_postgresql_enforces_the_audience_whatever_the_index_f
         answer = await retrievals[kind].search(caller, Query(QUESTION, mode=mode))
         assert {item.passage.text for item in answer.items} == {text(name) for name in expected}
         assert not answer.degraded
-    narrowed = Query(QUESTION, mode=mode, filters=Filters(tags=["agent"]))
+    narrowed = Query(QUESTION, mode=mode, filters=Filters(tags=("agent",)))
     answer = await retrievals[kind].search(of_agent(TENANT, "a1"), narrowed)
     assert [item.passage.text for item in answer.items] == [text("agent")]
     assert (await retrievals[kind].search(of_agent(TENANT, "a2"), narrowed)).items == []
