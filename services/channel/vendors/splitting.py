@@ -15,7 +15,8 @@ _PLACES = (
     re.compile(r"\s"),
 )
 _LINE_END = re.compile(r"\n")
-_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
+# After backticks none may follow on the line: https://spec.commonmark.org/0.31.2/#fenced-code-blocks
+_FENCE = re.compile(r"^ {0,3}(`{3,}(?=[^`\n]*$)|~{3,})([^\n]*)$", re.MULTILINE)
 _JOINER = "\N{ZERO WIDTH JOINER}"
 # A longer cluster is not real text and may be split.
 _LONGEST_CLUSTER = 64
@@ -47,6 +48,9 @@ def split(text: str, limit: int, length: Callable[[str], int] = len) -> list[str
     while len(rest) > 2 * limit or length(rest) > limit:
         cut = _place(rest, _fitting(rest, limit, length), _PLACES)
         fence = _open_fence(rest[:cut]) if limit >= _LEAST_FOR_FENCES else None
+        if fence and length(f"{fence[1]}\n\n{fence[2]}") > limit // 4:
+            # Each part would repeat it, and have no room for more.
+            fence = None
         table = _open_table(rest, cut, limit // 4) if fence is None else None
         if table is not None:
             start, head = table

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.channel.vendors import VENDORS
 from services.channel.vendors.splitting import split, utf8_length, utf16_length
 
 
@@ -64,3 +65,14 @@ def test_a_long_text_is_measured_only_a_few_times() -> None:
     text = "![a" * 100_000
     assert "".join(split(text, 1_000, rendered_length)) == text
     assert measured < 3 * len(text)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "text", ["`" * 20_000, "`a``" * 2_000, f"```{'i' * 5_000}\n{'x' * 5_000}", f"~~~{'~' * 5_000}\na"]
+)
+@pytest.mark.parametrize("name", VENDORS)
+def test_a_fence_that_fills_a_part_is_text(name: str, text: str) -> None:
+    """To open and close it again in each part would never end, and fill the memory."""
+    parts = VENDORS[name].split(text)
+    assert sum(map(len, parts)) < 8 * len(text)
