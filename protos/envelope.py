@@ -64,7 +64,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
             self.source,
             self.type,
             "1.0",
-            self.time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            self.time,
             "application/json",
             self.subject,
             None if self.sequence is None else str(self.sequence),
@@ -81,7 +81,7 @@ class _HeaderTable(msgspec.Struct, omit_defaults=True, rename={"content_type": "
     ce_source: str
     ce_type: str
     ce_specversion: str
-    ce_time: str
+    ce_time: datetime
     content_type: str
     ce_subject: str | None = None
     ce_sequence: str | None = None

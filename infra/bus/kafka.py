@@ -92,15 +92,16 @@ class KafkaPublisher:
             filling: dict[int, _Batch] = {}
             for index in indexes:
                 row = rows[index]
-                if unpublishable := _too_large(row):
+                headers = [(name, value.encode()) for name, value in row.headers.items()]
+                if unpublishable := _too_large(row, headers):
                     outcomes[index] = unpublishable
                     continue
                 partition = partitions[_hash(row.key) % len(partitions)]
                 batch = filling.get(partition)
-                if batch is None or not batch.add(index, row):
+                if batch is None or not batch.add(index, row, headers):
                     batch = filling[partition] = _Batch(producer, topic, partition)
                     batches.append(batch)
-                    batch.add(index, row)
+                    batch.add(index, row, headers)
         # In the order in which they were begun, so that those of one partition follow each other.
         sent = [await batch.send() for batch in batches]
         results = await asyncio.gather(*sent, return_exceptions=True)
@@ -126,9 +127,8 @@ class _Batch:
         self._producer = producer
         self._records = producer.create_batch()
 
-    def add(self, index: int, row: Pending) -> bool:
+    def add(self, index: int, row: Pending, headers: Sequence[tuple[str, bytes]]) -> bool:
         """False if the batch is full. The first record always fits."""
-        headers = [(name, value.encode()) for name, value in row.headers.items()]
         if self._records.append(timestamp=None, key=row.key.encode(), value=row.body, headers=headers) is None:
             return False
         self.indexes.append(index)
@@ -142,10 +142,10 @@ class _Batch:
         return sent
 
 
-def _too_large(row: Pending) -> Unpublishable | None:
+def _too_large(row: Pending, headers: Sequence[tuple[str, bytes]]) -> Unpublishable | None:
     if len(row.body) > MAX_RECORD_BYTES:
         return Unpublishable(f"body: must have at most {MAX_RECORD_BYTES} bytes, not {len(row.body)}")
-    if (size := len("".join((row.key, *row.headers.values())).encode())) > MAX_HEADER_BYTES:
+    if (size := len(row.key.encode()) + sum([len(value) for _, value in headers])) > MAX_HEADER_BYTES:
         return Unpublishable(f"key and headers: must have at most {MAX_HEADER_BYTES} bytes, not {size}")
     return None
 

@@ -23,11 +23,11 @@ import msgspec
 import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
-from opentelemetry import trace
 from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 
 from infra.clock import utcnow, uuid7, wait_at_most
 from infra.connections import kafka_options
+from infra.observe import spans
 from infra.observe.metrics import Metrics
 from infra.observe.redaction import redacted
 from protos.envelope import Envelope
@@ -95,13 +95,13 @@ def _write(level: str, message: object, data: dict[str, Any]) -> None:
         }
     if _unprinted:
         data["lines_not_printed"] = _unprinted
-    context = trace.get_current_span().get_span_context()
+    span = spans.current_span()
     fields = {
         "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "level": level,
         "service": _service,
-        "traceId": f"{context.trace_id:032x}" if context.is_valid else None,
-        "spanId": f"{context.span_id:016x}" if context.is_valid else None,
+        "traceId": f"{span.trace_id:032x}" if span.span_id else None,
+        "spanId": f"{span.span_id:016x}" if span.span_id else None,
         "message": redacted(str(message)),
         "data": redacted(data),
     }

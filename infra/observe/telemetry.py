@@ -168,8 +168,7 @@ def carrier() -> dict[str, str]:
 
     They are stored with a message: its consumer continues the trace, or links to it.
     """
-    span = trace.get_current_span()
-    return _inject(span if isinstance(span, RecordedSpan) else span.get_span_context())
+    return _inject(spans.current_span())
 
 
 def _inject(context: RecordedSpan | SpanContext) -> dict[str, str]:
@@ -312,11 +311,8 @@ def _start(
 
 
 def _current() -> RecordedSpan | SpanContext | None:
-    current = trace.get_current_span()
-    if isinstance(current, RecordedSpan):
-        return current
-    context = current.get_span_context()
-    return context if context.is_valid else None
+    current = spans.current_span()
+    return current if current.span_id else None
 
 
 class _Links:

@@ -364,14 +364,19 @@ class Tx:
             self._connection = None
 
 
+# The bits of a UUIDv7.
+_TIME = 0xFFFFFFFFFFFF << 80
+_RANDOM = 0x0FFF_3FFFFFFFFFFFFFFF
+_VERSION_7 = 0x7000_8000000000000000
+
+
 def derived_id(base: UUID, *parts: object) -> UUID:
     """The UUIDv7 that follows from `base` and `parts`, the same each time, with the time of `base`.
 
     Keeping the time keeps it in the inbox partition of `base`.
     """
     digest = hashlib.blake2b(repr(parts).encode(), key=base.bytes, digest_size=10).digest()
-    variant = bytes([digest[2] & 0x3F | 0x80])
-    return UUID(bytes=base.bytes[:6] + bytes([digest[0] & 0x0F | 0x70]) + digest[1:2] + variant + digest[3:])
+    return UUID(int=base.int & _TIME | int.from_bytes(digest) & _RANDOM | _VERSION_7)
 
 
 def publications(

@@ -31,6 +31,14 @@ class ShownOnce(NamedTuple):
     """The part of the text that may be stored and shown again."""
 
 
+def key_of(request: Request) -> str | None:
+    """Raises InvalidMessage if the request's key is empty or longer than 255 characters."""
+    key = request.headers.get(HEADER)
+    if key is not None and not 0 < len(key) <= MAX_KEY:
+        raise InvalidMessage(HEADER, f"must have 1 to {MAX_KEY} characters")
+    return key
+
+
 async def once(request: Request, runtime: Runtime, who: Identity, work: Work, *, body: bytes | None = None) -> Response:
     """The answer of `work`, run in one transaction of the caller's tenant (for the operator: of the worker role).
 
@@ -39,9 +47,7 @@ async def once(request: Request, runtime: Runtime, who: Identity, work: Work, *,
     that was streamed and cannot be read again. Raises InvalidMessage if the key was used with another body, is empty
     or longer than 255 characters.
     """
-    key = request.headers.get(HEADER)
-    if key is not None and not 0 < len(key) <= MAX_KEY:
-        raise InvalidMessage(HEADER, f"must have 1 to {MAX_KEY} characters")
+    key = key_of(request)
     database = runtime.request if who.tenant_id else runtime.worker
     content = await request.body() if body is None else body
 

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from contextvars import Context
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -34,6 +35,8 @@ PAUSE_SECONDS = 0.5
 """After a failed call, no call is tried for this time: a request of many calls must not wait for each time-out."""
 SILENCE_SECONDS = 15.0
 """After this time without a message a listener sends a ping; after as long again it opens a new connection."""
+MOST_WAITING = 10_000
+"""Messages of `publish_soon` that wait for Redis."""
 
 _log = get_logger("infra.stores.cache")
 
@@ -58,6 +61,8 @@ class Cache:
         )
         self._limiter = MovingWindowRateLimiter(storage)
         self._away_since: float | None = None
+        self._waiting: list[tuple[str, bytes]] = []
+        self._sending: asyncio.Task[None] | None = None
 
     async def limit(self, who: str, what: str, *, times: int, seconds: int) -> None:
         """Counts one use of `what` (an endpoint) by `who` (an address, a tenant, an account).
@@ -75,6 +80,25 @@ class Cache:
     async def publish(self, channel: str, data: bytes | str) -> None:
         """Sends `data` to the processes that listen to `channel` at this moment; the message is not kept."""
         await self._or(None, lambda: self._redis.publish(channel, data))
+
+    def publish_soon(self, channel: str, data: bytes) -> None:
+        """As `publish`, but the caller does not wait: all messages that come in the meantime are sent together, in
+        their order. While too many wait, new ones are dropped."""
+        if len(self._waiting) >= MOST_WAITING:
+            return
+        self._waiting.append((channel, data))
+        if self._sending is None:
+            # An empty context: the task works for many callers and belongs to the trace of none.
+            self._sending = asyncio.create_task(self._send_waiting(), name="cache publisher", context=Context())
+
+    async def _send_waiting(self) -> None:
+        while self._waiting:
+            messages, self._waiting = self._waiting, []
+            async with self._redis.pipeline(transaction=False) as together:
+                for channel, data in messages:
+                    together.publish(channel, data)
+                await self._or(None, together.execute)
+        self._sending = None
 
     async def listen(self, *patterns: str) -> AsyncGenerator[tuple[str, bytes] | None]:
         """(channel, data) of each message on a channel that fits one of `patterns` (``claw:run:*``).

@@ -84,12 +84,12 @@ def summed(rows: str) -> str:
     """
 
 
-def added(table: str, rows: str) -> str:
-    """The statement that sums rows of the view ``measure``, and adds the sums to those of `table` that have the same
-    key, in the order of their keys."""
+def added(table: str, sums: str) -> str:
+    """The statement that adds sums, such as `summed`, to those of `table` that have the same key, in the order of their
+    keys."""
     return f"""
         INSERT INTO {table} AS b ({_ALL})
-        {summed(rows)}
+        {sums}
         ORDER BY {_KEY}
         ON CONFLICT ({_KEY}) DO UPDATE
         SET records = b.records + excluded.records,
@@ -128,9 +128,36 @@ REBUILT = f"""
 # small, or had no statistics, would read the whole table for every batch.
 ADDED = added(
     "usage_bucket",
-    """
-    unnest(string_to_array($1, E'\\x1f'), string_to_array($2, E'\\x1f')) AS n(tenant, id)
-    CROSS JOIN LATERAL (SELECT * FROM measure WHERE tenant_id = n.tenant AND usage_id = n.id OFFSET 0) AS m
+    summed(
+        """
+        unnest(string_to_array($1, E'\\x1f'), string_to_array($2, E'\\x1f')) AS n(tenant, id)
+        CROSS JOIN LATERAL (SELECT * FROM measure WHERE tenant_id = n.tenant AND usage_id = n.id OFFSET 0) AS m
+        """
+    ),
+)
+# As ADDED, with the columns of `batch_sums`, joined by U+001F, as parameters from $3 on.
+_BATCH_TYPES = {
+    "period": "bigint",
+    "hour": "float8",
+    "late": "boolean",
+    "records": "bigint",
+    "quantity": "numeric",
+    "first_arrival": "bigint",
+    "last_arrival": "bigint",
+    "hash": "bigint",
+    "largest": "numeric",
+}
+_BATCH = ", ".join(
+    f"string_to_array(${n}, E'\\x1f')::{_BATCH_TYPES.get(name, 'text')}[]" for n, name in enumerate((*KEY, *COLUMNS), 3)
+)
+BATCH_ADDED = added(
+    "usage_bucket",
+    f"""
+    SELECT tenant_id, period, to_timestamp(hour) AS hour, meter, resource, coalesce(agent_id, '') AS agent_id,
+           coalesce(channel_id, '') AS channel_id, coalesce(price_version, '') AS price_version, late,
+           coalesce(member_id, '') AS member_id, coalesce(tag, '') AS tag, records, quantity, first_arrival,
+           last_arrival, hash, largest, latest::numeric[], sessions::bigint[]
+    FROM unnest({_BATCH}) AS n({_ALL})
     """,
 )
 
@@ -175,11 +202,13 @@ async def add_corrections(tx: Tx, tenant_id: str, keys: Sequence[tuple[str, str]
     await tx.sql(
         added(
             "usage_bucket",
-            """
-            unnest($2::text[], $3::text[]) AS n(usage_id, price_version)
-            JOIN correction_measure USING (usage_id, price_version)
-            WHERE tenant_id = $1
-            """,
+            summed(
+                """
+                unnest($2::text[], $3::text[]) AS n(usage_id, price_version)
+                JOIN correction_measure USING (usage_id, price_version)
+                WHERE tenant_id = $1
+                """
+            ),
         ),
         tenant_id,
         [usage_id for usage_id, _ in keys],

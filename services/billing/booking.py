@@ -187,7 +187,7 @@ async def credit(
     """Takes a part of an invoice back, with its share of the tax. It reduces the amount that is due.
 
     Money that was paid already becomes a grant or, with `refund`, is owed until a payment is refunded. Raises Conflict
-    for a draft or void invoice and InvalidMessage for more than the invoice has.
+    for a draft or void invoice, and InvalidMessage for more than the invoice has or than its payments can give back.
     """
     await accounts.lock_one(tx, tenant_id)
     invoice = await invoices.get(tx, tenant_id, invoice_id)
@@ -195,9 +195,18 @@ async def credit(
         raise Conflict(f"the invoice is {invoice.status}; only a finalised or paid one gets a credit note")
     if minor > invoice.total_minor - invoice.credited_minor:
         raise InvalidMessage("amount_minor", f"must be at most {invoice.total_minor - invoice.credited_minor}")
+    over = max(0, minor - invoice.due_minor)
+    if refund and over > (refundable := await _refundable(tx, invoice)):
+        raise InvalidMessage("refund", f"payments can give back {refundable} of the {over} that were paid")
     unit = nanos_per_minor(invoice.currency)
-    gross = invoice.subtotal_nanos + invoice.tax_nanos
-    taxed = schemes.part(minor * unit, invoice.tax_nanos, gross) if gross else 0
+
+    def part(nanos: int) -> int:
+        """The difference of two shares: the notes of a whole invoice take back exactly the amounts that it booked."""
+        before, after = invoice.credited_minor, invoice.credited_minor + minor
+        whole = invoice.total_minor
+        return schemes.part(nanos, after, whole) - schemes.part(nanos, before, whole)
+
+    revenue, taxed = part(invoice.subtotal_nanos), part(invoice.tax_nanos)
     credit_note_id, number = uuid7(), await _number(tx, tenant_id, CREDIT_SERIES)
     await tx.sql(
         """
@@ -217,7 +226,12 @@ async def credit(
         tenant_id,
         "credit_note",
         str(credit_note_id),
-        {"revenue": minor * unit - taxed, "tax": taxed, "receivable": -minor * unit},
+        {
+            "revenue": revenue,
+            "tax": taxed,
+            "receivable": -minor * unit,
+            "rounding": minor * unit - revenue - taxed,
+        },
         reason=reason,
         actor=actor,
     )
@@ -227,17 +241,30 @@ async def credit(
         invoice_id,
         minor,
     )
-    over = 0 if refund else max(0, minor - invoice.due_minor)
+    if refund:
+        over = 0
     await add_paid(tx, tenant_id, invoice_id, -over)
-    if over:
+    paid_for = invoice.paid_minor * unit + await grants.burned_prepaid(tx, tenant_id, str(invoice_id))
+    for kind, nanos in grants.given_back(over * unit, paid_for):
         await accounts.add_credit(
-            tx,
-            tenant_id,
-            over * unit,
-            kind="prepaid",
-            reason=f"credit note {number}",
-            actor=actor,
-            source="receivable",
+            tx, tenant_id, nanos, kind=kind, reason=f"credit note {number}", actor=actor, source="receivable"
         )
     [made] = await invoices.credit_notes(tx, tenant_id, invoice_id, number)
     return made
+
+
+async def _refundable(tx: Tx, invoice: Invoice) -> int:
+    """Returns the minor units that payments of an invoice can give back and that no credit note has promised yet."""
+    [(kept,)] = await tx.sql(
+        """
+        SELECT coalesce(sum(received_minor - refunded_minor - coalesce((
+            SELECT sum(minor) FROM dispute AS d
+            WHERE d.tenant_id = p.tenant_id AND d.payment_id = p.payment_id AND d.state <> 'won'
+        ), 0)), 0)::bigint
+        FROM payment AS p
+        WHERE invoice_id = $1
+        """,
+        invoice.id,
+    )
+    promised = invoice.applied_minor + invoice.credited_minor + invoice.paid_minor - invoice.total_minor
+    return max(0, int(kept) - max(0, promised))

@@ -129,7 +129,9 @@ def cost(price: Price, quantities: Mapping[str, int]) -> int:
     above zero and is not reported.
     """
     size = quantities.get("input_tokens", 0)
-    prices = next(prices for above, prices in reversed(price.scaled) if size > above)
+    for above, tier in price.scaled:
+        if size > above:
+            prices = tier
     total = 0
     for unit, nanos in prices.nanos.items():
         whole = PART_OF.get(unit)
@@ -179,6 +181,9 @@ def price_at(prices: Sequence[Price], currency: str, moment: datetime) -> Price 
 
 def valid_at(prices: Sequence[Price], currency: str, moment: datetime) -> Price | None:
     """Returns the latest version in `currency` that is valid at `moment`. Of two with the same start, the newer one."""
+    if len(prices) == 1:  # Most have one.
+        [price] = prices
+        return price if price.valid_from <= moment and price.currency == currency else None
     found = (price for price in _in_force(prices, moment) if price.currency == currency)
     return max(found, key=lambda price: (price.valid_from, price.version), default=None)
 
@@ -246,6 +251,8 @@ def implausible(quantities: Mapping[str, int]) -> str:
     for unit, count in quantities.items():
         if not 0 <= count <= MAX_QUANTITY:
             return f"quantities.{unit} is {count}"
+    if PART_OF.keys().isdisjoint(quantities):
+        return ""
     for whole, known_parts in _PARTS.items():
         parts = [unit for unit in known_parts if unit in quantities]
         if parts and whole in quantities and sum(quantities[unit] for unit in parts) > quantities[whole]:

@@ -20,6 +20,7 @@ from services.billing.journal import JournalAccount
 
 Kind = Literal["prepaid", "promotional"]
 DEFAULT_PRIORITY = 100
+_CORRECTIONS = "corrections of earlier usage"
 _OWED: dict[str, JournalAccount] = {"prepaid": "prepaid", "promotional": "promotional_credit"}
 
 
@@ -131,6 +132,32 @@ async def burn(tx: Tx, tenant_id: str, nanos: int, *, for_: JournalAccount, refe
     return total
 
 
+async def burned_prepaid(tx: Tx, tenant_id: str, reference: str) -> int:
+    """Returns the prepaid credit that was burned for an invoice or, for ``usage``, the part that corrections have not
+    given back."""
+    [(nanos,)] = await tx.sql(
+        """
+        SELECT coalesce(sum(amount_nanos), 0)::bigint
+        FROM journal_entry
+        JOIN journal_line USING (tenant_id, entry)
+        WHERE tenant_id = $1 AND account = 'prepaid'
+          AND (kind = 'burn' AND reference = $2 OR $2 = 'usage' AND kind = 'grant' AND reason = $3)
+        """,
+        tenant_id,
+        reference,
+        _CORRECTIONS,
+    )
+    return int(nanos)
+
+
+def given_back(nanos: int, paid_for: int) -> list[tuple[Kind, int]]:
+    """Divides an amount that is given back into grants: paid credit comes back first, as prepaid credit; the rest
+    was promotional and is so again."""
+    prepaid = min(nanos, max(0, paid_for))
+    parts: list[tuple[Kind, int]] = [("prepaid", prepaid), ("promotional", nanos - prepaid)]
+    return [part for part in parts if part[1]]
+
+
 async def left(tx: Tx, tenant_id: str) -> int:
     """Returns the sum of all grants that are left."""
     [(nanos,)] = await tx.sql(
@@ -153,15 +180,8 @@ async def settle(tx: Tx, tenant_id: str) -> None:
         await tx.sql("UPDATE account SET burned_nanos = burned_nanos + $2 WHERE tenant_id = $1", tenant_id, burned)
     elif due < 0:
         # Corrections have given back more than the usage since the last settlement. Grants had paid for the rest.
-        await add(
-            tx,
-            tenant_id,
-            -due,
-            kind="prepaid",
-            reason="corrections of earlier usage",
-            actor="billing",
-            source="revenue",
-        )
+        for kind, nanos in given_back(-due, await burned_prepaid(tx, tenant_id, "usage")):
+            await add(tx, tenant_id, nanos, kind=kind, reason=_CORRECTIONS, actor="billing", source="revenue")
         await tx.sql("UPDATE account SET burned_nanos = burned_nanos + $2 WHERE tenant_id = $1", tenant_id, due)
     if expired:
         await _expire(tx, tenant_id)

@@ -21,6 +21,9 @@ class Labels(NamedTuple):
     tag: str
 
 
+_NONE = Labels("", "")
+
+
 class _Value(NamedTuple):
     tenant_id: str
     kind: str
@@ -29,6 +32,8 @@ class _Value(NamedTuple):
 
 async def bounded(tx: Tx, records: Sequence[UsageRecorded], now: datetime) -> list[Labels]:
     """Returns the member and the tag of each record, as they are counted. The caller has locked the accounts."""
+    if not any(record.member_id or record.tag for record in records):
+        return [_NONE] * len(records)
     found = [Labels(str(record.member_id or ""), _tag(record.tag or "")) for record in records]
     values = [
         [_Value(record.tenant_id, kind, value) for kind, value in zip(MOST, labels, strict=True)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.responses import Response
 
 from infra.errors import InvalidMessage, NotFound
@@ -21,13 +22,28 @@ from services.billing import plans, schemes, subscriptions
 from services.billing.aggregates import METERS
 from services.billing.currencies import DIGITS
 from services.billing.plans import Included, Plan, PlanCharge, StoredPlan
-from services.billing.prices_api import Nanos
 from services.billing.schemes import Scheme, SchemeTier
 from services.billing.subscriptions import PlanSubscription
 
 Text = Annotated[str, Field(min_length=1, max_length=200)]
 When = Literal["now", "period_end"]
 MAX_TIERS = 50
+_DECIMAL = re.compile(r"-?[0-9]{1,16}(?:\.([0-9]+))?")
+
+
+def _decimal(least: int, most: int, *, places: int) -> BeforeValidator:
+    """Checks an integer, or a decimal as text: a JSON number with a fraction is not exact. Before the union is tried,
+    so an error names the field."""
+
+    def check(value: Any) -> Any:
+        found = _DECIMAL.fullmatch(str(value)) if type(value) in (int, str) else None
+        if not found or len(found[1] or "") > places or not least <= Decimal(found[0]) <= most:
+            raise ValueError(
+                f"must be an integer or a decimal string from {least} to {most}, with {places} places at most"
+            )
+        return value
+
+    return BeforeValidator(check)
 
 
 class _Body(BaseModel):
@@ -37,7 +53,7 @@ class _Body(BaseModel):
 class TierBody(_Body):
     up_to: int | None = Field(None, gt=0, le=10**15)
     """The last unit of the tier. Null: no end; only in the last tier."""
-    unit_nanos: Annotated[int, Field(ge=0, le=10**15)] | Nanos = 0
+    unit_nanos: Annotated[int | str, _decimal(0, 10**15, places=18)] = 0
     """Nano-units per unit, per package for the scheme package. A string may have a fraction."""
     flat_nanos: int = Field(0, ge=0, le=10**15)
 
@@ -84,9 +100,7 @@ class NewPlan(_Body):
     base_nanos: int = Field(ge=0, le=10**15)
     included: list[IncludedBody] = Field([], max_length=50)
     charges: list[ChargeBody] = Field([], max_length=50)
-    usage_markup_percent: (
-        Annotated[int, Field(ge=-100, le=1000)] | Annotated[str, Field(pattern=r"^-?\d{1,4}(\.\d{1,6})?$")] | None
-    ) = None
+    usage_markup_percent: Annotated[int | str, _decimal(-100, 1000, places=6)] | None = None
     """All usage is charged at the price book's prices with this markup. Null: only `charges` are."""
     minimum_nanos: int = Field(0, ge=0, le=10**15)
     """The commitment: an invoice that would be lower gets a line with the difference. Before tax."""

@@ -1,5 +1,6 @@
 -- Stores a batch of rated usage records, debits the counted ones and closes the holds that they name. A held record
--- keeps its hold open until it is resolved, so that its cost stays reserved.
+-- keeps its hold open until it is resolved, so that its cost stays reserved. Returns the records' numbers of arrival, in
+-- their order, and the accounts that were debited.
 --
 -- Each parameter is a column: its values joined by U+001F, in the order of the records. An empty value is null. (An array
 -- parameter would be faster here, but the driver examines each of its elements in Python.)
@@ -97,6 +98,5 @@ repeated AS (
     FROM record
     WHERE verdict = 'duplicate'
 )
-SELECT tenant_id, currency, credit_nanos, debited_nanos, nanos
-FROM debited
-ORDER BY tenant_id
+SELECT ARRAY(SELECT arrival FROM record ORDER BY arrival),
+       ARRAY(SELECT ROW(tenant_id, currency, credit_nanos, debited_nanos, nanos) FROM debited ORDER BY tenant_id)

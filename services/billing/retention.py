@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 from infra.postgres.tx import Tx
 from services.billing import accounts
-from services.billing.aggregates import added
+from services.billing.aggregates import added, summed
 from services.billing.domain import MAX_AGE, MESSAGE
 
 KEPT = MAX_AGE + timedelta(days=1)
@@ -71,7 +71,7 @@ async def delete(tx: Tx, tenant_id: str, before: datetime) -> int:
             LIMIT {PAGE}
         ),
         summed AS (
-            {added("deleted_usage", _MEASURES)}
+            {added("deleted_usage", summed(_MEASURES))}
         ),
         repeats AS (
             DELETE FROM duplicate WHERE tenant_id = $2 AND usage_id = ANY(ARRAY(TABLE old))

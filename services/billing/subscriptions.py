@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from functools import cache
 from typing import Literal, NamedTuple
 from uuid import UUID
 from zoneinfo import ZoneInfo, available_timezones
@@ -27,6 +28,11 @@ from services.billing.domain import MAX_AGE
 
 # Farther in the past, usage of that time would be too old to be counted.
 MAX_DAYS_AGO = 45
+MAX_DAYS_AHEAD = 3_660
+
+
+# It reads hundreds of files.
+_time_zones = cache(available_timezones)
 
 
 class PlanSubscription(BaseModel):
@@ -198,7 +204,7 @@ async def subscribe(
     """Raises Conflict if the tenant has a subscription at that time or if the currencies differ, and InvalidMessage for
     a start that is too early or has usage after it that was counted before the subscription existed."""
     currency, _ = await accounts.lock_one(tx, tenant_id)
-    if time_zone not in available_timezones():
+    if time_zone not in _time_zones():
         raise InvalidMessage("time_zone", "is not the name of a time zone, such as Europe/Berlin")
     stored = await plans.latest(tx, plan_id)
     if stored.plan.currency != currency:
@@ -207,6 +213,8 @@ async def subscribe(
     begins = (starts_at or now).replace(microsecond=0)
     if (now - begins).days > MAX_DAYS_AGO:
         raise InvalidMessage("starts_at", f"must not be more than {MAX_DAYS_AGO} days ago")
+    if (begins - now).days > MAX_DAYS_AHEAD:
+        raise InvalidMessage("starts_at", f"must not be more than {MAX_DAYS_AHEAD} days ahead")
     if await tx.sql(
         "SELECT 1 FROM subscription WHERE tenant_id = $1 AND ends_at > $2 AND starts_at < ends_at", tenant_id, begins
     ):

@@ -13,8 +13,10 @@ from infra.clock import utcnow
 from infra.errors import InvalidMessage, Transient
 from infra.postgres.tx import Tx
 from protos.messages.billing import UsageRecorded
-from services.billing import accounts, aggregates, budgets, grants, holds, labels, price_book, subscriptions
+from services.billing import accounts, aggregates, batch_sums, budgets, grants, holds, price_book, subscriptions
+from services.billing import labels as usage_labels
 from services.billing.accounts import Entry
+from services.billing.batch_sums import Counted
 from services.billing.domain import Account, UsageContent, Verdict, judge, settle
 from services.billing.subscriptions import Place
 
@@ -30,6 +32,7 @@ SELECT ARRAY({accounts.CURRENCIES.format("$1")}),
 """
 # Adds counted records to their buckets and budgets, which no other transaction changes: the accounts are locked.
 _ADD = f"WITH bucketed AS ({aggregates.ADDED}), used AS ({budgets.USED}) {budgets.SPENT}"
+_ADD_BATCH = f"WITH bucketed AS ({aggregates.BATCH_ADDED}), used AS ({budgets.USED}) {budgets.SPENT}"
 _RECORD = Path(__file__).with_name("record_usage.sql").read_text()
 # Separates the values of a column in a parameter. JSON text never contains it unescaped.
 _SEPARATOR = "\x1f"
@@ -65,7 +68,8 @@ async def record(
     """
     places = await _places(tx, records, verdicts)
     now = utcnow()
-    found = await labels.bounded(tx, records, now)
+    found = await usage_labels.bounded(tx, records, now)
+    session_keys = [(item.session_key or "").translate(_UNSTORABLE) for item in records]
     columns: tuple[Sequence[str], ...] = (
         [item.tenant_id for item in records],
         [item.usage_id for item in records],
@@ -83,7 +87,7 @@ async def record(
         span_ids,
         ["" if item.agent_id is None else str(item.agent_id) for item in records],
         ["" if item.channel_id is None else str(item.channel_id) for item in records],
-        [(item.session_key or "").translate(_UNSTORABLE) for item in records],
+        session_keys,
         [(item.api_key_id or "").translate(_UNSTORABLE) for item in records],
         [str(place.period) for place in places],
         ["t" if place.late else "f" for place in places],
@@ -91,24 +95,22 @@ async def record(
         [label.tag for label in found],
     )
     try:
-        debited = await tx.sql(_RECORD, *map(_SEPARATOR.join, columns), now)
+        [(arrivals, debited)] = await tx.sql(_RECORD, *map(_SEPARATOR.join, columns), now)
     except IntegrityError as error:
         raise Transient("another transaction recorded one of these usage_ids at the same time") from error
     for tenant_id, currency, credit_nanos, debited_nanos, amount_nanos in debited:
         accounts.notify(tx, tenant_id, currency, Account(credit_nanos, debited_nanos - amount_nanos), amount_nanos)
     if counted := [
-        (item.tenant_id, item.usage_id)
-        for item, verdict in zip(records, verdicts, strict=True)
+        Counted(item, session_key, verdict.amount_nanos or 0, verdict.price_version or "", place, labels, arrival)
+        for item, session_key, verdict, place, labels, arrival in zip(
+            records, session_keys, verdicts, places, found, arrivals, strict=True
+        )
         if verdict.kind == "counted"
     ]:
-        await _add(tx, counted)
+        keys = [item.record.tenant_id for item in counted], [item.record.usage_id for item in counted]
+        sums = batch_sums.columns(counted)
+        budgets.notify(tx, await tx.sql(_ADD_BATCH, *map(_SEPARATOR.join, (*keys, *sums))))
     return [(currency, amount_nanos) for _, currency, _, _, amount_nanos in debited]
-
-
-async def _add(tx: Tx, keys: Sequence[tuple[str, str]]) -> None:
-    """Adds counted records (tenant, usage_id) to their buckets and budgets. The caller has locked the accounts."""
-    tenant_ids, usage_ids = (_SEPARATOR.join(column) for column in zip(*keys, strict=True))
-    budgets.notify(tx, await tx.sql(_ADD, tenant_ids, usage_ids))
 
 
 async def _places(tx: Tx, records: Sequence[UsageRecorded], verdicts: Sequence[Verdict]) -> Sequence[Place]:
@@ -153,8 +155,7 @@ async def _charge(tx: Tx, record: UsageRecorded, verdict: Verdict, period: int) 
         record.tenant_id, "charge", -verdict.amount_nanos, record.usage_id, verdict.price_version, period=period
     )
     await accounts.debit(tx, [entry])
-    keys = [(record.tenant_id, record.usage_id)]
-    await _add(tx, keys)
+    budgets.notify(tx, await tx.sql(_ADD, record.tenant_id, record.usage_id))
     if record.hold_id:
         await holds.close(tx, [(record.tenant_id, record.hold_id)])
 

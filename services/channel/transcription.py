@@ -8,6 +8,7 @@ from infra.errors import EffectFailed, Transient
 from infra.outgoing.client import Outgoing
 from infra.stores.objects import safe_name
 from services.channel.multipart import multipart
+from services.channel.vendors.base import MALFORMED
 
 TIMEOUT_SECONDS = 180.0
 # The endpoint judges the format by the name's extension.
@@ -55,5 +56,5 @@ class Transcription:
             raise EffectFailed(f"the transcription was refused: HTTP {answer.status}")
         try:
             return msgspec.json.decode(answer.body, type=_Answer).text
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except MALFORMED as error:
             raise EffectFailed("the answer of the transcription is malformed") from error

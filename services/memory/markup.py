@@ -165,6 +165,9 @@ class _Writer:
     def _cell(self, text: str, columns: int, rows: int) -> None:
         self._fill()
         row = self._rows[-1]
+        if self._repeatable < 0:
+            columns = rows = 1
+        self._repeatable -= columns - 1
         for n in range(columns):
             if rows > 1:
                 self._spanning[-1][len(row)] = ("" if n else text, rows - 1)
@@ -173,11 +176,11 @@ class _Writer:
     def _fill(self) -> None:
         """Adds the cells of earlier rows that stand in the next columns of the row."""
         row, spanning = self._rows[-1], self._spanning[-1]
-        while (column := len(row)) in spanning:
+        while self._repeatable >= 0 and (column := len(row)) in spanning:
             text, left = spanning.pop(column)
             if left > 1:
                 spanning[column] = (text, left - 1)
-            self._repeatable -= len(text)
+            self._repeatable -= len(text) + 1
             row.append(text if self._repeatable >= 0 else "")
 
     def _row(self) -> None:

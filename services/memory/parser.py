@@ -18,7 +18,7 @@ import msgspec
 
 import infra
 from infra.observe.logs import get_logger
-from services.memory import confinement
+from infra.security import confinement
 from services.memory.domain import Chunk
 
 PARSE_SECONDS = 600.0

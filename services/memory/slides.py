@@ -8,6 +8,7 @@ from typing import IO, Any
 from lxml import etree  # type: ignore[import-untyped]
 
 from services.memory import spreadsheets
+from services.memory.markup import MAX_REPEATED_CHARACTERS
 
 _DRAWING = "{http://schemas.openxmlformats.org/drawingml/2006/main}"
 # A chart may state more points than it has, and then all of them would be looked for.
@@ -19,20 +20,28 @@ def texts(file: IO[bytes]) -> Iterator[str]:
     """Each slide as Markdown."""
     from pptx import Presentation
 
-    # Each slide once: a small file could name one a million times.
+    # Each slide, chart and diagram once: a small file could name one a million times.
+    read: set[str] = set()
     for slide in {slide.part.partname: slide for slide in Presentation(file).slides}.values():
         title = slide.shapes.title
         shown = title is not None and title.text.strip()
         lines = [f"# {' '.join(title.text.split())}"] if shown else []
         others = [shape for shape in slide.shapes if not (shown and shape.shape_id == title.shape_id)]
-        lines += [text for shape in others for text in _shape_texts(shape)]
-        if slide.has_notes_slide and slide.notes_slide.notes_text_frame is not None:
-            lines.append(slide.notes_slide.notes_text_frame.text)
+        lines += [text for shape in others for text in _shape_texts(shape, read)]
+        if slide.has_notes_slide and _is_new(slide.notes_slide.part, read):
+            notes = slide.notes_slide.notes_text_frame
+            lines += [] if notes is None else [notes.text]
         yield "\n\n".join(lines)
 
 
-def _shape_texts(shape: Any) -> Iterator[str]:
-    """The texts of a shape of a slide: of its text, its table, or the shapes of its group."""
+def _is_new(part: Any, read: set[str]) -> bool:
+    is_new = part.partname not in read
+    read.add(part.partname)
+    return is_new
+
+
+def _shape_texts(shape: Any, read: set[str]) -> Iterator[str]:
+    """The texts of a shape of a slide: of its text, its table, or the shapes of its group. Adds the parts to `read`."""
     waiting = [shape]
     while waiting:
         shape = waiting.pop()
@@ -41,22 +50,36 @@ def _shape_texts(shape: Any) -> Iterator[str]:
         elif getattr(shape, "has_table", False) and shape.has_table:
             yield spreadsheets.table(_cells(shape.table))
         elif getattr(shape, "has_chart", False) and shape.has_chart:
-            yield _chart(shape.chart)
+            if _is_new(shape.chart.part, read):
+                yield _chart(shape.chart)
         elif shape.has_text_frame:
             yield shape.text_frame.text
         else:
             # The words of a diagram (SmartArt), or the description of a picture.
-            yield "\n".join(_diagram(shape)) or shape.element.xpath("string((.//p:cNvPr/@descr)[1])")
+            yield "\n".join(_diagram(shape, read)) or shape.element.xpath("string((.//p:cNvPr/@descr)[1])")
 
 
 def _cells(table: Any) -> list[list[str]]:
     """The cells of a slide's table. The text of a cell that spans rows stands in each of them."""
-    rows = [[cell.text for cell in row.cells] for row in table.rows]
-    for n, row in enumerate(table.rows):
-        for column, cell in enumerate(row.cells):
-            if cell.is_merge_origin:
-                for below in range(n + 1, min(n + cell.span_height, len(rows))):
-                    rows[below][column] = rows[n][column]
+    from pptx.table import _Cell
+
+    rows: list[list[str]] = []
+    # Column → the text of a cell of an earlier row, and in how many rows it still stands.
+    spanning: dict[int, tuple[str, int]] = {}
+    repeatable = MAX_REPEATED_CHARACTERS
+    # The library looks for all rows again for each of them.
+    for row in table._tbl.tr_lst:
+        rows.append([])
+        for column, cell in enumerate(row.tc_lst):
+            text = _Cell(cell, table).text
+            above, left = spanning.get(column, ("", 0))
+            if cell.rowSpan > 1:
+                spanning[column] = text, cell.rowSpan - 1
+            elif left:
+                spanning[column] = above, left - 1
+                repeatable -= len(above)
+                text = above if repeatable >= 0 else ""
+            rows[-1].append(text)
     return rows
 
 
@@ -76,10 +99,11 @@ def _chart(chart: Any) -> str:
     return f"{title}\n\n{spreadsheets.table(rows)}".strip()
 
 
-def _diagram(shape: Any) -> Iterator[str]:
+def _diagram(shape: Any, read: set[str]) -> Iterator[str]:
     # Without entities: a few of them could stand for gigabytes.
     parser = etree.XMLParser(resolve_entities=False)
     for id_ in etree._Element.xpath(shape.element, ".//*[local-name()='relIds']/@r:dm", namespaces=_RELATIONS):
-        for paragraph in etree.fromstring(shape.part.related_part(id_).blob, parser).iter(f"{_DRAWING}p"):
+        part = shape.part.related_part(id_)
+        for paragraph in etree.fromstring(part.blob, parser).iter(f"{_DRAWING}p") if _is_new(part, read) else ():
             if text := "".join(part.text or "" for part in paragraph.iter(f"{_DRAWING}t")):
                 yield text

@@ -43,10 +43,10 @@ def sheets(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
     from openpyxl import load_workbook  # type: ignore[import-untyped]
 
     book = load_workbook(file, read_only=True, data_only=True)
+    # A small workbook could name one part as thousands of sheets, or thousands of times as the drawing of one.
     read: set[str] = set()
     for sheet in book.worksheets:
         if sheet._worksheet_path in read:
-            # A small workbook could name one part as thousands of sheets.
             continue
         read.add(sheet._worksheet_path)
         # The stated dimensions may be wrong, and may be a million rows.
@@ -74,7 +74,7 @@ def sheets(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
         # A sheet with a single row has only a header.
         if lines or (header and not blocks):
             yield _block(sheet.title, header, lines)
-        if beside := "\n".join(_beside(book._archive, sheet._worksheet_path)):
+        if beside := "\n".join(_beside(book._archive, sheet._worksheet_path, read)):
             yield Block(beside, sheet.title)
         if sheet.sheet_state != "visible":
             warnings.append(f"The sheet {sheet.title} is hidden, and was read.")
@@ -232,9 +232,9 @@ def _number(value: float, format_: str) -> str:
     return f"{before}{text}{after}".strip() if placed else text
 
 
-def _beside(archive: zipfile.ZipFile, path: str) -> Iterator[str]:
+def _beside(archive: zipfile.ZipFile, path: str, read: set[str]) -> Iterator[str]:
     """The comments of a sheet with their cells, and the lines of its text boxes and of the titles of its charts."""
-    for kind, part in _related(archive, path):
+    for kind, part in _related(archive, path, read):
         if kind == "comments":
             for comment in part.iter("{*}comment"):
                 yield f"{comment.get('ref')}: {''.join(text.text or '' for text in comment.iter('{*}t'))}"
@@ -244,20 +244,23 @@ def _beside(archive: zipfile.ZipFile, path: str) -> Iterator[str]:
                     yield line
 
 
-def _related(archive: zipfile.ZipFile, path: str) -> Iterator[tuple[str, Any]]:
-    """The parts to which a part of the workbook refers, with their kinds; of a drawing also its charts."""
+def _related(archive: zipfile.ZipFile, path: str, read: set[str]) -> Iterator[tuple[str, Any]]:
+    """The parts to which a part of the workbook refers, with their kinds, unless they are `read` already; of a drawing
+    also its charts."""
     from lxml import etree  # type: ignore[import-untyped]
 
     folder, name = posixpath.split(path)
     relations = f"{folder}/_rels/{name}.rels"
-    if relations not in archive.namelist():
+    names = archive.NameToInfo
+    if relations not in names:
         return
     # Without entities: a few of them could stand for gigabytes.
     parser = etree.XMLParser(resolve_entities=False)
     for relation in etree.fromstring(archive.read(relations), parser):
         kind = posixpath.basename(relation.get("Type", ""))
         target = posixpath.normpath(posixpath.join("/", folder, relation.get("Target", "")))[1:]
-        if kind in ("comments", "drawing", "chart") and target in archive.namelist():
+        if kind in ("comments", "drawing", "chart") and target in names and target not in read:
+            read.add(target)
             yield kind, etree.fromstring(archive.read(target), parser)
             if kind == "drawing":
-                yield from (found for found in _related(archive, target) if found[0] == "chart")
+                yield from (found for found in _related(archive, target, read) if found[0] == "chart")

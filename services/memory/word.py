@@ -25,7 +25,9 @@ _MARGIN_WORDS = (f"{_W}t", f"{_W}tab", f"{_W}br")
 _WRAPPERS = tuple(_W + name for name in ("moveTo", "fldSimple", "bdo", "dir", "customXml"))
 # Of a fraction and of powers and indices, the sign before the part.
 _MATH_SIGNS = {f"{_M}den": "/", f"{_M}sup": "^", f"{_M}sub": "_"}
-_BACK = re.compile(r'\s*<a href="#[^"]*-ref-[^"]*">↑</a>')
+# Its parts have limits: a name may be long, and stand in many links.
+_BACK = re.compile(r'<a href="#[^"]{0,100}-ref-[^"]{0,20}">↑</a>')
+_REFERENCES = tuple(_W + name for name in ("footnoteReference", "endnoteReference", "commentReference"))
 _OFF = ("0", "false", "off")
 
 
@@ -84,6 +86,12 @@ def _rewrite(root: etree._Element) -> None:
         _replace(ruby, _text(f"{base}({above})"))
     for box in list(root.iter(f"{_W}txbxContent")):
         _show_box(box)
+    referred: set[tuple[str, str | None]] = set()
+    for reference in list(root.iter(*_REFERENCES)):
+        # Each note once: a small file could refer to one a million times.
+        if (note := (reference.tag, reference.get(f"{_W}id"))) in referred:
+            _remove(reference)
+        referred.add(note)
     for line_break in list(root.iter(f"{_W}cr")):
         line_break.tag = f"{_W}br"
     for hyphen in list(root.iter(f"{_W}softHyphen")):

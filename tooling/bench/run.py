@@ -85,10 +85,10 @@ async def run_ingest_tail(place: Fixture, progress: Progress, pairs: int) -> Seq
 
 
 async def run_runs(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
-    async with runs.running(place) as bench, runs.others(place) as others:
+    async with runs.running(place) as bench, runs.others(bench) as others:
         anchors = [Anchor("steps: single-row commits, 8 connections", 0.2, bench.commits), *others]
         commits, *results = await run_pairs("runs", bench.ours, anchors, progress, pairs=pairs)
-        return [commits, *map(runs.in_runs, results)]
+        return [commits, *map(runs.in_runs, results), *bench.costs()]
 
 
 async def run_overhead(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:

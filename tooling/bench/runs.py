@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import asyncio
 from asyncio.subprocess import Process
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
+from statistics import median
 from time import perf_counter
 from uuid import UUID
 
@@ -30,9 +32,9 @@ from services.agent.lanes import RUNS
 from services.agent.models import scripted
 from services.agent.sessions.arrivals import Arrival
 from services.agent.sessions.intake import take_in
-from tooling.bench import runs_anchors
+from tooling.bench import cpu, runs_anchors
 from tooling.bench.fixture import PRODUCTION, Fixture, child, connections, running_platform_on
-from tooling.bench.protocol import SLICE_SECONDS, Anchor, Result, Slice, check
+from tooling.bench.protocol import SLICE_SECONDS, Anchor, Result, Slice, Units, check, median_units
 from tooling.bench.runs_agent import TOOL
 from tooling.bench.runs_anchors import STEPS
 from tooling.stack.own_environment import environment
@@ -46,6 +48,10 @@ CONNECTIONS = 8
 WAIT_SECONDS = 300.0
 ANCHOR_SECONDS = 120.0
 
+# The processes that work for our runs.
+_OURS = (SERVICE, "postgres", "kafka", "valkey")
+# The largest part of the CPU time of a run by others that meets the goal.
+_CPU_GOALS = {"LangGraph, sync": 0.2}
 # Counts over the whole bench; all of them must equal the number of steps.
 _STEPS = """
 SELECT (SELECT count(*) FROM agent.run WHERE status = 'completed') * $1 AS "of completed runs",
@@ -91,6 +97,8 @@ class Runs:
     """New sessions of a slice, each with one run."""
     workers: int = 1
     """Processes of the service."""
+    milliseconds: dict[str, list[dict[str, float]]] = field(default_factory=lambda: defaultdict(list))
+    """CPU time of a run in each slice, by contender and process."""
 
     async def prepare(self) -> None:
         await self.fixture.check_durable()
@@ -120,13 +128,51 @@ class Runs:
     async def ours(self) -> Slice:
         """Counts steps. Raises ValueError if one of them is not on record."""
         await self._queue()
+        used = self._cpu()
         began = perf_counter()
         await self.platform.until(partial(self._none, _OPEN), seconds=WAIT_SECONDS)
         seconds = perf_counter() - began
         check("runs", {"of queued runs": self.queued * STEPS, **await self._rows()})
         # Otherwise the relays would publish this slice's rows during the next slice.
         await self.platform.until(partial(self._none, _UNSENT), seconds=WAIT_SECONDS)
+        self._count("ours", used, self._cpu(), self.sessions)
         return Slice(self.sessions * STEPS, seconds)
+
+    async def of(self, name: str, other: Other) -> Slice:
+        """A slice of LangGraph or DBOS."""
+        used = self._cpu() | {name: cpu.seconds(other.process.pid)}
+        slice_ = await other.slice()
+        spent = {"postgres": self._cpu()["postgres"], name: cpu.seconds(other.process.pid)}
+        self._count(name, used, spent, slice_.done // STEPS)
+        return slice_
+
+    def costs(self) -> list[Units]:
+        """CPU time of a run with its engines: of ours, and as a part of that of the others' runs."""
+        sums = {name: [sum(parts.values()) for parts in slices[1:]] for name, slices in self.milliseconds.items()}
+        ours = sums.pop("ours")
+        parts = {name: median(slice_[name] for slice_ in self.milliseconds["ours"][1:]) for name in _OURS}
+        return [
+            median_units("runs", "CPU of a run, with the engines", None, ours, "ms", **parts),
+            *(
+                median_units(
+                    "runs",
+                    f"CPU of a run, part of that of {name}",
+                    _CPU_GOALS.get(name),
+                    [own / theirs for own, theirs in zip(ours, other, strict=True)],
+                    "",
+                    other_ms=median(other),
+                )
+                for name, other in sums.items()
+            ),
+        ]
+
+    def _cpu(self) -> dict[str, float]:
+        used = cpu.of_all(self.fixture.stack, self.platform)
+        return {name: used[name] for name in _OURS}
+
+    def _count(self, name: str, before: dict[str, float], after: dict[str, float], runs: int) -> None:
+        used = cpu.difference(before, after)
+        self.milliseconds[name].append({part: seconds / runs * 1000 for part, seconds in used.items()})
 
     async def commits(self) -> Slice:
         """Counts rows that 8 connections insert, each in its own commit."""
@@ -222,16 +268,16 @@ async def running(place: Fixture) -> AsyncIterator[Runs]:
 
 
 @asynccontextmanager
-async def others(place: Fixture) -> AsyncIterator[list[Anchor]]:
+async def others(bench: Runs) -> AsyncIterator[list[Anchor]]:
     """LangGraph and DBOS, ready to run. Installs their packages the first time."""
     python = await environment("bench")
     async with AsyncExitStack() as stack:
         found = []
         for which, name, goal in (("langgraph", "LangGraph, sync", 6), ("dbos", "DBOS", 5)):
             # -I: otherwise modules beside the program would hide packages of the same name.
-            command = python, "-I", str(runs_anchors.__file__), which, place.admin_url
+            command = python, "-I", str(runs_anchors.__file__), which, bench.fixture.admin_url
             process = await stack.enter_async_context(child(*command))
-            other = Other(place, which, process)
+            other = Other(bench.fixture, which, process)
             await other.line()
-            found.append(Anchor(f"runs: {name}", goal, other.slice))
+            found.append(Anchor(f"runs: {name}", goal, partial(bench.of, name, other)))
         yield found

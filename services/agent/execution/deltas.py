@@ -24,7 +24,7 @@ class Deltas:
         self._attempt = attempt
         self._n = 0
 
-    async def __call__(self, text: str) -> None:
+    def __call__(self, text: str) -> None:
         self._n += 1
         piece = {"step": self._step, "attempt": self._attempt, "n": self._n, "text": text}
-        await self._cache.publish(self._channel, msgspec.json.encode(piece))
+        self._cache.publish_soon(self._channel, msgspec.json.encode(piece))

@@ -70,8 +70,7 @@ class RunJournal:
         while self._submitted:
             future, write = self._submitted[0]
             try:
-                # Shielded: steps at the same time may await the same write.
-                await asyncio.shield(future)
+                await future
             finally:
                 if future.done() and self._submitted and self._submitted[0][0] is future:
                     del self._submitted[0]

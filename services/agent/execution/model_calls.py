@@ -95,7 +95,7 @@ class ModelCalls:
                     text = stops.feed(text)
                     # Text that may still be refused is not shown: a client cannot take it back.
                     if text and prompt.output_schema is None and not prompt.must_call:
-                        await deltas(text)
+                        deltas(text)
                         if progress:
                             progress.text += text
 

@@ -17,7 +17,6 @@ from uuid import UUID
 
 import grpc.aio
 import msgspec
-from opentelemetry import trace
 
 from infra import VERSION
 from infra.clock import utcnow
@@ -25,6 +24,7 @@ from infra.errors import EffectFailed, InvalidMessage, NotFound, RetryLater, Too
 from infra.failpoint import failpoint
 from infra.lanes.effects import Effects
 from infra.observe.redaction import redacted
+from infra.observe.spans import current_span
 from infra.postgres.db import storable
 from services.agent.execution.context import RunContext
 from services.agent.execution.group_write import MessagesArrived, RunStopped
@@ -350,5 +350,5 @@ def _ms_since(began: float) -> int:
 
 
 def _span_id() -> str | None:
-    context = trace.get_current_span().get_span_context()
-    return f"{context.span_id:016x}" if context.is_valid else None
+    span = current_span()
+    return f"{span.span_id:016x}" if span.span_id else None

@@ -24,6 +24,8 @@ class CancelRequested(Exception):
 class _Call:
     """A call, and the task that awaits it."""
 
+    __slots__ = ("_task", "error")
+
     def __init__(self, task: asyncio.Task[Any]) -> None:
         self._task = task
         self.error: Exception | None = None
@@ -40,7 +42,8 @@ class Watch:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._calls: dict[UUID, set[_Call]] = {}
+        self._calls: dict[_Call, UUID] = {}
+        """The calls under way, with their runs."""
         self._poll: asyncio.Task[None] | None = None
 
     async def guard(self, run_id: UUID, call: Coroutine[Any, Any, T], seconds: float) -> T:
@@ -53,10 +56,10 @@ class Watch:
         cancelling = task.cancelling()
         # The call stays in this task: another one for each call would cost as much as a call that answers at once.
         guarded = _Call(task)
-        self._calls.setdefault(run_id, set()).add(guarded)
+        self._calls[guarded] = run_id
         if self._poll is None:
             self._poll = asyncio.create_task(self._look_repeatedly())
-        timer = asyncio.get_running_loop().call_later(seconds, guarded.stop, TimeoutError())
+        timer = task.get_loop().call_later(seconds, guarded.stop, TimeoutError())
         try:
             return await call
         except asyncio.CancelledError:
@@ -67,18 +70,18 @@ class Watch:
             timer.cancel()
             if guarded.error:
                 task.uncancel()
-            self._calls[run_id].discard(guarded)
-            if not self._calls[run_id]:
-                del self._calls[run_id]
+            del self._calls[guarded]
 
     async def look(self) -> None:
         """Stops the calls of the runs that are to be cancelled."""
         async with self._database.begin() as tx:
             rows = await tx.sql(
-                "SELECT id FROM run WHERE id = ANY($1::uuid[]) AND cancel_reason IS NOT NULL", list(self._calls)
+                "SELECT id FROM run WHERE id = ANY($1::uuid[]) AND cancel_reason IS NOT NULL",
+                list(set(self._calls.values())),
             )
-        for (run_id,) in rows:
-            for call in self._calls.get(run_id, ()):
+        cancelled = {run_id for (run_id,) in rows}
+        for call, run_id in self._calls.items():
+            if run_id in cancelled:
                 call.stop(CancelRequested())
 
     async def _look_repeatedly(self) -> None:

@@ -33,6 +33,7 @@ from services.agent.models.contract import (
     Usage,
     UserTurn,
 )
+from services.agent.models.pieces import lines, whole_arguments
 from services.agent.models.thoughts import without_thoughts
 from services.agent.models.wording import system_message, valid_arguments, wire_name
 
@@ -117,13 +118,10 @@ class ChatModel:
 
     async def _chunks(self, response: httpx2.Response) -> AsyncIterator[Mapping[str, Any]]:
         """The chunks of the stream. Reads it to its end, so that the connection can be used again."""
-        buffer = b""
-        async for piece in response.aiter_bytes():
-            *lines, buffer = (buffer + piece).split(b"\n")
-            for line in lines:
-                data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
-                if data and data != b"[DONE]":
-                    yield self._chunk(data)
+        async for line in lines(response.aiter_bytes()):
+            data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
+            if data and data != b"[DONE]":
+                yield self._chunk(data)
 
     def _chunk(self, data: bytes) -> Mapping[str, Any]:
         try:
@@ -161,7 +159,7 @@ class ChatModel:
         return ModelAnswer(
             text=without_thoughts(text),
             calls=tuple(
-                ToolCall(call["id"], names.get(call["name"], call["name"]), "".join(call["arguments"]) or "{}")
+                ToolCall(call["id"], names.get(call["name"], call["name"]), whole_arguments(call["arguments"]) or "{}")
                 for call in calls
             ),
             reasoning=reasoning,

@@ -16,7 +16,7 @@ import msgspec
 
 from infra.web.http import media_type
 from services.agent.models import refusals
-from services.agent.models.pieces import Chunk, ToolCalls
+from services.agent.models.pieces import Chunk, ToolCalls, lines
 from services.agent.models.thoughts import HELD, Thoughts
 
 # At most this many options are left out one after the other.
@@ -166,16 +166,12 @@ class _Repair:
         self._has_content = False
 
     async def lines(self, stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        buffer = b""
-        async for piece in stream:
-            buffer += piece
-            *complete, buffer = buffer.split(b"\n")
-            for line in complete:
-                for event in self._line(line.rstrip(b"\r")):
-                    yield event
-        for line in (buffer.rstrip(b"\r"), b""):
-            for event in self._line(line):
+        async for line in lines(stream):
+            for event in self._line(line.rstrip(b"\r")):
                 yield event
+        # Nothing ends the last event.
+        for event in self._line(b""):
+            yield event
         if self._finish is not None and not self._is_complete:
             for chunk in self._end():
                 yield _event(chunk)

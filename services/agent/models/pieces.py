@@ -1,12 +1,47 @@
-"""Tool calls that a server streams in pieces."""
+"""Lines and tool calls that a server streams in pieces. The time is linear in the stream: all tenants share it."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import msgspec
 
 Chunk = dict[str, Any]
+# The signs of JSON that open and close a part. A sign after a backslash does neither.
+_BRACKETS = re.compile(r'["{}\[\]]|\\.?', re.DOTALL)
+
+
+async def lines(stream: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+    """The lines of a stream without their ends, also the last one."""
+    rest: list[bytes] = []
+    async for piece in stream:
+        first, *others = piece.split(b"\n")
+        rest.append(first)
+        if others:
+            yield b"".join(rest)
+            for line in others[:-1]:
+                yield line
+            rest = [others[-1]]
+    yield b"".join(rest)
+
+
+def whole_arguments(pieces: Sequence[str]) -> str:
+    """The arguments of a call. Some servers repeat them from the start in each piece, or as a whole in the last one."""
+    joined = "".join(pieces)
+    if len(pieces) < 2 or _is_object(joined) or not _is_object(pieces[-1]):
+        return joined
+    totals = all(later.startswith(former) for former, later in pairwise(pieces))
+    return pieces[-1] if totals or "".join(pieces[:-1]) == pieces[-1] else joined
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(msgspec.json.decode(text), dict)
+    except msgspec.DecodeError:
+        return False
 
 
 class _Call:
@@ -14,14 +49,39 @@ class _Call:
         self.index = index
         self.given_id = given_id
         self.id = id_
-        self.arguments = ""
+        self._pieces: list[str] = []
+        self._depth = 0
+        self._in_text = self._is_escaped = False
+        self._is_complete: bool | None = None
 
     @property
+    def has_arguments(self) -> bool:
+        return bool(self._pieces)
+
+    def add(self, arguments: str) -> None:
+        if not arguments:
+            return
+        if not self._depth and self._pieces and arguments.strip():
+            # Something follows the end.
+            self._is_complete = False
+        self._pieces.append(arguments)
+        begin = 1 if self._is_escaped else 0
+        self._is_escaped = False
+        for sign in _BRACKETS.findall(arguments, begin):
+            if sign[0] == "\\":
+                self._is_escaped = sign == "\\"
+            elif sign == '"':
+                self._in_text = not self._in_text
+            elif not self._in_text:
+                self._depth += 1 if sign in "{[" else -1
+
     def is_complete(self) -> bool:
-        try:
-            return isinstance(msgspec.json.decode(self.arguments), dict)
-        except msgspec.DecodeError:
+        """Whether the arguments so far are a whole object."""
+        if self._depth or self._in_text or not self._pieces:
             return False
+        if self._is_complete is None:
+            self._is_complete = _is_object("".join(self._pieces))
+        return self._is_complete
 
 
 class ToolCalls:
@@ -34,6 +94,8 @@ class ToolCalls:
     def __init__(self) -> None:
         self._calls: list[_Call] = []
         self._by_index: dict[int, _Call] = {}
+        self._by_given_id: dict[str, _Call] = {}
+        self._ids: set[str] = set()
 
     @property
     def count(self) -> int:
@@ -59,32 +121,34 @@ class ToolCalls:
             name = None
         if isinstance(index, int):
             self._by_index[index] = call
-        is_first = not call.arguments and name is not None
-        call.arguments += arguments
+        is_first = not call.has_arguments and name is not None
+        call.add(arguments)
         sent: Chunk = {"index": call.index, "function": {"arguments": arguments}}
         if is_first:
             sent |= {"id": call.id, "type": "function", "function": {"name": name, "arguments": arguments}}
         return sent
 
     def _found(self, index: object, given_id: str | None) -> _Call | None:
-        same = [call for call in self._calls if given_id and call.given_id == given_id]
+        same = self._by_given_id.get(given_id) if given_id else None
         if isinstance(index, int):
             call = self._by_index.get(index)
             # Some servers write several calls in turns under one index.
-            return same[-1] if call and call.given_id and same and call not in same else call
+            return same if call and call.given_id and same and call.given_id != given_id else call
         if same:
-            return same[-1]
+            return same
         return self._calls[-1] if self._calls and not given_id else None
 
     def _begins(self, call: _Call, given_id: str | None, arguments: str) -> bool:
         if given_id and call.given_id and given_id != call.given_id:
             return True
-        return call.is_complete and bool(arguments.strip())
+        return bool(arguments.strip()) and call.is_complete()
 
     def _new(self, given_id: str | None) -> _Call:
         index = len(self._calls)
-        taken = {call.id for call in self._calls}
         id_ = given_id or f"call_{index}"
-        call = _Call(index, given_id, id_ if id_ not in taken else f"{id_}_{index}")
+        call = _Call(index, given_id, id_ if id_ not in self._ids else f"{id_}_{index}")
         self._calls.append(call)
+        self._ids.add(call.id)
+        if given_id:
+            self._by_given_id[given_id] = call
         return call

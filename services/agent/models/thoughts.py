@@ -21,10 +21,13 @@ _ENDS = {
     "<|start_thinking|>": "<|end_thinking|>",
     "<|channel|>analysis<|message|>": "<|channel|>final<|message|>",
 }
-_OPENING = re.compile(rf"\s*({'|'.join(map(re.escape, _ENDS))})", re.IGNORECASE)
+_TAGS = f"({'|'.join(map(re.escape, _ENDS))})"
+_TAG, _OPENING = re.compile(_TAGS, re.IGNORECASE), re.compile(rf"\s*{_TAGS}", re.IGNORECASE)
 # A closing tag ends thoughts if it does not stand in a sentence about tags.
 _CLOSING = re.compile(r"(?<![ \t`'\"(\[>])</(think|thinking|thought|reasoning|seed:think)>", re.IGNORECASE)
 _LONGEST_TAG = max(map(len, _ENDS.values()))
+# Of the white space before an answer, more than this is dropped: it would be looked at again for each piece.
+_MOST_BLANK = 200
 
 
 class Thoughts:
@@ -35,12 +38,17 @@ class Thoughts:
 
     def __init__(self, held: int | None) -> None:
         self._held = held
+        self._waiting: list[str] = []
+        """A held beginning that has no tag. Its end is in the buffer: it may be the beginning of a tag."""
         self._buffer = ""
         self._end: re.Pattern[str] | None = None
         """The tag that ends the thoughts that are being read."""
         self._decided = False
         self._after_thoughts = False
+        self._is_nested = False
+        """The thoughts have opening tags within, so they may go on after the first closing one."""
         self._shown = ""
+        """The end of the shown text."""
         self.ended_without_beginning = False
 
     def feed(self, text: str) -> str:
@@ -58,6 +66,7 @@ class Thoughts:
         while True:
             if self._end:
                 end = self._end.search(self._buffer)
+                self._is_nested = self._is_nested or bool(_TAG.search(self._buffer[: end.start() if end else None]))
                 if not end:
                     # Only the tail may hold a part of the tag.
                     self._buffer = self._buffer[-_LONGEST_TAG:]
@@ -65,35 +74,44 @@ class Thoughts:
                 self._end, self._buffer, self._after_thoughts = None, self._buffer[end.end() :], True
             if self._after_thoughts:
                 self._buffer = self._buffer.lstrip()
-            if opening := _OPENING.match(self._buffer):
+            elif len(self._buffer) > _MOST_BLANK and self._buffer.isspace():
+                self._buffer = self._buffer[-_MOST_BLANK:]
+            if not self._waiting and (opening := _OPENING.match(self._buffer)):
                 self._end = re.compile(re.escape(_ENDS[opening[1].lower()]), re.IGNORECASE)
                 self._buffer = self._buffer[opening.end() :]
                 continue
-            start = self._buffer.lstrip().lower()
-            if not is_last and any(tag.startswith(start) for tag in _ENDS):
+            start = self._buffer[: _MOST_BLANK + _LONGEST_TAG].lstrip().lower()
+            if not is_last and not self._waiting and any(tag.startswith(start) for tag in _ENDS):
                 return ""
-            if not self._after_thoughts and self._held != 0:
+            if self._held != 0 and (self._is_nested or not self._after_thoughts):
                 if closing := _CLOSING.search(self._buffer):
-                    self.ended_without_beginning = self._after_thoughts = True
+                    self.ended_without_beginning = self.ended_without_beginning or not self._after_thoughts
+                    self._after_thoughts = True
                     self._buffer = self._buffer[closing.end() :]
+                    self._waiting.clear()
                     continue
-                if not is_last and (self._held is None or len(self._buffer) < self._held):
+                if not is_last and (self._held is None or self._is_nested or len(self._buffer) < self._held):
+                    if len(self._buffer) > 2 * HELD:
+                        # One sign more than a tag: it decides whether the tag stands in a sentence.
+                        self._waiting.append(self._buffer[: -_LONGEST_TAG - 1])
+                        self._buffer = self._buffer[-_LONGEST_TAG - 1 :]
                     return ""
             self._decided = True
-            buffer, self._buffer = self._buffer, ""
+            buffer, self._buffer = "".join((*self._waiting, self._buffer)), ""
             return self._show(buffer)
 
     def _show(self, text: str) -> str:
         if self._held != 0 and not self._after_thoughts and not self.ended_without_beginning:
             self._shown += text
-            if "</" in self._shown[-len(text) - _LONGEST_TAG :] and _CLOSING.search(self._shown):
+            if _CLOSING.search(self._shown):
                 # Too late for this stream; the next answers of this model are held back.
                 self.ended_without_beginning = True
+            self._shown = self._shown[-_LONGEST_TAG - 1 :]
         return text
 
 
 def without_thoughts(text: str) -> str:
     """A whole answer without the thoughts that its stream has shown before their closing tag came."""
-    if _OPENING.search(text) is None and (closing := _CLOSING.search(text)):
+    if _TAG.search(text) is None and (closing := _CLOSING.search(text)):
         return text[closing.end() :].lstrip()
     return text

@@ -14,7 +14,7 @@ from infra.errors import Conflict, NotFound
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.service.api import Admin, Manager, Operator, Paging, Viewer, id_cursor, page
-from infra.service.idempotency import once
+from infra.service.idempotency import key_of, once
 from infra.service.service import Runtime
 from services.billing.invoices_api import owner
 from services.billing.payments import store
@@ -137,11 +137,13 @@ def router(runtime: Runtime) -> APIRouter:
         return found
 
     @router.post("/api/v1/payments/{payment_id}/refunds", status_code=201)
-    async def refund(payment_id: UUID, body: NewRefund, who: Operator) -> Refund:
-        """Gives a part of a payment back. It is booked when the provider reports it."""
+    async def refund(payment_id: UUID, body: NewRefund, who: Operator, request: Request) -> Refund:
+        """Gives a part of a payment back. It is booked when the provider reports it. With an Idempotency-Key a repeated
+        call means the same refund."""
+        key = key_of(request)
         async with runtime.worker.begin() as tx:
             payment, refund_id = await store.begin_refund(
-                tx, payment_id, body.amount_minor, reason=body.reason, actor=who.actor
+                tx, payment_id, body.amount_minor, reason=body.reason, actor=who.actor, key=key
             )
             tx.tenant_id = payment.tenant_id
             audit(tx, who.actor, "billing.refund", "payment", str(payment_id), minor=str(body.amount_minor))

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from datetime import datetime
 from typing import Literal, NamedTuple
-from uuid import UUID
+from uuid import UUID, uuid5
 
 from pydantic import BaseModel
 
 from infra.clock import uuid7
 from infra.errors import Conflict, InvalidMessage, NotFound
 from infra.postgres.tx import Tx
+from infra.service.idempotency import HEADER
 from services.billing import accounts, booking, invoices, journal
 from services.billing.currencies import nanos_per_minor
 from services.billing.journal import JournalAccount
@@ -126,13 +127,9 @@ async def request_for(tx: Tx, payment: Payment) -> PaymentRequest:
 
 async def keep_answer(tx: Tx, payment: Payment, intent: Intent) -> Payment:
     """Stores the provider's answer. Money that it reports is booked as by an event."""
+    await _lock_reference(tx, payment.provider, intent.reference)
     await accounts.lock_one(tx, payment.tenant_id)
-    await tx.sql(
-        "UPDATE payment SET reference = $3 WHERE tenant_id = $1 AND payment_id = $2",
-        payment.tenant_id,
-        payment.id,
-        intent.reference,
-    )
+    await _keep_reference(tx, payment.id, intent.reference)
     if intent.status != "pending":
         kind: Literal["succeeded", "failed"] = intent.status
         event = ProviderEvent(
@@ -145,10 +142,12 @@ async def keep_answer(tx: Tx, payment: Payment, intent: Intent) -> Payment:
 async def handle(tx: Tx, provider: str, event: ProviderEvent) -> str:
     """Applies a provider's event once. Returns the outcome: applied, ignored, unmatched or repeated.
 
-    An event about a payment that is not ours is kept as unmatched: money may have been received.
+    An event about a payment that is not ours is kept as unmatched: money may have been received. If it comes before the
+    provider's id of a payment of ours is known, it is applied when that id is known.
     """
     found = None
     if event.kind != "ignored":
+        await _lock_reference(tx, provider, event.reference)
         rows = await tx.sql(
             """
             SELECT payment_id, tenant_id
@@ -168,8 +167,8 @@ async def handle(tx: Tx, provider: str, event: ProviderEvent) -> str:
     # Locks the event's row: a second delivery at the same time waits, and is then a repeat.
     if not await tx.sql(
         """
-        INSERT INTO payment_event (provider, event_id, kind, reference, minor, outcome)
-        VALUES ($1, $2, $3, $4, $5, $6)
+        INSERT INTO payment_event (provider, event_id, kind, reference, minor, outcome, currency, detail)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
         ON CONFLICT DO NOTHING
         RETURNING event_id
         """,
@@ -179,11 +178,43 @@ async def handle(tx: Tx, provider: str, event: ProviderEvent) -> str:
         event.reference,
         event.minor,
         outcome,
+        event.currency,
+        event.detail,
     ):
         return "repeated"
     if found:
+        await _keep_reference(tx, found[0], event.reference)
         await _apply(tx, found[0], event)
     return outcome
+
+
+async def _lock_reference(tx: Tx, provider: str, reference: str) -> None:
+    """The id of a payment does not become known while an event about it is handled as unknown."""
+    await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"billing payment {provider} {reference}")
+
+
+async def _keep_reference(tx: Tx, payment_id: UUID, reference: str) -> None:
+    """Stores the provider's id of a payment when it is seen first: the answer to our request may be lost. Applies the
+    events about it that came before. The caller has locked the reference and then the account."""
+    if not await tx.sql(
+        "UPDATE payment SET reference = $2 WHERE payment_id = $1 AND reference = '' AND $2 <> '' RETURNING payment_id",
+        payment_id,
+        reference,
+    ):
+        return
+    rows = await tx.sql(
+        """
+        UPDATE payment_event AS e
+        SET outcome = 'applied'
+        FROM payment AS p
+        WHERE p.payment_id = $1 AND e.provider = p.provider AND e.reference = p.reference AND e.currency = p.currency
+          AND e.outcome = 'unmatched'
+        RETURNING e.event_id, e.kind, e.minor, e.currency, e.detail
+        """,
+        payment_id,
+    )
+    for id_, kind, minor, currency, detail in rows:
+        await _apply(tx, payment_id, ProviderEvent(id_, kind, reference, "", minor, currency, detail))
 
 
 async def _apply(tx: Tx, payment_id: UUID, event: ProviderEvent) -> None:
@@ -259,11 +290,24 @@ async def _book(tx: Tx, before: Payment, after: Payment, event: ProviderEvent) -
         await booking.add_paid(tx, after.tenant_id, after.invoice_id, new.kept - old.kept)
 
 
-async def begin_refund(tx: Tx, payment_id: UUID, minor: int, *, reason: str, actor: str) -> tuple[Payment, UUID]:
-    """Reserves a refund. Raises InvalidMessage for more than is left of the payment."""
+async def begin_refund(
+    tx: Tx, payment_id: UUID, minor: int, *, reason: str, actor: str, key: str | None
+) -> tuple[Payment, UUID]:
+    """Reserves a refund. The same `key` means the same refund, which the provider makes once.
+
+    Raises InvalidMessage for more than is left of the payment, and for a key of another refund.
+    """
     payment = await get(tx, payment_id)
     await accounts.lock_one(tx, payment.tenant_id)
     payment = await get(tx, payment_id)
+    refund_id = uuid7() if key is None else uuid5(payment_id, key)
+    known = await tx.sql(
+        "SELECT minor, reason FROM refund WHERE tenant_id = $1 AND refund_id = $2", payment.tenant_id, refund_id
+    )
+    if known:
+        if known != [(minor, reason)]:
+            raise InvalidMessage(HEADER, "was used before with another body")
+        return payment, refund_id
     [(asked,)] = await tx.sql(
         """
         SELECT coalesce(sum(minor), 0)::bigint FROM refund WHERE tenant_id = $1 AND payment_id = $2
@@ -275,7 +319,6 @@ async def begin_refund(tx: Tx, payment_id: UUID, minor: int, *, reason: str, act
     left = payment.received_minor - max(payment.refunded_minor, asked) - payment.lost_minor - payment.disputed_minor
     if minor > left:
         raise InvalidMessage("amount_minor", f"must be at most {left}, the rest of the payment")
-    refund_id = uuid7()
     await tx.sql(
         "INSERT INTO refund (tenant_id, refund_id, payment_id, minor, reason, actor) VALUES ($1, $2, $3, $4, $5, $6)",
         payment.tenant_id,

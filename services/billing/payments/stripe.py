@@ -19,7 +19,7 @@ from services.billing.payments.provider import EventKind, Intent, PaymentRequest
 
 # Stripe's own limit. An older call could be a recorded one.
 TOLERANCE_SECONDS = 300
-_DISPUTES: dict[str, EventKind] = {"won": "dispute_won", "lost": "dispute_lost", "warning_closed": "dispute_won"}
+_DISPUTES: dict[str, EventKind] = {"won": "dispute_won", "lost": "dispute_lost"}
 
 
 # docs.stripe.com/currencies, special cases: ISK and UGX have two digits there and none in ISO 4217; MGA the reverse.
@@ -72,8 +72,12 @@ class Stripe:
         return customer, str(_ok(answer)["id"])
 
     async def charge(self, charge: PaymentRequest) -> Intent:
+        try:
+            amount = amount_of(charge.amount_minor, charge.currency)
+        except Conflict as error:
+            return Intent("", "failed", 0, str(error), "")
         fields = {
-            "amount": str(amount_of(charge.amount_minor, charge.currency)),
+            "amount": str(amount),
             "currency": charge.currency.lower(),
             "description": charge.description,
             "metadata[payment_id]": str(charge.payment_id),
@@ -90,6 +94,9 @@ class Stripe:
             # A declined card: the error contains the intent.
             body = msgspec.json.decode(answer.body)["error"]
             return Intent(str(body["payment_intent"]["id"]), "failed", 0, str(body["message"]), "")
+        if answer.status == 400:
+            # Such as an amount below its least. A payment that it has made before is answered again with 200.
+            return Intent("", "failed", 0, f"refused by stripe: {_reason(answer)}", "")
         return _intent(_ok(answer))
 
     async def look(self, reference: str) -> Intent:
@@ -107,7 +114,7 @@ class Stripe:
         try:
             event = msgspec.json.decode(body)
             return _read(str(event["id"]), str(event["type"]), event["data"]["object"])
-        except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
+        except (msgspec.DecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise InvalidMessage("body", "is not an event of Stripe") from error
 
     def _verify(self, header: str, body: bytes, now: datetime) -> None:
@@ -178,8 +185,10 @@ def _read(id_: str, type_: str, thing: dict[str, Any]) -> ProviderEvent:
             detail = str((thing.get("last_payment_error") or {}).get("message") or "the payment failed")
         case "charge.refunded":
             kind, minor = "refunded", int(thing["amount_refunded"])
-        case "charge.dispute.created" | "charge.dispute.closed":
-            kind, minor, detail = _DISPUTES.get(str(thing["status"]), "dispute_open"), int(thing["amount"]), thing["id"]
+        case "charge.dispute.created" | "charge.dispute.updated" | "charge.dispute.closed":
+            # An inquiry (warning_…) takes no money. If it becomes a dispute, that is an update.
+            if not (state := str(thing["status"])).startswith("warning_"):
+                kind, minor, detail = _DISPUTES.get(state, "dispute_open"), int(thing["amount"]), str(thing["id"])
     payment_id = str((thing.get("metadata") or {}).get("payment_id") or "")
     currency = str(thing.get("currency") or "").upper()
     return ProviderEvent(id_, kind, reference, payment_id, minor_of(minor, currency), currency, detail)

@@ -36,6 +36,8 @@ PLACEHOLDER = "…"
 """In place of an answer that follows. A process that dies before it knows the message's id leaves this behind."""
 # The delay if a vendor asks us to retry later but names no delay.
 DEFAULT_RETRY = timedelta(seconds=5)
+# A longer one cannot be meant.
+MAX_RETRY_SECONDS = 86_400
 MAX_FILE = 8 * 1024 * 1024
 """Bytes of a file to send. Each vendor that takes files of all types takes at least this."""
 
@@ -247,12 +249,16 @@ class Tokens:
             del self._tokens[account]
 
 
+# The errors of an answer that is not in the vendor's shape, or nested deeper than Python can follow.
+MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
 def read_json(answer: Answer, type_: type[T]) -> T:
     """The vendor's answer to a send. Raises as `raise_for_transient`, and Unanswered if a good answer is malformed."""
     raise_for_transient(answer)
     try:
         return msgspec.json.decode(answer.body, type=type_)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         if answer.status == 401:
             raise AccountRefused("HTTP 401") from error
         if answer.status >= 400:
@@ -266,7 +272,7 @@ def decode(body: bytes | msgspec.Raw, type_: type[T]) -> T:
         return msgspec.json.decode(body, type=type_)
     except msgspec.ValidationError as error:
         raise UnreadableCall(str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except MALFORMED as error:
         raise InvalidMessage("body", str(error)) from error
 
 
@@ -280,6 +286,11 @@ def described(kind: str, *facts: object) -> str:
     """The text for a message without text, such as ``[Location: Main Street 1, 52.5, 13.4]``."""
     known = ", ".join(str(fact) for fact in facts if fact not in (None, ""))
     return f"[{kind}: {known}]" if known else f"[{kind}]"
+
+
+def forwarded(words: str, before: str = "") -> str:
+    """The text of a message that forwards another one's `words`, perhaps after some of its author."""
+    return f"{before}\n\n[Forwarded message]\n{words}" if before else f"[Forwarded message]\n{words}"
 
 
 def kind_of(mime_type: str) -> Literal["image", "voice", "video", "file"]:
@@ -311,7 +322,10 @@ def at_origin(vendor: Vendor[Any], origin: str, url: str, *hosts: str) -> str:
 
     Under another origin than the vendor's, path and query are kept. Raises EffectFailed.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise EffectFailed("the address of the file is malformed") from None
     if origin != vendor.origin:
         return f"{origin}{parts.path}{f'?{parts.query}' if parts.query else ''}"
     host = parts.hostname or ""
@@ -344,7 +358,8 @@ def raise_for_transient(answer: Answer, asked_seconds: float | None = None) -> N
     if answer.status == 429 or answer.status == 503:
         asked = asked_seconds if asked_seconds is not None else _seconds(answer.headers.get("retry-after", ""))
         if asked is not None or answer.status == 429:
-            raise RetryLater(DEFAULT_RETRY if asked is None else timedelta(seconds=asked), f"HTTP {answer.status}")
+            delay = DEFAULT_RETRY if asked is None else timedelta(seconds=min(max(asked, 0), MAX_RETRY_SECONDS))
+            raise RetryLater(delay, f"HTTP {answer.status}")
     if answer.status >= 500:
         raise Transient(f"HTTP {answer.status}")
 

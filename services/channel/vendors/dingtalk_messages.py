@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import UnreadableCall, decode, described, placeholder
+from services.channel.vendors.base import UnreadableCall, decode, described, forwarded, placeholder
 from services.channel.vendors.items import Ignored, Inbound
 
 # By the type of the message. Empty: it is read; else why it is ignored.
@@ -173,7 +173,7 @@ def _text(message: _Message) -> str | None:
         return "".join(_words(part) for part in content.richText).strip()
     match message.msgtype:
         case "chatRecord":
-            return "\n".join(["[Forwarded message]", *_forwarded(content.chatRecord or "")])
+            return forwarded("\n".join(_forwarded(content.chatRecord or "")))
         case "location":
             return described("Location", content.title, content.address, content.latitude, content.longitude)
         case "link":

@@ -22,6 +22,7 @@ from services.channel.multipart import multipart
 from services.channel.vendors import discord_interactions
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
+    MALFORMED,
     MAX_FILE,
     AccountRefused,
     Limit,
@@ -218,7 +219,7 @@ def _read(answer: Answer) -> _Message:
     if answer.status == 429:
         try:
             asked = msgspec.json.decode(answer.body, type=_Message).retry_after
-        except msgspec.DecodeError:
+        except MALFORMED:
             asked = None
         # Rounded up, so that the next attempt is not too early.
         raise_for_transient(answer, None if asked is None else asked + 0.1)

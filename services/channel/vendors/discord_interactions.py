@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import decode, described, kind_of
+from services.channel.vendors.base import decode, described, forwarded, kind_of
 from services.channel.vendors.items import Ack, Ignored, Inbound, Received
 
 _PING, _COMMAND, _COMPONENT, _AUTOCOMPLETE, _MODAL = 1, 2, 3, 4, 5
@@ -159,7 +159,7 @@ def read(body: bytes) -> Received:
     text = _text(interaction.type, data)
     if target := (resolved.messages or {}).get(data.target_id):
         words = _words(target, files, _DEPTH)
-        text = f"{text}\n\n[Forwarded message]\n{words}" if words else text
+        text = forwarded(words, before=text) if words else text
     attachments = tuple(Attachment(kind_of(file.content_type or ""), file.url, file.filename) for file in files)
     item = Inbound(
         ids,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import decode, described, kind_of, placeholder
+from services.channel.vendors.base import MALFORMED, decode, described, kind_of, placeholder
 from services.channel.vendors.items import Ignored, Inbound
 
 _NO_MESSAGE = "no person writes it to the bot"
@@ -160,6 +160,6 @@ def _named(face: re.Match[str]) -> str:
     """The name of a face, such as ``[Emoji: /smile]``."""
     try:
         name = msgspec.json.decode(base64.b64decode(face[1]), type=_Face).text
-    except (ValueError, msgspec.DecodeError):
+    except (ValueError, *MALFORMED):
         name = ""
     return described("Emoji", name)

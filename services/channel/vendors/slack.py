@@ -21,6 +21,7 @@ from infra.outgoing.client import Answer, Outgoing
 from services.channel.vendors import slack_events, slack_forms, slack_kinds
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
+    MALFORMED,
     MAX_FILE,
     AccountRefused,
     Groups,
@@ -249,7 +250,7 @@ def _read(answer: Answer) -> _Response:
         raise EffectFailed(f"HTTP {answer.status}")
     try:
         response = msgspec.json.decode(answer.body, type=_Response)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise Unanswered(f"HTTP {answer.status} with a malformed body") from error
     if response.ok:
         return response

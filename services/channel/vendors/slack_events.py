@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import UnreadableCall, decode, kind_of, placeholder
+from services.channel.vendors.base import UnreadableCall, decode, forwarded, kind_of, placeholder
 from services.channel.vendors.items import Change, Deleted, Edited, Ignored, Inbound, Reacted
 from services.channel.vendors.slack_kinds import KINDS
 
@@ -219,8 +219,8 @@ def _text(event: _Event) -> str:
     """The text of the message. It may stand in attachments or blocks instead, or there are only files."""
     if event.text and event.text.strip():
         shared = [part.text or part.fallback or "" for part in event.attachments or () if part.is_share]
-        forwarded = "\n".join(filter(None, shared))
-        return f"{event.text}\n\n[Forwarded message]\n{forwarded}" if forwarded else event.text
+        words = "\n".join(filter(None, shared))
+        return forwarded(words, before=event.text) if words else event.text
     quoted = [attachment.text or attachment.fallback or "" for attachment in event.attachments or ()]
     if text := "\n".join(filter(None, quoted)) or "".join(_block_texts(event.blocks)).strip():
         return text

@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from services.channel.vendors.base import decode
+from services.channel.vendors.base import decode, forwarded
 from services.channel.vendors.items import Ignored, Inbound
 from services.channel.vendors.slack_kinds import KINDS
 
@@ -95,7 +95,7 @@ def read(body: bytes) -> Inbound | Ignored:
     if given.type == "block_actions" and given.actions:
         return _item(given, given.user.id, given.channel.id, given.actions[0].action_ts, str(given.actions[0]))
     if given.type == "message_action" and given.message:
-        text = f"{given.callback_id}\n\n[Forwarded message]\n{given.message.text or ''}"
+        text = forwarded(given.message.text or "", before=given.callback_id)
         return _item(given, given.user.id, given.channel.id, given.action_ts, text)
     return Ignored(unnamed, "an interaction without a choice")
 

@@ -20,6 +20,7 @@ from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
 from services.channel.vendors import teams_activities
 from services.channel.vendors.base import (
+    MALFORMED,
     MAX_CLOCK_DIFFERENCE,
     AccountRefused,
     Groups,
@@ -284,7 +285,7 @@ async def _get(outgoing: Outgoing, url: str, type_: type[Any]) -> Any:
     raise_for_transient(answer)
     try:
         return msgspec.json.decode(answer.body, type=type_)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise Transient(f"the keys of the Bot Framework: HTTP {answer.status}") from error
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from html import escape
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 from urllib.parse import quote
 from zlib import crc32
 
@@ -22,6 +22,7 @@ from infra.outgoing.client import Answer, Outgoing
 from services.channel.multipart import multipart
 from services.channel.vendors import telegram_kinds, telegram_updates
 from services.channel.vendors.base import (
+    MALFORMED,
     MAX_FILE,
     AccountRefused,
     Groups,
@@ -39,6 +40,7 @@ from services.channel.vendors.items import Received
 from services.channel.vendors.markdown import PLAIN, Dialect, render
 from services.channel.vendors.splitting import split, utf16_length
 
+T = TypeVar("T")
 # The types that are shown as photos. All other files are documents.
 _PHOTOS = ("image/jpeg", "image/png", "image/webp")
 # UTF-16 units.
@@ -146,16 +148,14 @@ class Telegram(Vendor[TelegramCredentials]):
         return [Limit("bot", 30, 1), Limit(f"chat {chat}", 1, 1), *group]
 
     async def identify(self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials) -> str:
-        response = await _call(outgoing, origin, credentials, "getMe", {})
-        return f"@{msgspec.json.decode(response.result, type=_Bot).username}"
+        return f"@{_result(await _call(outgoing, origin, credentials, 'getMe', {}), _Bot).username}"
 
     async def fetch(
         self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials, ref: str, most: int
     ) -> bytes:
         """Telegram gives a bot files of up to 20 MB."""
         response = await _call(outgoing, origin, credentials, "getFile", {"file_id": ref})
-        path = msgspec.json.decode(response.result, type=_Path).file_path
-        url = f"{origin}/file/bot{credentials.bot_token}/{quote(path)}"
+        url = f"{origin}/file/bot{credentials.bot_token}/{quote(_result(response, _Path).file_path)}"
         return await download(outgoing, url, most, template="/file/bot{token}/{path}")
 
     async def register(self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials, url: str) -> bool:
@@ -169,7 +169,7 @@ class Telegram(Vendor[TelegramCredentials]):
         if message.file:
             return _id(await _send_file(outgoing, origin, credentials, message, message.file))
         body = _place(message) | _marked(message.text)
-        if message.reply_to is not None and message.reply_to.isdecimal():
+        if message.reply_to is not None and _is_number(message.reply_to):
             # The message may have been deleted meanwhile; the reply is sent anyway.
             body["reply_parameters"] = {"message_id": int(message.reply_to), "allow_sending_without_reply": True}
         url = f"{origin}/bot{credentials.bot_token}/sendMessage"
@@ -196,6 +196,8 @@ class Telegram(Vendor[TelegramCredentials]):
 def _place(message: Outbound) -> dict[str, Any]:
     chat, _, topic = message.conversation.partition("/")
     number, at, connection = chat.partition("@")
+    if not _is_number(topic or "0"):
+        raise EffectFailed("the conversation is not a topic of Telegram")
     if number and at:
         return {"chat_id": _chat_id(number), "business_connection_id": connection}
     return {"chat_id": _chat_id(chat), **({"message_thread_id": int(topic)} if topic else {})}
@@ -207,7 +209,7 @@ def _id(response: _Response) -> str | None:
         raise EffectFailed(response.description[:200])
     try:
         return str(msgspec.json.decode(response.result, type=_Sent).message_id)
-    except msgspec.DecodeError:
+    except MALFORMED:
         return None
 
 
@@ -275,14 +277,26 @@ def _correct(body: dict[str, Any], text: str, response: _Response) -> bool:
 
 
 def _chat_id(chat: str) -> int | str:
-    return int(chat) if chat.removeprefix("-").isdecimal() else chat
+    return int(chat) if _is_number(chat.removeprefix("-")) else chat
+
+
+def _is_number(text: str) -> bool:
+    """True for an id. Longer numbers are none, and Python refuses very long ones."""
+    return text.isascii() and text.isdecimal() and len(text) < 20
+
+
+def _result(response: _Response, type_: type[T]) -> T:
+    try:
+        return msgspec.json.decode(response.result, type=type_)
+    except MALFORMED as error:
+        raise EffectFailed("the answer is not Telegram's") from error
 
 
 def _read(answer: Answer) -> _Response:
     """Parses the answer to one message. Raises if it is about the account or about all messages."""
     try:
         response = msgspec.json.decode(answer.body, type=_Response)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except MALFORMED:
         # The body is not Telegram's: only the status counts, and 200 alone does not prove that it was accepted.
         raise_for_transient(answer)
         if answer.status < 400:

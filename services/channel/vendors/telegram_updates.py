@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import UnreadableCall, decode, kind_of
+from services.channel.vendors.base import UnreadableCall, decode, forwarded, kind_of
 from services.channel.vendors.items import Ack, Deleted, Edited, Ignored, Inbound, Moved, Reacted, Received
 from services.channel.vendors.telegram_kinds import KINDS, why_ignored, words
 
@@ -202,7 +202,7 @@ def _item(
         return Ignored(ids, why_ignored(fields))
     if message.forward_origin is not None and text:
         # It may be of another person, whose yes approves nothing.
-        text = f"[Forwarded message]\n{text}"
+        text = forwarded(text)
     quoted = message.reply_to_message or _Quoted()
     is_answer = _is(bot, quoted.from_)
     part = message.quote.text if message.quote else ""

@@ -132,17 +132,16 @@ class Twilio(Vendor[TwilioCredentials]):
         ids = (f"message/{sid}",)
         if fields.get("AccountSid", credentials.account_sid) != credentials.account_sid:
             return Received([Ignored(ids, "a message to another account")])
-        count = fields.get("NumMedia", "0")
         attachments = tuple(
             Attachment(kind_of(fields.get(f"MediaContentType{n}", "")), url)
-            for n in range(min(MAX_MEDIA, int(count)) if count.isascii() and count.isdecimal() else 0)
+            for n in range(MAX_MEDIA)
             if (url := fields.get(f"MediaUrl{n}"))
         )
         if fields.get("OptOutType"):
             # Twilio has answered, and takes no message to a person who has opted out.
             return Received([Ignored(ids, KINDS["OptOutType"])])
         text = _text(fields)
-        if not text.strip() and not attachments and count not in ("", "0"):
+        if not text.strip() and not attachments and fields.get("NumMedia", "0") not in ("", "0"):
             text = placeholder("a file", fields.get("MediaContentType0", ""))
         item = Inbound(ids, fields["From"], fields["From"], sid, text, attachments=attachments)
         return Received([item])

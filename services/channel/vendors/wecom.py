@@ -22,6 +22,7 @@ from infra.outgoing.client import Outgoing
 from services.channel.vendors import wecom_messages
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
+    MALFORMED,
     AccountRefused,
     Limit,
     Outbound,
@@ -116,7 +117,10 @@ class WeCom(Vendor[WeComCredentials]):
         content = await download(outgoing, url, most, template="/cgi-bin/media/get")
         if content.startswith(b'{"errcode"'):
             # An error is JSON with the status 200.
-            refused = msgspec.json.decode(content, type=_Response)
+            try:
+                refused = msgspec.json.decode(content, type=_Response)
+            except MALFORMED:
+                return content
             _refuse(refused.errcode, refused.errmsg)
         return content
 

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from infra.errors import InvalidMessage
 from services.channel.events import Attachment
-from services.channel.vendors.base import described, placeholder
+from services.channel.vendors.base import described, forwarded, placeholder
 from services.channel.vendors.items import Ignored, Inbound
 
 _NO_MESSAGE = "no person writes it to the bot"
@@ -112,7 +112,7 @@ def _text(kind: str, root: ElementTree.Element, given: Mapping[str, str]) -> str
         case "link" | "miniprogram":
             return described("Link", *(given.get(name) for name in ("Title", "Description", "Url")))
         case "chatrecord" | "mixed":
-            return "\n".join(["[Forwarded message]", *_contents(root)])
+            return forwarded("\n".join(_contents(root)))
     return placeholder("a file") if kind in _FILES else None
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import UnreadableCall, decode, described, kind_of, placeholder
+from services.channel.vendors.base import UnreadableCall, decode, described, forwarded, kind_of, placeholder
 from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, Item, Moved, Reacted, Receipt
 
 _ABOUT_THE_ACCOUNT = "a notice about the account"
@@ -322,7 +322,7 @@ def _text(message: _Message) -> str | None:
         return None
     about = []
     if text and message.context and (message.context.forwarded or message.context.frequently_forwarded):
-        text = f"[Forwarded message]\n{text}"
+        text = forwarded(text)
     if message.context and message.context.referred_product:
         about.append(described("About the product", message.context.referred_product.product_retailer_id))
     if message.referral:

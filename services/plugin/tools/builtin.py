@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -15,9 +15,8 @@ from infra.outgoing.client import Outgoing
 from infra.web import rpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from services.plugin.domain import Tool, ToolRequest
-from services.plugin.tools import memories
+from services.plugin.tools import memories, pages
 from services.plugin.tools.calculator import MAX_CHARACTERS, CannotCalculate, calculate
-from services.plugin.tools.pages import read_page
 
 MAX_PAGE_BYTES = 2 * 1024 * 1024
 MAX_PAGE_TEXT = 20_000
@@ -30,6 +29,8 @@ class Backends:
 
     outgoing: Outgoing
     memory: memory_pb2_grpc.MemoryStub
+    readers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(pages.MAX_READERS))
+    """The processes that read pages."""
 
 
 async def time(call: ToolRequest, _: Backends) -> Any:
@@ -71,8 +72,11 @@ async def http_fetch(call: ToolRequest, backends: Backends) -> Any:
     kind = kind.strip()
     if not kind.startswith(_TEXTS):
         raise EffectFailed(f"{kind}: only text can be read")
-    # In a thread, because a page of 2 MB takes up to a second. Its time is linear in the size of the page.
-    title, text = await asyncio.to_thread(read_page, kind, answer.body, _charset(parameters), MAX_PAGE_TEXT)
+    try:
+        async with asyncio.timeout(call.seconds), backends.readers:
+            title, text = await pages.read(kind, answer.body, _charset(parameters), MAX_PAGE_TEXT)
+    except (TimeoutError, pages.UnreadablePage):
+        raise EffectFailed("the page takes too much time or memory to be read") from None
     return {
         "url": url,
         "content_type": kind,

@@ -1,11 +1,24 @@
-"""Reads the title and the text of a web page, in time linear in its size."""
+"""Reads the title and the text of a web page, in a process of its own: ``python -m services.plugin.tools.pages CHARSET
+LIMIT PARENT < PAGE``. It prints both as JSON.
+
+A hostile page may take its parser minutes, such as a tag with very many attributes, crash it, or take it over. It
+affects only this process, which `confinement` has cut off from the machine.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import codecs
+import json
+import os
 import re
+import sys
+from pathlib import Path
 
 from lxml import etree, html  # type: ignore[import-untyped]
+
+import infra
+from infra.security import confinement
 
 HTML = ("text/html", "application/xhtml+xml")
 _UNSEEN = frozenset(("head", "script", "style", "noscript", "template", "svg"))
@@ -17,15 +30,49 @@ _BOMS = (
 _DECLARED = re.compile(rb"<meta[^>]{0,200}charset|<\?xml[^>]{0,200}encoding", re.IGNORECASE)
 _PRESCANNED_BYTES = 4_096
 _XML_DECLARATION = re.compile(r"^\s*<\?xml[^>]{0,200}>")
+# A page of 2 MB takes up to a second and 135 MB. The processes of MAX_READERS pages fit into the container.
+CPU_SECONDS = 5
+MEMORY_BYTES = 256 * 1024**2
+MAX_READERS = 3
+_ROOT = Path(infra.__file__).parent.parent
 
 
-def read_page(kind: str, body: bytes, charset: str | None, limit: int) -> tuple[str, str]:
-    """Returns the title and the text of a page, and stops after `limit` characters of text.
+class UnreadablePage(Exception):
+    """The page's process has reached its limits, or the page has crashed it."""
 
-    kind: the media type. charset: as the HTTP header names it; without it the page's own declaration counts.
-    """
+
+async def read(kind: str, body: bytes, charset: str | None, limit: int) -> tuple[str, str]:
+    """The title and the text of a page of this media type. See `read_page`. Raises UnreadablePage."""
     if kind not in HTML:
         return "", _decoded(body, charset)
+    # Code of a page must not find the service's secrets in its memory.
+    confinement.hide_memory()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.plugin.tools.pages", charset or "", str(limit), str(os.getpid())),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        cwd=_ROOT,
+        # Without the service's variables, for the same reason.
+        env={"PYTHONUTF8": "1"},
+    )
+    try:
+        said, _ = await process.communicate(body)
+        title, text = json.loads(said)
+    except ValueError:
+        raise UnreadablePage from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return str(title), str(text)
+
+
+def read_page(body: bytes, charset: str | None, limit: int) -> tuple[str, str]:
+    """Returns the title and the text of a page, and stops after `limit` characters of text.
+
+    charset: as the HTTP header names it; without it the page's own declaration counts.
+    """
     root = _parsed(body, charset)
     if root is None:
         return "", ""
@@ -43,7 +90,7 @@ def _parsed(body: bytes, charset: str | None) -> etree._Element | None:
         encoding = "utf-8"
     elif not _DECLARED.search(body, 0, _PRESCANNED_BYTES) and _is_utf8(body):
         encoding = "utf-8"
-    # libxml2 parses in linear time, unlike html.parser. huge_tree: without it, deeply nested parts are lost.
+    # libxml2 parses faster than html.parser. huge_tree: without it, deeply nested parts are lost.
     parser = html.HTMLParser(encoding=encoding, huge_tree=True, remove_comments=True, remove_pis=True, no_network=True)
     try:
         # A NUL would end the page for the parser.
@@ -86,3 +133,13 @@ def _decoded(body: bytes, charset: str | None) -> str:
         return body.decode(charset or "utf-8", errors="replace")
     except (LookupError, UnicodeError):
         return body.decode(errors="replace")
+
+
+def main(charset: str, limit: str, parent: str) -> None:
+    confinement.limit(CPU_SECONDS, MEMORY_BYTES)
+    confinement.confine(int(parent))
+    sys.stdout.write(json.dumps(read_page(sys.stdin.buffer.read(), charset or None, int(limit))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

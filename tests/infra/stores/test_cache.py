@@ -126,3 +126,39 @@ async def test_a_listener_notices_a_connection_that_was_lost_without_notice(
         assert await again is None
         await here.publish(name, "x")
         assert await anext(heard) == (name, b"x")
+
+
+async def test_messages_that_nobody_waits_for_keep_their_order_and_are_bounded(
+    here: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "MOST_WAITING", 3)
+    name = uuid4().hex
+    async with asyncio.timeout(30), aclosing(here.listen(name)) as heard:
+        assert await anext(heard) is None
+        for text in (b"1", b"2", b"3", b"too many"):
+            here.publish_soon(name, text)
+        assert [await anext(heard) for _ in range(3)] == [(name, b"1"), (name, b"2"), (name, b"3")]
+        here.publish_soon(name, b"4")
+        assert await anext(heard) == (name, b"4")
+
+
+async def test_messages_that_nobody_waits_for_are_lost_while_redis_is_away_and_sent_later(
+    here: Cache, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(cache, "PAUSE_SECONDS", 0.0)
+    name = uuid4().hex
+    proxy.blackhole()
+    here.publish_soon(name, b"lost")
+    sending = here._sending
+    assert sending
+    await sending
+    proxy.heal()
+    async with asyncio.timeout(30), aclosing(here.listen(name)) as heard:
+        assert await anext(heard) is None
+        following = asyncio.create_task(anext(heard))
+        while not following.done():
+            # The connection that was cut is opened again by a later message.
+            here.publish_soon(name, b"sent")
+            await asyncio.sleep(0.05)
+        assert await following == (name, b"sent")

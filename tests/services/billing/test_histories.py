@@ -158,7 +158,10 @@ class History:
                 payment = rng.choice(paid)
                 kind = rng.choice(["succeeded", "refunded", "dispute_open", "dispute_won", "dispute_lost", "failed"])
                 minor = payment.amount_minor if kind != "refunded" else rng.randrange(1, payment.amount_minor + 1)
-                event = ProviderEvent(str(uuid7()), kind, "pi", str(payment.id), minor, self.currency, "dp_1")  # type: ignore[arg-type]
+                reference = f"pi_{payment.id}"
+                event = ProviderEvent(
+                    str(uuid7()), kind, reference, str(payment.id), minor, self.currency, "dp_1"  # type: ignore[arg-type]
+                )  # fmt: skip
                 await payments.handle(tx, "stripe", event)
             case 15:
                 if rng.random() < 0.5:

@@ -288,6 +288,38 @@ async def test_tax_follows_the_country_and_a_credit_note_takes_its_share_back(bi
     assert "receivable" not in found
 
 
+async def test_credit_notes_of_a_whole_invoice_take_back_what_it_has_booked(billing: Billing) -> None:
+    """To the nano-unit: each note's share was rounded by itself, and revenue and tax kept a rest."""
+    tenant, _ = await subscribed(billing, base_nanos=10_004_000_001, charges=[], included=[], usage_markup_percent=None)
+    await billing.operator.post(
+        "/api/v1/tax-rates", json={"country": "FR", "percent": "20", "valid_from": "2020-01-01T00:00:00Z"}
+    )
+    assert (await tenant.http.put("/api/v1/billing/buyer", json={"country": "FR"})).status_code == 200
+    made = await draft(billing, tenant)
+    done = await post(billing, f"invoices/{made['id']}/finalise", status=200)
+    for minor in (333, 333, done["total_minor"] - 666):
+        await post(billing, f"invoices/{made['id']}/credit-notes", {"amount_minor": minor, "reason": "r"})
+    assert await journal(tenant) == {}
+
+
+async def test_a_credit_note_gives_promotional_credit_back_as_such(billing: Billing) -> None:
+    """It became prepaid credit, as if the tenant had paid for it."""
+    tenant, _ = await subscribed(billing, charges=[], included=[], usage_markup_percent=None)
+    for kind, nanos in (("promotional", 20 * UNIT), ("prepaid", 4 * UNIT)):
+        await post(billing, "grants", {"tenant_id": tenant.id, "nanos": nanos, "kind": kind, "reason": "r"})
+    made = await draft(billing, tenant)
+    path = f"invoices/{made['id']}"
+    assert (await post(billing, f"{path}/finalise", status=200))["due_minor"] == 600
+    await post(billing, f"{path}/received", {"amount_minor": 600, "reference": f"bank {made['id']}"}, status=200)
+    owed = []
+    for _ in range(3):
+        await post(billing, f"{path}/credit-notes", {"amount_minor": 700, "reason": "r"})
+        found = await journal(tenant)
+        owed.append((found.get("prepaid", 0), found.get("promotional_credit", 0)))
+    # 6 were paid and 4 were prepaid; they come back first.
+    assert owed == [(-7 * UNIT, 0), (-10 * UNIT, -4 * UNIT), (-10 * UNIT, -11 * UNIT)]
+
+
 async def test_reverse_charge_for_a_business_in_another_country(billing: Billing) -> None:
     tenant, _ = await subscribed(billing)
     await tenant.http.put("/api/v1/billing/buyer", json={"country": "AT", "vat_id": "ATU33864707"})

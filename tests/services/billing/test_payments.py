@@ -16,7 +16,7 @@ import pytest
 from infra.errors import Conflict
 from services.billing.payments.stripe import amount_of, minor_of
 from tests.services.billing.conftest import Billing, Tenant
-from tests.services.billing.test_invoices import ANCHOR, START, UNIT, draft, journal, plan, post, subscribed
+from tests.services.billing.test_invoices import ANCHOR, START, UNIT, draft, field_of, journal, plan, post, subscribed
 from tooling.testing.platform import Platform
 from tooling.testing.stripe import DECLINED, StripeStandIn
 from tooling.testing.vendors.server import cut
@@ -212,6 +212,60 @@ async def test_events_in_any_order_and_number_end_in_the_same_books(billing: Bil
     await reconciled(billing)
 
 
+@pytest.mark.parametrize("order", ["paid, then disputed", "disputed, then paid", "disputed, then asked again"])
+async def test_events_about_a_payment_whose_answer_was_lost_are_applied(
+    billing: Billing, stripe: StripeStandIn, order: str
+) -> None:
+    """The provider's id of the payment was not known, so the dispute changed nothing."""
+    tenant, invoice_id = await invoiced(billing)
+    stripe.faults.append(cut(accept=True))
+    assert (await pay(tenant, invoice_id)).status_code >= 500
+    reference = list(stripe.intents)[-1]
+    paid = stripe.succeeded(reference)
+    events = [paid, stripe.dispute_event(reference, "needs_response"), stripe.dispute_event(reference, "lost")]
+    if order == "paid, then disputed":
+        assert [await send(billing, stripe, event) for event in events] == ["applied"] * 3
+    else:
+        before = (await reconciled(billing))["unmatched"]
+        assert [await send(billing, stripe, event) for event in events[1:]] == ["unmatched"] * 2
+        if order == "disputed, then paid":
+            assert await send(billing, stripe, paid) == "applied"
+        else:
+            assert (await pay(tenant, invoice_id)).status_code == 200
+        assert (await reconciled(billing))["unmatched"] == before
+    assert await status(tenant, invoice_id) == ("finalised", 3000)
+    assert await journal(tenant) == {"receivable": 30 * UNIT, "revenue": -30 * UNIT}
+    await reconciled(billing)
+
+
+async def test_an_amount_that_the_provider_refuses_leaves_no_payment_open(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    """An open one keeps an invoice from being written off."""
+    for currency, base, reason in (("KWD", 5_123_000_000, "takes no such fraction"), ("MGA", 5 * 10**7, "whole units")):
+        tenant = await billing.tenant(currency=currency)
+        one = plan(currency=currency, base_nanos=base, charges=[], included=[], usage_markup_percent=None)
+        made = await post(billing, "plans", one)
+        body = {"tenant_id": tenant.id, "plan_id": made["id"], "starts_at": START.isoformat(), **ANCHOR}
+        await post(billing, "subscriptions", body)
+        invoice = await post(billing, f"invoices/{(await draft(billing, tenant))['id']}/finalise", status=200)
+        payment = (await pay(tenant, invoice["id"])).json()["payment"]
+        assert (payment["status"], reason in payment["failure"]) == ("failed", True), payment
+
+
+async def test_an_inquiry_takes_no_money_until_it_is_a_dispute(billing: Billing, stripe: StripeStandIn) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    reference = (await pay(tenant, invoice_id)).json()["payment"]["reference"]
+    await send(billing, stripe, stripe.succeeded(reference))
+    dispute = stripe.dispute_event(reference, "needs_response")["data"]["object"]
+    for kind, state in (("created", "warning_needs_response"), ("closed", "warning_closed")):
+        event = stripe.event(f"charge.dispute.{kind}", dispute | {"status": state})
+        assert await send(billing, stripe, event) == "ignored"
+    assert await journal(tenant) == {"cash": 30 * UNIT, "revenue": -30 * UNIT}
+    assert await send(billing, stripe, stripe.event("charge.dispute.updated", dispute)) == "applied"
+    assert await journal(tenant) == {"disputed": 30 * UNIT, "revenue": -30 * UNIT}
+
+
 async def test_a_dispute_takes_the_money_away_until_it_is_won(billing: Billing, stripe: StripeStandIn) -> None:
     tenant, invoice_id = await invoiced(billing)
     reference = (await pay(tenant, invoice_id)).json()["payment"]["reference"]
@@ -241,6 +295,49 @@ async def test_a_refund_is_made_once_and_never_above_the_payment(billing: Billin
     await send(billing, stripe, stripe.refund_event(payment["reference"]))
     assert await status(tenant, invoice_id) == ("finalised", 3000)
     await reconciled(billing)
+
+
+async def test_a_refund_with_a_key_is_made_once_however_often_it_is_asked(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    payment = (await pay(tenant, invoice_id)).json()["payment"]
+    await send(billing, stripe, stripe.succeeded(payment["reference"]))
+
+    async def refund(minor: int) -> httpx.Response:
+        path = f"/api/v1/payments/{payment['id']}/refunds"
+        body = {"amount_minor": minor, "reason": "test"}
+        return await billing.operator.post(path, json=body, headers={"Idempotency-Key": "k"})
+
+    stripe.faults.append(cut(accept=True))
+    assert (await refund(1000)).status_code >= 500
+    answers = [await refund(1000) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [201, 201]
+    assert answers[0].json() == answers[1].json()
+    assert field_of(await refund(999)) == "Idempotency-Key"
+    assert stripe.refunded[payment["reference"]] == 1000
+
+
+async def test_a_refund_is_promised_only_up_to_what_payments_can_give_back(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    path = f"/api/v1/invoices/{invoice_id}"
+    bank = {"amount_minor": 1000, "reference": f"bank {invoice_id}"}
+    await post(billing, f"invoices/{invoice_id}/received", bank, status=200)
+    payment = (await pay(tenant, invoice_id)).json()["payment"]
+    await send(billing, stripe, stripe.succeeded(payment["reference"]))
+
+    async def credit(minor: int) -> httpx.Response:
+        body = {"amount_minor": minor, "reason": "r", "refund": True}
+        return await billing.operator.post(f"{path}/credit-notes", json=body)
+
+    assert (await credit(1500)).status_code == 201
+    assert field_of(await credit(501)) == "refund"
+    assert (await credit(500)).status_code == 201
+    await post(billing, f"payments/{payment['id']}/refunds", {"amount_minor": 2000, "reason": "r"})
+    await send(billing, stripe, stripe.refund_event(payment["reference"]))
+    assert await journal(tenant) == {"cash": 10 * UNIT, "revenue": -10 * UNIT}
 
 
 async def test_a_forged_stale_or_unknown_event_changes_nothing(billing: Billing, stripe: StripeStandIn) -> None:

@@ -51,7 +51,7 @@ async def act(tx: Tx, rng: random.Random, tenant_id: str, invoice_id: UUID, paym
     payment = await payments.get(tx, payment_id)
 
     def event(kind: str, minor: int, detail: str = "") -> ProviderEvent:
-        return ProviderEvent(str(uuid7()), kind, "pi_1", str(payment_id), minor, "USD", detail)  # type: ignore[arg-type]
+        return ProviderEvent(str(uuid7()), kind, f"pi_{payment_id}", str(payment_id), minor, "USD", detail)  # type: ignore[arg-type]
 
     minor = rng.randrange(1, TOTAL + 1)
     match rng.randrange(6):

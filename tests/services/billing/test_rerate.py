@@ -135,3 +135,23 @@ async def test_a_correction_of_prepaid_usage_gives_the_credit_back(billing: Bill
     [grant] = (await tenant.http.get("/api/v1/grants")).json()["items"]
     assert grant["left_nanos"] == 9_000
     assert await journal(tenant) == {"promotional_cost": 10_000, "promotional_credit": -9_000, "revenue": -1_000}
+
+
+async def test_a_correction_of_usage_that_promotional_credit_has_paid_gives_such_credit_back(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=1_000)
+    await post(billing, "grants", {"tenant_id": tenant.id, "nanos": 500, "kind": "prepaid", "reason": "r"})
+    model = f"acme/{uuid7()}"
+    await price(billing, model, "100")
+    await tenant.use("a", model, occurred_at=utcnow(), input_tokens=15, output_tokens=0)
+    await tenant.verdict("a")
+    owed = []
+    for nanos in ("80", "50"):
+        # A change of the grants burns the usage so far.
+        await post(billing, "grants", {"tenant_id": tenant.id, "nanos": 1, "reason": "r"})
+        await price(billing, model, nanos)
+        await rerate(billing, tenant)
+        await post(billing, "grants", {"tenant_id": tenant.id, "nanos": 1, "reason": "r"})
+        found = await journal(tenant)
+        owed.append((-found.get("prepaid", 0), -found["promotional_credit"]))
+    # 300 and then 450 come back; 500 were prepaid.
+    assert owed == [(300, 2), (500, 254)]

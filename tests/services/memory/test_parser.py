@@ -18,8 +18,9 @@ from typing import IO, Any
 import pytest
 
 from infra.errors import NotFound
+from infra.security import confinement
 from infra.stores import filetypes as types
-from services.memory import confinement, parser
+from services.memory import parser
 from services.memory.domain import Chunk
 from services.memory.parser import Findings
 from tests.services.memory import files
@@ -209,7 +210,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 ATTEMPTS = """
 import os, socket, sys
-from services.memory import confinement
+from infra.security import confinement
 parent = os.getppid()
 confinement.limit()
 print(*confinement.confine(parent))
@@ -240,6 +241,6 @@ def test_code_in_the_parser_gets_no_network_no_programs_and_no_files() -> None:
 
 
 def test_memory_beyond_the_limit_is_refused() -> None:
-    program = f"from services.memory import confinement as c; c.limit(); bytearray({confinement.MAX_MEMORY_BYTES})"
+    program = f"from infra.security import confinement as c; c.limit(); bytearray({confinement.MAX_MEMORY_BYTES})"
     done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert "MemoryError" in done.stderr

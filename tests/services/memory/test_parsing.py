@@ -364,6 +364,12 @@ def test_cells_that_span_rows_and_columns_keep_the_others_in_their_columns(tmp_p
     ]
 
 
+def test_spans_of_cells_do_not_make_a_small_page_large(tmp_path: Path) -> None:
+    page = b"<table>" + b"<tr><td colspan=100 rowspan=100>x</td></tr>" * 2_000
+    passages, _ = read(tmp_path, page, types.HTML)
+    assert sum(len(passage["text"]) for passage in passages) < 10_000_000
+
+
 def test_spans_do_not_make_a_small_page_large(tmp_path: Path) -> None:
     row = f"<tr><td rowspan=100 colspan=99999>{'x' * 20_000}</td></tr>"
     passages, _ = read(tmp_path, f"<table>{row}{'<tr><td>y</td></tr>' * 100}</table>".encode(), types.HTML)
@@ -544,6 +550,61 @@ def _far_row() -> bytes:
     return _changed(files.xlsx("Far", [["a"], ["b"]]), "xl/worksheets/sheet1.xml", b"</sheetData>", row)
 
 
+def _links() -> bytes:
+    link = b'<w:hyperlink w:anchor="' + b"-ref-" * 60_000 + b'"><w:r><w:t>x</w:t></w:r></w:hyperlink>'
+    return _changed(files.docx("a", "b"), "word/document.xml", b"<w:p><w:r>", b"<w:p>" + link + b"<w:r>")
+
+
+def _notes() -> bytes:
+    """A Word document that refers to one note three times."""
+    namespace = f'xmlns:w="{files.WORD}"'.encode()
+    reference = b'<w:r><w:footnoteReference w:id="2"/></w:r>' * 3
+    document = _changed(files.docx("a", "b"), "word/document.xml", b"<w:p><w:r>", b"<w:p>" + reference + b"<w:r>")
+    word = b"<w:p><w:r><w:t>word</w:t></w:r></w:p>"
+    note = b"<w:footnotes " + namespace + b'><w:footnote w:id="2">' + word + b"</w:footnote></w:footnotes>"
+    type_ = "http://schemas.openxmlformats.org/officeDocument/2006/relationships/footnotes"
+    return _with_parts(
+        document,
+        {"word/footnotes.xml": note, "word/_rels/document.xml.rels": _relation(type_, "footnotes.xml")},
+    )
+
+
+def _drawings() -> bytes:
+    """A workbook whose sheet refers to one drawing three times."""
+    paragraph = b"<a:p><a:t>word</a:t></a:p>"
+    drawing = b'<a xmlns:a="http://schemas.openxmlformats.org/drawingml/2006/main">' + paragraph + b"</a>"
+    sheet = "xl/worksheets/_rels/sheet1.xml.rels"
+    book = files.xlsx("Drawn", [["a", "b"], ["c", "d"]])
+    return _with_parts(book, {"xl/drawing.xml": drawing, sheet: _relation("x/drawing", "../drawing.xml", 3)})
+
+
+def _slide_rows(count: int) -> bytes:
+    """A presentation with a table whose cells span all rows."""
+    cell = b"<a:txBody><a:bodyPr/><a:p><a:r><a:t>x</a:t></a:r></a:p></a:txBody><a:tcPr/>"
+    rows = (b'<a:tr><a:tc rowSpan="%d">' % count + cell + b"</a:tc></a:tr>") * count
+    frame = (
+        b'<p:graphicFrame><p:nvGraphicFramePr><p:cNvPr id="9" name="t"/><p:cNvGraphicFramePr/><p:nvPr/>'
+        b"</p:nvGraphicFramePr><p:xfrm/><a:graphic>"
+        b'<a:graphicData uri="http://schemas.openxmlformats.org/drawingml/2006/table"><a:tbl><a:tblGrid/>'
+    )
+    table = frame + rows + b"</a:tbl></a:graphicData></a:graphic></p:graphicFrame></p:spTree>"
+    return _changed(files.pptx([("a", "b")]), "ppt/slides/slide1.xml", b"</p:spTree>", table)
+
+
+def _relation(type_: str, target: str, count: int = 1) -> bytes:
+    namespace = "http://schemas.openxmlformats.org/package/2006/relationships"
+    relation = f'<Relationship Id="r" Type="{type_}" Target="{target}"/>'
+    return f'<Relationships xmlns="{namespace}">{relation * count}</Relationships>'.encode()
+
+
+def _with_parts(archive: bytes, parts: dict[str, bytes]) -> bytes:
+    out = io.BytesIO(archive)
+    with zipfile.ZipFile(out, "a", zipfile.ZIP_DEFLATED) as whole:
+        for name, content in parts.items():
+            whole.writestr(name, content)
+    return out.getvalue()
+
+
 # Built by their test: to build the bombs takes many seconds, and every test process imports this module.
 ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "html declarations": (lambda: b"<html><body>" + b"<!" * 500_000, types.HTML),
@@ -556,6 +617,8 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a heading": (lambda: b"# " + b"# " * 1_000_000 + b"\n\ntext\n" * 1000, types.MARKDOWN),
     "white space": (lambda: "\u2003".encode() * 1_000_000 + b"end", types.MARKDOWN),
     "docx fields": (lambda: _fields(100_000), types.DOCX),
+    "docx links": (_links, types.DOCX),
+    "pptx rows": (lambda: _slide_rows(12_000), types.PPTX),
     "docx bomb": (lambda: bomb("word/document.xml"), types.DOCX),
     "xlsx bomb": (lambda: bomb("xl/worksheets/sheet1.xml"), types.XLSX),
     "csv cells": (lambda: b"," * 16_000 + b"x\n" + b"y\n" * 40_000, types.CSV),
@@ -599,6 +662,14 @@ def test_a_part_of_a_workbook_that_is_named_as_several_sheets_is_read_once(tmp_p
     book = _changed(files.xlsx("First", [["a", "b"], ["c", "d"]]), "xl/workbook.xml", b"</sheets>", more + b"</sheets>")
     passages, _ = read(tmp_path, book, types.XLSX)
     assert [passage["section"] for passage in passages] == ["First"]
+
+
+@pytest.mark.parametrize(("build", "type_"), [(_notes, types.DOCX), (_drawings, types.XLSX)])
+def test_a_note_or_drawing_that_a_small_file_names_many_times_is_read_once(
+    tmp_path: Path, build: Callable[[], bytes], type_: str
+) -> None:
+    passages, _ = read(tmp_path, build(), type_)
+    assert "\n".join(passage["text"] for passage in passages).count("word") == 1
 
 
 def test_a_book_that_names_many_missing_parts_has_a_few_warnings(tmp_path: Path) -> None:

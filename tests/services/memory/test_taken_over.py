@@ -58,10 +58,16 @@ async def never_deleted() -> None:
 
 
 ATTEMPTS = """
-import ctypes, os, resource, socket, sys, threading
-from services.memory import confinement
+import ctypes, fcntl, os, resource, socket, sys, tempfile, threading
+from infra.security import confinement
 parent, own = os.getppid(), os.getpid()
 libc = ctypes.CDLL(None, use_errno=True)
+
+# A file of the user that the parser will have.
+mine = tempfile.NamedTemporaryFile()
+if os.getuid() == 0:
+    os.chown(mine.name, 65_534, 65_534)
+reading = os.open(mine.name, os.O_RDONLY)
 
 def child():
     os.fork() or os._exit(0)
@@ -89,6 +95,16 @@ attempts = {
     "a file": lambda: open("/etc/hostname"),
     "a new file": lambda: open("/tmp/a file of the parser", "w"),
     "a folder": lambda: os.listdir("/"),
+    "cut a file": lambda: os.truncate(mine.name, 0),
+    "rights of a file": lambda: os.chmod(mine.name, 0o666),
+    "rights of an open file": lambda: os.fchmod(reading, 0o666),
+    "owner of a file": lambda: os.chown(mine.name, -1, -1),
+    "time of a file": lambda: os.utime(mine.name),
+    "attribute of a file": lambda: os.setxattr(mine.name, "user.a", b"b"),
+    "events of a folder": lambda: call("inotify_init"),
+    "a signal by a file": lambda: fcntl.fcntl(reading, fcntl.F_SETOWN, parent),
+    "number of such a signal": lambda: fcntl.fcntl(reading, 10, 9),
+    "life beyond the service": lambda: call("prctl", 1, 0, 0, 0, 0),
     "many pipes": lambda: [os.pipe() for _ in range(100)],
 }
 confinement.limit()

@@ -174,7 +174,7 @@ class Billing:
 class Cache:
     """A cache without listeners."""
 
-    async def publish(self, channel: str, message: bytes) -> None:
+    def publish_soon(self, channel: str, message: bytes) -> None:
         pass
 
 

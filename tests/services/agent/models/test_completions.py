@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from infra.outgoing.client import Outgoing
-from services.agent.models.completions import usage
+from services.agent.models.completions import _Repair, usage
 from services.agent.models.contract import (
     AssistantTurn,
     ModelAnswer,
@@ -26,7 +26,7 @@ from services.agent.models.contract import (
     UserTurn,
 )
 from services.agent.models.providers import Providers
-from services.agent.models.thoughts import Thoughts, without_thoughts
+from services.agent.models.thoughts import HELD, Thoughts, without_thoughts
 from tooling.testing.model_server import KEY, ModelServer, Refuses, Says, Streams, model_server
 
 MODEL = "gpt-4o-mini"
@@ -360,6 +360,8 @@ async def test_thoughts_in_a_field_go_back_with_their_calls_and_nowhere_else(
         ["they are angry</THINK>Hello"],
         ["<seed:th", "ink>they are angry</seed:think>Hello"],
         ["[THINK]they are angry[/THINK]Hello"],
+        ["<think>they <think>are</think> angry</think>Hello"],
+        ["<think>they ", "<thi", "nk>are</think> ang", *("ry " * 100), "\n</think>\n", "Hello"],
         ["◁think▷they are angry◁/think▷Hello"],
         ["<|START_THINKING|>they are angry<|END_THINKING|>Hello"],
         ["<|channel|>analysis<|message|>they are angry<|end|>", "<|start|>assistant<|channel|>final<|message|>Hello"],
@@ -406,6 +408,48 @@ async def test_long_thoughts_without_an_opening_tag_are_removed_and_next_time_he
     assert (await ask(server, providers, streamed=streamed)).text == "Hello"
     assert streamed == ["Hello"]
     assert (await ask(server, providers)).text == "No thoughts here, just words. " * 10
+
+
+def event(**delta: Any) -> bytes:
+    return b"data: " + msgspec.json.encode(chunk(delta)) + b"\n\n"
+
+
+COUNT = 40_000
+LONG_STREAMS: dict[str, tuple[int | None, list[bytes]]] = {
+    "a line in single bytes": (HELD, [b"data: ", *([b"x"] * 400_000)]),
+    "white space": (HELD, [event(content=" " * 100)] * 10_000),
+    "a text that may be thoughts": (None, [event(content="word")] * COUNT),
+    "ends of tags": (HELD, [event(content="word " * 20), *([event(content="</ ")] * COUNT)]),
+    "calls": (HELD, [event(tool_calls=[call(n, f"c{n}", "add", "{}")]) for n in range(COUNT)]),
+    "a call whose name is repeated": (
+        HELD,
+        [event(tool_calls=[call(0, "c", "add", '{"a":"' if n == 0 else "x" * 100)]) for n in range(COUNT)],
+    ),
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", LONG_STREAMS)
+async def test_a_long_stream_takes_linear_time(kind: str) -> None:
+    """All tenants share the event loop, and the server is a tenant's. In quadratic time each takes more than 30 s."""
+    held, pieces = LONG_STREAMS[kind]
+
+    async def stream() -> AsyncIterator[bytes]:
+        for piece in pieces:
+            yield piece
+
+    async for _ in _Repair(Thoughts(held)).lines(stream()):
+        pass
+
+
+@pytest.mark.timeout(30)
+def test_a_blank_answer_takes_linear_time() -> None:
+    assert without_thoughts(" " * 200_000) == " " * 200_000
+
+
+def test_thoughts_that_do_not_end_again_are_the_answer() -> None:
+    thoughts = Thoughts(HELD)
+    assert thoughts.feed("<think>the tag <think></think>Hello") + thoughts.flush() == "Hello"
 
 
 def test_without_a_hold_nothing_is_held_back_but_an_opening_tag() -> None:

@@ -181,6 +181,16 @@ CALLS: dict[str, Streams] = {
         chunk({"tool_calls": [call(0, "c1", "add", ',"b":2}')]}),
         chunk(finish="tool_calls"),
     ),
+    "each piece repeats the arguments from the start": of(
+        chunk({"tool_calls": [call(0, "c1", "add", "")]}),
+        *(chunk({"tool_calls": [call(0, None, None, JSON[:end])]}) for end in (1, 6, 7, len(JSON))),
+        chunk(finish="tool_calls"),
+    ),
+    "the last piece repeats the arguments as a whole": of(
+        chunk({"tool_calls": [call(0, "c1", "add", "")]}),
+        *(chunk({"tool_calls": [call(0, None, None, piece)]}) for piece in ('{"a":1', ',"b":2}', JSON)),
+        chunk(finish="tool_calls"),
+    ),
     "an old server: function_call": of(
         chunk({"function_call": {"name": "add", "arguments": ""}}),
         *(chunk({"function_call": {"arguments": piece}}) for piece in ('{"a":1', ',"b":2}')),

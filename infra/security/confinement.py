@@ -1,6 +1,7 @@
-"""Confines the parser process: limits of CPU and memory, no network, no other processes, and death with its parent.
+"""Confines a process that parses a stranger's file: limits of CPU and memory, no network, no other processes, and death
+with its parent.
 
-``python -m services.memory.confinement`` prints the protections that this machine does not allow, one a line.
+``python -m infra.security.confinement`` prints the protections that this machine does not allow, one a line.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 import struct
 import sys
 
-# Three parsers and the service itself fit into the container (4 GiB).
+# Three parsers of documents and the service itself fit into the container (4 GiB).
 MAX_MEMORY_BYTES = 768 * 1024**2
 MAX_CPU_SECONDS = 120
 # For the text of an error.
@@ -24,30 +25,34 @@ _NOBODY = 65_534
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 _SECCOMP_MODE_FILTER = 2
 # Of linux/audit.h, with the numbers of the calls that are refused, in one order for both.
-_CALLS = {
-    "x86_64": (
-        0xC000003E,
-        (
-            *(41, 53, 42, 59, 322, 101, 310, 311, 62, 200, 234, 434, 425, 321, 272, 165),
-            *(129, 297, 424, 302, 141, 203, 144, 314, 251),
-            *(56, 435, 57, 58, 319, 29, 64, 68, 248, 249, 250),
-        ),
-    ),
-    "aarch64": (
-        0xC00000B7,
-        (
-            *(198, 199, 203, 221, 281, 117, 270, 271, 129, 130, 131, 434, 425, 280, 97, 40),
-            *(138, 240, 424, 261, 140, 122, 119, 274, 30),
-            *(220, 435, 279, 194, 190, 186, 217, 218, 219),
-        ),
-    ),
+_ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+# Refused calls with their numbers on x86_64 and, if it has them, on aarch64.
+_REFUSED: dict[str, tuple[int, ...]] = {
+    # The network and other programs.
+    **{"socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "execve": (59, 221), "execveat": (322, 281)},
+    **{"io_uring_setup": (425, 425), "bpf": (321, 280), "unshare": (272, 97), "mount": (165, 40)},
+    # Other processes of its user, such as the service.
+    **{"ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272)},
+    **{"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "pidfd_open": (434, 434)},
+    **{"rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424)},
+    **{"prlimit64": (302, 261), "setpriority": (141, 140), "ioprio_set": (251, 30), "perf_event_open": (298, 241)},
+    **{"sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "sched_setattr": (314, 274)},
+    **{"migrate_pages": (256, 238), "move_pages": (279, 239)},
+    # Things that would outlive the parser, or have limits of their own. prctl: it would no longer end with the service.
+    **{"clone": (56, 220), "clone3": (435, 435), "fork": (57,), "vfork": (58,), "memfd_create": (319, 279)},
+    **{"shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186)},
+    **{"add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "prctl": (157, 167)},
+    # Files of its user: Landlock lets these pass.
+    **{"truncate": (76, 45), "chmod": (90,), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452)},
+    **{"chown": (92,), "fchown": (93, 55), "lchown": (94,), "fchownat": (260, 54)},
+    **{"utime": (132,), "utimes": (235,), "futimesat": (261,), "utimensat": (280, 88)},
+    **{"setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463)},
+    **{"removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466)},
+    **{"inotify_init": (253,), "inotify_init1": (294, 26), "fanotify_init": (300, 262), "file_setattr": (469, 469)},
 }
-# These are socket, socketpair, connect, execve, execveat, ptrace, process_vm_readv, process_vm_writev, kill, tkill,
-# tgkill, pidfd_open, io_uring_setup, bpf, unshare, mount.
-# Other processes of its user, such as the service: rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal, prlimit64,
-# setpriority, sched_setaffinity, sched_setscheduler, sched_setattr, ioprio_set.
-# Things that would outlive the parser, or have limits of their own: clone, clone3 (on x86_64 also fork and vfork),
-# memfd_create, shmget, semget, msgget, add_key, request_key, keyctl.
+# Of linux/fcntl.h: the call, and its commands that let the kernel send a signal to any process of its user.
+_FCNTL = {"x86_64": 72, "aarch64": 25}
+_F_SETOWN, _F_SETSIG, _F_SETOWN_EX = 8, 10, 15
 # Of linux/landlock.h: the calls, the first thirteen kinds of access to files, and those of reading.
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _ALL_ACCESS, _READ_ACCESS = 0x1FFF, 0x4 | 0x8
@@ -59,11 +64,11 @@ _KILL, _REFUSE, _ALLOW = 0x80000000, 0x00050001, 0x7FFF0000
 _X32 = 0x40000000
 
 
-def limit(cpu_seconds: int = MAX_CPU_SECONDS) -> None:
+def limit(cpu_seconds: int = MAX_CPU_SECONDS, memory_bytes: int = MAX_MEMORY_BYTES) -> None:
     """Sets the limits of CPU, memory and files."""
     os.nice(10)
     for what, most in (
-        (resource.RLIMIT_AS, MAX_MEMORY_BYTES),
+        (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_FSIZE, _MAX_FILE_BYTES),
         (resource.RLIMIT_CORE, 0),
         # The memory of pipes is none of the process.
@@ -124,17 +129,23 @@ def _refuse_files() -> bool:
 
 def _refuse_calls() -> bool:
     """Lets the kernel refuse the calls of the list with EPERM (seccomp)."""
-    if platform.machine() not in _CALLS:
+    machine = platform.machine()
+    if machine not in _ARCHITECTURES:
         return False
-    arch, refused = _CALLS[platform.machine()]
-    count = len(refused)
+    column = list(_ARCHITECTURES).index(machine)
+    refused = [numbers[column] for numbers in _REFUSED.values() if column < len(numbers)]
+    commands = (_F_SETOWN, _F_SETSIG, _F_SETOWN_EX)
     program = [
         (_LOAD, 0, 0, 4),
-        (_JUMP_EQUAL, 1, 0, arch),
+        (_JUMP_EQUAL, 1, 0, _ARCHITECTURES[machine]),
         (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, 0),
-        (_JUMP_GREATER, count + 1, 0, _X32),
-        *((_JUMP_EQUAL, count - n, 0, call) for n, call in enumerate(refused)),
+        (_JUMP_GREATER, len(refused) + len(commands) + 3, 0, _X32),
+        *((_JUMP_EQUAL, len(refused) - n + len(commands) + 2, 0, call) for n, call in enumerate(refused)),
+        (_JUMP_EQUAL, 0, len(commands) + 1, _FCNTL[machine]),
+        # The lower half of the second argument.
+        (_LOAD, 0, 0, 24),
+        *((_JUMP_EQUAL, len(commands) - n, 0, command) for n, command in enumerate(commands)),
         (_RETURN, 0, 0, _ALLOW),
         (_RETURN, 0, 0, _REFUSE),
     ]
