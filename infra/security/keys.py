@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from jwt.algorithms import OKPAlgorithm
 
-from infra.errors import Unauthenticated, describe
+from infra.errors import Transient, Unauthenticated, describe
 from infra.security.watched import Watched
 
 LIFETIME_SECONDS = 60
@@ -107,7 +107,8 @@ class Keyring:
         )
 
     def verify(self, token: str, audience: str, *, expired_seconds: float = 0) -> dict[str, Any]:
-        """The claims of a token; ``iss`` is the owner of its key. Raises Unauthenticated with the token's fault.
+        """The claims of a token; ``iss`` is the owner of its key. Raises Unauthenticated with the token's fault, and
+        Transient if this machine's clock is behind.
 
         expired_seconds: a token that expired at most this time ago is accepted.
         """
@@ -130,6 +131,9 @@ class Keyring:
             )
         except jwt.ExpiredSignatureError as error:
             raise Unauthenticated("token: expired; check that the clocks of both machines agree") from error
+        except jwt.ImmatureSignatureError as error:
+            # The signature is good: the client can do nothing about it.
+            raise Transient("token: not yet valid; check that the clocks of both machines agree") from error
         except jwt.InvalidAudienceError as error:
             raise Unauthenticated(f"token: not made for {audience}") from error
         except jwt.InvalidIssuerError as error:
