@@ -142,7 +142,7 @@ class Conversations:
             session_key,
         )
         texts = await self._texts(tx, str(tx.tenant_id), rows)
-        return {run_id: Found(text, None, "conversation", None, None) for run_id, text in texts.items()}
+        return {run_id: Found(text, None, "conversation", None, None, None) for run_id, text in texts.items()}
 
     async def _texts(self, tx: Tx, tenant_id: str, rows: Sequence[tuple[Any, ...]]) -> dict[UUID, str]:
         """Opens rows of run id, subject id and sealed text. Leaves out those of erased persons."""

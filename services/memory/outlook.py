@@ -32,6 +32,14 @@ Place = tuple[str, ...]
 """The path of a storage."""
 
 
+def refusal(file: IO[bytes]) -> str:
+    """Why a compound file other than an e-mail cannot be read."""
+    with OleFileIO(file) as storage:
+        if storage.exists("EncryptedPackage"):
+            return "The file is encrypted. Upload it without a password."
+    return "The file is of Office before 2007. Save it as .docx, .xlsx or .pptx and upload that."
+
+
 def blocks(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
     """The e-mail under its subject, then the enclosed ones. Adds the parts that are not read to `warnings`.
     Raises UnreadableFile, UnknownEncoding, and errors of its library if the file is damaged."""

@@ -40,9 +40,12 @@ _KINDS = {
     types.EPUB: "e-book",
     types.MAIL: "e-mail",
     types.OUTLOOK: "e-mail of Outlook",
+    types.OLD_OFFICE: "file of Office",
 }
 _LIBRARIES = {types.PDF: "pypdfium2", types.DOCX: "mammoth", types.XLSX: "openpyxl", types.PPTX: "pptx"}
 _ARCHIVES = (types.DOCX, types.XLSX, types.PPTX, types.EPUB)
+# Programs of Visual Basic, and sheets with those of Excel 4.
+_MACROS = re.compile(r"/(?:vbaProject\.bin$|macrosheets/)")
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
 # Signs that a reader does not see, and forms of letters that no query has: fi as one sign, letters of equations.
 _FOLDED = dict.fromkeys((0xAD, 0x200B, 0x2060, 0xFEFF)) | {
@@ -77,7 +80,7 @@ class BlockReader:
     def blocks(self) -> Iterator[Block]:
         """The text of the file. Raises UnreadableFile."""
         if self._type in _ARCHIVES:
-            self._check_size()
+            self._check_archive()
         match self._type:
             case types.PDF:
                 found = pdf.pages(self._file, self._recognizer, self._recognized)
@@ -100,6 +103,8 @@ class BlockReader:
             case types.OUTLOOK:
                 for block in outlook.blocks(self._file, self.warnings):
                     yield block._replace(text=_clean(block.text))
+            case types.OLD_OFFICE:
+                raise UnreadableFile(outlook.refusal(self._file))
             case types.CSV:
                 yield from spreadsheets.text_table(_clean(self._decoded(charsets.decode)))
             case types.HTML:
@@ -114,8 +119,10 @@ class BlockReader:
         if self.pages_without_text:
             self.warnings.append(f"Pages without text: {_listed(self.pages_without_text)}. {self.images}")
 
-    def _check_size(self) -> None:
+    def _check_archive(self) -> None:
         with zipfile.ZipFile(self._file) as archive:
+            if self._type in types.OFFICE and any(map(_MACROS.search, archive.namelist())):
+                raise UnreadableFile("The file has macros. Upload it without them, as .docx, .xlsx or .pptx.")
             # The sizes that the directory states: the unpacker does not go beyond them.
             if sum(part.file_size for part in archive.infolist()) > MAX_UNPACKED_BYTES:
                 raise UnreadableFile(

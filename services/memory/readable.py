@@ -22,6 +22,8 @@ class Found(NamedTuple):
     name: str
     section: str | None
     page: int | None
+    version: int | None
+    """Of the document."""
 
 
 # The documents `d` that a search reads. Every text of a passage passes this condition: the index may be wrong about
@@ -59,7 +61,7 @@ async def found(
     rows = await tx.sql(
         f"""
         SELECT
-            p.id, p.text, d.id, d.name, p.section, p.page,
+            p.id, p.text, d.id, d.name, p.section, p.page, d.version,
             CASE WHEN p.model = $6 AND p.id = ANY($7::uuid[]) THEN p.vector END
         FROM passage p
         JOIN document d ON d.id = p.document_id

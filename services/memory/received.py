@@ -29,11 +29,22 @@ _FORM_BYTES = 65_536
 _MAX_NAME = 255
 _MAX_REDIRECTS = 5
 _FETCH_SECONDS = 60.0
-# Not the Office formats before 2007, except Outlook's: encrypted files of today look like them.
+# Of the Office formats before 2007 only Outlook's is read. Encrypted files of today look like the others, so that the
+# parser must tell the reason.
 DOCUMENT = Kind(
     "document",
     100 * 1024 * 1024,
-    frozenset((filetypes.PDF, *filetypes.OFFICE, filetypes.EPUB, filetypes.OUTLOOK, *filetypes.TEXTS, filetypes.HTML)),
+    frozenset(
+        (
+            filetypes.PDF,
+            *filetypes.OFFICE,
+            filetypes.OLD_OFFICE,
+            filetypes.EPUB,
+            filetypes.OUTLOOK,
+            *filetypes.TEXTS,
+            filetypes.HTML,
+        )
+    ),
 )
 
 

@@ -297,7 +297,7 @@ class Retrieval:
             recalled = await self._memories.recall(tx, wanted, vector, self._embedder.model)
         return [
             Scored(
-                Found(each.memory.text, None, "memory", _origin(each.memory), None),
+                Found(each.memory.text, None, "memory", _origin(each.memory), None, None),
                 each.similarity or 0.0,
                 each.similarity,
                 None,

@@ -220,7 +220,11 @@ def _shown(memory: Memory) -> memory_pb2.PersonalMemory:
 def _passage(scored: Scored) -> memory_pb2.Passage:
     passage = scored.passage
     source = memory_pb2.Source(
-        document_id=str(passage.document_id or ""), name=passage.name, section=passage.section, page=passage.page
+        document_id=str(passage.document_id or ""),
+        name=passage.name,
+        section=passage.section,
+        page=passage.page,
+        version=passage.version,
     )
     return memory_pb2.Passage(
         text=passage.text,

@@ -64,6 +64,8 @@ class PassageSource(_View):
     """The document's name, or ``conversation``."""
     section: str | None
     page: int | None
+    version: int | None
+    """The version of the document that was searched; null for a reply."""
 
 
 class Scores(_View):
@@ -164,7 +166,13 @@ def router(runtime: Runtime) -> APIRouter:
 
 def _passage(scored: Scored) -> FoundPassage:
     found = scored.passage
-    source = PassageSource(document_id=found.document_id, name=found.name, section=found.section, page=found.page)
+    source = PassageSource(
+        document_id=found.document_id,
+        name=found.name,
+        section=found.section,
+        page=found.page,
+        version=found.version,
+    )
     return FoundPassage(
         text=found.text,
         score=scored.score,

@@ -155,12 +155,15 @@ class Source(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SECTION_FIELD_NUMBER: _builtins.int
     PAGE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     document_id: _builtins.str
     """Empty for a passage of a conversation and for a memory."""
     name: _builtins.str
     section: _builtins.str
     page: _builtins.int
     """From 1."""
+    version: _builtins.int
+    """Of the document."""
     def __init__(
         self,
         *,
@@ -168,19 +171,24 @@ class Source(_message.Message):
         name: _builtins.str = ...,
         section: _builtins.str | None = ...,
         page: _builtins.int | None = ...,
+        version: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_page", b"_page", "_section", b"_section", "page", b"page", "section", b"section"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_page", b"_page", "_section", b"_section", "_version", b"_version", "page", b"page", "section", b"section", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_page", b"_page", "_section", b"_section", "document_id", b"document_id", "name", b"name", "page", b"page", "section", b"section"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_page", b"_page", "_section", b"_section", "_version", b"_version", "document_id", b"document_id", "name", b"name", "page", b"page", "section", b"section", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__page: _TypeAlias = _typing.Literal["page"]  # noqa: Y015
     _WhichOneofArgType__page: _TypeAlias = _typing.Literal["_page", b"_page"]  # noqa: Y015
     _WhichOneofReturnType__section: _TypeAlias = _typing.Literal["section"]  # noqa: Y015
     _WhichOneofArgType__section: _TypeAlias = _typing.Literal["_section", b"_section"]  # noqa: Y015
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__page) -> _WhichOneofReturnType__page | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__section) -> _WhichOneofReturnType__section | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
 
 Global___Source: _TypeAlias = Source  # noqa: Y015
 

@@ -233,6 +233,14 @@ def outlook(properties: Mapping[str, str | bytes | int], *attachments: Tree, is_
     return streams | {f"__attach_version1.0_#{n:08X}": attachment for n, attachment in enumerate(attachments)}
 
 
+def added(office: bytes, part: str) -> bytes:
+    """An Office file with one part more."""
+    out = io.BytesIO(office)
+    with zipfile.ZipFile(out, "a") as archive:
+        archive.writestr(part, b"x")
+    return out.getvalue()
+
+
 def damaged(office: bytes, part: str) -> bytes:
     """An Office file with one part whose XML is cut off."""
     out = io.BytesIO()

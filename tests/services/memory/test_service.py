@@ -82,14 +82,14 @@ async def test_a_page_is_named_and_search_by_http_says_the_same(norrland: Client
                 "score": passage.score,
                 "scores": {"dense": passage.score, "keyword": passage.keyword},
                 "match": ["meaning", "words"],
-                "source": {"document_id": document_id, "name": "oven.pdf", "section": None, "page": 2},
+                "source": {"document_id": document_id, "name": "oven.pdf", "section": None, "page": 2, "version": 1},
             }
         ],
         "degraded": False,
         "reranked": False,
     }
     assert 0 < passage.keyword <= 1
-    assert passage.source.page == 2
+    assert (passage.source.page, passage.source.version) == (2, 1)
 
 
 async def test_words_alone_are_searched_without_an_embedding(norrland: Client, memory: Platform) -> None:
