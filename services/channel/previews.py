@@ -9,6 +9,7 @@ that ends without a delivery is deleted.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from contextlib import aclosing
 from datetime import timedelta
 from typing import NamedTuple
@@ -34,6 +35,8 @@ from services.channel.vendors.base import PLACEHOLDER, Outbound
 
 # Each holds a connection to the database while the vendor is called. News that finds all of them busy is dropped.
 MAX_SHOWN = 4
+# Of one tenant: its vendor's server may be slow.
+MAX_SHOWN_OF_TENANT = 2
 # Of one account: the vendor's limits are for its answers.
 PER_SECOND = 10
 # Of an answer that is being written; more than a message of any vendor holds.
@@ -78,6 +81,8 @@ class Previews:
         self._outgoing = outgoing
         self._cache = cache
         self._showing: set[asyncio.Task[None]] = set()
+        self._calls = Counter[str]()
+        """The calls of vendors, by tenant."""
         self._stopped = asyncio.Event()
 
     async def run(self) -> None:
@@ -123,9 +128,15 @@ class Previews:
         """Raises as `Vendor.send` does, TooManyRequests if it is too early, TimeoutError if the vendor is slow."""
         async with self._database.begin() as tx:
             place = await self._place(tx, progress.run_id, progress.session_key)
-        if place is None:
+        if place is None or self._calls[place.account.tenant_id] >= MAX_SHOWN_OF_TENANT:
             return
-        account, message = place
+        self._calls[place.account.tenant_id] += 1
+        try:
+            await self._show_at(*place, progress)
+        finally:
+            self._calls[place.account.tenant_id] -= 1
+
+    async def _show_at(self, account: ChannelAccount, message: Outbound, progress: Progress) -> None:
         vendor = account.vendor
         await self._cache.limit(str(account.id), "progress", times=PER_SECOND, seconds=1)
         # A file in the answer is sent after it.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import NamedTuple
 from urllib.parse import unquote
 from uuid import UUID
@@ -115,21 +115,29 @@ async def _fetched(
 async def _answer(client: httpx2.AsyncClient, url: str) -> AsyncIterator[httpx2.Response]:
     """The answer after at most so many redirects; the guard checks each address."""
     for _ in range(_MAX_REDIRECTS + 1):
-        try:
+        with _named():
             request = client.build_request("GET", url, extensions={"max_bytes": DOCUMENT.max_bytes + 1})
-            if request.url.scheme not in ("http", "https") or not request.url.host or request.url.userinfo:
-                raise InvalidMessage("url", "must begin with http:// or https:// and a host, without a user")
-        except (httpx2.InvalidURL, UnicodeError) as error:
-            raise InvalidMessage("url", str(error)) from error
+        if request.url.scheme not in ("http", "https") or not request.url.host or request.url.userinfo:
+            raise InvalidMessage("url", "must begin with http:// or https:// and a host, without a user")
         answer = await client.send(request, stream=True)
         try:
             if not answer.has_redirect_location:
                 yield answer
                 return
-            url = str(request.url.join(answer.headers["location"]))
+            with _named():
+                url = str(request.url.join(answer.headers["location"]))
         finally:
             await answer.aclose()
     raise InvalidMessage("url", f"redirects more than {_MAX_REDIRECTS} times")
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Names the field of a malformed address, also of a redirect."""
+    try:
+        yield
+    except (httpx2.InvalidURL, UnicodeError) as error:
+        raise InvalidMessage("url", str(error)) from error
 
 
 def _name_of(answer: httpx2.Response) -> str:

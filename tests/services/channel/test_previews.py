@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -21,8 +23,8 @@ from protos.catalog import CHANNEL_OUTBOUND
 from protos.messages.channel import SendMessage
 from protos.pubsub import RUN_PROGRESS
 from services.channel.accounts import AccountSecrets
-from services.channel.previews import Previews, Progress
-from services.channel.vendors.base import PLACEHOLDER, AccountRefused
+from services.channel.previews import Previews, Progress, _Place
+from services.channel.vendors.base import PLACEHOLDER, AccountRefused, Outbound
 from tests.services.channel.conftest import Desk
 from tooling.testing.platform import MASTER_KEY, Platform
 from tooling.testing.stack import Stack
@@ -290,3 +292,29 @@ async def test_a_channel_can_switch_previews_off(desk: Desk, cache: Cache) -> No
         await chat.tell("half", lambda: teams.signs)
         await chat.answer("answer")
         assert (teams.texts(), teams.edits) == (["answer"], [])
+
+
+async def test_a_tenant_whose_vendor_is_slow_leaves_room_for_others(
+    in_process: Previews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    answered = asyncio.Event()
+
+    async def place(_: Any, run_id: UUID, session_key: str) -> _Place:
+        account: Any = SimpleNamespace(tenant_id=session_key)
+        return _Place(account, Outbound("", "", ""))
+
+    async def show(account: Any, *_: Any) -> None:
+        shown.append(account.tenant_id)
+        await answered.wait()
+
+    monkeypatch.setattr(in_process, "_place", place)
+    monkeypatch.setattr(in_process, "_show_at", show)
+    calls = [asyncio.create_task(in_process.show(Progress(uuid7(), tenant, ""))) for tenant in "aaaab"]
+    while "b" not in shown:
+        await asyncio.sleep(0.01)
+    answered.set()
+    await asyncio.gather(*calls)
+    assert sorted(shown) == ["a", "a", "b"]
+    await in_process.show(Progress(uuid7(), "a", ""))
+    assert sorted(shown) == ["a", "a", "a", "b"]

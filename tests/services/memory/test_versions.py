@@ -177,6 +177,8 @@ async def site() -> AsyncIterator[str]:
                 return RedirectResponse("/lamps.html")
             case "inside":
                 return RedirectResponse("http://169.254.169.254/latest/meta-data")
+            case "nowhere":
+                return Response(status_code=302, headers={"location": f"http://127.0.0.1/{'x' * 20_000}" * 4})
             case "loop":
                 return RedirectResponse("/loop")
             case "picture":
@@ -209,6 +211,8 @@ async def test_a_document_is_fetched_from_a_url(client: Client, site: str) -> No
         ({"url": "{site}/missing"}, 422, "url"),
         ({"url": "{site}/inside"}, 422, "url"),
         ({"url": "{site}/loop"}, 422, "url"),
+        ({"url": "{site}/nowhere"}, 422, "url"),
+        ({"url": "http://\u2028/"}, 422, "url"),
         ({"url": "{site}/picture"}, 415, "file"),
         ({"url": "http://169.254.169.254/"}, 422, "url"),
         ({"url": "http://user:secret@127.0.0.1/"}, 422, "url"),
