@@ -34,7 +34,7 @@ from services.billing import (
 from services.billing.aggregates import GROUPS, METERS, Meter, RebuiltBuckets, Sum, Window, full_hour
 from services.billing.payments import api as payments
 from services.billing.reconciliation import UsageReconciliation, reconcile
-from services.billing.reports import Balance, Grouping, UsageFilter, UsageList, UsageSummary, UsageVerdict
+from services.billing.reports import Balance, Grouping, UsageFilter, UsageList, UsageSummary
 
 Since = Annotated[AwareDatetime | None, Query(description="only usage that occurred at or after this time")]
 From = Annotated[AwareDatetime | None, Query(alias="from", description="with group_by: first hour")]
@@ -174,10 +174,10 @@ def _tenants(runtime: Runtime) -> APIRouter:
         return page(entries, paging, lambda entry: entry.id)
 
     @router.get("/verdicts/{usage_id:path}")
-    async def get_verdict(usage_id: str, who: Reader) -> UsageVerdict:
-        """Returns the verdict on one usage record with its reason."""
+    async def get_verdict(usage_id: str, who: Reader) -> explain.InvoicedUse:
+        """Returns the verdict on one usage record with its reason, and the lines of invoices that sum it."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            return await reports.verdict(tx, who.tenant_id, usage_id)
+            return await explain.invoiced(tx, who.tenant_id, usage_id)
 
     @router.get("/reconciliation")
     async def get_reconciliation(who: Viewer) -> UsageReconciliation:

@@ -276,11 +276,14 @@ class UsageContent(NamedTuple):
     quantities: Mapping[str, int]
 
 
+OTHER_CONTENT = "an earlier record with this usage_id has other content; the earlier record counts"
+
+
 def repeated(record: UsageRecorded, first: UsageContent) -> Verdict:
     """Returns the verdict on a record whose usage_id is known already. `first` is the content that counts."""
     if first == UsageContent(record.resource, record.quantities):
         return Verdict("duplicate", "reported before")
-    return Verdict("duplicate", "an earlier record with this usage_id has other content; the earlier record counts")
+    return Verdict("duplicate", OTHER_CONTENT)
 
 
 def settle(

@@ -20,7 +20,11 @@ from services.billing.reports import UsageVerdict
 MAX_COMPARED = 200_000
 SHOWN = 20
 
+_MEASURES = "SELECT period, meter, resource, agent_id, channel_id FROM {} WHERE tenant_id = $1 AND usage_id = $2"
 _COLUMNS = {"model": "resource", "agent": "agent_id", "channel": "channel_id"}
+_SAME_GROUP = " AND ".join(
+    f"coalesce(groups ->> '{name}', m.{column}) = m.{column}" for name, column in _COLUMNS.items()
+)
 
 
 class Records(BaseModel):
@@ -164,6 +168,49 @@ async def explain(tx: Tx, tenant_id: str, line_id: UUID, usage_id: str | None) -
         runs=[run_id for (run_id,) in runs],
         record=record,
     )
+
+
+class LineOfUse(BaseModel):
+    """A line of an invoice that sums a record."""
+
+    id: UUID
+    """`/api/v1/billing/lines/{id}/explain` proves it."""
+    invoice_id: UUID
+    invoice_number: str | None
+    """Null: a draft."""
+    description: str
+
+
+class InvoicedUse(UsageVerdict):
+    """The verdict on a record, and the way from it to the invoices."""
+
+    lines: list[LineOfUse]
+    """One for each meter that is charged. Empty: its period is not closed, or it is paid by grants."""
+
+
+async def invoiced(tx: Tx, tenant_id: str, usage_id: str) -> InvoicedUse:
+    """Raises NotFound if no record with that id has arrived."""
+    found = await reports.verdict(tx, tenant_id, usage_id)
+    rows = await tx.sql(
+        f"""
+        SELECT DISTINCT l.line_id, i.invoice_id, i.number, l.description
+        FROM (
+            {_MEASURES.format("measure")}
+            UNION ALL
+            {_MEASURES.format("correction_measure")}
+        ) AS m
+        JOIN invoice AS i ON i.tenant_id = $1 AND i.period = m.period
+        JOIN invoice_line AS l ON l.tenant_id = $1 AND l.invoice_id = i.invoice_id
+        CROSS JOIN LATERAL (SELECT l.source::jsonb) AS s(groups)
+        WHERE groups ->> 'meter' = m.meter
+          AND {_SAME_GROUP}
+        ORDER BY l.line_id
+        """,
+        tenant_id,
+        usage_id,
+    )
+    lines = [LineOfUse(**dict(zip(LineOfUse.model_fields, row, strict=True))) for row in rows]
+    return InvoicedUse(**found.model_dump(), lines=lines)
 
 
 async def _at(tx: Tx, tenant_id: str, arrival: int | None) -> UsageVerdict | None:

@@ -21,7 +21,7 @@ from protos.messages.channel import MessageDelivered, MessageReceived
 from protos.messages.user import TenantCreated
 from protos.pubsub import QUOTA_EXHAUSTED
 from services.billing import accounts, deliveries, usage
-from services.billing.domain import MESSAGE, NO_ACCOUNT, Verdict
+from services.billing.domain import MESSAGE, NO_ACCOUNT, OTHER_CONTENT, Verdict
 
 
 @USAGE_RECORDS.batch(group="billing")
@@ -41,7 +41,8 @@ async def _record(
     costs = await usage.record(tx, records, verdicts, span_ids)
 
     async def show() -> None:
-        for kind, count in Counter(verdict.kind for verdict in verdicts).items():
+        kinds = ("conflict" if verdict.reason == OTHER_CONTENT else verdict.kind for verdict in verdicts)
+        for kind, count in Counter(kinds).items():
             metrics.usage_records.labels(kind).inc(count)
         for currency, nanos in costs:
             metrics.cost_nanos.labels(currency).inc(nanos)

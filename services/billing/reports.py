@@ -11,11 +11,12 @@ from pydantic import BaseModel
 from infra.errors import NotFound
 from infra.postgres.tx import Tx
 from services.billing import accounts, holds
+from services.billing.domain import OTHER_CONTENT
 
-_VERDICT = """
+_REPEATS = "SELECT count(*) FROM duplicate AS d WHERE d.tenant_id = u.tenant_id AND d.usage_id = u.usage_id"
+_VERDICT = f"""
     SELECT tenant_id, usage_id, verdict, reason, price_version, amount_nanos, resource, quantities, estimated,
-    run_id, occurred_at, rated_at, (SELECT count(*) FROM duplicate AS d WHERE d.tenant_id = u.tenant_id
-    AND d.usage_id = u.usage_id) FROM usage AS u
+    run_id, occurred_at, rated_at, ({_REPEATS}), ({_REPEATS} AND d.reason = '{OTHER_CONTENT}') FROM usage AS u
     """
 _WHERE = (
     "WHERE tenant_id = $1 AND ($2::timestamptz IS NULL OR occurred_at >= $2) "
@@ -108,6 +109,8 @@ class UsageVerdict(BaseModel):
     rated_at: datetime
     duplicates: int
     """Number of further records with the same usage_id."""
+    conflicts: int
+    """The part of them whose content was another one. They were not counted."""
 
 
 class UsageList(BaseModel):

@@ -33,3 +33,13 @@ def test_the_demo_holds_and_prints_one_object_on_one_line(system: System) -> Non
     lines = json.loads(run_claw(system.home, "logs", "--run", told["run_id"], "--search", "completed", "--json"))
     # The index may not have them yet.
     assert {line["message"] for line in lines} <= {"run completed"}
+
+
+def test_the_demo_of_billing_goes_from_usage_to_paid_invoices_and_reconciles_to_zero(system: System) -> None:
+    [line] = run_claw(system.home, "demo", "--billing", "--json").splitlines()
+    told = json.loads(line)
+    assert [one["number"] for one in told["invoices"]] == ["INV-000001"] * 3
+    assert told["corrections_nanos"] < 0
+    assert told["explained"]["records"] == 200
+    assert told["answered"]["usage_id"].startswith(told["answered"]["run_id"])
+    assert (told["journal_difference"], told["payments_difference"], told["usage_difference"]) == (0, 0, 0)

@@ -70,7 +70,9 @@ class BillingDemo(DemoBase):
         difference = await self._rerate(operator, tenants)
         self._title(6, "The proof of a line, down to one record")
         proof = await self._explain(tenants[2])
-        self._title(7, "The books")
+        self._title(7, "From a line to the model's answer, and back")
+        answered = await self._answer(operator)
+        self._title(8, "The books")
         books = await self._books(operator, tenants)
         return {
             "synthetic": True,
@@ -79,6 +81,7 @@ class BillingDemo(DemoBase):
             ],
             "corrections_nanos": difference,
             "explained": proof,
+            "answered": answered,
             **books,
         }
 
@@ -229,6 +232,37 @@ class BillingDemo(DemoBase):
         self._line("one record", f"{parts} = {record['usage']['amount_nanos']} nano-USD")
         self._line("answer", f"{record['answer']}, step {record['step']} (synthetic: this run does not exist)")
         return {"line_id": line["id"], "usage_id": first, "records": proof["records"]["count"]}
+
+    async def _answer(self, operator: Gateway) -> dict[str, str]:
+        """A real run of the scripted model: its invoice line leads to the answer, and the run's charge to the line."""
+        tenant = await self._tenant(operator, _plans(self._random.randrange(10**9))[2] | {"base_nanos": 0})
+        async with gateway(self._base_url, tenant["api_key"]) as api:
+            body = {"name": "Helper", "model": "scripted/answer", "system_prompt": "You answer briefly."}
+            agent = await api.post("/api/v1/agents", body)
+            path = f"/api/v1/agents/{agent['id']}/sessions/demo/messages"
+            run_id = (await api.post(path, {"text": "How long is a month?"}))["run_id"]
+
+            async def charged() -> dict[str, Any] | None:
+                found: dict[str, Any] = await api.get(f"/api/v1/runs/{run_id}")
+                return found if found["status"] == "completed" and found["cost_nanos"] else None
+
+            run = await self._wait_for("the charge of the run", charged)
+            timeline = (await api.get(f"/api/v1/runs/{run_id}/timeline"))["items"]
+            usage_id = next(
+                item["data"]["usage_id"]
+                for item in timeline
+                if item["kind"] == "charge" and item["data"]["resource"] == "scripted/answer"
+            )
+            await operator.call("DELETE", f"/api/v1/subscriptions/{tenant['subscription']['id']}?when=now")
+            await operator.post("/api/v1/billing/periods/close", {"tenant_id": tenant["id"]})
+            [line] = (await api.get(f"/api/v1/billing/verdicts/{usage_id}"))["lines"]
+            self._line("line", line["description"])
+            record = (await api.get(f"/api/v1/billing/lines/{line['id']}/explain", usage_id=usage_id))["record"]
+            answer = await api.get(record["answer"])
+        self._require(answer["id"] == run_id and answer["reply"] == run["reply"], "the line leads to another answer")
+        self._line("answer", f"{record['answer']}: {answer['reply']}")
+        self._line("and back", f"the run's charge {usage_id} is in this line")
+        return {"line_id": line["id"], "usage_id": usage_id, "run_id": run_id}
 
     async def _books(self, operator: Gateway, tenants: list[dict[str, Any]]) -> dict[str, Any]:
         due = 0

@@ -73,6 +73,12 @@ async def test_a_corrected_price_is_booked_once_and_comes_with_the_next_invoice(
     assert "corrections" in line["description"]
     proof = (await tenant.http.get(f"/api/v1/billing/lines/{line['id']}/explain")).json()
     assert (proof["buckets"]["sum"], proof["buckets"]["count"], proof["equal"]) == (-600, 6, True)
+    # The record is in the line of its use, and in that of its corrections.
+    found = {one["invoice_id"]: one["description"] for one in (await tenant.verdict("a/0"))["lines"]}
+    assert found == {
+        first["id"]: (await lines(tenant, first["id"]))[0]["description"],
+        second["id"]: line["description"],
+    }
 
 
 async def test_a_line_is_proved_down_to_one_record(billing: Billing) -> None:
@@ -102,6 +108,9 @@ async def test_a_line_is_proved_down_to_one_record(billing: Billing) -> None:
         "output_tokens": (7, "4200"),
     }
     assert (record["step"], record["answer"]) == (3, f"/api/v1/runs/{run_id}")
+    # And back, from the record to the line.
+    [line] = (await tenant.verdict(f"{run_id}/3/1"))["lines"]
+    assert (line["id"], line["invoice_id"], line["description"]) == (ours["id"], made["id"], ours["description"])
     assert record["usage"]["amount_nanos"] == cost
     assert (await tenant.http.get(path, params={"usage_id": "elsewhere"})).status_code == 404
     fee = (await tenant.http.get(f"/api/v1/billing/lines/{base['id']}/explain")).json()

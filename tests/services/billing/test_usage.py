@@ -119,9 +119,9 @@ async def test_another_record_under_a_known_usage_id_does_not_change_the_first(b
 
     await tenant.platform.until(repeated)
     verdict = await tenant.verdict("run/1/1")
-    assert (verdict["verdict"], verdict["amount_nanos"]) == ("counted", 150)
-    [(reason,)] = await tenant.sql("SELECT reason FROM duplicate WHERE tenant_id = $1", tenant.id)
-    assert "has other content" in reason
+    assert (verdict["verdict"], verdict["amount_nanos"], verdict["conflicts"]) == ("counted", 150, 1)
+    shown = (await billing.operator.get("/metrics")).text
+    assert 'claw_usage_records_total{verdict="conflict"} 1.0' in shown
 
 
 async def test_an_unknown_model_waits_for_its_price_and_is_charged_once_it_has_one(billing: Billing) -> None:
