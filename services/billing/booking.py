@@ -244,8 +244,8 @@ async def credit(
     if refund:
         over = 0
     await add_paid(tx, tenant_id, invoice_id, -over)
-    paid_for = invoice.paid_minor * unit + await grants.burned_prepaid(tx, tenant_id, str(invoice_id))
-    for kind, nanos in grants.given_back(over * unit, paid_for):
+    burned = await grants.burned(tx, tenant_id, str(invoice_id))
+    for kind, nanos in grants.given_back(over * unit, invoice.paid_minor * unit + burned.prepaid, burned.promotional):
         await accounts.add_credit(
             tx, tenant_id, nanos, kind=kind, reason=f"credit note {number}", actor=actor, source="receivable"
         )

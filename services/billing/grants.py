@@ -8,7 +8,7 @@ the same, so the debits since the last change are burned together at the next on
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal
+from typing import Literal, NamedTuple
 from uuid import UUID
 
 from pydantic import BaseModel
@@ -132,29 +132,37 @@ async def burn(tx: Tx, tenant_id: str, nanos: int, *, for_: JournalAccount, refe
     return total
 
 
-async def burned_prepaid(tx: Tx, tenant_id: str, reference: str) -> int:
-    """Returns the prepaid credit that was burned for an invoice or, for ``usage``, the part that corrections have not
-    given back."""
-    [(nanos,)] = await tx.sql(
+class Burned(NamedTuple):
+    """Credit that was burned, in nano-units."""
+
+    prepaid: int
+    promotional: int
+
+
+async def burned(tx: Tx, tenant_id: str, reference: str) -> Burned:
+    """Returns the credit that was burned for an invoice or, for ``usage``, the part that corrections have not given
+    back."""
+    rows = await tx.sql(
         """
-        SELECT coalesce(sum(amount_nanos), 0)::bigint
+        SELECT account, sum(amount_nanos)::bigint
         FROM journal_entry
         JOIN journal_line USING (tenant_id, entry)
-        WHERE tenant_id = $1 AND account = 'prepaid'
-          AND (kind = 'burn' AND reference = $2 OR $2 = 'usage' AND kind = 'grant' AND reason = $3)
+        WHERE tenant_id = $1 AND (kind = 'burn' AND reference = $2 OR $2 = 'usage' AND kind = 'grant' AND reason = $3)
+        GROUP BY account
         """,
         tenant_id,
         reference,
         _CORRECTIONS,
     )
-    return int(nanos)
+    found = dict(rows)
+    return Burned(*(found.get(_OWED[kind], 0) for kind in Burned._fields))
 
 
-def given_back(nanos: int, paid_for: int) -> list[tuple[Kind, int]]:
-    """Divides an amount that is given back into grants: paid credit comes back first, as prepaid credit; the rest
-    was promotional and is so again."""
-    prepaid = min(nanos, max(0, paid_for))
-    parts: list[tuple[Kind, int]] = [("prepaid", prepaid), ("promotional", nanos - prepaid)]
+def given_back(nanos: int, paid: int, promotional: int) -> list[tuple[Kind, int]]:
+    """Divides an amount that is given back into grants: first what was `paid`, as prepaid credit; then what promotional
+    credit had covered. Any rest was paid in another way."""
+    free = min(max(0, nanos - max(0, paid)), max(0, promotional))
+    parts: list[tuple[Kind, int]] = [("prepaid", nanos - free), ("promotional", free)]
     return [part for part in parts if part[1]]
 
 
@@ -176,11 +184,11 @@ async def settle(tx: Tx, tenant_id: str) -> None:
         """,
         tenant_id,
     )
-    if burned := await burn(tx, tenant_id, due, for_="revenue", reference="usage"):
-        await tx.sql("UPDATE account SET burned_nanos = burned_nanos + $2 WHERE tenant_id = $1", tenant_id, burned)
+    if covered := await burn(tx, tenant_id, due, for_="revenue", reference="usage"):
+        await tx.sql("UPDATE account SET burned_nanos = burned_nanos + $2 WHERE tenant_id = $1", tenant_id, covered)
     elif due < 0:
         # Corrections have given back more than the usage since the last settlement. Grants had paid for the rest.
-        for kind, nanos in given_back(-due, await burned_prepaid(tx, tenant_id, "usage")):
+        for kind, nanos in given_back(-due, *await burned(tx, tenant_id, "usage")):
             await add(tx, tenant_id, nanos, kind=kind, reason=_CORRECTIONS, actor="billing", source="revenue")
         await tx.sql("UPDATE account SET burned_nanos = burned_nanos + $2 WHERE tenant_id = $1", tenant_id, due)
     if expired:

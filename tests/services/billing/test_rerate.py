@@ -164,3 +164,16 @@ async def test_a_correction_of_usage_that_promotional_credit_has_paid_gives_such
         owed.append((-found.get("prepaid", 0), -found["promotional_credit"]))
     # 300 and then 450 come back; 500 were prepaid.
     assert owed == [(300, 2), (500, 254)]
+
+
+async def test_a_correction_of_invoiced_usage_is_owed_as_paid_credit(billing: Billing) -> None:
+    tenant, _ = await subscribed(billing)
+    body = {"tenant_id": tenant.id, "amount_nanos": 700, "reason": "r"}
+    assert (await billing.operator.post("/api/v1/billing/corrections", json=body)).status_code == 201
+    await post(billing, "grants", {"tenant_id": tenant.id, "nanos": 1, "reason": "r"})
+    assert await journal(tenant) == {
+        "prepaid": -700,
+        "promotional_cost": 1,
+        "promotional_credit": -1,
+        "revenue": 700,
+    }
