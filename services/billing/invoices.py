@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, computed_field
 
 from infra.clock import utcnow
 from infra.errors import NotFound
@@ -43,7 +43,6 @@ class Invoice(BaseModel):
     """Received, less the parts that were given back: by a refund, a lost dispute, or as a grant with a credit note."""
     credited_minor: int
     """Taken back by credit notes."""
-    due_minor: int
     due_at: datetime | None
     """Null for a draft."""
     overdue: bool
@@ -54,6 +53,16 @@ class Invoice(BaseModel):
     """As it was when the invoice was finalised. Empty for a draft."""
     made_at: datetime
     finalised_at: datetime | None
+
+    @property
+    def open_minor(self) -> int:
+        """Not paid, also if it was written off."""
+        return max(0, self.total_minor - self.applied_minor - self.credited_minor - self.paid_minor)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def due_minor(self) -> int:
+        return self.open_minor if self.status in ("draft", "finalised") else 0
 
 
 class InvoiceLine(BaseModel):
@@ -110,14 +119,11 @@ async def listed(tx: Tx, tenant_id: str | None, *, after: UUID | None, limit: in
 
 def _invoice(row: tuple[Any, ...]) -> Invoice:
     columns = dict(zip([name.strip() for name in _INVOICE.split(",")], row, strict=True))
-    due = columns["total_minor"] - columns["applied_minor"] - columns["credited_minor"] - columns["paid_minor"]
-    open_ = columns["status"] in ("draft", "finalised")
     return Invoice(
         id=columns.pop("invoice_id"),
         buyer=Buyer.model_validate_json(columns.pop("buyer")),
         seller=Seller.model_validate_json(columns.pop("seller")),
         period=InvoicePeriod(begins=columns.pop("begins"), ends=columns.pop("ends")),
-        due_minor=max(0, due) if open_ else 0,
         overdue=columns["status"] == "finalised" and columns["due_at"] < utcnow(),
         **columns,
     )

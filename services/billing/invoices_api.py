@@ -23,7 +23,7 @@ from services.billing.invoices import CreditNote, Invoice
 from services.billing.tax import Buyer
 
 Text = Annotated[str, Field(min_length=1, max_length=500)]
-Percent = Annotated[str, Field(pattern=r"^\d{1,2}(\.\d{1,4})?$", examples=["19", "7.7"])]
+Percent = Annotated[str, Field(pattern=r"^[0-9]{1,2}(\.[0-9]{1,4})?$", examples=["19", "7.7"])]
 
 
 class _Body(BaseModel):
@@ -220,10 +220,10 @@ def router(runtime: Runtime) -> APIRouter:
             if booked and booked != [received]:
                 raise Conflict(f"reference {body.reference}: was booked for another invoice or amount")
             if not booked:
-                if invoice.status != "finalised":
-                    raise Conflict(f"the invoice is {invoice.status}; only a finalised one takes a payment")
-                if body.amount_minor > invoice.due_minor:
-                    raise InvalidMessage("amount_minor", f"must be at most {invoice.due_minor}, the amount due")
+                if invoice.status not in ("finalised", "uncollectible"):
+                    raise Conflict(f"the invoice is {invoice.status}; only an unpaid one takes a payment")
+                if body.amount_minor > invoice.open_minor:
+                    raise InvalidMessage("amount_minor", f"must be at most {invoice.open_minor}, the amount due")
                 await booking.receive(
                     tx, tenant_id, invoice_id, body.amount_minor, reference=reference, actor=who.actor
                 )

@@ -21,7 +21,7 @@ from services.billing.currencies import DIGITS
 from services.billing.domain import UNITS, Price, Tier
 
 # A string, because clients parse a JSON number as a binary fraction, which is not exact.
-Nanos = Annotated[str, Field(pattern=r"^\d{1,12}(\.\d{1,18})?$", examples=["150", "0.5"])]
+Nanos = Annotated[str, Field(pattern=r"^[0-9]{1,12}(\.[0-9]{1,18})?$", examples=["150", "0.5"])]
 
 MAX_TIERS = 50
 

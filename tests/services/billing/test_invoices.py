@@ -340,6 +340,14 @@ async def test_void_and_write_off_book_the_receivable_back(billing: Billing) -> 
         found = await journal(tenant)
         assert "receivable" not in found
         assert found == ({} if status == "void" else {"revenue": -30 * UNIT, "write_off": 30 * UNIT})
+        # Money that comes after the write-off takes it back.
+        late = {"amount_minor": 3000, "reference": f"bank {made['id']}"}
+        answer = await billing.operator.post(f"/api/v1/invoices/{made['id']}/received", json=late)
+        assert answer.status_code == (409 if status == "void" else 200)
+        assert await journal(tenant) == ({} if status == "void" else {"cash": 30 * UNIT, "revenue": -30 * UNIT})
+        again = late | {"reference": f"bank {made['id']} 2", "amount_minor": 1}
+        answer = await billing.operator.post(f"/api/v1/invoices/{made['id']}/received", json=again)
+        assert answer.status_code == (409 if status == "void" else 422)
 
 
 async def test_grants_are_burned_by_priority_then_expiry_then_age_and_the_rest_is_booked(billing: Billing) -> None:
