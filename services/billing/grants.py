@@ -159,8 +159,8 @@ async def burned(tx: Tx, tenant_id: str, reference: str) -> Burned:
 
 
 def given_back(nanos: int, paid: int, promotional: int) -> list[tuple[Kind, int]]:
-    """Divides an amount that is given back into grants: first what was `paid`, as prepaid credit; then what promotional
-    credit had covered. Any rest was paid in another way."""
+    """Divides an amount that is given back into grants: up to `paid` as prepaid credit, then up to `promotional` as
+    promotional credit. Any rest was paid in another way, and is prepaid, too."""
     free = min(max(0, nanos - max(0, paid)), max(0, promotional))
     parts: list[tuple[Kind, int]] = [("prepaid", nanos - free), ("promotional", free)]
     return [part for part in parts if part[1]]
