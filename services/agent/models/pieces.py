@@ -7,9 +7,15 @@ from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+import httpx2
 import msgspec
 
+from infra.errors import TooLarge
+from infra.web.http import media_type
+
 Chunk = dict[str, Any]
+# Servers write two or three.
+MAX_EVENT_LINES = 1_000
 # The signs of JSON that open and close a part. A sign after a backslash does neither.
 _BRACKETS = re.compile(r'["{}\[\]]|\\.?', re.DOTALL)
 
@@ -26,6 +32,47 @@ async def lines(stream: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
                 yield line
             rest = [others[-1]]
     yield b"".join(rest)
+
+
+class WholeEvents(httpx2.AsyncBaseTransport):
+    """A transport whose streams come event by event. Libraries take quadratic time for an event of many lines, and for
+    one that comes in many pieces."""
+
+    def __init__(self, inner: httpx2.AsyncBaseTransport) -> None:
+        self._inner = inner
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        response = await self._inner.handle_async_request(request)
+        if media_type(response.headers) == "text/event-stream":
+            response.stream = _Events(response.stream)
+        return response
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class _Events(httpx2.AsyncByteStream):
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        event: list[bytes] = []
+        count = 0
+        async for line in lines(self._stream):
+            event.append(line)
+            # A line may also end with this sign alone.
+            count += 1 + line.count(b"\r")
+            if count > MAX_EVENT_LINES:
+                raise TooLarge(f"an event of the stream has more than {MAX_EVENT_LINES} lines")
+            if not line.strip(b"\r"):
+                yield b"\n".join((*event, b""))
+                event.clear()
+                count = 0
+        if event:
+            yield b"\n".join(event)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 def whole_arguments(pieces: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ import httpx2
 from services.agent.models.chat import TIMEOUT, ChatModel
 from services.agent.models.completions import Completions
 from services.agent.models.contract import Model, ModelEndpoint
+from services.agent.models.pieces import WholeEvents
 
 
 class Providers:
@@ -18,7 +19,7 @@ class Providers:
     def __init__(self, transport: httpx2.AsyncBaseTransport) -> None:
         self._completions = Completions(transport)
         self._client = httpx2.AsyncClient(
-            transport=transport,
+            transport=WholeEvents(transport),
             timeout=TIMEOUT,
             trust_env=False,
             # No cookies are kept, because tenants share the client.

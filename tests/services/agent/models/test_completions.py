@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx2
 import msgspec
 import pytest
 
+from infra.errors import TooLarge
 from infra.outgoing.client import Outgoing
 from services.agent.models.completions import _Repair, usage
 from services.agent.models.contract import (
@@ -25,6 +27,7 @@ from services.agent.models.contract import (
     Usage,
     UserTurn,
 )
+from services.agent.models.pieces import WholeEvents
 from services.agent.models.providers import Providers
 from services.agent.models.thoughts import HELD, Thoughts, without_thoughts
 from tooling.testing.model_server import KEY, ModelServer, Refuses, Says, Streams, model_server
@@ -440,6 +443,49 @@ async def test_a_long_stream_takes_linear_time(kind: str) -> None:
 
     async for _ in _Repair(Thoughts(held)).lines(stream()):
         pass
+
+
+class Sends(httpx2.AsyncBaseTransport, httpx2.AsyncByteStream):
+    """A server whose stream comes in these pieces."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = pieces
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, headers={"content-type": "text/event-stream"}, stream=self, request=request)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self._pieces:
+            yield piece
+
+
+async def _events(pieces: list[bytes]) -> list[bytes]:
+    """The pieces that a library gets."""
+    request = httpx2.Request("GET", "http://a.example")
+    answer = await WholeEvents(Sends(pieces)).handle_async_request(request)
+    return [piece async for piece in answer.aiter_raw()]
+
+
+@pytest.mark.timeout(30)
+async def test_a_library_gets_whole_events_of_few_lines() -> None:
+    assert await _events([b"event: a\nda", b"ta: 1\n", b"\ndata: 2\r\n\r\nrest"]) == [
+        b"event: a\ndata: 1\n\n",
+        b"data: 2\r\n\r\n",
+        b"rest",
+    ]
+    long = [b"x"] * 300_000
+    assert await _events(long) == [b"".join(long)]
+    for end in (b"\n", b"\r"):
+        with pytest.raises(TooLarge):
+            await _events([b"a" + end] * 2_000)
+    providers = Providers(Sends([b"a\n"] * 2_000))
+    with pytest.raises(ModelFailed, match="lines"):
+        await providers.model("anthropic/x", ModelEndpoint(base_url="http://a.example")).answer(PROMPT, _ignored)
+    await providers.close()
+
+
+async def _ignored(text: str) -> None:
+    """Drops a text."""
 
 
 @pytest.mark.timeout(30)
