@@ -10,8 +10,10 @@ from datetime import datetime
 import msgspec
 
 from infra.clock import utcnow, uuid7
+from infra.errors import Conflict
 from infra.postgres.tx import Tx
 from services.billing import accounts, invoices, plans, subscriptions, tax
+from services.billing.accounts import MAX_CREDIT_NANOS
 from services.billing.currencies import to_minor
 from services.billing.invoices import Invoice
 from services.billing.plans import MeteredQuantity
@@ -35,6 +37,10 @@ async def _draft(tx: Tx, tenant_id: str, currency: str, period: Period, seller_c
         plan, await metered(tx, tenant_id, period.period), int((period.ends - period.begins).total_seconds()), int(full)
     )
     subtotal = sum(line.amount_nanos for line in lines)
+    if max(subtotal, *(line.amount_nanos for line in lines), 0) > MAX_CREDIT_NANOS:
+        raise Conflict(
+            f"the invoice of the period from {period.begins.isoformat()} is above {MAX_CREDIT_NANOS} nano-units"
+        )
     invoice_id = uuid7()
     taxed = await tax.due(tx, tenant_id, subtotal, seller_country)
     await tx.sql(

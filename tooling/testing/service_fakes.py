@@ -95,6 +95,10 @@ class FakeBilling(billing_pb2_grpc.BillingServicer):
         """Tenants without credit."""
         self.hurried: set[str] = set()
         """Tenants over their rate."""
+        self.silent: set[str] = set()
+        """Tenants whose requests for holds are not answered."""
+        self.unanswered = 0
+        """Number of these requests."""
         self.holds: dict[str, billing_pb2.ReserveRequest] = {}
         """Hold id → the request that made it."""
         self.released: list[str] = []
@@ -120,6 +124,9 @@ class FakeBilling(billing_pb2_grpc.BillingServicer):
             raise InvalidMessage("reserve", "needs expires_in_ms above 0, resource and quantities")
         if _of_call(self.holds.setdefault(request.hold_id, request)) != _of_call(request):
             raise InvalidMessage("hold_id", "was used before with another request")
+        if tenant in self.silent:
+            self.unanswered += 1
+            raise Transient("the stand-in of billing is silent")
         if tenant in self.hurried:
             return billing_pb2.ReserveReply(refused_by="tenant, 1 a minute", retry_later=True, currency="USD")
         granted = tenant not in self.broke

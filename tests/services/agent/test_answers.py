@@ -138,6 +138,25 @@ async def test_without_credit_the_person_gets_a_clear_refusal_and_no_model_is_as
     assert [message["content"] for message in world.models.requests[-1].body["messages"][1:]] == ["Hi", "Again"]
 
 
+async def test_while_billing_does_not_answer_no_model_is_asked_and_the_message_waits(
+    world: World, tenant: Tenant
+) -> None:
+    agent = await tenant.agent()
+    world.peers.billing.silent.add(tenant.id)
+    asked, refused = len(world.models.requests), world.peers.billing.unanswered
+    await tenant.receive(agent, "Hi")
+    await world.platform.until(lambda: _is(world.peers.billing.unanswered > refused))
+    assert len(world.models.requests) == asked
+    assert await tenant.usage() == []
+    world.peers.billing.silent.clear()
+    [run] = await tenant.runs(1)
+    assert run["status"] == "completed"
+
+
+async def _is(value: bool) -> bool:
+    return value
+
+
 async def test_over_a_rate_the_person_is_asked_to_send_the_message_again(world: World, tenant: Tenant) -> None:
     agent = await tenant.agent()
     world.peers.billing.hurried.add(tenant.id)

@@ -11,7 +11,7 @@ import pytest
 
 from infra.clock import utcnow, uuid7
 from tests.services.billing.conftest import Billing
-from tests.services.billing.test_invoices import draft, field_of, plan, post, subscribed
+from tests.services.billing.test_invoices import START, draft, field_of, plan, post, subscribed
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,15 @@ async def test_a_subscription_that_cannot_work_is_refused(billing: Billing) -> N
     assert field_of(await refused(ends_at="2020-01-01T00:00:00Z")) == "ends_at", "a subscription has no end of its own"
     late = (datetime.now(UTC) - timedelta(days=1)).isoformat()
     assert field_of(await refused(tenant_id=other.id, starts_at=late)) == "starts_at"
+
+
+async def test_an_invoice_that_the_books_cannot_hold_is_refused_with_its_period(billing: Billing) -> None:
+    charge = {"meter": "input_tokens", "scheme": "per_unit", "tiers": [{"unit_nanos": 10**15}]}
+    tenant, _ = await subscribed(billing, charges=[charge], included=[])
+    await tenant.use("a", occurred_at=START, input_tokens=10**9, output_tokens=0)
+    await tenant.verdict("a")
+    answer = await billing.operator.post("/api/v1/billing/periods/close", json={"tenant_id": tenant.id})
+    assert (answer.status_code, START.isoformat() in answer.text) == (409, True), answer.text
 
 
 @pytest.mark.parametrize("when", ["now", "period_end"])
