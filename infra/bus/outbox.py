@@ -214,17 +214,17 @@ class Relay:
             WITH own AS MATERIALIZED (
                 SELECT l.name, set_config('synchronous_commit', 'off', true)
                 FROM lease l
-                JOIN unnest($2::text[], $3::bigint[]) AS h(name, epoch) USING (name, epoch)
+                JOIN unnest((SELECT $2::text[]), $3::bigint[]) AS h(name, epoch) USING (name, epoch)
                 WHERE l.owner = $4
                 ORDER BY l.name
                 FOR SHARE OF l
             ), tried_again AS (
                 DELETE FROM outbox_held_back h
-                WHERE h.bus = $6 AND h.destination = ANY($7::text[]) AND h.key = ANY($8::text[])
-                    AND h.retry_at < clock_timestamp()
+                WHERE h.bus = $6 AND h.destination = ANY((SELECT $7::text[])::text[])
+                    AND h.key = ANY((SELECT $8::text[])::text[]) AND h.retry_at < clock_timestamp()
             ), marked AS (
                 UPDATE outbox o SET published_at = clock_timestamp()
-                FROM unnest($1::bigint[]) AS p(position)
+                FROM unnest((SELECT $1::bigint[])) AS p(position)
                 WHERE o.position = p.position AND EXISTS (SELECT FROM own WHERE own.name = $5 || ':' || o.bucket)
                 RETURNING 1
             )

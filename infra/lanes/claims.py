@@ -210,7 +210,7 @@ class Claims:
                     row[0]: LaneHead(*row[1:])
                     for row in await sql(
                         connection,
-                        "SELECT c.lane_id, h.* FROM unnest($1::bigint[]) AS c(lane_id), lane_head(c.lane_id) h",
+                        "SELECT c.lane_id, h.* FROM unnest((SELECT $1::bigint[])) AS c(lane_id), lane_head(lane_id) h",
                         list(leases),
                     )
                 }

@@ -89,7 +89,7 @@ async def _stored(connection: AsyncConnection, subjects: Sequence[Subject]) -> d
         """
         SELECT tenant_id, subject_id, wrapped
         FROM subject_key
-        JOIN unnest($1::text[], $2::text[]) AS n(tenant_id, subject_id) USING (tenant_id, subject_id)
+        JOIN unnest((SELECT $1::text[]), $2::text[]) AS n(tenant_id, subject_id) USING (tenant_id, subject_id)
         """,
         [tenant_id for tenant_id, _ in subjects],
         [subject_id for _, subject_id in subjects],

@@ -40,7 +40,7 @@ class Entry:
     """The period whose invoice has it. 0: none, so grants cover it."""
 
 
-CURRENCIES = "SELECT ROW(tenant_id, currency) FROM account WHERE tenant_id = ANY({}::text[])"
+CURRENCIES = "SELECT ROW(tenant_id, currency) FROM account WHERE tenant_id = ANY((SELECT {}::text[])::text[])"
 
 
 async def currencies(tx: Tx, tenant_ids: Iterable[str]) -> Mapping[str, str]:

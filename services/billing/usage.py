@@ -122,7 +122,7 @@ async def _places(tx: Tx, records: Sequence[UsageRecorded], verdicts: Sequence[V
         """
         SELECT tenant_id, next_expiry <= clock_timestamp()
         FROM account
-        WHERE tenant_id = ANY($1::text[])
+        WHERE tenant_id = ANY((SELECT $1::text[])::text[])
         ORDER BY tenant_id
         FOR UPDATE
         """,

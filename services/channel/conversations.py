@@ -37,7 +37,7 @@ _COUNT = """
 # Reads only: the session that each conversation had under a former id, and the author's key.
 _LOOK = """
     SELECT a.target, k.subject_id IS NOT NULL, k.wrapped
-    FROM unnest($1::text[], $2::text[], $3::text[]) WITH ORDINALITY AS n(session_key, tenant_id, subject_id, n)
+    FROM unnest((SELECT $1::text[]), $2::text[], $3::text[]) WITH ORDINALITY AS n(session_key, tenant_id, subject_id, n)
         LEFT JOIN session_alias a ON a.session_key = n.session_key
         LEFT JOIN subject_key k ON k.tenant_id = n.tenant_id AND k.subject_id = n.subject_id
     ORDER BY n.n

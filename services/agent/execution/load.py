@@ -64,11 +64,11 @@ FROM run r
         WHERE tenant_id = r.tenant_id
             AND subject_id = ANY(ARRAY[r.subject_id, s.summary_subject] || m.subjects || s.summary_about)
     ) k
-WHERE r.id = ANY($1::uuid[])
+WHERE r.id = ANY((SELECT $1::uuid[])::uuid[])
 """
 _EARLIER = """
 SELECT n.run_id, n.is_parent, h.*
-FROM unnest($1::uuid[], $2::boolean[], $3::text[], $4::text[], $5::bigint[], $6::bigint[], $7::bigint[])
+FROM unnest((SELECT $1::uuid[]), $2::boolean[], $3::text[], $4::text[], $5::bigint[], $6::bigint[], $7::bigint[])
         AS n(run_id, is_parent, tenant_id, session_key, after_seq, before_seq, most)
     CROSS JOIN LATERAL (
         SELECT m.run_id, m.seq, m.message_id, m.subject_id, m.text, r.subject_id, r.reply
