@@ -28,6 +28,8 @@ _SECRET_TEXT = (
         re.compile(rf"((?:{_NAME})(?:=[\"']?|[\"']\s*:\s*[\"']))[^\s\"',;&]+", re.IGNORECASE),
         rf"\1{MASK}",
     ),
+    # The value in an error of pydantic, which libraries log with the answer of a tenant's server.
+    (re.compile(r"(\[type=\w{1,60}), input_value=.{0,200}, input_type=\w{1,100}\]"), r"\1]"),
     (re.compile(r"\b(bearer|basic)\s+[\w\-.~+/=]{12,}", re.IGNORECASE), rf"\1 {MASK}"),
 )
 

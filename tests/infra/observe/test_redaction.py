@@ -50,6 +50,7 @@ class Broken:
         "sent BEARER hunter2hunter2",
         "sent Basic hunter2hunter2",
         "sent Ba\u017fic hunter2hunter2",
+        "n: is no number [type=int_parsing, input_value='hunter2, input_type=str] hunter2', input_type=str]",
         Account("hunter2"),
     ],
     ids=str,
