@@ -12,7 +12,7 @@ import random
 import struct
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from time import time_ns
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -23,8 +23,7 @@ from opentelemetry.trace.span import TraceState
 
 _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
 _NO_STATE: Final = TraceState()
-# OTLP numbers the kinds from 1, the API from 0.
-_KINDS: Final = {kind: bytes((kind.value + 1,)) for kind in SpanKind}
+_UNSET: Final = StatusCode.UNSET
 
 # The current span's key in a context.
 _CURRENT: Final = next(iter(trace.set_span_in_context(trace.INVALID_SPAN, otel_context.Context())))
@@ -61,6 +60,11 @@ class RecordedSpan(trace.Span):
     is_remote = False
     trace_flags = _SAMPLED
     dropped_attributes = dropped_events = dropped_links = 0
+    end_time = 0
+    _context: SpanContext | None = None
+    _code = _UNSET
+    _description: str | None = None
+    _traceparent: str | None = None
 
     def __init__(
         self,
@@ -83,11 +87,7 @@ class RecordedSpan(trace.Span):
         self.events: list[SpanEvent] = []
         self.links = links
         self.start_time = time_ns()
-        self.end_time = 0
         self._parent = parent
-        self._context: SpanContext | None = None
-        self._code = StatusCode.UNSET
-        self._description: str | None = None
         self._ended = ended
 
     def get_span_context(self) -> SpanContext:
@@ -99,10 +99,12 @@ class RecordedSpan(trace.Span):
     def context(self) -> SpanContext:
         return self.get_span_context()
 
-    @cached_property
+    @property
     def traceparent(self) -> str:
         """As the function `traceparent`. All messages that are made in the span carry it."""
-        return traceparent(self)
+        if self._traceparent is None:
+            self._traceparent = f"00-{self.trace_id:032x}-{self.span_id:016x}-01"
+        return self._traceparent
 
     @property
     def parent(self) -> SpanContext | None:
@@ -138,7 +140,7 @@ class RecordedSpan(trace.Span):
     def set_status(self, status: Status | StatusCode, description: str | None = None) -> None:
         code = status.status_code if isinstance(status, Status) else status
         # By the specification OK is final, and UNSET changes nothing.
-        if self.end_time or self._code is StatusCode.OK or code is StatusCode.UNSET:
+        if self.end_time or self._code is StatusCode.OK or code is _UNSET:
             return
         if isinstance(status, Status):
             description = status.description
@@ -203,9 +205,8 @@ def encode(span: RecordedSpan) -> bytes:
     if parent is not None:
         parts += (b"\x22\x08", parent.span_id.to_bytes(8))
     parts += (
-        _field(b"\x2a", _utf8(span.name)),
-        b"\x30",
-        _KINDS[span.kind],
+        # `value` is a descriptor in Python; this is the same.
+        _named(span.name, span.kind._value_),
         _TIMES.pack(0x39, span.start_time, 0x41, span.end_time),
         *_attributes(b"\x4a", span.attributes),
     )
@@ -215,7 +216,7 @@ def encode(span: RecordedSpan) -> bytes:
     links = span.links
     if links:
         parts.append(b"".join(map(_link, links)) if isinstance(links, list | tuple) else links.encoded())  # type: ignore[union-attr]
-    if span._code is StatusCode.UNSET:
+    if span._code is _UNSET:
         parts.append(b"\x7a\x00")
     else:
         message = _field(b"\x12", _utf8(span._description)) if span._description else b""
@@ -229,6 +230,12 @@ def encode_request(resource: Mapping[str, str], scope: str, spans: Iterable[byte
     head = _field(b"\x0a", b"".join(_attributes(b"\x0a", resource)))
     scope_spans = _field(b"\x0a", _field(b"\x0a", _utf8(scope))) + b"".join(spans)
     return _field(b"\x0a", head + _field(b"\x12", scope_spans))
+
+
+@lru_cache(maxsize=4096)
+def _named(name: str, kind: int) -> bytes:
+    # OTLP numbers the kinds from 1, the API from 0.
+    return _field(b"\x2a", _utf8(name)) + b"\x30" + bytes((kind + 1,))
 
 
 _TIMES = struct.Struct("<BQBQ")

@@ -44,26 +44,26 @@ class RawRequest:
 
     message_event: ClassVar[asyncio.Event] = asyncio.Event()
     """uvicorn sets it. Nothing waits for it."""
+    # uvicorn's protocol reads and writes these two.
+    disconnected = False
+    response_complete = False
+    _body: bytes | bytearray = b""
+    _is_whole = False
+    _is_handled = False
+    _is_too_large = False
 
     def __init__(self, protocol: RawProtocol, route: RawRoute, *, is_first: bool) -> None:
         """is_first: no earlier request of the connection waits for its answer."""
         parser = protocol.parser
         self.method: str = parser.get_method().decode()
-        self.scheme = str(protocol.scheme)
+        self.scheme: str = protocol.scheme or "http"
         """``http`` or ``https``."""
-        # The attributes that uvicorn's protocol reads and writes.
         self.keep_alive: bool = parser.should_keep_alive() and parser.get_http_version() != "1.0"
-        self.disconnected = False
-        self.response_complete = False
+        self.is_first = is_first
         self._protocol = protocol
         self._route = route
         self._url = protocol.url
         self._headers: Sequence[tuple[bytes, bytes]] = protocol.headers
-        self._body: bytes | bytearray = b""
-        self.is_first = is_first
-        self._is_whole = False
-        self._is_handled = False
-        self._is_too_large = False
 
     @property
     def path(self) -> str:
@@ -80,10 +80,11 @@ class RawRequest:
     def headers(self) -> dict[str, str]:
         """Names in lower case. The values of a repeated header are joined, as RFC 9110 §5.3 says: so a second signature
         makes the first one wrong."""
-        found: dict[str, str] = {}
-        for name, value in self._headers:
-            given, text = name.decode("latin-1"), value.decode("latin-1")
-            found[given] = f"{found[given]}, {text}" if given in found else text
+        found = {name.decode("latin-1"): value.decode("latin-1") for name, value in self._headers}
+        if len(found) < len(self._headers):
+            for given in found:
+                values = [value for name, value in self._headers if name.decode("latin-1") == given]
+                found[given] = b", ".join(values).decode("latin-1")
         return found
 
     @property
@@ -141,7 +142,7 @@ class RawProtocol(HttpToolsProtocol):
         self._routes = routes
         self._draining = draining
         self._common: Sequence[tuple[bytes, bytes]] = ()
-        self._common_lines = b""
+        self._common_lines = self._empty_answer = b""
         self._head_bytes = 0
         self._in_head = False
 
@@ -227,14 +228,13 @@ class RawProtocol(HttpToolsProtocol):
             # uvicorn makes a new list each second.
             self._common = self.server_state.default_headers
             self._common_lines = _lines(self._common)
+            self._empty_answer = STATUS_LINE[200] + self._common_lines + b"content-length: 0\r\n"
         if response is None:
-            parts = [STATUS_LINE[200], self._common_lines, b"content-length: 0\r\n"]
+            head = self._empty_answer
         else:
-            parts = [STATUS_LINE[response.status_code], self._common_lines, _lines(response.raw_headers)]
-        parts.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
-        if response is not None and with_body:
-            parts.append(bytes(response.body))
-        self.transport.write(b"".join(parts))
+            head = STATUS_LINE[response.status_code] + self._common_lines + _lines(response.raw_headers)
+        head += b"\r\n" if keep_alive else b"connection: close\r\n\r\n"
+        self.transport.write(head + bytes(response.body) if response is not None and with_body else head)
         if not keep_alive:
             self.transport.close()
         self.on_response_complete()

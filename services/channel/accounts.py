@@ -147,59 +147,56 @@ class Accounts:
     def __init__(self, database: Database, secrets_: AccountSecrets) -> None:
         self._database = database
         self._secrets = secrets_
-        self._known: dict[bytes, tuple[float, ChannelAccount]] = {}
-        self._unknown: dict[bytes, float] = {}
-        self._reading: dict[bytes, asyncio.Task[ChannelAccount | None]] = {}
+        self._known: dict[str, tuple[float, ChannelAccount]] = {}
+        self._unknown: dict[str, float] = {}
+        self._reading: dict[str, asyncio.Task[ChannelAccount | None]] = {}
 
     def cached(self, type_: str, token: str) -> ChannelAccount | None:
         """The account, if `by_token` would return it without waiting."""
-        if not _TOKEN.fullmatch(token):
-            return None
-        until, account = self._known.get(token_hash(token), (0.0, None))
+        until, account = self._known.get(token, (0.0, None))
         return account if account and until >= time.monotonic() and account.vendor.name == type_ else None
 
     async def by_token(self, type_: str, token: str) -> ChannelAccount | None:
         if not _TOKEN.fullmatch(token):
             return None
-        hashed = token_hash(token)
         now = time.monotonic()
-        if self._unknown.get(hashed, 0.0) > now:
+        if self._unknown.get(token, 0.0) > now:
             return None
-        until, account = self._known.get(hashed, (0.0, None))
+        until, account = self._known.get(token, (0.0, None))
         if account is not None and until < now:
             # This request refreshes the entry. Concurrent requests keep the cached account, so that not all of them
             # query the database at once.
-            self._known[hashed] = now + CACHE_SECONDS, account
+            self._known[token] = now + CACHE_SECONDS, account
         if until < now:
-            account = await self._read_once(hashed)
+            account = await self._read_once(token)
         return account if account and account.vendor.name == type_ else None
 
-    async def _read_once(self, hashed: bytes) -> ChannelAccount | None:
+    async def _read_once(self, token: str) -> ChannelAccount | None:
         """One query for all requests that ask at the same moment, such as those after a restart."""
-        reading = self._reading.get(hashed)
+        reading = self._reading.get(token)
         if reading is None:
-            reading = self._reading[hashed] = asyncio.create_task(self._read(hashed), context=Context())
-            reading.add_done_callback(lambda _: self._reading.pop(hashed))
+            reading = self._reading[token] = asyncio.create_task(self._read(token), context=Context())
+            reading.add_done_callback(lambda _: self._reading.pop(token))
         # A request that goes away must not cancel the query of the others.
         return await asyncio.shield(reading)
 
-    async def _read(self, hashed: bytes) -> ChannelAccount | None:
+    async def _read(self, token: str) -> ChannelAccount | None:
         async with self._database.begin() as tx:
-            rows = await tx.sql(f"SELECT {COLUMNS} FROM account WHERE token_hash = $1", hashed)
+            rows = await tx.sql(f"SELECT {COLUMNS} FROM account WHERE token_hash = $1", token_hash(token))
         if not rows:
-            self._known.pop(hashed, None)
+            self._known.pop(token, None)
             if len(self._unknown) >= CACHE_SIZE:
                 self._unknown.clear()
-            self._unknown[hashed] = time.monotonic() + UNKNOWN_SECONDS
+            self._unknown[token] = time.monotonic() + UNKNOWN_SECONDS
             return None
         account = self._secrets.account(rows[0])
         if len(self._known) >= CACHE_SIZE:
             self._known.clear()
-        self._known[hashed] = time.monotonic() + CACHE_SECONDS, account
+        self._known[token] = time.monotonic() + CACHE_SECONDS, account
         return account
 
     def forget(self, account_id: UUID) -> None:
         """Drops the cached account, so that a change made by this process takes effect here at once."""
-        for hashed, (_, account) in list(self._known.items()):
+        for token, (_, account) in list(self._known.items()):
             if account.id == account_id:
-                del self._known[hashed]
+                del self._known[token]

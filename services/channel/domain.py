@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple, assert_never
 from uuid import UUID
 
@@ -153,22 +154,30 @@ class Pseudonyms:
     """
 
     def __init__(self, key: bytes) -> None:
-        # Copied for each name: the key schedule would cost more than the digest.
-        self._keyed = HMAC(key, SHA256())
+        self._key = key
 
     def session(self, conversation: str) -> str:
-        return self._name("session", conversation)
+        return _pseudonym(self._key, "session", conversation)
 
     def subject(self, person: str) -> str:
-        return self._name("subject", person)
+        return _pseudonym(self._key, "subject", person)
 
     def limit(self, scope: str) -> str:
-        return self._name("limit", scope)
+        return _pseudonym(self._key, "limit", scope)
 
-    def _name(self, kind: str, vendor_id: str) -> str:
-        keyed = self._keyed.copy()
-        keyed.update(f"{kind}\0{vendor_id}".encode())
-        return keyed.finalize().hex()[:32]
+
+# The key schedule would cost more than the digest.
+@lru_cache(maxsize=1024)
+def _keyed(key: bytes) -> HMAC:
+    return HMAC(key, SHA256())
+
+
+# A conversation has many messages, and a person writes more than one.
+@lru_cache(maxsize=8192)
+def _pseudonym(key: bytes, kind: str, vendor_id: str) -> str:
+    keyed = _keyed(key).copy()
+    keyed.update(f"{kind}\0{vendor_id}".encode())
+    return keyed.finalize().hex()[:32]
 
 
 def dedupe_hash(channel_id: UUID, vendor_id: str) -> bytes:

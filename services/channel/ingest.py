@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import cache
 from typing import NamedTuple
 from uuid import UUID
@@ -35,7 +35,7 @@ from services.channel.domain import dedupe_hash
 from services.channel.events import InboundContent
 from services.channel.receipts import record
 from services.channel.routing import is_for_the_bot, routed
-from services.channel.vendors.items import Change, Edited, Ignored, Inbound, Item, Moved, Reacted, Receipt
+from services.channel.vendors.items import Change, Deleted, Edited, Ignored, Inbound, Item, Moved, Reacted, Receipt
 
 ACCEPTED = SealedColumn("accepted", "sealed", "accepted", ("encode(hash, 'hex')",))
 OTHER_FIELDS_BYTES = 2_000
@@ -88,6 +88,10 @@ _ACCEPT = """
 """
 
 
+_EFFECTS = (Moved, Receipt)
+_CHANGES = (Edited, Deleted, Reacted)
+
+
 class _Arrival(NamedTuple):
     """One item of a call, with its dedupe hashes."""
 
@@ -136,9 +140,10 @@ class Ingest:
         arrivals, changed = [], []
         has_effects = False
         for item in items:
-            has_effects |= isinstance(item, Moved | Receipt)
             checked = _checked(account, item)
-            if isinstance(checked, Change):
+            if isinstance(item, _EFFECTS):
+                has_effects = True
+            elif isinstance(checked, _CHANGES):
                 changed.append(checked)
                 continue
             hashes = [dedupe_hash(account.id, id_) for id_ in checked.ids]
@@ -194,8 +199,12 @@ class Ingest:
             if not rows[0][0]:
                 return False
             fresh = {hash_ for _, hash_ in rows}
+            new = [one for one in _first(arrivals, owners) if fresh.issuperset(one.hashes)]
+            now = utcnow()
             await store(
-                tx, self.subjects, [_new(one) for one in _first(arrivals, owners) if fresh.issuperset(one.hashes)]
+                tx,
+                self.subjects,
+                [UniqueMessage(_message(one, now), one.hashes[0], one.traceparent) for one in new],
             )
             return True
 
@@ -205,7 +214,8 @@ class Ingest:
         owners = _owners(arrivals)
         hashes = sorted(owners)
         first = _first(arrivals, owners)
-        sealed = {arrival.hashes[0]: self._sealed(arrival) for arrival in first}
+        now = utcnow()
+        sealed = {arrival.hashes[0]: self._sealed(arrival, now) for arrival in first}
         numbers = {id(arrival): number for number, arrival in enumerate(first)}
         failpoint("before_accept")
         await self.database.autocommit(
@@ -221,9 +231,8 @@ class Ingest:
         self.is_behind = True
         self.accepted.set()
 
-    def _sealed(self, arrival: _Arrival) -> bytes:
-        new = _new(arrival)
-        return self.cipher.seal(msgspec.json.encode(new.message), "accepted", new.hash.hex())
+    def _sealed(self, arrival: _Arrival, now: datetime) -> bytes:
+        return self.cipher.seal(msgspec.json.encode(_message(arrival, now)), "accepted", arrival.hashes[0].hex())
 
 
 def ingest(runtime: Runtime) -> Ingest:
@@ -295,7 +304,7 @@ def _first(arrivals: Sequence[_Arrival], owners: Mapping[bytes, _Arrival]) -> li
     return [
         arrival
         for arrival in arrivals
-        if isinstance(arrival.item, Inbound) and all(owners[hash_] is arrival for hash_ in arrival.hashes)
+        if isinstance(arrival.item, Inbound) and all([owners[hash_] is arrival for hash_ in arrival.hashes])
     ]
 
 
@@ -311,11 +320,11 @@ def _seen_columns(
     )
 
 
-def _new(arrival: _Arrival) -> UniqueMessage:
+def _message(arrival: _Arrival, now: datetime) -> AcceptedMessage:
     account, item = arrival.account, arrival.item
     assert isinstance(item, Inbound)
     agent_id, text = routed(account.routes, account.agent_id, item)
-    message = AcceptedMessage(
+    return AcceptedMessage(
         account.tenant_id,
         account.id,
         account.vendor.name,
@@ -323,10 +332,9 @@ def _new(arrival: _Arrival) -> UniqueMessage:
         account.pseudonyms.session(item.conversation),
         account.pseudonyms.subject(item.person),
         InboundContent(item.conversation, item.person, item.message, text, item.attachments),
-        utcnow(),
+        now,
         account.pseudonyms.session(item.parent) if item.parent else "",
         item.by_admin,
         account.approvers,
         arrival.event_id,
     )
-    return UniqueMessage(message, arrival.hashes[0], arrival.traceparent)

@@ -27,6 +27,8 @@ class Route(msgspec.Struct, frozen=True):
 
 def routed(routes: Sequence[Route], default: UUID, item: Inbound) -> tuple[UUID, str]:
     """The agent for a message, and its text without the command that chose the agent."""
+    if not routes:
+        return default, item.text
     found = _COMMAND.match(item.text)
     command = found[1].lower() if found else ""
     for route in routes:

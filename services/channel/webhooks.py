@@ -51,11 +51,11 @@ class _Call:
         self.request = request
         self.path = request.path
         self.headers = request.headers
-        self.method = request.method if request.method in METHODS else "_OTHER"
+        self.method = method = request.method if request.method in METHODS else "_OTHER"
         self.span: Span = telemetry.start_server_span(
-            f"{self.method} {PATH}",
+            f"{method} {PATH}",
             self.headers,
-            {"http.request.method": self.method, "url.scheme": request.scheme, "http.route": PATH},
+            {"http.request.method": method, "url.scheme": request.scheme, "http.route": PATH},
         )
 
 

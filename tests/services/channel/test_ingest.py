@@ -332,8 +332,8 @@ async def test_only_an_account_that_needs_no_query_is_taken_from_the_cache(
 ) -> None:
     stored = Accounts(intake.database, AccountSecrets(Cipher(MASTER_KEY)))
     token, other = new_token(), new_token()
-    stored._known[token_hash(token)] = time.monotonic() + 60, intake.account
-    stored._known[token_hash(other)] = time.monotonic() - 1, intake.account
+    stored._known[token] = time.monotonic() + 60, intake.account
+    stored._known[other] = time.monotonic() - 1, intake.account
     assert stored.cached("webhook", token) is intake.account
     for type_, text in (("slack", token), ("webhook", other), ("webhook", new_token()), ("webhook", token + "x")):
         assert stored.cached(type_, text) is None
