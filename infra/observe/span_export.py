@@ -34,7 +34,7 @@ class SpanExporter:
         self._resource = resource
         self._scope = scope
         self._dropped = dropped
-        self._queue: deque[bytes] = deque()
+        self._queue: deque[RecordedSpan] = deque()
         self._filled = threading.Event()
         self._hurry = threading.Event()
         self._stopping = threading.Event()
@@ -48,22 +48,23 @@ class SpanExporter:
         self._thread.start()
 
     def add(self, span: RecordedSpan) -> None:
-        """Encodes an ended span and queues it."""
-        if len(self._queue) >= MAX_QUEUED:
+        """Queues an ended span. The thread encodes it: one after the other, spans cost a third of the time that each
+        costs between other work."""
+        size = len(self._queue)
+        if size >= MAX_QUEUED:
             self._drop(1)
             return
-        self._queue.append(encode(span))
-        match len(self._queue):
-            case 1:
-                self._filled.set()
-            case size if size == BATCH:
-                self._hurry.set()
+        self._queue.append(span)
+        if size == 0:
+            self._filled.set()
+        elif size == BATCH - 1:
+            self._hurry.set()
 
     def flush(self) -> None:
         """Sends the queued spans now. Blocks, while the collector is away for up to 18 s a batch."""
         with self._sending:
             while self._queue:
-                batch = [self._queue.popleft() for _ in range(min(BATCH, len(self._queue)))]
+                batch = [encode(self._queue.popleft()) for _ in range(min(BATCH, len(self._queue)))]
                 if not self._send(encode_request(self._resource, self._scope, batch)):
                     self._drop(len(batch))
 

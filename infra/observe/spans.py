@@ -80,7 +80,7 @@ class RecordedSpan(trace.Span):
             self.trace_id, self.trace_state = trace_id, _NO_STATE
         else:
             self.trace_id, self.trace_state = parent.trace_id, parent.trace_state
-        self.span_id = new_span_id()
+        self.span_id = _random.getrandbits(64) or 1
         self.name = name
         self.kind = kind
         self.attributes: dict[str, Any] = dict(attributes) if attributes else {}

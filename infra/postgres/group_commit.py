@@ -9,14 +9,16 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import Context
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
+
+import msgspec
 
 from infra.postgres.db import is_transient
 
 W = TypeVar("W")
 
 
-class _Pending(NamedTuple, Generic[W]):
+class _Pending(msgspec.Struct, Generic[W]):
     write: W
     done: asyncio.Future[None]
 

@@ -116,7 +116,8 @@ class RawRequest:
             if isinstance(self._body, bytes):
                 self._body = bytearray(self._body)
             self._body += part
-        self.expect(len(self._body))
+        if len(self._body) > self._route.max_body:
+            self.expect(len(self._body))
 
     def complete(self) -> None:
         self._is_whole = True

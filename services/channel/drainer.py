@@ -20,12 +20,13 @@ from services.channel.ingest import MAX_DIRECT, Ingest
 # The most messages in one transaction. More would save no measurable CPU, and calls would wait longer for their turn:
 # with 200 the slowest percent of them waits twice as long.
 DRAIN_ROWS = 50
-# Under load the drainer pauses for this many times as long as its last transaction took. Calls get the larger share of
-# the processor, and rows gather for the next transaction.
+# Under load the drainer pauses for this many times as long as its last transaction took: calls get the larger share of
+# the processor, and rows gather for the next transaction. The longer the messages have waited, the shorter is the pause,
+# and there is none after MAX_BEHIND. So under lasting load the drainer takes just the share that it needs. With full
+# pauses and then none, it would take all of the processor at times, and calls would wait for it.
 DRAIN_PAUSE = 4.0
+MAX_BEHIND = timedelta(seconds=5)
 MAX_PAUSE_SECONDS = 0.5
-# If it has not caught up for so long, it pauses no more: the messages wait for their runs.
-MAX_BEHIND_SECONDS = 3.0
 # The drainer looks this often for rows that another process accepted before it died.
 DRAIN_POLL_SECONDS = 5.0
 # The delay before a message is drained again that could not be drained.
@@ -57,7 +58,7 @@ class Drainer:
     def __init__(self, ingest: Ingest) -> None:
         self._ingest = ingest
         self._database = ingest.database
-        self._cleaned_at = self._caught_up_at = time.monotonic()
+        self._cleaned_at = time.monotonic()
         self._stopping = False
 
     async def run(self) -> None:
@@ -70,19 +71,14 @@ class Drainer:
                 await wait_at_most(1.0, self._ingest.accepted)
                 continue
             ended = time.monotonic()
-            if drained < DRAIN_ROWS:
-                self._caught_up_at = ended
             if ended - self._cleaned_at > CLEANING_SECONDS:
                 await self._clean()
             if drained == 0:
                 await wait_at_most(DRAIN_POLL_SECONDS, self._ingest.accepted)
-            elif (
-                drained > MAX_DIRECT
-                and self._ingest.accepted.is_set()
-                and ended - self._caught_up_at < MAX_BEHIND_SECONDS
-            ):
+            elif drained > MAX_DIRECT and self._ingest.accepted.is_set():
                 # Load: rows were accepted meanwhile.
-                await asyncio.sleep(min(MAX_PAUSE_SECONDS, DRAIN_PAUSE * (ended - began)))
+                share = max(0.0, 1 - self._ingest.backlog / MAX_BEHIND)
+                await asyncio.sleep(min(MAX_PAUSE_SECONDS, DRAIN_PAUSE * share * (ended - began)))
 
     async def stop(self) -> None:
         self._stopping = True

@@ -12,7 +12,6 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import cache
-from typing import NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -92,7 +91,7 @@ _EFFECTS = (Moved, Receipt)
 _CHANGES = (Edited, Deleted, Reacted)
 
 
-class _Arrival(NamedTuple):
+class _Arrival(msgspec.Struct):
     """One item of a call, with its dedupe hashes."""
 
     account: ChannelAccount
@@ -214,8 +213,7 @@ class Ingest:
         owners = _owners(arrivals)
         hashes = sorted(owners)
         first = _first(arrivals, owners)
-        now = utcnow()
-        sealed = {arrival.hashes[0]: self._sealed(arrival, now) for arrival in first}
+        sealed = self._sealed(first)
         numbers = {id(arrival): number for number, arrival in enumerate(first)}
         failpoint("before_accept")
         await self.database.autocommit(
@@ -231,8 +229,14 @@ class Ingest:
         self.is_behind = True
         self.accepted.set()
 
-    def _sealed(self, arrival: _Arrival, now: datetime) -> bytes:
-        return self.cipher.seal(msgspec.json.encode(_message(arrival, now)), "accepted", arrival.hashes[0].hex())
+    def _sealed(self, arrivals: Sequence[_Arrival]) -> dict[bytes, bytes]:
+        """The sealed messages, by their first hash."""
+        now = utcnow()
+        contents = [msgspec.json.encode(_message(arrival, now)) for arrival in arrivals]
+        return {
+            hash_: self.cipher.seal(content, "accepted", hash_.hex())
+            for hash_, content in zip([arrival.hashes[0] for arrival in arrivals], contents, strict=True)
+        }
 
 
 def ingest(runtime: Runtime) -> Ingest:

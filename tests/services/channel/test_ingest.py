@@ -187,33 +187,33 @@ async def test_the_drainer_runs_until_it_is_stopped(intake: Intake) -> None:
     assert await intake.texts() == [f"text {n}" for n in range(1_400)]
 
 
-async def test_the_drainer_pauses_under_load_until_it_has_been_behind_for_too_long(
+async def test_the_drainer_pauses_less_the_longer_messages_have_waited(
     intake: Intake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = 0.0
     pauses: list[float] = []
-    drained = iter([DRAIN_ROWS] * 9 + [DRAIN_ROWS - 1, DRAIN_ROWS])
+    waited = iter([0, 1, 2.5, 4, 5, 9])
 
     async def drain() -> int:
         nonlocal clock
         clock += 0.1
         intake.ingest.accepted.set()
-        if (rows := next(drained, None)) is None:
+        if (seconds := next(waited, None)) is None:
             await intake.drainer.stop()
-        return rows or 0
+            return 0
+        intake.ingest.backlog = timedelta(seconds=seconds)
+        return DRAIN_ROWS
 
     async def pause(seconds: float) -> None:
-        nonlocal clock
-        clock += seconds
-        pauses.append(round(clock, 1))
+        pauses.append(round(seconds, 2))
 
     monkeypatch.setattr(drainer, "time", SimpleNamespace(monotonic=lambda: clock))
     monkeypatch.setattr(drainer, "asyncio", SimpleNamespace(sleep=pause))
     intake.drainer = Drainer(intake.ingest)
     monkeypatch.setattr(intake.drainer, "drain", drain)
     await intake.drainer.run()
-    # Half a second each, until it has been behind for three seconds. The last but one catches up.
-    assert pauses == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.8, 4.3]
+    # Up to four times as long as the transaction took; not at all after five seconds.
+    assert pauses == [0.4, 0.32, 0.2, 0.08, 0, 0]
 
 
 async def test_calls_are_refused_while_accepted_messages_wait_too_long(
