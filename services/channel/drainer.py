@@ -21,9 +21,9 @@ from services.channel.ingest import MAX_DIRECT, Ingest
 # with 200 the slowest percent of them waits twice as long.
 DRAIN_ROWS = 50
 # Under load the drainer pauses for this many times as long as its last transaction took: calls get the larger share of
-# the processor, and rows gather for the next transaction. The longer the messages have waited, the shorter is the pause,
-# and there is none after MAX_BEHIND. So under lasting load the drainer takes just the share that it needs. With full
-# pauses and then none, it would take all of the processor at times, and calls would wait for it.
+# the processor, and rows gather for the next transaction. The pause is shorter if the messages have waited longer, and
+# there is none after MAX_BEHIND. So under lasting load the drainer takes the share that it needs. With full pauses and
+# then none, it would take all of the processor at times, and calls would wait for it.
 DRAIN_PAUSE = 4.0
 MAX_BEHIND = timedelta(seconds=5)
 MAX_PAUSE_SECONDS = 0.5

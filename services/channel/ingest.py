@@ -34,7 +34,7 @@ from services.channel.domain import dedupe_hash
 from services.channel.events import InboundContent
 from services.channel.receipts import record
 from services.channel.routing import is_for_the_bot, routed
-from services.channel.vendors.items import Change, Deleted, Edited, Ignored, Inbound, Item, Moved, Reacted, Receipt
+from services.channel.vendors.items import Change, Edited, Ignored, Inbound, Item, Moved, Reacted, Receipt
 
 ACCEPTED = SealedColumn("accepted", "sealed", "accepted", ("encode(hash, 'hex')",))
 OTHER_FIELDS_BYTES = 2_000
@@ -88,7 +88,6 @@ _ACCEPT = """
 
 
 _EFFECTS = (Moved, Receipt)
-_CHANGES = (Edited, Deleted, Reacted)
 
 
 class _Arrival(msgspec.Struct):
@@ -142,7 +141,7 @@ class Ingest:
             checked = _checked(account, item)
             if isinstance(item, _EFFECTS):
                 has_effects = True
-            elif isinstance(checked, _CHANGES):
+            elif isinstance(checked, Change):
                 changed.append(checked)
                 continue
             hashes = [dedupe_hash(account.id, id_) for id_ in checked.ids]

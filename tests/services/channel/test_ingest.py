@@ -19,7 +19,7 @@ from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
 from services.channel import accounts, drainer
 from services.channel import ingest as module
-from services.channel.accounts import Accounts, AccountSecrets, ChannelAccount, new_token, token_hash
+from services.channel.accounts import Accounts, AccountSecrets, ChannelAccount, new_token
 from services.channel.domain import Pseudonyms, dedupe_hash
 from services.channel.drainer import DRAIN_ROWS, Drainer
 from services.channel.ingest import MAX_DIRECT, Ingest
@@ -343,12 +343,12 @@ async def test_an_unknown_token_costs_one_query_in_seconds_and_text_that_is_no_t
     intake: Intake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored = Accounts(intake.database, AccountSecrets(Cipher(MASTER_KEY)))
-    reads: list[bytes] = []
+    reads: list[str] = []
     read = stored._read
 
-    async def counted(hashed: bytes) -> ChannelAccount | None:
-        reads.append(hashed)
-        return await read(hashed)
+    async def counted(token: str) -> ChannelAccount | None:
+        reads.append(token)
+        return await read(token)
 
     monkeypatch.setattr(stored, "_read", counted)
     token = new_token()
