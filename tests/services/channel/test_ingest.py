@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import pytest
+from prometheus_client import CollectorRegistry
 
-from infra.clock import uuid7
+from infra.clock import utcnow, uuid7
 from infra.errors import Transient
+from infra.observe.metrics import Metrics
+from infra.outgoing import webhooks
+from infra.outgoing.client import Outgoing
 from infra.postgres.database import Database
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
+from infra.web.raw import RawRequest
 from services.channel import accounts, drainer
 from services.channel import ingest as module
 from services.channel.accounts import Accounts, AccountSecrets, ChannelAccount, new_token
@@ -24,7 +31,10 @@ from services.channel.domain import Pseudonyms, dedupe_hash
 from services.channel.drainer import DRAIN_ROWS, Drainer
 from services.channel.ingest import MAX_DIRECT, Ingest
 from services.channel.vendors import VENDORS
-from services.channel.vendors.items import Ignored, Inbound, Moved
+from services.channel.vendors.base import Request
+from services.channel.vendors.items import Ignored, Inbound, Moved, Received
+from services.channel.vendors.webhook import Webhook, WebhookCredentials
+from services.channel.webhooks import Webhooks
 from tooling.testing.platform import MASTER_KEY, Platform
 
 
@@ -185,6 +195,54 @@ async def test_the_drainer_runs_until_it_is_stopped(intake: Intake) -> None:
     await drainer.stop()
     await running
     assert await intake.texts() == [f"text {n}" for n in range(1_400)]
+
+
+async def test_of_the_calls_of_one_turn_each_gets_its_own_answer(
+    intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret, token = "whsec_" + base64.b64encode(bytes(32)).decode(), new_token()
+    receive = Webhook.receive
+
+    def checked(vendor: Webhook, request: Request, credentials: WebhookCredentials, now: datetime) -> Received:
+        if b"fault" in request.body:
+            raise RuntimeError("a fault of ours")
+        return receive(vendor, request, credentials, now)
+
+    monkeypatch.setattr(Webhook, "receive", checked)
+    accounts = Accounts(intake.database, AccountSecrets(Cipher(MASTER_KEY)))
+    account = intake.account._replace(credentials=WebhookCredentials(secret, "http://127.0.0.1/"))
+    accounts._known[token] = time.monotonic() + 60, account
+    take = Webhooks(accounts, intake.ingest, Metrics(CollectorRegistry()), Outgoing(allow_private=False), "")
+    answers: dict[str, int] = {}
+
+    def call(text: str, path: str = token, key: str = secret) -> None:
+        body = (
+            text.encode()
+            if text == "no JSON"
+            else msgspec.json.encode({"conversation_id": "c", "user_id": "u", "text": text})
+        )
+        request = SimpleNamespace(
+            method="POST",
+            scheme="http",
+            path=f"/webhooks/webhook/{path}",
+            query="",
+            body=body,
+            headers=webhooks.sign(key, f"msg_{text}", utcnow(), body),
+            answer=lambda response: answers.update({text: response.status_code if response else 200}),
+        )
+        take(cast(RawRequest, request))
+
+    call("forged", key="whsec_" + base64.b64encode(b"another" * 5).decode())
+    call("good")
+    call("fault")
+    call("no JSON")
+    call("lost", path=new_token())
+    call("good too")
+    async with asyncio.timeout(10):
+        while len(answers) < 6:
+            await asyncio.sleep(0.01)
+    assert answers == {"forged": 401, "good": 200, "fault": 500, "no JSON": 400, "lost": 404, "good too": 200}
+    assert await intake.texts() == ["good", "good too"]
 
 
 async def test_the_drainer_pauses_less_the_longer_messages_have_waited(
