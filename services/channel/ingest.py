@@ -139,11 +139,11 @@ class Ingest:
         has_effects = False
         for item in items:
             checked = _checked(account, item)
-            if isinstance(item, _EFFECTS):
-                has_effects = True
-            elif isinstance(checked, Change):
+            if isinstance(checked, Change):
                 changed.append(checked)
                 continue
+            if isinstance(item, _EFFECTS):
+                has_effects = True
             hashes = [dedupe_hash(account.id, id_) for id_ in checked.ids]
             arrivals.append(_Arrival(account, checked, hashes, traceparent, uuid7()))
         if changed or has_effects:
