@@ -148,7 +148,8 @@ _BATCH_TYPES = {
     "largest": "numeric",
 }
 _BATCH = ", ".join(
-    f"string_to_array(${n}, E'\\x1f')::{_BATCH_TYPES.get(name, 'text')}[]" for n, name in enumerate((*KEY, *COLUMNS), 3)
+    f"string_to_array((SELECT ${n}), E'\\x1f')::{_BATCH_TYPES.get(name, 'text')}[]"
+    for n, name in enumerate((*KEY, *COLUMNS), 3)
 )
 BATCH_ADDED = added(
     "usage_bucket",

@@ -141,8 +141,10 @@ SELECT b.tenant_id, b.budget_id, sum(u.amount_nanos)::bigint AS nanos
 FROM (
     -- Most tenants have no budget; their records are not looked up.
     SELECT tenant, id
-    FROM unnest(string_to_array($1, E'\\x1f'), string_to_array($2, E'\\x1f')) AS a(tenant, id)
-    WHERE tenant = ANY(ARRAY(SELECT tenant_id FROM budget WHERE tenant_id = ANY(string_to_array($1, E'\\x1f'))))
+    FROM unnest(string_to_array((SELECT $1), E'\\x1f'), string_to_array($2, E'\\x1f')) AS a(tenant, id)
+    WHERE tenant = ANY(ARRAY(
+        SELECT tenant_id FROM budget WHERE tenant_id = ANY(string_to_array((SELECT $1), E'\\x1f'))
+    ))
 ) AS n
 CROSS JOIN LATERAL (SELECT * FROM usage WHERE tenant_id = n.tenant AND usage_id = n.id OFFSET 0) AS u
 JOIN budget AS b ON {_concerns("u")}

@@ -26,7 +26,7 @@ SELECT ARRAY({accounts.CURRENCIES.format("$1")}),
        ARRAY({price_book.PRICES.format("$2")}),
        ARRAY(
            SELECT ROW(u.tenant_id, u.usage_id, u.resource, u.quantities)
-           FROM unnest(string_to_array($3, E'\\x1f'), string_to_array($4, E'\\x1f')) AS n(tenant, id)
+           FROM unnest(string_to_array((SELECT $3), E'\\x1f'), string_to_array($4, E'\\x1f')) AS n(tenant, id)
            CROSS JOIN LATERAL (SELECT * FROM usage WHERE tenant_id = n.tenant AND usage_id = n.id OFFSET 0) AS u
        )
 """
