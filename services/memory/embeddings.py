@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -164,4 +165,4 @@ def _refusal(answer: Answer) -> Exception:
         return EffectFailed(reason)
     after = answer.headers.get("retry-after", "")
     # Also for a refused key and an unknown model: documents wait until an operator corrects the settings.
-    return RetryLater(timedelta(seconds=int(after)), reason) if after.isdecimal() else Transient(reason)
+    return RetryLater(timedelta(seconds=int(after)), reason) if re.fullmatch("[0-9]{1,5}", after) else Transient(reason)

@@ -45,6 +45,7 @@ GOOGLE = "https://generativelanguage.googleapis.com/v1beta/openai"
 TIMEOUT = httpx2.Timeout(60.0, connect=10.0)
 # The limit for the first token: some servers send comments while they produce nothing.
 FIRST_TOKEN_SECONDS = 120.0
+MAX_RETRY_SECONDS = 86_400.0
 TRANSIENT_STATUS = (408, 409, 425, 429)
 _FINISH = {
     "stop": "stop",
@@ -328,15 +329,20 @@ def _detail(status: int, body: bytes) -> str:
     return f": {redacted(message)[:300]}" if isinstance(message, str) else ""
 
 
+def retry_after(seconds: float) -> timedelta:
+    """The delay that a server asks for, from none to a day. NaN is none."""
+    return timedelta(seconds=min(max(0.0, seconds), MAX_RETRY_SECONDS))
+
+
 def _retry_after(header: str | None) -> timedelta | None:
     """The delay of a header ``Retry-After``, in seconds or as a date."""
     if header is None:
         return None
     try:
-        return timedelta(seconds=max(0.0, float(header)))
-    except (ValueError, OverflowError):
+        return retry_after(float(header))
+    except ValueError:
         pass
     try:
-        return max(parsedate_to_datetime(header) - datetime.now(UTC), timedelta())
+        return retry_after((parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
     except (ValueError, TypeError):
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import httpx2
@@ -237,7 +236,7 @@ def _failure(name: str, error: Exception) -> ModelFailed:
     if isinstance(error, ModelHTTPError):
         transient = error.status_code >= 500 or error.status_code in chat.TRANSIENT_STATUS
         transient = transient and not isinstance(error, ModelQuotaExceededError)
-        after = timedelta(seconds=error.retry_after) if error.retry_after is not None else None
+        after = chat.retry_after(error.retry_after) if error.retry_after is not None else None
         reason = f"{name}: HTTP {error.status_code}{_detail(error)}"
         return ModelFailed(reason, transient=transient, after=after)
     if isinstance(error, ModelAPIError):

@@ -161,6 +161,7 @@ async def test_an_endpoints_answers_mean_what_they_say(endpoint: Endpoint) -> No
         await embedder.queries(["one"])
     assert later.value.after == timedelta(seconds=7)
     for answer in (
+        JSONResponse({}, 429, {"retry-after": "9" * 30}),
         JSONResponse({}, 500),
         JSONResponse({"data": []}),
         JSONResponse({"data": [{"index": 0, "embedding": "AAAA"}]}),

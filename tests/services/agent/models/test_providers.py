@@ -122,6 +122,15 @@ async def test_transient_and_permanent_errors_are_distinguished(
 
 
 @BOTH
+async def test_a_delay_of_years_is_one_of_a_day(name: str, server: ModelServer, providers: Providers) -> None:
+    server.script(name.partition("/")[2], Fails(429, retry_after=10**9), Fails(429, retry_after=10**30))
+    for _ in range(2):
+        with pytest.raises(ModelFailed) as failed:
+            await ask(server, providers, name, Prompt("", (UserTurn("?"),)))
+        assert failed.value.after == timedelta(days=1)
+
+
+@BOTH
 async def test_a_long_text_arrives_unchanged_for_every_packet_size(
     name: str, server: ModelServer, providers: Providers
 ) -> None:
