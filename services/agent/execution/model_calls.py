@@ -97,7 +97,7 @@ class ModelCalls:
                     if text and prompt.output_schema is None and not prompt.must_call:
                         deltas(text)
                         if progress:
-                            progress.text += text
+                            progress.write(text)
 
                 shown = await images.loaded(prompt, self.objects)
                 try:

@@ -35,6 +35,11 @@ class ProgressReporter:
         self._timer: asyncio.TimerHandle | None = None
         self.text = ""
 
+    def write(self, text: str) -> None:
+        # The whole of a long answer would be copied for each of its pieces.
+        if len(self.text) < MAX_CHARACTERS:
+            self.text += text
+
     @contextmanager
     def told(self) -> Iterator[None]:
         """Tells the progress during the block."""

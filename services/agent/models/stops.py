@@ -29,7 +29,14 @@ class Stops:
         if (known := before(text, self._stops)) != text:
             self._is_over = True
             return known
-        begun = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        at = len(text) - max(begun, default=0)
+        at = min((_beginning(text, stop) for stop in self._stops), default=len(text))
         self._held = text[at:]
         return text[:at]
+
+
+def _beginning(text: str, stop: str) -> int:
+    """The place in the text from which its end is the beginning of `stop`; the length of the text if there is none."""
+    at = text.find(stop[:1], max(0, len(text) - len(stop) + 1))
+    while at >= 0 and not stop.startswith(text[at:]):
+        at = text.find(stop[:1], at + 1)
+    return at if at >= 0 else len(text)

@@ -30,7 +30,9 @@ async def test_a_run_tells_that_it_is_at_work_and_what_it_has_written(stack: Sta
                         continue
                     assert news["session_key"] == "session"
                     texts.append(news["text"])
-                    progress.text = "x" * (MAX_CHARACTERS + 1)
+                    for _ in range(4):
+                        progress.write("x" * (MAX_CHARACTERS // 2))
+                    assert len(progress.text) == MAX_CHARACTERS
                     if news["text"]:
                         break
         assert texts[0] == ""
