@@ -45,8 +45,8 @@ MAX_QUERY_TOKENS = 480
 # The index may still have rows that PostgreSQL has deleted, so a search asks for more hits than it needs. If they are
 # not enough, it asks for four times as many, up to this number.
 MAX_HITS = 2000
-# While so many statements for the same readers run, further searches for them wait and then go together: half of the
-# time of a statement is the way to PostgreSQL and back.
+# While so many statements for the same readers run, further searches for them wait and then go together: a round trip
+# costs both sides as much as a small statement.
 READS_AT_ONCE, MAX_TOGETHER = 2, 16
 
 _log = get_logger("memory.retrieval")
