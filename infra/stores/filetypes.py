@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import re
 import zipfile
-from typing import IO
+from typing import IO, cast
 
 from infra.errors import InvalidMessage
 
@@ -58,6 +58,8 @@ _HTML = re.compile(
 EXTENSIONS = {MARKDOWN: (".md", ".markdown"), CSV: (".csv", ".tsv"), MAIL: (".eml",), OUTLOOK: (".msg",)}
 """The extensions that tell types apart. The first one of each type is the usual one."""
 _NAMED = {extension: type_ for type_, extensions in EXTENSIONS.items() for extension in extensions}
+# Of tens of thousands of parts.
+MAX_DIRECTORY_BYTES = 4 * 1024**2
 # A field of an e-mail's head, perhaps after the line with which mailboxes separate their e-mails.
 _MAIL = re.compile(rb"(?:From [^\n]*\n)?[!-9;-~]{1,76}:")
 # Control characters that no text has.
@@ -67,7 +69,7 @@ _BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 def content_type(file: IO[bytes], name: str) -> str:
     """The MIME type of `file`, which must be seekable; ``application/octet-stream`` for an unknown type.
 
-    Raises InvalidMessage (field ``file``) for an archive that is damaged.
+    Raises InvalidMessage (field ``file``) for an archive that is damaged or has too many parts.
     """
     file.seek(0)
     head = file.read(_HEAD_BYTES)
@@ -86,9 +88,22 @@ def content_type(file: IO[bytes], name: str) -> str:
     return _text(head, name)
 
 
+class _Archive:
+    """A file whose list of parts is read only up to a size: in memory it is ten times as large."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if size > MAX_DIRECTORY_BYTES:
+            raise InvalidMessage("file", "is a zip archive of too many parts")
+        return self._file.read(size)
+
+
 def _archive(file: IO[bytes]) -> str:
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(cast("IO[bytes]", _Archive(file))) as archive:
             names = set(archive.namelist())
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise InvalidMessage("file", "is a damaged zip archive") from error

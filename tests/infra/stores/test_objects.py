@@ -267,3 +267,18 @@ async def test_a_store_that_does_not_answer_is_a_transient_failure(store: Stack)
     nowhere = Objects("http://127.0.0.1:1", "a", "b")
     with pytest.raises(Transient):
         await nowhere.delete("x")
+
+
+def test_an_archive_of_very_many_parts_is_refused_unread() -> None:
+    """Its list of parts would take ten times its size: a few files at once would fill the memory of the service."""
+
+    def of(parts: int) -> io.BytesIO:
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w") as made:
+            for n in range(parts):
+                made.writestr(f"{n}{'x' * 1000}", b"")
+        return out
+
+    assert filetypes.content_type(of(3_000), "a.docx") == filetypes.ZIP
+    with pytest.raises(InvalidMessage, match="too many parts"):
+        filetypes.content_type(of(5_000), "a.docx")
