@@ -152,7 +152,7 @@ async def test_usage_is_listed_record_by_record(billing: Billing) -> None:
     assert (await tenant.verdict("9"))["verdict"] == "held"
     seen = await page_by_page(tenant, "usage")
     assert [item["usage_id"] for item in seen] == ["4", "3", "2", "1", "0", "9"]
-    assert seen[-1] == await tenant.verdict("9")
+    assert seen[-1] | {"lines": []} == await tenant.verdict("9")
     assert [item["usage_id"] for item in (await tenant.get("usage", run_id=str(run_id)))["items"]] == ["1", "0"]
     since = (now - timedelta(minutes=1)).isoformat()
     assert [item["usage_id"] for item in (await tenant.get("usage", since=since))["items"]] == ["0", "9"]
