@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from time import sleep
 from typing import Any
 
 import httpx
@@ -86,6 +87,14 @@ class Vectors:
             )
             found += [row["text_id"] for row in rows]
         return sorted(found)
+
+    def flush(self) -> None:
+        """Writes all rows to the object store, and waits until their index is built and loaded."""
+        for name in self.collections():
+            self._client.flush(name, timeout=120)
+            while self._client.describe_index(name, "vector")["pending_index_rows"]:
+                sleep(0.2)
+            self._client.refresh_load(name, timeout=120)
 
     def drop(self) -> None:
         for name in self.collections():

@@ -5,8 +5,9 @@ On demand: CLAW_RECALL_VECTORS=100000 CLAW_RECALL_TENANTS=50.
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from uuid import uuid4
 
 import numpy as np
@@ -73,6 +74,22 @@ async def test_an_index_finds_95_of_100_exact_neighbours_of_every_tenant(
     if isinstance(index, PgvectorIndex):
         indexed = await index.index_large_tenants("document")
         assert len(indexed) == sum(len(own) >= LARGE for own in points)
+    await measured(index, points, stored, chance, centres, progress, engine)
+    if engine == "milvus" and VECTORS >= LARGE:
+        # Until now Milvus has compared the vectors themselves: new rows have no index, and few rows never get one.
+        await asyncio.to_thread(vectors.flush)
+        await measured(index, points, stored, chance, centres, progress, "milvus, flushed")
+
+
+async def measured(
+    index: VectorIndex,
+    points: Sequence[NDArray[np.float32]],
+    stored: Sequence[Sequence[VectorRow]],
+    chance: np.random.Generator,
+    centres: NDArray[np.float32],
+    progress: Progress,
+    state: str,
+) -> None:
     recalls = []
     for n, (own, rows) in enumerate(zip(points, stored, strict=True)):
         found = 0
@@ -81,6 +98,6 @@ async def test_an_index_finds_95_of_100_exact_neighbours_of_every_tenant(
             hits = await index.search(query.tolist(), f"tenant-{n}", "document", ASKED)
             found += len(exact & {hit.id for hit in hits[:TOP]})
         recalls.append(found / QUERIES / TOP)
-        progress.say(f"{engine}: recall {recalls[-1]:.3f} for the tenant of {len(rows)} rows")
-    progress.say(f"{engine}: recall {np.mean(recalls):.3f}, lowest {min(recalls):.3f}")
+        progress.say(f"{state}: recall {recalls[-1]:.3f} for the tenant of {len(rows)} rows")
+    progress.say(f"{state}: recall {np.mean(recalls):.3f}, lowest {min(recalls):.3f}")
     assert np.mean(recalls) >= 0.95
