@@ -181,8 +181,10 @@ class Accounts:
         return await asyncio.shield(reading)
 
     async def _read(self, token: str) -> ChannelAccount | None:
-        async with self._database.begin() as tx:
-            rows = await tx.sql(f"SELECT {COLUMNS} FROM account WHERE token_hash = $1", token_hash(token))
+        # One round trip. Calls wait for it.
+        rows = await self._database.autocommit(
+            f"SELECT {COLUMNS} FROM account WHERE token_hash = $1", token_hash(token)
+        )
         if not rows:
             self._known.pop(token, None)
             if len(self._unknown) >= CACHE_SIZE:

@@ -372,14 +372,14 @@ async def test_requests_at_the_same_moment_share_one_query_of_their_account(
 ) -> None:
     stored = Accounts(intake.database, AccountSecrets(Cipher(MASTER_KEY)))
     reads = 0
-    begin = intake.database.begin
+    autocommit = intake.database.autocommit
 
-    def counted(**kwargs: Any) -> Any:
+    async def counted(statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
         nonlocal reads
         reads += 1
-        return begin(**kwargs)
+        return await autocommit(statement, *arguments)
 
-    monkeypatch.setattr(intake.database, "begin", counted)
+    monkeypatch.setattr(intake.database, "autocommit", counted)
     token = new_token()
     found = await asyncio.gather(*(stored.by_token("webhook", token) for _ in range(50)))
     assert (found, reads) == ([None] * 50, 1)
