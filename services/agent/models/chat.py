@@ -7,7 +7,8 @@ One streaming request and its answer by hand. The provider's library takes sever
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -33,7 +34,7 @@ from services.agent.models.contract import (
     Usage,
     UserTurn,
 )
-from services.agent.models.pieces import lines, whole_arguments
+from services.agent.models.pieces import MAX_EVENT_BYTES, lines, whole_arguments
 from services.agent.models.thoughts import without_thoughts
 from services.agent.models.wording import system_message, valid_arguments, wire_name
 
@@ -101,7 +102,8 @@ class ChatModel:
                     if response.status_code != 200:
                         raise self._refused(response, await response.aread())
                     async for chunk in self._chunks(response):
-                        text = received.take(chunk)
+                        with self._reading():
+                            text = received.take(chunk)
                         if received.has_begun:
                             waiting.reschedule(None)
                         if text:
@@ -115,14 +117,24 @@ class ChatModel:
             raise ModelFailed(f"{self._name}: {error}", transient=False) from error
         except httpx2.HTTPError as error:
             raise ModelFailed(f"{self._name}: {type(error).__name__}", transient=True) from error
-        return self._answer(received, names)
+        with self._reading():
+            return self._answer(received, names)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Any value may stand in any place of an answer: the server is a tenant's."""
+        try:
+            yield
+        except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+            raise ModelFailed(f"{self._name}: the answer is malformed", transient=True) from error
 
     async def _chunks(self, response: httpx2.Response) -> AsyncIterator[Mapping[str, Any]]:
         """The chunks of the stream. Reads it to its end, so that the connection can be used again."""
-        async for line in lines(response.aiter_bytes()):
-            data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
-            if data and data != b"[DONE]":
-                yield self._chunk(data)
+        with self._reading():
+            async for line in lines(response.aiter_bytes()):
+                data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
+                if data and data != b"[DONE]":
+                    yield self._chunk(data)
 
     def _chunk(self, data: bytes) -> Mapping[str, Any]:
         try:
@@ -319,9 +331,11 @@ def _detail(status: int, body: bytes) -> str:
     """The provider's message, except if it is about the key: some providers repeat parts of it."""
     if status in (401, 403):
         return " (is the provider's api_key right?)"
+    if len(body) > MAX_EVENT_BYTES:
+        return ""
     try:
         given = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return ""
     found: Any = given[0] if isinstance(given, Sequence) and given else given
     inner = found.get("error", found) if isinstance(found, dict) else None

@@ -16,7 +16,7 @@ import msgspec
 
 from infra.web.http import media_type
 from services.agent.models import refusals
-from services.agent.models.pieces import Chunk, ToolCalls, lines
+from services.agent.models.pieces import Chunk, ToolCalls, check_size, lines
 from services.agent.models.thoughts import HELD, Thoughts
 
 # At most this many options are left out one after the other.
@@ -63,6 +63,7 @@ class Completions(httpx2.AsyncBaseTransport):
         if kind == "application/json":
             answer = await response.aread()
             await response.aclose()
+            check_size(len(answer))
             stream = _once(_events(answer))
         elif kind == "text/event-stream":
             stream = response.aiter_bytes()
@@ -128,7 +129,7 @@ def _events(body: bytes) -> bytes:
     try:
         completion: dict[str, Any] = msgspec.json.decode(body)
         choices = [_delta(choice) for choice in completion["choices"]]
-    except (msgspec.DecodeError, LookupError, TypeError, AttributeError):
+    except (msgspec.DecodeError, LookupError, TypeError, AttributeError, RecursionError):
         return b"data: " + body.replace(b"\n", b" ") + b"\n\n"
     chunk = completion | {"object": "chat.completion.chunk", "choices": choices}
     return b"data: " + msgspec.json.encode(chunk) + b"\n\ndata: [DONE]\n\n"
@@ -156,6 +157,8 @@ class _Repair:
         """All fields of the usage so far: some servers report input and output in different chunks."""
         self._lines: list[bytes] = []
         """The lines so far of an event of several lines."""
+        self._size = 0
+        """Their bytes."""
         self._half = ""
         """The first half of a character whose second half comes with the next text."""
         self._choice: Any = None
@@ -184,6 +187,7 @@ class _Repair:
         elif not line and self._lines:
             data = b" ".join(self._lines)
             self._lines.clear()
+            self._size = 0
             yield from self._chunk(data, self._decode(data))
         elif line.startswith(b"data:"):
             data = line.removeprefix(b"data:").strip()
@@ -194,6 +198,8 @@ class _Repair:
                 yield b"data: [DONE]\n\n"
             elif self._lines or (chunk := self._decode(data)) is None:
                 self._lines.append(data)
+                self._size += len(data)
+                check_size(self._size)
             else:
                 yield from self._chunk(data, chunk)
 

@@ -14,6 +14,8 @@ from infra.errors import TooLarge
 from infra.web.http import media_type
 
 Chunk = dict[str, Any]
+# Of one event, or of an answer in one piece. Lists of JSON take twenty times as much memory.
+MAX_EVENT_BYTES = 4 * 1024**2
 # Servers write two or three.
 MAX_EVENT_LINES = 1_000
 # The signs of JSON that open and close a part. A sign after a backslash does neither.
@@ -21,17 +23,26 @@ _BRACKETS = re.compile(r'["{}\[\]]|\\.?', re.DOTALL)
 
 
 async def lines(stream: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
-    """The lines of a stream without their ends, also the last one."""
+    """The lines of a stream without their ends, also the last one. Raises TooLarge."""
     rest: list[bytes] = []
+    size = 0
     async for piece in stream:
         first, *others = piece.split(b"\n")
         rest.append(first)
+        size += len(first)
+        check_size(size)
         if others:
             yield b"".join(rest)
             for line in others[:-1]:
                 yield line
-            rest = [others[-1]]
+            rest, size = [others[-1]], len(others[-1])
     yield b"".join(rest)
+
+
+def check_size(size: int) -> None:
+    """Raises TooLarge if an event of so many bytes is not read."""
+    if size > MAX_EVENT_BYTES:
+        raise TooLarge(f"the answer has a part of more than {MAX_EVENT_BYTES // 1024**2} MiB")
 
 
 class WholeEvents(httpx2.AsyncBaseTransport):
@@ -57,9 +68,11 @@ class _Events(httpx2.AsyncByteStream):
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         event: list[bytes] = []
-        count = 0
+        count = size = 0
         async for line in lines(self._stream):
             event.append(line)
+            size += len(line)
+            check_size(size)
             # A line may also end with this sign alone.
             count += 1 + line.count(b"\r")
             if count > MAX_EVENT_LINES:
@@ -67,7 +80,7 @@ class _Events(httpx2.AsyncByteStream):
             if not line.strip(b"\r"):
                 yield b"\n".join((*event, b""))
                 event.clear()
-                count = 0
+                count = size = 0
         if event:
             yield b"\n".join(event)
 

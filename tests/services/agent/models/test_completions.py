@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import httpx2
@@ -448,11 +449,12 @@ async def test_a_long_stream_takes_linear_time(kind: str) -> None:
 class Sends(httpx2.AsyncBaseTransport, httpx2.AsyncByteStream):
     """A server whose stream comes in these pieces."""
 
-    def __init__(self, pieces: list[bytes]) -> None:
+    def __init__(self, pieces: list[bytes], type_: bytes = b"text/event-stream") -> None:
         self._pieces = pieces
+        self._headers = [(b"content-type", type_)]
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        return httpx2.Response(200, headers={"content-type": "text/event-stream"}, stream=self, request=request)
+        return httpx2.Response(200, headers=self._headers, stream=self, request=request)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for piece in self._pieces:
@@ -486,6 +488,50 @@ async def test_a_library_gets_whole_events_of_few_lines() -> None:
 
 async def _ignored(text: str) -> None:
     """Drops a text."""
+
+
+MIB = 1024 * 1024
+LARGE: dict[str, tuple[str, bytes, list[bytes]]] = {
+    "one piece": ("openai/x", b"application/json", [b"[]," * MIB] * 2),
+    "one line": ("openai/x", b"text/event-stream", [b"data: ", *[b"[]," * MIB] * 2]),
+    "many lines": ("openai/x", b"text/event-stream", [b"data: [\n", *[b"data: [],\n" * 100_000] * 20]),
+    "one event of anthropic": ("anthropic/x", b"text/event-stream", [b"data: " + b"x" * MIB + b"\n"] * 5),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+async def test_a_large_part_of_an_answer_is_not_read(kind: str) -> None:
+    """As lists it would take more than a gigabyte."""
+    name, type_, pieces = LARGE[kind]
+    providers = Providers(Sends(pieces, type_))
+    with pytest.raises(ModelFailed, match="more than 4 MiB") as failed:
+        await providers.model(name, ModelEndpoint(base_url="http://a.example")).answer(PROMPT, _ignored)
+    assert not failed.value.transient
+    await providers.close()
+
+
+def _of(delta: bytes) -> bytes:
+    return b'{"choices":[{"delta":' + delta + b"}]}"
+
+
+ODD = [
+    *(b"[" * 100_000, b"[" * 3_000 + b"]" * 3_000, b"null", b'{"choices":["x",5,null]}', b'{"error":[1]}'),
+    *(b'{"choices":[{"message":' + message + b"}]}" for message in (b"null", b'"x"', b'{"content":["a"]}')),
+    b'{"choices":[{"message":{"tool_calls":[5,null,{"function":5}]}}]}',
+    *(_of(delta) for delta in (b"[1]", b'"x"', b"5", b'{"content":5}', b'{"content":["a"],"reasoning":[1]}')),
+    *(_of(b'{"tool_calls":[{"function":' + function + b"}]}") for function in (b'"x"', b"[1]", b'{"name":{"a":1}}')),
+    *(_of(b'{"tool_calls":[{"id":' + id_ + b',"function":{"name":"add"}}]}') for id_ in (b"[1]", b'{"a":1}')),
+    *(b'{"choices":[{"delta":{"content":5},"finish_reason":' + finish + b"}]}" for finish in (b'"stop"', b"[1]")),
+]
+
+
+@pytest.mark.parametrize("type_", [b"application/json", b"text/event-stream"])
+async def test_any_value_in_any_place_is_read_or_malformed(type_: bytes) -> None:
+    for content in ODD:
+        providers = Providers(Sends([content if b"json" in type_ else b"data: " + content + b"\n\n"], type_))
+        with suppress(ModelFailed):
+            await providers.model("openai/x", ModelEndpoint(base_url="http://a.example")).answer(PROMPT, _ignored)
+        await providers.close()
 
 
 @pytest.mark.timeout(30)
