@@ -27,6 +27,8 @@ MAX_TOOLS = 200
 DISCOVERY_SECONDS = 15.0
 
 # In the request's ``_meta``, for servers that drop repeats. The protocol itself has no field for an idempotency key.
+# A result that is passed on has fewer.
+MAX_PARTS = 30_000
 KEY_META = "clawbus/idempotency-key"
 
 # The library logs session ids, and at level DEBUG the contents of messages.
@@ -145,7 +147,26 @@ class _Progress(httpx2.AsyncBaseTransport):
         response = await self._transport.handle_async_request(request)
         if request.method == "POST":  # not the end of the session
             self.status = response.status_code
+        response.stream = _Counted(response.stream)
         return response
+
+
+class _Counted(httpx2.AsyncByteStream):
+    """Limits the objects and lists of an answer: the library takes 100 times as much memory for them."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        parts = 0
+        async for piece in self._stream:
+            parts += piece.count(b"{") + piece.count(b"[")
+            if parts > MAX_PARTS:
+                raise TooLarge(f"answer: has more than {MAX_PARTS} objects and lists")
+            yield piece
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 @asynccontextmanager

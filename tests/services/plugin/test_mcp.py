@@ -160,8 +160,10 @@ async def test_an_answer_that_does_not_follow_the_protocol_is_a_failure_with_a_r
         ([], Transient, "did not list its tools within 1 s"),
         ([{"name": "a", "description": "x" * 1_000_000}], InvalidMessage, "lists more than 8388608 bytes"),
         ([{"name": "a", "description": "x" * 9_000_000}], TooLarge, "8388608"),
+        # Of 2 MB: a result of such blocks took half a gigabyte.
+        ([{"name": "a", "inputSchema": {}}] * 60_000, TooLarge, "objects and lists"),
     ],
-    ids=["empty pages", "large pages", "a page beyond the limit"],
+    ids=["empty pages", "large pages", "a page beyond the limit", "very many objects"],
 )
 async def test_a_server_that_lists_without_end_is_left(
     raw: RawMcp, monkeypatch: pytest.MonkeyPatch, tools: list[Any], error: type[Exception], reason: str
