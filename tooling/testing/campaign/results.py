@@ -33,9 +33,8 @@ GAPS = (
     "Each engine is a single node: no replica is lost, and no network lies between the nodes of an engine.",
     "The first campaign of `clock` found that the timeline of a run hid the messages of a channel whose clock is "
     "ahead; `clock-wipe-21` has the same seed and the corrected code.",
-    "Only the channel service has a wrong clock. If the agent service's is five minutes wrong, a client with a"
-    " right key is answered 401 in place of 503, because the gateway's token is refused; a campaign has shown "
-    "it.",
+    "Only the channel service has a wrong clock. A campaign with the agent service's five minutes slow found that a "
+    "client with a right key was answered 401; it is answered 503 now, which a test shows and no campaign yet.",
     "Power is cut, and a disk is full, in `tests/faults/test_disk.py` on the kernel alone. Data is damaged in "
     "tests of PostgreSQL, Kafka and the object store, not in a campaign; damage in Milvus, OpenSearch and "
     "Valkey was not tried.",
