@@ -16,7 +16,7 @@ CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "help_optio
 def test(context: typer.Context) -> None:
     """Run the tests, which start and stop the engines that they need. All arguments go to pytest."""
     os.chdir(CHECKOUT)
-    # Half of the tests' time is waiting for leases and retries. Two processes, each with engines of its own, finish
-    # earlier on two cores.
-    arguments = context.args or ["-n", "2", "--no-loadscope-reorder"]
+    # Half of the tests' time is waiting for leases and retries. Three processes, each with engines of its own, finish
+    # earliest on two cores.
+    arguments = context.args or ["-n", "3", "--no-loadscope-reorder"]
     os.execv(sys.executable, [sys.executable, "-m", "pytest", *arguments])

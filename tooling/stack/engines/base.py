@@ -148,7 +148,10 @@ def fresh_folder(data: Path) -> Path:
 
 
 def complete(fresh: Path, folder: Path) -> None:
-    """Renames a folder that is complete. After a power cut it is there as a whole, or not at all."""
+    """Renames a folder that is complete. After a power cut it is there as a whole, or not at all.
+
+    If another process has made the same folder meanwhile, that one stays.
+    """
     for path in (*fresh.rglob("*"), fresh):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             continue
@@ -157,7 +160,11 @@ def complete(fresh: Path, folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    fresh.rename(folder)
+    try:
+        fresh.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
 
 
 def sha256(text: str) -> str:

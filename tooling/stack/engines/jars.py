@@ -42,9 +42,7 @@ def install_jars(engine: str) -> Path:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda line: _download(MAVEN_CENTRAL_URL, line, fresh), listed.splitlines()))
         fresh.chmod(0o755)
-        # Only a complete folder gets the name. If another stack was faster, its folder is used.
-        if not folder.exists():
-            complete(fresh, folder)
+        complete(fresh, folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return folder

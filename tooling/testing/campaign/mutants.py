@@ -136,7 +136,7 @@ MUTANTS = (
         ("channel",),
         ("kill",),
         3,
-        changes=(Change("infra/outgoing/webhooks.py", "if not any(fits):", "if not fits:"),),
+        changes=(Change("infra/outgoing/webhooks.py", "if True not in fits:", "if not fits:"),),
     ),
     Mutant(
         "tenant filter",
