@@ -27,9 +27,9 @@ from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 
 from infra.clock import utcnow, uuid7, wait_at_most
 from infra.connections import kafka_options
-from infra.observe import spans
 from infra.observe.metrics import Metrics
 from infra.observe.redaction import redacted
+from infra.observe.spans import current_ids
 from protos.envelope import Envelope
 from protos.messages.logs import LogLine
 
@@ -95,13 +95,13 @@ def _write(level: str, message: object, data: dict[str, Any]) -> None:
         }
     if _unprinted:
         data["lines_not_printed"] = _unprinted
-    span = spans.current_span()
+    trace_id, span_id = current_ids()
     fields = {
         "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "level": level,
         "service": _service,
-        "traceId": f"{span.trace_id:032x}" if span.span_id else None,
-        "spanId": f"{span.span_id:016x}" if span.span_id else None,
+        "traceId": trace_id,
+        "spanId": span_id,
         "message": redacted(str(message)),
         "data": redacted(data),
     }

@@ -80,7 +80,7 @@ class RecordedSpan(trace.Span):
             self.trace_id, self.trace_state = trace_id, _NO_STATE
         else:
             self.trace_id, self.trace_state = parent.trace_id, parent.trace_state
-        self.span_id = _random.getrandbits(64) or 1
+        self.span_id = new_span_id()
         self.name = name
         self.kind = kind
         self.attributes: dict[str, Any] = dict(attributes) if attributes else {}
@@ -103,7 +103,7 @@ class RecordedSpan(trace.Span):
     def traceparent(self) -> str:
         """As the function `traceparent`. All messages that are made in the span carry it."""
         if self._traceparent is None:
-            self._traceparent = f"00-{self.trace_id:032x}-{self.span_id:016x}-01"
+            self._traceparent = traceparent(self)
         return self._traceparent
 
     @property
@@ -180,6 +180,12 @@ def current_span() -> RecordedSpan | SpanContext:
     if isinstance(span, RecordedSpan):
         return span
     return span.get_span_context() if isinstance(span, trace.Span) else trace.INVALID_SPAN_CONTEXT
+
+
+def current_ids() -> tuple[str, str] | tuple[None, None]:
+    """The ids of the current trace and span in hexadecimal digits, as they are stored and shown."""
+    span = current_span()
+    return (f"{span.trace_id:032x}", f"{span.span_id:016x}") if span.span_id else (None, None)
 
 
 def traceparent(context: RecordedSpan | SpanContext) -> str:

@@ -24,7 +24,7 @@ _NOBODY = 65_534
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 _SECCOMP_MODE_FILTER = 2
-# Of linux/audit.h, with the numbers of the calls that are refused, in one order for both.
+# Of linux/audit.h, in the order of the numbers below.
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # Refused calls with their numbers on x86_64 and, if it has them, on aarch64.
 _REFUSED: dict[str, tuple[int, ...]] = {

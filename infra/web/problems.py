@@ -6,7 +6,6 @@ from http import HTTPStatus
 
 import msgspec
 from fastapi.exceptions import RequestValidationError
-from opentelemetry import trace
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -22,6 +21,7 @@ from infra.errors import (
     Unauthenticated,
     WrongType,
 )
+from infra.observe.spans import current_ids
 from infra.postgres.db import is_bad_data, is_transient
 
 _STATUS: dict[type[Exception], int] = {
@@ -73,9 +73,9 @@ def problem(error: Exception) -> Response:
         "detail": detail,
         "errors": errors,
     }
-    context = trace.get_current_span().get_span_context()
-    if status >= 500 and context.is_valid:
-        body["trace_id"] = f"{context.trace_id:032x}"
+    trace_id, _ = current_ids()
+    if status >= 500 and trace_id:
+        body["trace_id"] = trace_id
     return Response(msgspec.json.encode(body), status, headers, media_type="application/problem+json")
 
 

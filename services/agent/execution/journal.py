@@ -72,7 +72,7 @@ class RunJournal:
             try:
                 await future
             finally:
-                if future.done() and self._submitted and self._submitted[0][0] is future:
+                if self._submitted and self._submitted[0][0] is future:
                     del self._submitted[0]
             self._context.messages = write.messages
 

@@ -24,7 +24,7 @@ from infra.errors import EffectFailed, InvalidMessage, NotFound, RetryLater, Too
 from infra.failpoint import failpoint
 from infra.lanes.effects import Effects
 from infra.observe.redaction import redacted
-from infra.observe.spans import current_span
+from infra.observe.spans import current_ids
 from infra.postgres.db import storable
 from services.agent.execution.context import RunContext
 from services.agent.execution.group_write import MessagesArrived, RunStopped
@@ -295,7 +295,8 @@ class Steps:
         """Commits the step's start. `lost` is the estimated usage of the attempt before."""
         command = BeginStep(self._context.session_key, n, spec.kind, spec.name, attempt, spec.digest, VERSION)
         try:
-            await self._journal.begin(command, _span_id(), lost, expected_messages)
+            _, span_id = current_ids()
+            await self._journal.begin(command, span_id, lost, expected_messages)
         except RunStopped:
             raise Ended("cancelled", CANCELLED) from None
         except MessagesArrived:
@@ -347,8 +348,3 @@ def _stored(error: str | None) -> str | None:
 def _ms_since(began: float) -> int:
     """Rounded up, so that every call took some time and its run has a record of its seconds."""
     return math.ceil((time.monotonic() - began) * 1000)
-
-
-def _span_id() -> str | None:
-    span = current_span()
-    return f"{span.span_id:016x}" if span.span_id else None

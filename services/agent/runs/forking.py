@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 from uuid import UUID
 
-from opentelemetry import trace
-
 from infra.clock import uuid7
 from infra.errors import Conflict, InvalidMessage, NotFound
+from infra.observe.spans import current_ids
 from infra.postgres.tx import Tx
 from infra.security.crypto import DataKey
 from infra.security.subjects import Erased, SubjectKeys
@@ -56,7 +55,7 @@ async def fork(tx: Tx, subjects: SubjectKeys, run_id: UUID, step: int | None) ->
         agent_id,
         subject_id,
         channel_id,
-        _trace_id(),
+        current_ids()[0],
         run_id,
     )
     if not await tx.sql("UPDATE message SET run_id = $2 WHERE run_id = $1 RETURNING 1", run_id, new):
@@ -100,8 +99,3 @@ async def _copy(
         await write(EndStep(session_key, n, step.attempt, 0, content, step.error))
         status: Literal["completed", "failed"] = "completed" if content else "failed"
         projections.step_not_made(tx, new, n, step.kind, step.name, status, step.attempt, step.error)
-
-
-def _trace_id() -> str | None:
-    context = trace.get_current_span().get_span_context()
-    return f"{context.trace_id:032x}" if context.is_valid else None

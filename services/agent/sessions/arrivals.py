@@ -8,8 +8,8 @@ from typing import Any
 from uuid import UUID
 
 import msgspec
-from opentelemetry import trace
 
+from infra.observe.spans import current_ids
 from infra.postgres.tx import Tx
 from infra.security.crypto import DataKey
 from services.agent.models.contract import AssistantTurn, Image, Sampling, Tool, ToolTurn, Turn
@@ -124,7 +124,7 @@ class ArrivalRows:
 
 def run_row(tenant_id: str, arrival: Arrival, run_id: UUID) -> tuple[Any, ...]:
     """A row of `ArrivalRows.runs`, in the trace of now."""
-    context = trace.get_current_span().get_span_context()
+    trace_id, _ = current_ids()
     return (
         run_id,
         tenant_id,
@@ -132,7 +132,7 @@ def run_row(tenant_id: str, arrival: Arrival, run_id: UUID) -> tuple[Any, ...]:
         arrival.agent_id,
         arrival.subject_id,
         arrival.origin.channel_id if arrival.origin else None,
-        f"{context.trace_id:032x}" if context.is_valid else None,
+        trace_id,
     )
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from opentelemetry import trace
-
 from infra.clock import uuid7
 from infra.errors import Conflict
+from infra.observe.spans import current_ids
 from infra.postgres.tx import Tx
 from services.agent.lanes import queue_run
 from services.agent.runs.cancelling import fail
@@ -76,7 +75,8 @@ async def requeue_later_messages(tx: Tx, run_id: UUID, first: int) -> UUID | Non
     )
     if not later:
         return None
-    new, context = uuid7(), trace.get_current_span().get_span_context()
+    new = uuid7()
+    trace_id, _ = current_ids()
     [(session_key,)] = await tx.sql(
         """
         INSERT INTO run (id, tenant_id, session_key, agent_id, subject_id, channel_id, trace_id)
@@ -88,7 +88,7 @@ async def requeue_later_messages(tx: Tx, run_id: UUID, first: int) -> UUID | Non
         run_id,
         new,
         later[0][1],
-        f"{context.trace_id:032x}" if context.is_valid else None,
+        trace_id,
     )
     await tx.sql(
         "UPDATE message SET run_id = $3 WHERE tenant_id = $1 AND message_id = ANY($2::uuid[])",

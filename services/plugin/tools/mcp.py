@@ -25,10 +25,10 @@ from services.plugin.files import ResultFiles
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
 MAX_TOOLS = 200
 DISCOVERY_SECONDS = 15.0
-
-# In the request's ``_meta``, for servers that drop repeats. The protocol itself has no field for an idempotency key.
 # A result that is passed on has fewer.
 MAX_PARTS = 30_000
+
+# In the request's ``_meta``, for servers that drop repeats. The protocol itself has no field for an idempotency key.
 KEY_META = "clawbus/idempotency-key"
 
 # The library logs session ids, and at level DEBUG the contents of messages.
