@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.clock import uuid7
-from infra.errors import EffectFailed, InvalidMessage, Transient, Unanswered, describe
+from infra.errors import Conflict, EffectFailed, InvalidMessage, Transient, Unanswered, describe
 from infra.observe.logs import get_logger
 from infra.postgres.database import Database
-from services.memory import readable
+from services.memory import documents, readable
 from services.memory.conversations import Conversations, session_scope
 from services.memory.domain import codes, embedded_text, ends, fuse
 from services.memory.embeddings import Embedder
@@ -48,6 +48,9 @@ MAX_HITS = 2000
 # While so many statements for the same readers run, further searches for them wait and then go together: a round trip
 # costs both sides as much as a small statement.
 READS_AT_ONCE, MAX_TOGETHER = 2, 16
+# How long a search waits for a document of its caller, and how often it looks.
+AFTER_SECONDS = 5.0
+AFTER_POLL_SECONDS = 0.1
 
 _log = get_logger("memory.retrieval")
 
@@ -180,6 +183,21 @@ class Retrieval:
         self._vectors = QueryVectors(request, embedder)
         self._words = Together(self._find_words, at_once=READS_AT_ONCE, most=MAX_TOGETHER)
         self._passages = Together(self._read_passages, at_once=READS_AT_ONCE, most=MAX_TOGETHER)
+
+    async def wait_for(
+        self, tenant_id: str, id_: UUID, names: Sequence[str] | None, seconds: float = DEFAULT_SECONDS
+    ) -> None:
+        """Waits until the document's newest version is indexed. names: of the client; None for an administrator.
+        seconds: the time of the caller. Raises NotFound, Conflict."""
+        deadline = time.monotonic() + min(AFTER_SECONDS, seconds * DENSE_SHARE)
+        while True:
+            async with self._request.begin(tenant_id=tenant_id) as tx:
+                document = await documents.get(tx, id_, names)
+            if document.indexed_version == document.version:
+                return
+            if document.status == "failed" or time.monotonic() > deadline:
+                raise Conflict(f"after: document {id_} is not indexed: {document.error or document.status}")
+            await asyncio.sleep(AFTER_POLL_SECONDS)
 
     async def search(self, caller: ReaderNames, query: Query, seconds: float = DEFAULT_SECONDS) -> RetrievalResult:
         """Up to `limit` passages (10) that the caller may read, best first. seconds: the time of the caller.

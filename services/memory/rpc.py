@@ -63,6 +63,9 @@ class MemoryRpc(memory_pb2_grpc.MemoryServicer):
             mode=request.mode or HYBRID,
         )
         caller = rights.of_agent(rpc.tenant(), request.agent_id, request.subject_id)
+        if request.after:
+            id_ = _uuid("after", request.after)
+            await self._retrieval.wait_for(caller.tenant_id, id_, caller.names, context.time_remaining())
         answer = await self._retrieval.search(caller, query, context.time_remaining())
         return memory_pb2.RetrieveReply(
             passages=[_passage(each) for each in answer.items], degraded=answer.degraded, reranked=answer.reranked

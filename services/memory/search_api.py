@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Sequence
 from typing import Literal
 from uuid import UUID
@@ -11,7 +9,6 @@ from uuid import UUID
 from fastapi import APIRouter
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from infra.errors import Conflict
 from infra.security.auth import Identity
 from infra.security.reads import record_reads
 from infra.service.api import Reader
@@ -102,11 +99,6 @@ class IndexView(_View):
     """Those that searches by meaning find as well. It is lower while the index is built again."""
 
 
-# How long a search waits for a document of its caller, and how often it looks.
-AFTER_SECONDS = 5.0
-AFTER_POLL_SECONDS = 0.1
-
-
 def router(runtime: Runtime) -> APIRouter:
     routes = APIRouter()
     retrieval = adapters.retrieval(runtime)
@@ -125,7 +117,7 @@ def router(runtime: Runtime) -> APIRouter:
         )
         query = Query(body.query, body.limit, body.min_similarity, body.types, body.session_key, body.mode, filters)
         if body.after:
-            await _indexed(body.after, who)
+            await retrieval.wait_for(who.tenant_id, body.after, rights.view_names(who))
         answer = await retrieval.search(rights.of_identity(who), query)
         if answer.items:
             await _record(who, query, answer.items)
@@ -140,18 +132,6 @@ def router(runtime: Runtime) -> APIRouter:
             await record_reads(tx, who, "document", found)
             await memories_api.record(tx, who, [item.memory for item in items if item.memory])
             await record_reads(tx, who, "session", [query.session_key] if query.session_key and replies else [])
-
-    async def _indexed(id_: UUID, who: Identity) -> None:
-        """Waits until the document's newest version is indexed. Raises NotFound, Conflict."""
-        deadline = time.monotonic() + AFTER_SECONDS
-        while True:
-            async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-                document = await documents.get(tx, id_, rights.view_names(who))
-            if document.indexed_version == document.version:
-                return
-            if document.status == "failed" or time.monotonic() > deadline:
-                raise Conflict(f"after: document {id_} is not indexed: {document.error or document.status}")
-            await asyncio.sleep(AFTER_POLL_SECONDS)
 
     @routes.get("/api/v1/memory/index")
     async def show_index(who: Reader) -> IndexView:

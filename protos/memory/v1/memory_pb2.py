@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/memory/v1/memory.proto\x12\x11\x63lawbus.memory.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb7\x01\n\x0fRetrieveRequest\x12\r\n\x05query\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x05\x12\x1b\n\x0emin_similarity\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05types\x18\x04 \x03(\t\x12\x13\n\x0bsession_key\x18\x05 \x01(\t\x12\x0c\n\x04mode\x18\x06 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x07 \x01(\t\x12\x12\n\nsubject_id\x18\x08 \x01(\tB\x11\n\x0f_min_similarity\"a\n\rRetrieveReply\x12,\n\x08passages\x18\x01 \x03(\x0b\x32\x1a.clawbus.memory.v1.Passage\x12\x10\n\x08\x64\x65graded\x18\x02 \x01(\x08\x12\x10\n\x08reranked\x18\x03 \x01(\x08\"\xa0\x01\n\x07Passage\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12)\n\x06source\x18\x03 \x01(\x0b\x32\x19.clawbus.memory.v1.Source\x12\x12\n\x05\x64\x65nse\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07keyword\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05match\x18\x06 \x03(\tB\x08\n\x06_denseB\n\n\x08_keyword\"\x8b\x01\n\x06Source\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x07section\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04page\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12\x14\n\x07version\x18\x05 \x01(\x05H\x02\x88\x01\x01\x42\n\n\x08_sectionB\x07\n\x05_pageB\n\n\x08_version\"9\n\x13ListMemoriesRequest\x12\x12\n\nsubject_id\x18\x01 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\t\"V\n\x11ListMemoriesReply\x12\x33\n\x08memories\x18\x01 \x03(\x0b\x32!.clawbus.memory.v1.PersonalMemory\x12\x0c\n\x04more\x18\x02 \x01(\x08\"K\n\x14\x43orrectMemoryRequest\x12\x12\n\nsubject_id\x18\x01 \x01(\t\x12\x11\n\tmemory_id\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"<\n\x13\x46orgetMemoryRequest\x12\x12\n\nsubject_id\x18\x01 \x01(\t\x12\x11\n\tmemory_id\x18\x02 \x01(\t\"\x13\n\x11\x46orgetMemoryReply\"\xa0\x02\n\x0ePersonalMemory\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x36\n\x05state\x18\x03 \x01(\x0e\x32\'.clawbus.memory.v1.PersonalMemory.State\x12+\n\x07said_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06run_id\x18\x05 \x01(\t\x12\x12\n\nchannel_id\x18\x06 \x01(\t\x12\x0f\n\x07speaker\x18\x07 \x01(\t\"Z\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_IN_FORCE\x10\x01\x12\x12\n\x0eSTATE_REPLACED\x10\x02\x12\x12\n\x0eSTATE_ARCHIVED\x10\x03\"\xf6\x01\n\x0cLearnRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\x12\x12\n\nchannel_id\x18\x03 \x01(\t\x12\x12\n\nmessage_id\x18\x04 \x01(\t\x12+\n\x07said_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05model\x18\x06 \x01(\t\x12\x0c\n\x04said\x18\x07 \x01(\t\x12&\n\x05\x66\x61\x63ts\x18\x08 \x03(\x0b\x32\x17.clawbus.memory.v1.Fact\x12(\n\x06merges\x18\t \x03(\x0b\x32\x18.clawbus.memory.v1.Merge\"\x9f\x01\n\x04\x46\x61\x63t\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05topic\x18\x03 \x01(\t\x12\x12\n\nimportance\x18\x04 \x01(\x05\x12\x12\n\nconfidence\x18\x05 \x01(\x01\x12\x12\n\nmessage_id\x18\x06 \x01(\t\x12\x0f\n\x07same_as\x18\x07 \x01(\t\x12\x10\n\x08replaces\x18\x08 \x01(\t\x12\r\n\x05quote\x18\t \x01(\t\")\n\x05Merge\x12\x12\n\nmemory_ids\x18\x01 \x03(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x1d\n\nLearnReply\x12\x0f\n\x07learned\x18\x01 \x01(\x05\"M\n\x0fReadFileRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x14\n\x0c\x63ontent_type\x18\x02 \x01(\t\x12\x16\n\x0emax_characters\x18\x03 \x01(\x05\"P\n\rReadFileReply\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06is_cut\x18\x02 \x01(\x08\x12\x0f\n\x07refused\x18\x03 \x01(\t\x12\x10\n\x08warnings\x18\x04 \x03(\t2\x8e\x04\n\x06Memory\x12P\n\x08Retrieve\x12\".clawbus.memory.v1.RetrieveRequest\x1a .clawbus.memory.v1.RetrieveReply\x12\\\n\x0cListMemories\x12&.clawbus.memory.v1.ListMemoriesRequest\x1a$.clawbus.memory.v1.ListMemoriesReply\x12[\n\rCorrectMemory\x12\'.clawbus.memory.v1.CorrectMemoryRequest\x1a!.clawbus.memory.v1.PersonalMemory\x12\\\n\x0c\x46orgetMemory\x12&.clawbus.memory.v1.ForgetMemoryRequest\x1a$.clawbus.memory.v1.ForgetMemoryReply\x12G\n\x05Learn\x12\x1f.clawbus.memory.v1.LearnRequest\x1a\x1d.clawbus.memory.v1.LearnReply\x12P\n\x08ReadFile\x12\".clawbus.memory.v1.ReadFileRequest\x1a .clawbus.memory.v1.ReadFileReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/memory/v1/memory.proto\x12\x11\x63lawbus.memory.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc6\x01\n\x0fRetrieveRequest\x12\r\n\x05query\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x05\x12\x1b\n\x0emin_similarity\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05types\x18\x04 \x03(\t\x12\x13\n\x0bsession_key\x18\x05 \x01(\t\x12\x0c\n\x04mode\x18\x06 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x07 \x01(\t\x12\x12\n\nsubject_id\x18\x08 \x01(\t\x12\r\n\x05\x61\x66ter\x18\t \x01(\tB\x11\n\x0f_min_similarity\"a\n\rRetrieveReply\x12,\n\x08passages\x18\x01 \x03(\x0b\x32\x1a.clawbus.memory.v1.Passage\x12\x10\n\x08\x64\x65graded\x18\x02 \x01(\x08\x12\x10\n\x08reranked\x18\x03 \x01(\x08\"\xa0\x01\n\x07Passage\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12)\n\x06source\x18\x03 \x01(\x0b\x32\x19.clawbus.memory.v1.Source\x12\x12\n\x05\x64\x65nse\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07keyword\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05match\x18\x06 \x03(\tB\x08\n\x06_denseB\n\n\x08_keyword\"\x8b\x01\n\x06Source\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x07section\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04page\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12\x14\n\x07version\x18\x05 \x01(\x05H\x02\x88\x01\x01\x42\n\n\x08_sectionB\x07\n\x05_pageB\n\n\x08_version\"9\n\x13ListMemoriesRequest\x12\x12\n\nsubject_id\x18\x01 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\t\"V\n\x11ListMemoriesReply\x12\x33\n\x08memories\x18\x01 \x03(\x0b\x32!.clawbus.memory.v1.PersonalMemory\x12\x0c\n\x04more\x18\x02 \x01(\x08\"K\n\x14\x43orrectMemoryRequest\x12\x12\n\nsubject_id\x18\x01 \x01(\t\x12\x11\n\tmemory_id\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"<\n\x13\x46orgetMemoryRequest\x12\x12\n\nsubject_id\x18\x01 \x01(\t\x12\x11\n\tmemory_id\x18\x02 \x01(\t\"\x13\n\x11\x46orgetMemoryReply\"\xa0\x02\n\x0ePersonalMemory\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x36\n\x05state\x18\x03 \x01(\x0e\x32\'.clawbus.memory.v1.PersonalMemory.State\x12+\n\x07said_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06run_id\x18\x05 \x01(\t\x12\x12\n\nchannel_id\x18\x06 \x01(\t\x12\x0f\n\x07speaker\x18\x07 \x01(\t\"Z\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_IN_FORCE\x10\x01\x12\x12\n\x0eSTATE_REPLACED\x10\x02\x12\x12\n\x0eSTATE_ARCHIVED\x10\x03\"\xf6\x01\n\x0cLearnRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x12\n\nsubject_id\x18\x02 \x01(\t\x12\x12\n\nchannel_id\x18\x03 \x01(\t\x12\x12\n\nmessage_id\x18\x04 \x01(\t\x12+\n\x07said_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05model\x18\x06 \x01(\t\x12\x0c\n\x04said\x18\x07 \x01(\t\x12&\n\x05\x66\x61\x63ts\x18\x08 \x03(\x0b\x32\x17.clawbus.memory.v1.Fact\x12(\n\x06merges\x18\t \x03(\x0b\x32\x18.clawbus.memory.v1.Merge\"\x9f\x01\n\x04\x46\x61\x63t\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05topic\x18\x03 \x01(\t\x12\x12\n\nimportance\x18\x04 \x01(\x05\x12\x12\n\nconfidence\x18\x05 \x01(\x01\x12\x12\n\nmessage_id\x18\x06 \x01(\t\x12\x0f\n\x07same_as\x18\x07 \x01(\t\x12\x10\n\x08replaces\x18\x08 \x01(\t\x12\r\n\x05quote\x18\t \x01(\t\")\n\x05Merge\x12\x12\n\nmemory_ids\x18\x01 \x03(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x1d\n\nLearnReply\x12\x0f\n\x07learned\x18\x01 \x01(\x05\"M\n\x0fReadFileRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x14\n\x0c\x63ontent_type\x18\x02 \x01(\t\x12\x16\n\x0emax_characters\x18\x03 \x01(\x05\"P\n\rReadFileReply\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06is_cut\x18\x02 \x01(\x08\x12\x0f\n\x07refused\x18\x03 \x01(\t\x12\x10\n\x08warnings\x18\x04 \x03(\t2\x8e\x04\n\x06Memory\x12P\n\x08Retrieve\x12\".clawbus.memory.v1.RetrieveRequest\x1a .clawbus.memory.v1.RetrieveReply\x12\\\n\x0cListMemories\x12&.clawbus.memory.v1.ListMemoriesRequest\x1a$.clawbus.memory.v1.ListMemoriesReply\x12[\n\rCorrectMemory\x12\'.clawbus.memory.v1.CorrectMemoryRequest\x1a!.clawbus.memory.v1.PersonalMemory\x12\\\n\x0c\x46orgetMemory\x12&.clawbus.memory.v1.ForgetMemoryRequest\x1a$.clawbus.memory.v1.ForgetMemoryReply\x12G\n\x05Learn\x12\x1f.clawbus.memory.v1.LearnRequest\x1a\x1d.clawbus.memory.v1.LearnReply\x12P\n\x08ReadFile\x12\".clawbus.memory.v1.ReadFileRequest\x1a .clawbus.memory.v1.ReadFileReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,39 +33,39 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.memory.v1.memory_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RETRIEVEREQUEST']._serialized_start=86
-  _globals['_RETRIEVEREQUEST']._serialized_end=269
-  _globals['_RETRIEVEREPLY']._serialized_start=271
-  _globals['_RETRIEVEREPLY']._serialized_end=368
-  _globals['_PASSAGE']._serialized_start=371
-  _globals['_PASSAGE']._serialized_end=531
-  _globals['_SOURCE']._serialized_start=534
-  _globals['_SOURCE']._serialized_end=673
-  _globals['_LISTMEMORIESREQUEST']._serialized_start=675
-  _globals['_LISTMEMORIESREQUEST']._serialized_end=732
-  _globals['_LISTMEMORIESREPLY']._serialized_start=734
-  _globals['_LISTMEMORIESREPLY']._serialized_end=820
-  _globals['_CORRECTMEMORYREQUEST']._serialized_start=822
-  _globals['_CORRECTMEMORYREQUEST']._serialized_end=897
-  _globals['_FORGETMEMORYREQUEST']._serialized_start=899
-  _globals['_FORGETMEMORYREQUEST']._serialized_end=959
-  _globals['_FORGETMEMORYREPLY']._serialized_start=961
-  _globals['_FORGETMEMORYREPLY']._serialized_end=980
-  _globals['_PERSONALMEMORY']._serialized_start=983
-  _globals['_PERSONALMEMORY']._serialized_end=1271
-  _globals['_PERSONALMEMORY_STATE']._serialized_start=1181
-  _globals['_PERSONALMEMORY_STATE']._serialized_end=1271
-  _globals['_LEARNREQUEST']._serialized_start=1274
-  _globals['_LEARNREQUEST']._serialized_end=1520
-  _globals['_FACT']._serialized_start=1523
-  _globals['_FACT']._serialized_end=1682
-  _globals['_MERGE']._serialized_start=1684
-  _globals['_MERGE']._serialized_end=1725
-  _globals['_LEARNREPLY']._serialized_start=1727
-  _globals['_LEARNREPLY']._serialized_end=1756
-  _globals['_READFILEREQUEST']._serialized_start=1758
-  _globals['_READFILEREQUEST']._serialized_end=1835
-  _globals['_READFILEREPLY']._serialized_start=1837
-  _globals['_READFILEREPLY']._serialized_end=1917
-  _globals['_MEMORY']._serialized_start=1920
-  _globals['_MEMORY']._serialized_end=2446
+  _globals['_RETRIEVEREQUEST']._serialized_end=284
+  _globals['_RETRIEVEREPLY']._serialized_start=286
+  _globals['_RETRIEVEREPLY']._serialized_end=383
+  _globals['_PASSAGE']._serialized_start=386
+  _globals['_PASSAGE']._serialized_end=546
+  _globals['_SOURCE']._serialized_start=549
+  _globals['_SOURCE']._serialized_end=688
+  _globals['_LISTMEMORIESREQUEST']._serialized_start=690
+  _globals['_LISTMEMORIESREQUEST']._serialized_end=747
+  _globals['_LISTMEMORIESREPLY']._serialized_start=749
+  _globals['_LISTMEMORIESREPLY']._serialized_end=835
+  _globals['_CORRECTMEMORYREQUEST']._serialized_start=837
+  _globals['_CORRECTMEMORYREQUEST']._serialized_end=912
+  _globals['_FORGETMEMORYREQUEST']._serialized_start=914
+  _globals['_FORGETMEMORYREQUEST']._serialized_end=974
+  _globals['_FORGETMEMORYREPLY']._serialized_start=976
+  _globals['_FORGETMEMORYREPLY']._serialized_end=995
+  _globals['_PERSONALMEMORY']._serialized_start=998
+  _globals['_PERSONALMEMORY']._serialized_end=1286
+  _globals['_PERSONALMEMORY_STATE']._serialized_start=1196
+  _globals['_PERSONALMEMORY_STATE']._serialized_end=1286
+  _globals['_LEARNREQUEST']._serialized_start=1289
+  _globals['_LEARNREQUEST']._serialized_end=1535
+  _globals['_FACT']._serialized_start=1538
+  _globals['_FACT']._serialized_end=1697
+  _globals['_MERGE']._serialized_start=1699
+  _globals['_MERGE']._serialized_end=1740
+  _globals['_LEARNREPLY']._serialized_start=1742
+  _globals['_LEARNREPLY']._serialized_end=1771
+  _globals['_READFILEREQUEST']._serialized_start=1773
+  _globals['_READFILEREQUEST']._serialized_end=1850
+  _globals['_READFILEREPLY']._serialized_start=1852
+  _globals['_READFILEREPLY']._serialized_end=1932
+  _globals['_MEMORY']._serialized_start=1935
+  _globals['_MEMORY']._serialized_end=2461
 # @@protoc_insertion_point(module_scope)

@@ -32,6 +32,7 @@ class RetrieveRequest(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     AGENT_ID_FIELD_NUMBER: _builtins.int
     SUBJECT_ID_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
     query: _builtins.str
     limit: _builtins.int
     """0 means ten."""
@@ -45,6 +46,10 @@ class RetrieveRequest(_message.Message):
     """The agent that asks. It finds documents for all and documents for this agent. Empty: only documents for all."""
     subject_id: _builtins.str
     """The person whose memories are read, if types contains memory."""
+    after: _builtins.str
+    """A document that the caller has written: the call waits until its newest version is indexed, for half of the
+    caller's time and at most five seconds. ABORTED if it is not indexed then, NOT_FOUND if the agent may not read it.
+    """
     @_builtins.property
     def types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """document, conversation, memory. Empty: documents."""
@@ -60,10 +65,11 @@ class RetrieveRequest(_message.Message):
         mode: _builtins.str = ...,
         agent_id: _builtins.str = ...,
         subject_id: _builtins.str = ...,
+        after: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "min_similarity", b"min_similarity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "agent_id", b"agent_id", "limit", b"limit", "min_similarity", b"min_similarity", "mode", b"mode", "query", b"query", "session_key", b"session_key", "subject_id", b"subject_id", "types", b"types"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "after", b"after", "agent_id", b"agent_id", "limit", b"limit", "min_similarity", b"min_similarity", "mode", b"mode", "query", b"query", "session_key", b"session_key", "subject_id", b"subject_id", "types", b"types"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_similarity: _TypeAlias = _typing.Literal["min_similarity"]  # noqa: Y015
     _WhichOneofArgType__min_similarity: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity"]  # noqa: Y015

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from infra.errors import Conflict, InvalidMessage, NotFound
 from infra.web.server import serve_http
 from services.memory.storage import Sampler
 from tests.services.memory.conftest import Client, Vectors
@@ -156,6 +157,34 @@ async def test_a_search_waits_for_the_document_that_its_caller_has_written(clien
     await client.done(failed)
     refused = await client.http.post("/api/v1/memory/search", json=body | {"after": failed})
     assert refused.status_code == 409
+
+
+async def test_a_call_waits_for_the_document_of_its_caller(client: Client, stranger: Client) -> None:
+    document_id = await client.upload("gate.txt", b"The key of the garden gate lies below the third pot.")
+    query = "Where is the key of the garden gate?"
+
+    async def found() -> bool:
+        try:
+            passages = await client.retrieve(query, after=document_id)
+        except Conflict:
+            # A busy machine needs more than the time that a call waits.
+            return False
+        assert document_id in [passage.source.document_id for passage in passages]
+        return True
+
+    await client.platform.until(found, seconds=150)
+    given: dict[str, Any] = {"files": {"file": ("hidden.txt", b"For one agent.")}, "data": {"audience": "agent:one"}}
+    hidden = (await client.http.post("/api/v1/documents", **given)).json()["id"]
+    failed = await client.upload("blank.txt", b" ")
+    await client.done(failed)
+    for who, after, error in (
+        (stranger, document_id, NotFound),
+        (client, hidden, NotFound),
+        (client, failed, Conflict),
+        (client, "one", InvalidMessage),
+    ):
+        with pytest.raises(error):
+            await who.retrieve(query, after=after)
 
 
 async def test_the_index_shows_how_many_documents_it_has(client: Client) -> None:
