@@ -30,6 +30,8 @@ METHODS: Final[dict[str, AllowedCallers]] = {
     "clawbus.memory.v1.Memory/ForgetMemory": AllowedCallers(("plugin",), "tenant"),
     "clawbus.memory.v1.Memory/Learn": AllowedCallers(("agent",), "tenant"),
     "clawbus.memory.v1.Memory/ReadFile": AllowedCallers(("channel",), "tenant"),
+    "clawbus.memory.v1.Memory/KeepFile": AllowedCallers(("channel",), "tenant"),
+    "clawbus.memory.v1.Memory/ForgetFiles": AllowedCallers(("channel",), "tenant"),
     "clawbus.billing.v1.Billing/Reserve": AllowedCallers(("agent",), "tenant"),
     "clawbus.billing.v1.Billing/Release": AllowedCallers(("agent",), "tenant"),
     "clawbus.billing.v1.Billing/Charges": AllowedCallers(("agent",), "tenant"),

@@ -292,6 +292,22 @@ async def erase_files(item: EraseFiles, effects: Effects, tx: Tx, fetcher: Fetch
     await tx.sql("DELETE FROM attachment WHERE path = ANY($1::text[])", [path for (path,) in rows])
 
 
+class ForgetDocuments(msgspec.Struct, frozen=True):
+    """The documents that were made of the files of a deleted message are to be deleted."""
+
+    subject_id: str
+    event_id: UUID
+
+
+FORGOTTEN = Lane("documents of deleted messages", ForgetDocuments)
+
+
+@FORGOTTEN.runner(concurrency=2)
+async def forget_documents(item: ForgetDocuments, effects: Effects, tx: Tx, memory: memory_pb2_grpc.MemoryStub) -> None:
+    request = memory_pb2.ForgetFilesRequest(subject_id=item.subject_id, message_id=str(item.event_id))
+    await memory.ForgetFiles(request, metadata=rpc.tenant_metadata(str(tx.tenant_id)))
+
+
 def together(content: InboundContent, read: Sequence[_Read]) -> str:
     """The text for the agent: the person's words, then each attachment."""
     parts = [content.text] if content.text.strip() else []
@@ -367,6 +383,11 @@ def stored_objects(runtime: Runtime) -> Objects:
     return Objects(settings.s3_endpoint, settings.s3_access_key, settings.s3_secret_key.get_secret_value())
 
 
+def memory_stub(runtime: Runtime) -> memory_pb2_grpc.MemoryStub:
+    safe = [f"clawbus.memory.v1.Memory/{method}" for method in ("ReadFile", "KeepFile", "ForgetFiles")]
+    return memory_pb2_grpc.MemoryStub(runtime.channels.to(runtime.settings.memory_grpc, "memory", safe=safe))
+
+
 def fetcher(runtime: Runtime) -> Fetcher:
     settings = runtime.settings
     transcription = None
@@ -378,12 +399,11 @@ def fetcher(runtime: Runtime) -> Fetcher:
             settings.transcription_model,
             key.get_secret_value() if key else None,
         )
-    memory = runtime.channels.to(settings.memory_grpc, "memory", safe=["clawbus.memory.v1.Memory/ReadFile"])
     return Fetcher(
         AccountSecrets(runtime.cipher),
         SubjectKeys(runtime.cipher),
         runtime.outgoing,
         stored_objects(runtime),
         transcription,
-        memory_pb2_grpc.MemoryStub(memory),
+        memory_stub(runtime),
     )

@@ -25,7 +25,14 @@ from infra.security.subjects import SubjectKeys
 from protos.catalog import CHANNEL_CHANGES
 from protos.messages.channel import MessageChanged
 from services.channel.accounts import ChannelAccount
-from services.channel.attachments import ERASE_AFTER, ERASURES, EraseFiles, sent_id
+from services.channel.attachments import (
+    ERASE_AFTER,
+    ERASURES,
+    FORGOTTEN,
+    EraseFiles,
+    ForgetDocuments,
+    sent_id,
+)
 from services.channel.domain import dedupe_hash
 from services.channel.events import (
     InboundContent,
@@ -238,5 +245,6 @@ async def _remove_texts(tx: Tx, target: _Target) -> None:
     await event_store.rewrite(await tx.connection(), emptied)
     assert target.taken
     subject_id = target.taken.subject_id
+    tx.enqueue(FORGOTTEN, lane=str(target.id), item=ForgetDocuments(subject_id, target.id))
     # A file that is being fetched at this moment is stored before.
     tx.enqueue(ERASURES, lane=subject_id, item=EraseFiles(subject_id, target.id), after=ERASE_AFTER)

@@ -11,27 +11,32 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from infra.clock import utcnow, uuid7
-from infra.errors import InvalidMessage, NotFound
-from infra.postgres.tx import Tx
+from infra.errors import Conflict, InvalidMessage, NotFound
+from infra.postgres.tx import Tx, derived_id
 from infra.security.audit import audit
 from infra.security.crypto import DataKey
 from infra.security.reads import record_reads
 from infra.security.subjects import ERASED_TEXT, SubjectKeys
-from infra.service.api import Paging, Reader, Writer, page
+from infra.service.api import Admin, Paging, Reader, Writer, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
+from infra.web import rpc
+from protos.memory.v1 import memory_pb2
 from protos.messages.channel import SendMessage
 from services.channel import accounts as stored
 from services.channel import history
 from services.channel.accounts import AccountSecrets, ChannelAccount
+from services.channel.attachments import MAX_ATTACHMENTS, memory_stub
 from services.channel.channels import reachable
 from services.channel.domain import State
-from services.channel.events import File, InboundContent, OutboundContent
+from services.channel.events import File, InboundContent, MessageTaken, OutboundContent
 from services.channel.publishing import CONVERSATION, DELIVERY
 from services.channel.queueing import EXPIRES, queue_delivery
 
 MAX_TEXT = 100_000
 MAX_FILES = 10
+# Memory copies the file.
+KEEP_SECONDS = 30.0
 DELETED_TEXT = "[deleted]"
 """Readers show this in place of a text that its author has deleted."""
 
@@ -48,6 +53,14 @@ FROM conversation c CROSS JOIN LATERAL (
 WHERE ($2::text IS NULL OR c.session_key = $2) AND ($3::uuid IS NULL OR c.channel_id = $3)
 ORDER BY m.recorded_at DESC, m.event_id DESC
 LIMIT $6
+"""
+_ONE = """
+SELECT e.type, e.schema_version, e.data, c.channel_id
+FROM event e JOIN conversation c ON e.stream_id = $1 || c.session_key
+WHERE e.event_id = $2
+"""
+_FILE = """
+SELECT path FROM attachment WHERE tenant_id = $1 AND subject_id = $2 AND strpos(path, '/' || $3 || '_') > 0
 """
 # The first event of a delivery's stream holds its content.
 _OUTBOUND = """
@@ -74,11 +87,32 @@ class FileLink(BaseModel):
 
 
 class SentFile(BaseModel):
-    """A file that was sent."""
+    """A file of a message."""
 
     url: str | None
-    """Null if an agent made the file."""
+    """Null if a person sent the file, or an agent made it."""
     name: str
+    """Empty if the vendor tells none."""
+
+
+class NewDocument(BaseModel):
+    """How the file becomes a document."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"audience": ["group:sales"]}]})
+
+    attachment: int = Field(default=1, ge=1, le=MAX_ATTACHMENTS)
+    """The number of the file in the message."""
+    name: str | None = None
+    """The name that the person's file has, if null."""
+    audience: list[str] = []
+    """Who may read it; everyone if it is empty."""
+    tags: list[str] = []
+
+
+class MadeDocument(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"document_id": "0199c1d2-0000-7000-8000-000000000001"}]})
+
+    document_id: UUID
 
 
 class Reaction(BaseModel):
@@ -126,7 +160,7 @@ class MessageView(BaseModel):
     text: str
     """The newest, if it was edited; ``[erased]`` if the person was erased, ``[deleted]`` if the person deleted it."""
     attachments: list[SentFile] = []
-    """The files of an outbound message."""
+    """Its files, in order."""
     edited: bool = False
     reactions: list[Reaction] = []
     state: Literal["received", "deleted"] | State
@@ -178,6 +212,7 @@ class Queued(BaseModel):
 def router(runtime: Runtime, secrets: AccountSecrets) -> APIRouter:
     router = APIRouter(prefix="/api/v1", tags=["messages"])
     subjects = SubjectKeys(runtime.cipher)
+    memory = memory_stub(runtime)
 
     @router.get("/messages")
     async def list_messages(
@@ -200,6 +235,7 @@ def router(runtime: Runtime, secrets: AccountSecrets) -> APIRouter:
             messages = []
             for (id_, at, *_, channel, session), fact in zip(inbound, facts, strict=True):
                 words = _open(keys[who.tenant_id, fact.subject_id], fact.content, id_, InboundContent)
+                files = words.attachments if words else ()
                 now = changed.get(id_, history.Now())
                 text = (words.text if now.text is None else now.text) if words else ERASED_TEXT
                 messages.append(
@@ -210,6 +246,7 @@ def router(runtime: Runtime, secrets: AccountSecrets) -> APIRouter:
                         session_key=session,
                         conversation_id=words and words.conversation,
                         text=DELETED_TEXT if now.deleted else text,
+                        attachments=[SentFile(url=None, name=file.name) for file in files],
                         edited=now.text is not None,
                         reactions=_reactions(now),
                         state="deleted" if now.deleted else "received",
@@ -282,6 +319,41 @@ def router(runtime: Runtime, secrets: AccountSecrets) -> APIRouter:
             return 202, Queued(delivery_id=message.delivery_id)
 
         return await once(request, runtime, who, work)
+
+    @router.post("/messages/{message_id}/document", status_code=202)
+    async def make_document(message_id: UUID, body: NewDocument, who: Admin) -> MadeDocument:
+        """Makes a document of a file that a person sent. Searches find it once it is indexed.
+
+        The same file becomes one document, however often it is asked for. The document is deleted with the message,
+        and with the person.
+        """
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            rows = await tx.sql(_ONE, CONVERSATION.stream("").row, message_id)
+            fact = CONVERSATION.events.decode(*rows[0][:3]) if rows else None
+            words = None
+            if isinstance(fact, MessageTaken):
+                key = (await subjects.keys(tx, [(who.tenant_id, fact.subject_id)]))[who.tenant_id, fact.subject_id]
+                words = _open(key, fact.content, message_id, InboundContent)
+            if fact is None or words is None or len(words.attachments) < body.attachment:
+                raise NotFound("the tenant has no such file of a message")
+            paths = await tx.sql(_FILE, who.tenant_id, fact.subject_id, f"{message_id}_{body.attachment}")
+        if not paths:
+            raise Conflict("the file is not fetched yet, or could not be fetched")
+        made = MadeDocument(document_id=derived_id(message_id, "document", body.attachment))
+        file = words.attachments[body.attachment - 1]
+        request = memory_pb2.KeepFileRequest(
+            document_id=str(made.document_id),
+            path=paths[0][0],
+            name=body.name or file.name or paths[0][0].rpartition("/")[2].partition("_")[2],
+            audience=body.audience,
+            tags=body.tags,
+            actor=who.actor,
+            subject_id=fact.subject_id,
+            channel_id=str(rows[0][3]),
+            message_id=str(message_id),
+        )
+        await memory.KeepFile(request, metadata=rpc.tenant_metadata(who.tenant_id), timeout=KEEP_SECONDS)
+        return made
 
     return router
 

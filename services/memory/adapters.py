@@ -20,6 +20,7 @@ from services.memory.milvus import MilvusIndex
 from services.memory.pgvector import PgvectorIndex
 from services.memory.reranking import Reranker
 from services.memory.retrieval import Retrieval
+from services.memory.sent_files import SentFiles
 
 
 @cache
@@ -89,6 +90,10 @@ def retrieval(runtime: Runtime) -> Retrieval:
         memories(runtime),
         reranker(runtime),
     )
+
+
+def sent_files(runtime: Runtime) -> SentFiles:
+    return SentFiles(runtime.request, objects(runtime), SubjectKeys(runtime.cipher))
 
 
 def milvus(runtime: Runtime) -> Callable[[], Awaitable[None]]:

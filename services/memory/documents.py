@@ -18,7 +18,8 @@ from services.memory.rights import ALL
 _COLUMNS = """
     d.id, n.name, n.content_type, n.size, CASE WHEN d.status = 'indexed' THEN d.path ELSE n.path END, n.status,
     round(n.progress::numeric, 4)::float8, n.error, d.created_at, n.pages, n.pages_without_text, n.warnings,
-    d.audience, d.tags, n.version, CASE WHEN d.status = 'indexed' THEN d.version END
+    d.audience, d.tags, n.version, CASE WHEN d.status = 'indexed' THEN d.version END,
+    n.channel_id, n.message_id, n.subject_id
 """
 NEWEST = """
     document d
@@ -50,6 +51,19 @@ class StoredDocument(NamedTuple):
     """Of the newest version. Name, type, size, status and the parser's remarks are that version's."""
     indexed_version: int | None
     """The version that searches read."""
+    channel_id: UUID | None
+    message_id: UUID | None
+    """The message with which a person sent the newest version as a file; None if it was uploaded."""
+    subject_id: str | None
+    """The person."""
+
+
+class Origin(NamedTuple):
+    """The message with which a person sent a file."""
+
+    channel_id: UUID
+    message_id: UUID
+    subject_id: str
 
 
 async def add(
@@ -61,12 +75,14 @@ async def add(
     audience: Sequence[str] = (ALL,),
     tags: Sequence[str] = (),
     created_by: str = "",
+    origin: Origin | None = None,
 ) -> StoredDocument:
     await tx.sql(
         """
         INSERT INTO document
-            (id, tenant_id, name, content_type, size, sha256, path, status, audience, tags, created_by)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, 'stored', $8, $9, $10)
+            (id, tenant_id, name, content_type, size, sha256, path, status, audience, tags, created_by,
+             channel_id, message_id, subject_id)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, 'stored', $8, $9, $10, $11, $12, $13)
         """,
         id_,
         tx.tenant_id,
@@ -78,6 +94,7 @@ async def add(
         list(audience),
         list(tags),
         created_by,
+        *(origin or (None, None, None)),
     )
     await storage.change(tx, stored.size)
     return await get(tx, id_)
@@ -150,6 +167,21 @@ async def delete(tx: Tx, id_: UUID) -> list[UUID]:
         id_,
     )
     return [row_id for (row_id,) in rows]
+
+
+async def made_of(tx: Tx, subject_id: str, message_id: UUID | None = None) -> list[UUID]:
+    """The documents that were made of files of the person, or of one message."""
+    rows = await tx.sql(
+        """
+        SELECT id FROM document
+        WHERE tenant_id = $1 AND subject_id = $2 AND ($3::uuid IS NULL OR message_id = $3) AND deleted_at IS NULL
+        ORDER BY id
+        """,
+        tx.tenant_id,
+        subject_id,
+        message_id,
+    )
+    return [id_ for (id_,) in rows]
 
 
 async def lock(tx: Tx, id_: UUID) -> None:

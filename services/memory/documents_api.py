@@ -24,7 +24,7 @@ from protos.catalog import DOCUMENT_INDEX
 from protos.messages.memory import IndexDocument
 from services.memory import adapters, documents, received, rights, versions
 from services.memory.documents import StoredDocument
-from services.memory.handlers import enqueue
+from services.memory.handlers import delete_documents, enqueue
 
 _NAMES = {"type": "array", "items": {"type": "string"}}
 _FILE_FORM = {
@@ -98,6 +98,11 @@ class DocumentView(_View):
     """Of the newest version. Name, type, size, status, progress and remarks are that version's."""
     indexed_version: int | None
     """The version that searches read; null if none was indexed yet."""
+    channel_id: UUID | None
+    message_id: UUID | None
+    """The message with which a person sent the newest version as a file; null if it was uploaded."""
+    subject_id: str | None
+    """The person: its erasure deletes the document."""
 
 
 class DocumentList(_View):
@@ -239,8 +244,7 @@ def router(runtime: Runtime) -> APIRouter:
         id_ = _id(document_id)
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             await documents.get(tx, id_, rights.view_names(who))
-            for row_id in await documents.delete(tx, id_):
-                enqueue(tx, row_id, "remove")
+            await delete_documents(tx, [id_])
             _audit(tx, who, "document.delete", id_)
 
     return routes

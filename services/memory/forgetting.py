@@ -13,21 +13,22 @@ from infra.postgres.inbox import mark_handled
 from infra.postgres.tx import Tx, derived_id
 from services.memory.memories import lock
 
-# The mark of a run with a deleted message.
+# The mark of a deleted message, and of a run that has one.
 _WITHDRAWN = "withdrawn"
 
 
-async def mark_withdrawn(tx: Tx, run_id: UUID) -> None:
-    """Of this run, `is_withdrawn` is true from now on. The place of its memories must be locked."""
-    await mark_handled(await tx.connection(), _WITHDRAWN, [derived_id(run_id, _WITHDRAWN)])
+async def mark_withdrawn(tx: Tx, id_: UUID) -> None:
+    """Of this run or message, `is_withdrawn` is true from now on. The place of its memories must be locked."""
+    await mark_handled(await tx.connection(), _WITHDRAWN, [derived_id(id_, _WITHDRAWN)])
 
 
-async def is_withdrawn(tx: Tx, subject_id: str, run_id: UUID) -> bool:
-    """True if a message of the run was deleted: nothing more is learned from it. Waits for a deletion under way."""
+async def is_withdrawn(tx: Tx, subject_id: str, id_: UUID) -> bool:
+    """True if the message, or one of the run, was deleted: nothing more is kept of it. Waits for a deletion under
+    way."""
     await lock(tx, "user", subject_id)
     return bool(
         await tx.sql(
-            "SELECT FROM inbox WHERE consumer = $1 AND message_id = $2", _WITHDRAWN, derived_id(run_id, _WITHDRAWN)
+            "SELECT FROM inbox WHERE consumer = $1 AND message_id = $2", _WITHDRAWN, derived_id(id_, _WITHDRAWN)
         )
     )
 

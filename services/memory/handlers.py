@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Literal
 from uuid import UUID
@@ -17,6 +18,7 @@ from protos.catalog import AGENT_EVENTS, DOCUMENT_INDEX, PLATFORM_EVENTS
 from protos.messages.agent import RunCompleted, RunMessageDeleted
 from protos.messages.memory import IndexDocument
 from protos.messages.user import SubjectErased
+from services.memory import documents
 from services.memory.conversations import KEEP, Conversations
 from services.memory.forgetting import erase
 from services.memory.indexing import Indexing
@@ -92,6 +94,7 @@ async def work_on_memory(item: MemoryWork, effects: Effects, tx: Tx, learning: L
 @PLATFORM_EVENTS.each(SubjectErased, group="memory")
 async def forget_person(event: SubjectErased, tx: Tx, conversations: Conversations) -> None:
     await erase(tx, event.tenant_id, event.subject_id)
+    await delete_documents(tx, await documents.made_of(tx, event.subject_id))
     for run_id in await conversations.erase(tx, event.subject_id):
         # Behind an embedding that may be under way, which would put the vector back.
         tx.enqueue(UTTERANCES, lane=f"embed {run_id}", item=UtteranceWork(run_id, "forget"))
@@ -127,6 +130,13 @@ async def work_on_utterance(item: UtteranceWork, effects: Effects, tx: Tx, conve
 
 def enqueue(tx: Tx, document_id: UUID, act: Literal["index", "fill", "remove"]) -> None:
     tx.enqueue(DOCUMENTS, lane=str(document_id), item=DocumentWork(document_id, act))
+
+
+async def delete_documents(tx: Tx, ids: Sequence[UUID]) -> None:
+    """Hides the documents from the commit on; they are removed later. In the order of their ids."""
+    for id_ in ids:
+        for row_id in await documents.delete(tx, id_):
+            enqueue(tx, row_id, "remove")
 
 
 def enqueue_memory(tx: Tx, memory_id: UUID) -> None:

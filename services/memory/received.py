@@ -85,7 +85,7 @@ async def receive(request: Request, outgoing: Outgoing, objects: Objects, who: I
             raise InvalidMessage(
                 "file", 'must have a filename: content-disposition: form-data; name="file"; filename=…'
             )
-        name = _name("file", file.filename)
+        name = checked_name("file", file.filename)
         audience, tags = _checked(_texts(form, "audience"), _texts(form, "tags"))
         return ReceivedDocument(name, await _store(objects, _chunks(file), name, who, id_), audience, tags)
 
@@ -95,7 +95,7 @@ async def _fetched(
 ) -> ReceivedDocument:
     link = await read_json(request, _Link)
     audience, tags = _checked(link.audience, link.tags)
-    name = None if link.name is None else _name("name", link.name)
+    name = None if link.name is None else checked_name("name", link.name)
     try:
         # Otherwise a server that sends a byte from time to time could hold the request forever.
         async with (
@@ -146,7 +146,7 @@ def _name_of(answer: httpx2.Response) -> str:
     extensions = filetypes.EXTENSIONS.get(type_)
     if extensions and not last.lower().endswith(extensions):
         last += extensions[0]
-    return _name("url", safe_name(last))
+    return checked_name("url", safe_name(last))
 
 
 def _checked(audience: list[str], tags: list[str]) -> tuple[list[str], list[str]]:
@@ -160,8 +160,13 @@ async def _store(objects: Objects, chunks: AsyncIterator[bytes], name: str, who:
         chunks,
         name=name,
         user_id=user_id,
-        path=lambda _: f"{user_id}/documents/{id_}_{safe_name(name)}",
+        path=lambda _: path_of(user_id, id_, name),
     )
+
+
+def path_of(user_id: str, id_: UUID, name: str) -> str:
+    """The place of a document's file in the object store."""
+    return f"{user_id}/documents/{id_}_{safe_name(name)}"
 
 
 async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
@@ -183,7 +188,7 @@ def _texts(form: FormData, field: str) -> list[str]:
     return texts
 
 
-def _name(field: str, given: str | None) -> str:
+def checked_name(field: str, given: str | None) -> str:
     """The sender's name of the file, without folders and invisible characters."""
     name = "".join(letter for letter in given or "" if letter.isprintable())
     name = re.split(r"[/\\]", name)[-1].strip()

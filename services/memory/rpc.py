@@ -18,7 +18,8 @@ from infra.stores import filetypes
 from infra.web import rpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from services.memory import rights
-from services.memory.adapters import keeping, learning, memories, objects, retrieval
+from services.memory.adapters import keeping, learning, memories, objects, retrieval, sent_files
+from services.memory.documents import Origin
 from services.memory.events import MAX_IMPORTANCE
 from services.memory.extraction import MAX_FACTS, MAX_TEXT, Kind, is_stated, normal
 from services.memory.handlers import enqueue_memory
@@ -27,6 +28,7 @@ from services.memory.learning import FinishedRun, FoundFact, Learning, Merged
 from services.memory.memories import Memories, Memory, id_of
 from services.memory.reading import FileReader
 from services.memory.retrieval import HYBRID, Query, Retrieval, Scored
+from services.memory.sent_files import SentFiles
 
 # The most memories of one answer: the answer is shorter than a tool's result may be for a model.
 PAGE = 50
@@ -44,6 +46,7 @@ class MemoryRpc(memory_pb2_grpc.MemoryServicer):
         keeping: Keeping,
         learning: Learning,
         files: FileReader,
+        sent: SentFiles,
         database: Database,
     ) -> None:
         self._retrieval = retrieval
@@ -51,6 +54,7 @@ class MemoryRpc(memory_pb2_grpc.MemoryServicer):
         self._keeping = keeping
         self._learning = learning
         self._files = files
+        self._sent = sent
         self._database = database
 
     async def Retrieve(self, request: memory_pb2.RetrieveRequest, context: Any) -> memory_pb2.RetrieveReply:
@@ -130,8 +134,7 @@ class MemoryRpc(memory_pb2_grpc.MemoryServicer):
 
     async def ReadFile(self, request: memory_pb2.ReadFileRequest, context: Any) -> memory_pb2.ReadFileReply:
         rpc.tenant()
-        if request.path.split("/")[1:2] != ["attachments"]:
-            raise InvalidMessage("path", "must be an attachment")
+        _attachment(request.path)
         if request.content_type not in READABLE:
             raise InvalidMessage("content_type", f"must be one of {', '.join(READABLE)}")
         if not 1 <= request.max_characters <= MAX_CHARACTERS:
@@ -140,6 +143,22 @@ class MemoryRpc(memory_pb2_grpc.MemoryServicer):
         return memory_pb2.ReadFileReply(
             text=found.text, is_cut=found.is_cut, refused=found.refused, warnings=found.warnings
         )
+
+    async def KeepFile(self, request: memory_pb2.KeepFileRequest, context: Any) -> memory_pb2.KeepFileReply:
+        _uuid("document_id", request.document_id)
+        _attachment(request.path)
+        origin = Origin(
+            _uuid("channel_id", request.channel_id),
+            _uuid("message_id", request.message_id),
+            _person(request.subject_id),
+        )
+        await self._sent.keep(rpc.tenant(), origin, request)
+        return memory_pb2.KeepFileReply()
+
+    async def ForgetFiles(self, request: memory_pb2.ForgetFilesRequest, context: Any) -> memory_pb2.ForgetFilesReply:
+        message_id = _uuid("message_id", request.message_id)
+        await self._sent.forget(rpc.tenant(), _person(request.subject_id), message_id)
+        return memory_pb2.ForgetFilesReply()
 
     async def _own(self, tx: Tx, person: str, memory_id: str, *, lock: bool = True) -> Memory:
         """The memory of the person. Raises NotFound, also for one of another person or of the tenant."""
@@ -153,9 +172,20 @@ class MemoryRpc(memory_pb2_grpc.MemoryServicer):
 def servicer(runtime: Runtime) -> tuple[Callable[[Any, Any], None], MemoryRpc]:
     files = FileReader(objects(runtime))
     served = MemoryRpc(
-        retrieval(runtime), memories(runtime), keeping(runtime), learning(runtime), files, runtime.request
+        retrieval(runtime),
+        memories(runtime),
+        keeping(runtime),
+        learning(runtime),
+        files,
+        sent_files(runtime),
+        runtime.request,
     )
     return memory_pb2_grpc.add_MemoryServicer_to_server, served
+
+
+def _attachment(path: str) -> None:
+    if path.split("/")[1:2] != ["attachments"]:
+        raise InvalidMessage("path", "must be an attachment")
 
 
 def _person(subject_id: str) -> str:

@@ -78,7 +78,8 @@ async def switch(tx: Tx, next_id: UUID, document_id: UUID) -> OldVersion | None:
         SET name = n.name, content_type = n.content_type, size = n.size, sha256 = n.sha256, path = n.path,
             status = 'indexed', progress = 1, error = NULL, pages = n.pages,
             pages_without_text = n.pages_without_text, warnings = n.warnings, version = n.version,
-            index_owner = n.id, indexed_in = n.indexed_in
+            index_owner = n.id, indexed_in = n.indexed_in,
+            channel_id = n.channel_id, message_id = n.message_id, subject_id = n.subject_id
         FROM document n
         WHERE d.id = $1 AND n.id = $2
         """,

@@ -105,6 +105,7 @@ async def furnish(system: Platform, word: str = CANARY, *, seconds: float = 60) 
         "sessions": run["session_key"],
         "channels": channel["id"],
         "deliveries": delivery["delivery_id"],
+        "messages": delivery["delivery_id"],
         "documents": document["id"],
         "memories": memory["id"],
         "plugins": plugin["id"],

@@ -96,6 +96,7 @@ channel
     POST   /api/v1/channels/{channel_id}/resume                         write
     GET    /api/v1/channels/{channel_id}/health                         read
     GET    /api/v1/messages                                             read  reads:session
+    POST   /api/v1/messages/{message_id}/document                       admin
     POST   /api/v1/channels/{channel_id}/messages                       write
     GET    /api/v1/channel-types                                        read
     GET    /api/v1/deliveries                                           read

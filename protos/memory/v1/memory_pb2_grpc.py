@@ -64,6 +64,16 @@ class MemoryStub:
                 request_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.ReadFileRequest.SerializeToString,
                 response_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.ReadFileReply.FromString,
                 _registered_method=True)
+        self.KeepFile = channel.unary_unary(
+                '/clawbus.memory.v1.Memory/KeepFile',
+                request_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.KeepFileRequest.SerializeToString,
+                response_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.KeepFileReply.FromString,
+                _registered_method=True)
+        self.ForgetFiles = channel.unary_unary(
+                '/clawbus.memory.v1.Memory/ForgetFiles',
+                request_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.ForgetFilesRequest.SerializeToString,
+                response_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.ForgetFilesReply.FromString,
+                _registered_method=True)
 
 
 class MemoryServicer:
@@ -112,6 +122,21 @@ class MemoryServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def KeepFile(self, request, context):
+        """Makes a document of a file that a person sent in a chat. One that has this id already stays as it is. NOT_FOUND if
+        the file, its message or the person is gone; ABORTED if the document is being deleted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForgetFiles(self, request, context):
+        """Deletes the documents that were made of the files of a deleted message, and prevents new ones.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MemoryServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -144,6 +169,16 @@ def add_MemoryServicer_to_server(servicer, server):
                     servicer.ReadFile,
                     request_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.ReadFileRequest.FromString,
                     response_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.ReadFileReply.SerializeToString,
+            ),
+            'KeepFile': grpc.unary_unary_rpc_method_handler(
+                    servicer.KeepFile,
+                    request_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.KeepFileRequest.FromString,
+                    response_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.KeepFileReply.SerializeToString,
+            ),
+            'ForgetFiles': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetFiles,
+                    request_deserializer=protos_dot_memory_dot_v1_dot_memory__pb2.ForgetFilesRequest.FromString,
+                    response_serializer=protos_dot_memory_dot_v1_dot_memory__pb2.ForgetFilesReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -308,6 +343,60 @@ class Memory:
             '/clawbus.memory.v1.Memory/ReadFile',
             protos_dot_memory_dot_v1_dot_memory__pb2.ReadFileRequest.SerializeToString,
             protos_dot_memory_dot_v1_dot_memory__pb2.ReadFileReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def KeepFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clawbus.memory.v1.Memory/KeepFile',
+            protos_dot_memory_dot_v1_dot_memory__pb2.KeepFileRequest.SerializeToString,
+            protos_dot_memory_dot_v1_dot_memory__pb2.KeepFileReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetFiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/clawbus.memory.v1.Memory/ForgetFiles',
+            protos_dot_memory_dot_v1_dot_memory__pb2.ForgetFilesRequest.SerializeToString,
+            protos_dot_memory_dot_v1_dot_memory__pb2.ForgetFilesReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -28,6 +28,12 @@ class MemoryStub:
     """Keeps what was found in a person's messages of one run. The second call for a run changes nothing."""
     ReadFile: _aio.UnaryUnaryMultiCallable[_memory_pb2.ReadFileRequest, _memory_pb2.ReadFileReply]
     """The text of a file that a person sent in a chat. It may be repeated."""
+    KeepFile: _aio.UnaryUnaryMultiCallable[_memory_pb2.KeepFileRequest, _memory_pb2.KeepFileReply]
+    """Makes a document of a file that a person sent in a chat. One that has this id already stays as it is. NOT_FOUND if
+    the file, its message or the person is gone; ABORTED if the document is being deleted.
+    """
+    ForgetFiles: _aio.UnaryUnaryMultiCallable[_memory_pb2.ForgetFilesRequest, _memory_pb2.ForgetFilesReply]
+    """Deletes the documents that were made of the files of a deleted message, and prevents new ones."""
 
 class MemoryServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -79,5 +85,23 @@ class MemoryServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_memory_pb2.ReadFileRequest, _abc.Awaitable[_memory_pb2.ReadFileReply]],
     ) -> _abc.Awaitable[_memory_pb2.ReadFileReply]:
         """The text of a file that a person sent in a chat. It may be repeated."""
+
+    @_abc_1.abstractmethod
+    def KeepFile(
+        self,
+        request: _memory_pb2.KeepFileRequest,
+        context: _aio.ServicerContext[_memory_pb2.KeepFileRequest, _abc.Awaitable[_memory_pb2.KeepFileReply]],
+    ) -> _abc.Awaitable[_memory_pb2.KeepFileReply]:
+        """Makes a document of a file that a person sent in a chat. One that has this id already stays as it is. NOT_FOUND if
+        the file, its message or the person is gone; ABORTED if the document is being deleted.
+        """
+
+    @_abc_1.abstractmethod
+    def ForgetFiles(
+        self,
+        request: _memory_pb2.ForgetFilesRequest,
+        context: _aio.ServicerContext[_memory_pb2.ForgetFilesRequest, _abc.Awaitable[_memory_pb2.ForgetFilesReply]],
+    ) -> _abc.Awaitable[_memory_pb2.ForgetFilesReply]:
+        """Deletes the documents that were made of the files of a deleted message, and prevents new ones."""
 
 def add_MemoryServicer_to_server(servicer: MemoryServicer, server: _aio.Server) -> None: ...

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from infra.clock import uuid7
-from infra.errors import InvalidMessage, Transient
+from infra.errors import InvalidMessage, NotFound, Transient
 from infra.observe.metrics import Metrics
 from infra.stores.objects import Objects, once
 from infra.web import rpc
@@ -59,6 +59,21 @@ class Reader(memory_pb2_grpc.MemoryServicer):
     def __init__(self) -> None:
         self.asked: list[memory_pb2.ReadFileRequest] = []
         self.replies: list[memory_pb2.ReadFileReply | Exception] = []
+        self.kept: list[memory_pb2.KeepFileRequest] = []
+        self.forgotten: list[tuple[str, str]] = []
+        self.refusals: list[Exception] = []
+
+    async def KeepFile(self, request: memory_pb2.KeepFileRequest, context: Any) -> memory_pb2.KeepFileReply:
+        assert rpc.tenant()
+        if self.refusals:
+            raise self.refusals.pop(0)
+        self.kept.append(request)
+        return memory_pb2.KeepFileReply()
+
+    async def ForgetFiles(self, request: memory_pb2.ForgetFilesRequest, context: Any) -> memory_pb2.ForgetFilesReply:
+        assert rpc.tenant()
+        self.forgotten.append((request.subject_id, request.message_id))
+        return memory_pb2.ForgetFilesReply()
 
     async def ReadFile(self, request: memory_pb2.ReadFileRequest, context: Any) -> memory_pb2.ReadFileReply:
         assert rpc.tenant()
@@ -234,6 +249,51 @@ async def test_files_of_an_answer_are_sent_after_it_or_named(desk: Desk, telegra
         gone = File(path=f"{file.path}.gone", name="a.pdf")
         settled = await desk.settled(await desk.reply(message, "Again.", files=(gone,)))
         assert settled["reason"] == "part 2 of 2: the file could not be fetched: it was deleted"
+
+
+async def test_a_file_becomes_a_document_of_memory_until_its_message_is_deleted(desk: Desk, reader: Reader) -> None:
+    async with LineStandIn() as line:
+        channel = await desk.connect("line", line.credentials, line.url)
+        line.files["m7"] = b"Refunds take five days."
+        file = {"type": "file", "id": "m7", "fileName": "rules.txt"}
+        await desk.call(channel, line.call(line.event(None, message=file)))
+        [sent] = await arrived(desk, channel)
+        async with desk.client() as http:
+            [message] = (await http.get("/api/v1/messages", params={"channel_id": channel["id"]})).json()["items"]
+            assert message["attachments"] == [{"url": None, "name": "rules.txt"}]
+            path = f"/api/v1/messages/{message['id']}/document"
+            given = {"audience": ["agent:a1"], "tags": ["rules"]}
+            made = [await http.post(path, json=given) for _ in range(2)]
+            assert [answer.status_code for answer in made] == [202, 202], made[0].text
+            reader.refusals += [InvalidMessage("audience[0]", "must be all"), NotFound("object: x")]
+            refused = [await http.post(path, json={}) for _ in range(2)]
+            assert [answer.status_code for answer in refused] == [422, 404]
+            assert refused[0].json()["errors"][0]["field"] == "audience[0]"
+            for other, number in ((path, 2), (f"/api/v1/messages/{uuid7()}/document", 1)):
+                assert (await http.post(other, json={"attachment": number})).status_code == 404
+        async with desk.platform.client("channel", f"other {desk.tenant_id}") as stranger:
+            assert (await stranger.post(path, json={})).status_code == 404
+        [first, second] = reader.kept
+        assert first == second
+        assert made[0].json() == {"document_id": first.document_id}
+        assert (first.name, list(first.audience), list(first.tags)) == ("rules.txt", ["agent:a1"], ["rules"])
+        assert (first.subject_id, first.channel_id) == (sent["subject_id"], channel["id"])
+        assert first.message_id == message["id"]
+        assert first.path.endswith(f"/{message['id']}_1_rules.txt")
+
+        async with desk.platform.database("channel").begin() as tx:
+            await tx.sql("UPDATE attachment SET path = replace(path, '_1_', '_9_') WHERE path = $1", first.path)
+        async with desk.client() as http:
+            assert (await http.post(path, json={})).status_code == 409
+        await desk.call(channel, line.call(line.event(type="unsend", unsend={"messageId": "m7"})))
+
+        async def forgotten() -> bool:
+            return reader.forgotten == [(sent["subject_id"], message["id"])]
+
+        await desk.platform.until(forgotten)
+        async with desk.client() as http:
+            assert (await http.post(path, json={})).status_code == 404
+        assert len(reader.kept) == 2
 
 
 async def test_erasure_deletes_the_stored_files(desk: Desk, telegram: TelegramStandIn) -> None:
