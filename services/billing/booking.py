@@ -245,7 +245,9 @@ async def credit(
         over = 0
     await add_paid(tx, tenant_id, invoice_id, -over)
     burned = await grants.burned(tx, tenant_id, str(invoice_id))
-    for kind, nanos in grants.given_back(over * unit, invoice.paid_minor * unit + burned.prepaid, burned.promotional):
+    # Money that is owed already was promised by another note or paid twice: this note cannot give it back.
+    paid = (invoice.paid_minor - invoice.owed_minor) * unit + burned.prepaid
+    for kind, nanos in grants.given_back(over * unit, paid, burned.promotional):
         await accounts.add_credit(
             tx, tenant_id, nanos, kind=kind, reason=f"credit note {number}", actor=actor, source="receivable"
         )
@@ -266,5 +268,4 @@ async def _refundable(tx: Tx, invoice: Invoice) -> int:
         """,
         invoice.id,
     )
-    promised = invoice.applied_minor + invoice.credited_minor + invoice.paid_minor - invoice.total_minor
-    return max(0, int(kept) - max(0, promised))
+    return max(0, int(kept) - invoice.owed_minor)

@@ -16,7 +16,7 @@ from services.billing import accounts, invoices, plans, subscriptions, tax
 from services.billing.accounts import MAX_CREDIT_NANOS
 from services.billing.currencies import to_minor
 from services.billing.invoices import Invoice
-from services.billing.plans import MeteredQuantity
+from services.billing.plans import DraftLine, MeteredQuantity, Plan
 from services.billing.subscriptions import Period
 
 
@@ -32,10 +32,9 @@ async def close(tx: Tx, tenant_id: str, until: datetime, seller_country: str) ->
 
 async def _draft(tx: Tx, tenant_id: str, currency: str, period: Period, seller_country: str) -> Invoice:
     plan = await plans.version(tx, period.plan_id, period.plan_version)
-    full = (period.full_ends - period.full_begins).total_seconds()
-    lines = plans.lines(
-        plan, await metered(tx, tenant_id, period.period), int((period.ends - period.begins).total_seconds()), int(full)
-    )
+    usage = await metered(tx, tenant_id, period.period)
+    lines = plans.lines(plan, usage, period.seconds, period.full_seconds)
+    lines += await _commitments(tx, tenant_id, period, plan, sum(line.amount_nanos for line in lines))
     subtotal = sum(line.amount_nanos for line in lines)
     if max(subtotal, *(line.amount_nanos for line in lines), 0) > MAX_CREDIT_NANOS:
         raise Conflict(
@@ -84,6 +83,48 @@ async def _draft(tx: Tx, tenant_id: str, currency: str, period: Period, seller_c
         "UPDATE period SET closed_at = clock_timestamp() WHERE tenant_id = $1 AND period = $2", tenant_id, period.period
     )
     return await invoices.get(tx, tenant_id, invoice_id)
+
+
+async def _commitments(tx: Tx, tenant_id: str, period: Period, plan: Plan, amount_nanos: int) -> list[DraftLine]:
+    """Returns the line up to the period's commitment, and the changes of those of earlier periods by corrections of
+    their usage, which are on this invoice. `amount_nanos`: the sum of the other lines."""
+    corrected: list[tuple[int, int]] = []
+    if plan.usage_markup_percent is not None:
+        rows = await tx.sql(
+            """
+            SELECT usage_period, nanos
+            FROM period_correction
+            WHERE tenant_id = $1 AND period = $2 AND usage_period <> $2
+            ORDER BY usage_period
+            """,
+            tenant_id,
+            period.period,
+        )
+        corrected = [(number, plans.with_markup(nanos, plan.usage_markup_percent)) for number, nanos in rows]
+    counted = amount_nanos - sum(nanos for _, nanos in corrected)
+    await _count(tx, tenant_id, period.period, counted)
+    found = []
+    if missing := plans.missing(plan, counted, period.seconds, period.full_seconds):
+        share = plans.share(period.seconds, period.full_seconds)
+        found.append(DraftLine(f"{plan.name}: up to the commitment{share}", 1, str(missing), missing, {}))
+    for number, nanos in corrected:
+        before = await subscriptions.by_number(tx, tenant_id, number) if number else None
+        if before is None or before.counted_nanos is None:
+            continue
+        committed = await plans.version(tx, before.plan_id, before.plan_version)
+        was, now = (
+            plans.missing(committed, amount, before.seconds, before.full_seconds)
+            for amount in (before.counted_nanos, before.counted_nanos + nanos)
+        )
+        await _count(tx, tenant_id, number, before.counted_nanos + nanos)
+        if now != was:
+            text = f"{committed.name}: commitment from {before.begins:%Y-%m-%d} on, after corrections"
+            found.append(DraftLine(text, 1, "", now - was, {}))
+    return found
+
+
+async def _count(tx: Tx, tenant_id: str, number: int, nanos: int) -> None:
+    await tx.sql("UPDATE period SET counted_nanos = $3 WHERE tenant_id = $1 AND period = $2", tenant_id, number, nanos)
 
 
 async def metered(tx: Tx, tenant_id: str, period: int) -> list[MeteredQuantity]:

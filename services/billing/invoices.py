@@ -57,7 +57,16 @@ class Invoice(BaseModel):
     @property
     def open_minor(self) -> int:
         """Not paid, also if it was written off."""
-        return max(0, self.total_minor - self.applied_minor - self.credited_minor - self.paid_minor)
+        return max(0, self._rest)
+
+    @property
+    def owed_minor(self) -> int:
+        """Above the total: owed to the tenant until payments are refunded."""
+        return max(0, -self._rest)
+
+    @property
+    def _rest(self) -> int:
+        return self.total_minor - self.applied_minor - self.credited_minor - self.paid_minor
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -42,7 +42,7 @@ class Plan(msgspec.Struct, frozen=True):
     usage_markup_percent: Decimal | None = None
     """The price of all usage by the price book is charged with this markup. None: it is not charged."""
     minimum_nanos: int = 0
-    """The commitment: the least that the lines of a whole period add up to."""
+    """The commitment: the least that the lines of a whole period add up to, without corrections of other periods."""
 
 
 class StoredPlan(NamedTuple):
@@ -76,16 +76,16 @@ class DraftLine(NamedTuple):
 
 
 def lines(plan: Plan, metered: Sequence[MeteredQuantity], seconds: int, full_seconds: int) -> list[DraftLine]:
-    """Returns the lines of a period that is `seconds` of a whole period of `full_seconds`.
+    """Returns the lines of a period that is `seconds` of a whole period of `full_seconds`, without the one up to the
+    commitment.
 
-    The base fee, the included quantities and the commitment are shares of the whole period. Late usage of an earlier
-    period is charged like the other usage and named in the description.
+    The base fee and the included quantities are shares of the whole period. Late usage of an earlier period is charged
+    like the other usage and named in the description.
     """
-    share = "" if seconds == full_seconds else f", {seconds} of {full_seconds} seconds"
     found = []
     if plan.base_nanos and seconds:
         due = part(plan.base_nanos, seconds, full_seconds)
-        found.append(DraftLine(f"{plan.name}: base fee{share}", 1, str(due), due, {}))
+        found.append(DraftLine(f"{plan.name}: base fee{share(seconds, full_seconds)}", 1, str(due), due, {}))
     for charge in plan.charges:
         left = sum(part(item.quantity, seconds, full_seconds) for item in plan.included if item.meter == charge.meter)
         for value, items in _grouped(metered, charge.meter, charge.by):
@@ -111,10 +111,16 @@ def lines(plan: Plan, metered: Sequence[MeteredQuantity], seconds: int, full_sec
                     f"{text} of {model} at the price book's prices plus {markup.normalize():f} %{_late(items)}"
                 )
                 found.append(DraftLine(description, sum(item.records for item in items), "", due, source))
-    missing = part(plan.minimum_nanos, seconds, full_seconds) - sum(line.amount_nanos for line in found)
-    if plan.minimum_nanos and missing > 0:
-        found.append(DraftLine(f"{plan.name}: up to the commitment{share}", 1, str(missing), missing, {}))
     return found
+
+
+def share(seconds: int, full_seconds: int) -> str:
+    return "" if seconds == full_seconds else f", {seconds} of {full_seconds} seconds"
+
+
+def missing(plan: Plan, counted_nanos: int, seconds: int, full_seconds: int) -> int:
+    """Returns how much is missing to the commitment of a period, which is a share of that of a whole one."""
+    return max(0, part(plan.minimum_nanos, seconds, full_seconds) - counted_nanos) if plan.minimum_nanos else 0
 
 
 def with_markup(nanos: int, percent: Decimal) -> int:

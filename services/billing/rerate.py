@@ -1,8 +1,8 @@
 """Re-rating: rates counted usage again with the current versions of its prices, and books the signed differences.
 
 A record keeps its charge. Each difference is a correction, kept once for a record and a price version, so a repeated
-run books nothing. Corrections are debited in the account's ledger, and are summed in the open period, so that they are
-on the next invoice.
+run books nothing. Corrections are debited in the account's ledger, and are summed in the open period of the usage's
+subscription, so that they are on its next invoice.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ class _Use(NamedTuple):
     """The version of the last correction, or of the charge."""
     booked: int
     """The charge and all corrections by re-rating."""
+    period: int
+    """0: none."""
 
 
 class _Change(NamedTuple):
@@ -126,7 +128,8 @@ async def _page(tx: Tx, tenant_id: str, after: tuple[datetime, str], until: date
                          WHERE c.tenant_id = u.tenant_id AND c.usage_id = u.usage_id
                          ORDER BY c.made_at DESC LIMIT 1), u.price_version, ''),
                u.amount_nanos + coalesce((SELECT sum(c.nanos) FROM usage_correction AS c
-                                          WHERE c.tenant_id = u.tenant_id AND c.usage_id = u.usage_id), 0)::bigint
+                                          WHERE c.tenant_id = u.tenant_id AND c.usage_id = u.usage_id), 0)::bigint,
+               u.period
         FROM usage AS u
         WHERE u.tenant_id = $1 AND u.verdict = 'counted' AND (u.occurred_at, u.usage_id) > ($2, $3)
           AND u.occurred_at < $4
@@ -161,17 +164,34 @@ def _cost(price: Price, use: _Use) -> int | None:
 
 
 async def _book(tx: Tx, tenant_id: str, changes: Sequence[_Change], actor: str) -> None:
-    [place] = await subscriptions.place(tx, [(tenant_id, utcnow())])
+    # As the usage itself, if it came now: also after the end of its subscription, and never on the invoice of one that
+    # began later.
+    places = await subscriptions.place(tx, [(tenant_id, change.use.occurred_at) for change in changes])
+    periods = [place.period for place in places]
     await tx.sql(
         """
         INSERT INTO usage_correction (tenant_id, usage_id, price_version, nanos, period)
-        SELECT $1, n.usage_id, n.version, n.nanos, $2
-        FROM unnest($3::text[], $4::text[], $5::bigint[]) AS n(usage_id, version, nanos)
+        SELECT $1, n.usage_id, n.version, n.nanos, n.period
+        FROM unnest($2::text[], $3::text[], $4::bigint[], $5::bigint[]) AS n(usage_id, version, nanos, period)
         """,
         tenant_id,
-        place.period,
         [change.use.usage_id for change in changes],
         [change.version for change in changes],
+        [change.nanos for change in changes],
+        periods,
+    )
+    await tx.sql(
+        """
+        INSERT INTO period_correction AS c (tenant_id, period, usage_period, nanos)
+        SELECT $1, n.period, n.usage_period, sum(n.nanos)::bigint
+        FROM unnest($2::bigint[], $3::bigint[], $4::bigint[]) AS n(period, usage_period, nanos)
+        GROUP BY n.period, n.usage_period
+        ORDER BY n.period, n.usage_period
+        ON CONFLICT (tenant_id, period, usage_period) DO UPDATE SET nanos = c.nanos + excluded.nanos
+        """,
+        tenant_id,
+        periods,
+        [change.use.period for change in changes],
         [change.nanos for change in changes],
     )
     await aggregates.add_corrections(tx, tenant_id, [(change.use.usage_id, change.version) for change in changes])
@@ -186,8 +206,8 @@ async def _book(tx: Tx, tenant_id: str, changes: Sequence[_Change], actor: str) 
                 change.version,
                 reason=f"rated again: {change.use.version} is now {change.version}",
                 actor=actor,
-                period=place.period,
+                period=period,
             )
-            for change in changes
+            for change, period in zip(changes, periods, strict=True)
         ],
     )

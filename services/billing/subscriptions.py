@@ -59,6 +59,16 @@ class Period(NamedTuple):
     full_begins: datetime
     full_ends: datetime
     closed_at: datetime | None
+    counted_nanos: int | None
+    """The amount that counts for the commitment. Null until it is closed."""
+
+    @property
+    def seconds(self) -> int:
+        return int((self.ends - self.begins).total_seconds())
+
+    @property
+    def full_seconds(self) -> int:
+        return int((self.full_ends - self.full_begins).total_seconds())
 
 
 class Place(NamedTuple):
@@ -83,7 +93,9 @@ class _Open(NamedTuple):
         return self.starts_at <= at and (self.ends_at is None or at < self.ends_at)
 
 
-_PERIOD = "period, subscription_id, plan_id, plan_version, begins, ends, full_begins, full_ends, closed_at"
+_PERIOD = (
+    "period, subscription_id, plan_id, plan_version, begins, ends, full_begins, full_ends, closed_at, counted_nanos"
+)
 
 
 async def place(tx: Tx, records: Sequence[tuple[str, datetime]]) -> list[Place]:
@@ -370,6 +382,11 @@ async def listed(
         subscription_id,
     )
     return [PlanSubscription(**dict(zip(PlanSubscription.model_fields, row, strict=True))) for row in rows]
+
+
+async def by_number(tx: Tx, tenant_id: str, number: int) -> Period:
+    [row] = await tx.sql(f"SELECT {_PERIOD} FROM period WHERE tenant_id = $1 AND period = $2", tenant_id, number)
+    return Period(*row)
 
 
 async def due(tx: Tx, tenant_id: str, until: datetime) -> list[Period]:

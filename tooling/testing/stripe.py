@@ -42,6 +42,7 @@ class StripeStandIn(StandIn):
         """Method → customer."""
         self.refunded: dict[str, int] = {}
         """Intent → sum of its refunds."""
+        self.refunds: dict[str, dict[str, Any]] = {}
         self._answers: dict[str, tuple[str, Reply]] = {}
 
     @property
@@ -184,7 +185,7 @@ class StripeStandIn(StandIn):
         return Reply(200, intent)
 
     def _refund(self, fields: dict[str, str]) -> Reply:
-        _only(fields, {"payment_intent", "amount"})
+        _only(fields, {"payment_intent", "amount", "metadata[refund_id]"})
         intent = self.intents.get(fields["payment_intent"])
         if intent is None:
             _refuse(404, f"No such payment_intent: '{fields['payment_intent']}'")
@@ -192,17 +193,28 @@ class StripeStandIn(StandIn):
         left = intent["amount_received"] - self.refunded.get(intent["id"], 0)
         if not 0 < minor <= left:
             _refuse(400, f"Refund amount ({minor}) is greater than unrefunded amount on charge ({left})")
-        self.refunded[intent["id"]] = self.refunded.get(intent["id"], 0) + minor
-        return Reply(
-            200,
-            {
-                "id": f"re_{secrets.token_hex(8)}",
-                "object": "refund",
-                "amount": minor,
-                "payment_intent": intent["id"],
-                "status": "succeeded",
-            },
-        )
+        return Reply(200, self.give_back(intent["id"], minor, fields.get("metadata[refund_id]")))
+
+    def give_back(self, intent_id: str, minor: int, refund_id: str | None = None) -> dict[str, Any]:
+        """Makes a refund; by hand if it has no id of ours."""
+        self.refunded[intent_id] = self.refunded.get(intent_id, 0) + minor
+        refund = {
+            "id": f"re_{secrets.token_hex(8)}",
+            "object": "refund",
+            "amount": minor,
+            "currency": self.intents[intent_id]["currency"],
+            "payment_intent": intent_id,
+            "status": "succeeded",
+            "metadata": {"refund_id": refund_id} if refund_id else {},
+        }
+        self.refunds[refund["id"]] = refund
+        return refund
+
+    def fail_refund(self, refund: dict[str, Any]) -> dict[str, Any]:
+        """The payer's bank sends the refund back: the event of it."""
+        self.refunded[refund["payment_intent"]] -= refund["amount"]
+        refund |= {"status": "failed", "failure_reason": "expired_or_canceled_card"}
+        return self.event("refund.failed", refund)
 
 
 def _only(fields: dict[str, str], known: set[str]) -> None:

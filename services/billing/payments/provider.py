@@ -7,7 +7,17 @@ from datetime import datetime
 from typing import Literal, NamedTuple, Protocol
 from uuid import UUID
 
-EventKind = Literal["succeeded", "failed", "refunded", "dispute_open", "dispute_won", "dispute_lost", "ignored"]
+EventKind = Literal[
+    "succeeded",
+    "failed",
+    "refunded",
+    "refund",
+    "refund_failed",
+    "dispute_open",
+    "dispute_won",
+    "dispute_lost",
+    "ignored",
+]
 
 
 class PaymentRequest(NamedTuple):
@@ -44,10 +54,13 @@ class ProviderEvent(NamedTuple):
     payment_id: str
     """Ours, if the provider repeats it."""
     minor: int
-    """succeeded: received. refunded: the sum of all refunds. dispute: the disputed amount."""
+    """succeeded: received. refunded: the sum of all refunds. refund: the amount of this one. dispute: the disputed
+    amount."""
     currency: str
     detail: str
-    """failed: the reason. dispute: the provider's id of it."""
+    """failed: the reason. refund, dispute: the provider's id of it."""
+    refund_id: str = ""
+    """refund: ours, if it was asked for here."""
 
 
 class PaymentProvider(Protocol):

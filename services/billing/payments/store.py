@@ -37,6 +37,8 @@ class Payment(BaseModel):
     failure: str
     received_minor: int
     refunded_minor: int
+    failed_refund_minor: int
+    """Refunds that the provider reported and that failed later: the tenant did not get this money."""
     disputed_minor: int
     """Taken back by a bank until it decides."""
     lost_minor: int
@@ -61,7 +63,7 @@ class PaymentBalance(NamedTuple):
 
 _PAYMENT = """
     SELECT payment_id, tenant_id, invoice_id, provider, reference, method_id, amount_minor, currency, status, failure,
-           received_minor, refunded_minor,
+           received_minor, refunded_minor, failed_refund_minor,
            coalesce((SELECT sum(minor) FROM dispute AS d
                      WHERE d.tenant_id = p.tenant_id AND d.payment_id = p.payment_id AND state = 'open'), 0)::bigint,
            coalesce((SELECT sum(minor) FROM dispute AS d
@@ -246,12 +248,37 @@ async def _apply(tx: Tx, payment_id: UUID, event: ProviderEvent) -> None:
             await tx.sql(
                 """
                 UPDATE payment
-                SET refunded_minor = greatest(refunded_minor, $3)
+                SET refund_sum_minor = greatest(refund_sum_minor, $3)
                 WHERE tenant_id = $1 AND payment_id = $2
                 """,
                 *place,
                 event.minor,
             )
+            await _sum_refunds(tx, *place)
+        case "refund" | "refund_failed":
+            await tx.sql(
+                """
+                INSERT INTO reported_refund AS r (tenant_id, payment_id, reference, minor, failed)
+                VALUES ($1, $2, $3, $4, $5)
+                ON CONFLICT (tenant_id, payment_id, reference) DO UPDATE
+                SET failed = r.failed OR excluded.failed
+                """,
+                *place,
+                event.detail,
+                event.minor,
+                event.kind == "refund_failed",
+            )
+            await _sum_refunds(tx, *place)
+            if event.kind == "refund_failed":
+                await tx.sql(
+                    """
+                    UPDATE refund
+                    SET status = 'failed'
+                    WHERE tenant_id = $1 AND payment_id = $2 AND refund_id::text = $3
+                    """,
+                    *place,
+                    event.refund_id,
+                )
         case "dispute_open" | "dispute_won" | "dispute_lost":
             await tx.sql(
                 """
@@ -267,6 +294,26 @@ async def _apply(tx: Tx, payment_id: UUID, event: ProviderEvent) -> None:
                 event.kind.removeprefix("dispute_"),
             )
     await _book(tx, before, await get(tx, payment_id), event)
+
+
+async def _sum_refunds(tx: Tx, tenant_id: str, payment_id: UUID) -> None:
+    """The sum that the provider reports may contain the failed refunds or not, and may miss the latest one. With the
+    refunds that were reported one by one it is known in any order."""
+    await tx.sql(
+        """
+        UPDATE payment AS p
+        SET refunded_minor = greatest(p.refund_sum_minor, r.made) - r.failed, failed_refund_minor = r.failed
+        FROM (
+            SELECT coalesce(sum(minor), 0)::bigint AS made,
+                   coalesce(sum(minor) FILTER (WHERE failed), 0)::bigint AS failed
+            FROM reported_refund
+            WHERE tenant_id = $1 AND payment_id = $2
+        ) AS r
+        WHERE p.tenant_id = $1 AND p.payment_id = $2
+        """,
+        tenant_id,
+        payment_id,
+    )
 
 
 async def _book(tx: Tx, before: Payment, after: Payment, event: ProviderEvent) -> None:
@@ -295,18 +342,22 @@ async def begin_refund(
 ) -> tuple[Payment, UUID]:
     """Reserves a refund. The same `key` means the same refund, which the provider makes once.
 
-    Raises InvalidMessage for more than is left of the payment, and for a key of another refund.
+    Raises InvalidMessage for more than is left of the payment, and for a key of another refund, and Conflict for the
+    key of a refund that has failed.
     """
     payment = await get(tx, payment_id)
     await accounts.lock_one(tx, payment.tenant_id)
     payment = await get(tx, payment_id)
     refund_id = uuid7() if key is None else uuid5(payment_id, key)
     known = await tx.sql(
-        "SELECT minor, reason FROM refund WHERE tenant_id = $1 AND refund_id = $2", payment.tenant_id, refund_id
+        "SELECT minor, reason, status FROM refund WHERE tenant_id = $1 AND refund_id = $2", payment.tenant_id, refund_id
     )
     if known:
-        if known != [(minor, reason)]:
+        [(*before, status)] = known
+        if before != [minor, reason]:
             raise InvalidMessage(HEADER, "was used before with another body")
+        if status == "failed":
+            raise Conflict("the refund has failed; ask for another one with another key")
         return payment, refund_id
     [(asked,)] = await tx.sql(
         """
@@ -333,7 +384,13 @@ async def begin_refund(
 
 async def end_refund(tx: Tx, tenant_id: str, refund_id: UUID, status: Literal["made", "failed"]) -> None:
     """The money is booked by the provider's event, which has the sum of all refunds."""
-    await tx.sql("UPDATE refund SET status = $3 WHERE tenant_id = $1 AND refund_id = $2", tenant_id, refund_id, status)
+    await tx.sql(
+        # The provider's event that it has failed may come before its answer.
+        "UPDATE refund SET status = $3 WHERE tenant_id = $1 AND refund_id = $2 AND status = 'pending'",
+        tenant_id,
+        refund_id,
+        status,
+    )
 
 
 async def save_method(tx: Tx, tenant_id: str, provider: str, customer: str, reference: str) -> Method:

@@ -103,7 +103,11 @@ class Stripe:
         return _intent(_ok(await self._call(f"payment_intents/{reference}", None, None)))
 
     async def refund(self, reference: str, minor: int, currency: str, key: UUID) -> None:
-        fields = {"payment_intent": reference, "amount": str(amount_of(minor, currency))}
+        fields = {
+            "payment_intent": reference,
+            "amount": str(amount_of(minor, currency)),
+            "metadata[refund_id]": str(key),
+        }
         answer = await self._call("refunds", fields, str(key))
         if answer.status in (400, 402, 404):
             raise Conflict(f"stripe refused the refund: {_reason(answer)}")
@@ -185,10 +189,14 @@ def _read(id_: str, type_: str, thing: dict[str, Any]) -> ProviderEvent:
             detail = str((thing.get("last_payment_error") or {}).get("message") or "the payment failed")
         case "charge.refunded":
             kind, minor = "refunded", int(thing["amount_refunded"])
+        case "refund.created" | "refund.updated" | "refund.failed":
+            kind = "refund_failed" if thing["status"] in ("failed", "canceled") else "refund"
+            minor, detail = int(thing["amount"]), str(thing["id"])
         case "charge.dispute.created" | "charge.dispute.updated" | "charge.dispute.closed":
             # An inquiry (warning_…) takes no money. If it becomes a dispute, that is an update.
             if not (state := str(thing["status"])).startswith("warning_"):
                 kind, minor, detail = _DISPUTES.get(state, "dispute_open"), int(thing["amount"]), str(thing["id"])
-    payment_id = str((thing.get("metadata") or {}).get("payment_id") or "")
+    metadata = thing.get("metadata") or {}
+    payment_id, refund_id = (str(metadata.get(name) or "") for name in ("payment_id", "refund_id"))
     currency = str(thing.get("currency") or "").upper()
-    return ProviderEvent(id_, kind, reference, payment_id, minor_of(minor, currency), currency, detail)
+    return ProviderEvent(id_, kind, reference, payment_id, minor_of(minor, currency), currency, detail, refund_id)

@@ -9,6 +9,7 @@ import random
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from decimal import Decimal
+from typing import get_args
 from uuid import UUID
 
 import pytest
@@ -34,7 +35,7 @@ from services.billing import (
 )
 from services.billing.currencies import nanos_per_minor, to_minor
 from services.billing.payments import store as payments
-from services.billing.payments.provider import ProviderEvent
+from services.billing.payments.provider import EventKind, ProviderEvent
 from services.billing.plans import Plan
 from services.billing.tax import Seller
 from tests.services.billing.conftest import count
@@ -156,11 +157,11 @@ class History:
                 await payments.begin(tx, tenant_id, rng.choice(known).id, "stripe", None)
             case 14 if paid:
                 payment = rng.choice(paid)
-                kind = rng.choice(["succeeded", "refunded", "dispute_open", "dispute_won", "dispute_lost", "failed"])
+                kind = rng.choice(get_args(EventKind))
                 minor = payment.amount_minor if kind != "refunded" else rng.randrange(1, payment.amount_minor + 1)
                 reference = f"pi_{payment.id}"
                 event = ProviderEvent(
-                    str(uuid7()), kind, reference, str(payment.id), minor, self.currency, "dp_1"  # type: ignore[arg-type]
+                    str(uuid7()), kind, reference, str(payment.id), minor, self.currency, "dp_1"
                 )  # fmt: skip
                 await payments.handle(tx, "stripe", event)
             case 15:

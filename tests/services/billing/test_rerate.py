@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from datetime import timedelta
 from typing import Any
 
+import pytest
+
 from infra.clock import utcnow, uuid7
 from tests.services.billing.conftest import Billing, Tenant
-from tests.services.billing.test_invoices import START, UNIT, draft, journal, post, subscribed
+from tests.services.billing.test_invoices import START, UNIT, draft, journal, plan, post, subscribed
 
 AT = START + timedelta(days=2)
 
@@ -177,3 +180,65 @@ async def test_a_correction_of_invoiced_usage_is_owed_as_paid_credit(billing: Bi
         "promotional_credit": -1,
         "revenue": 700,
     }
+
+
+@pytest.mark.parametrize("prices", [("100", "60", "130"), ("100", "130", "60")])
+async def test_a_commitment_counts_the_corrections_of_its_own_month_whenever_they_come(
+    billing: Billing, prices: tuple[str, ...]
+) -> None:
+    """By hand: the commitment is 5,000, the markup 10 %. The first month has 40 tokens, the second one 10.
+
+    At 100 the first month is 4,400 and 600 are missing. At 60 it is 2,640: the correction is -1,760, and 2,360 are
+    missing, 1,760 more than before. At 130 it is 5,720: the correction from 60 is +3,080, and nothing is missing, 2,360
+    less. The other way round: +1,320 and 600 less; then -3,080 and 2,360 more. The second month has 10 tokens at its
+    own price 100, or 1,100, and 3,900 are missing in every case.
+    """
+    tenant, _ = await subscribed(billing, base_nanos=0, charges=[], included=[], minimum_nanos=5000)
+    first_model, second_model = (f"acme/{uuid7()}" for _ in range(2))
+    for model in (first_model, second_model):
+        await price(billing, model, "100")
+    await tenant.use("a", first_model, occurred_at=AT, input_tokens=40, output_tokens=0)
+    await tenant.verdict("a")
+    first = await draft(billing, tenant)
+    assert sorted(line["amount_nanos"] for line in await lines(tenant, first["id"])) == [600, 4400]
+    costs = {"100": 4400, "60": 2640, "130": 5720}
+    missing = {name: max(0, 5000 - cost) for name, cost in costs.items()}
+    for before, now in itertools.pairwise(prices):
+        await price(billing, first_model, now)
+        await rerate(billing, tenant)
+        await tenant.use(f"b/{now}", second_model, input_tokens=10, output_tokens=0)
+        await tenant.verdict(f"b/{now}")
+        await tenant.sql(
+            """
+            UPDATE period
+            SET full_begins = begins, full_ends = begins + interval '1 second', ends = begins + interval '1 second'
+            WHERE tenant_id = $1 AND closed_at IS NULL
+            """,
+            tenant.id,
+        )
+        made = await draft(billing, tenant)
+        expected = [1100, 3900, costs[now] - costs[before], missing[now] - missing[before]]
+        assert sorted(line["amount_nanos"] for line in await lines(tenant, made["id"])) == sorted(expected)
+
+
+async def test_corrections_are_on_the_invoice_of_the_subscription_that_had_the_usage(billing: Billing) -> None:
+    """Also after its end. Usage before a subscription was paid by grants, and so are its corrections."""
+    tenant = await billing.tenant()
+    model = f"acme/{uuid7()}"
+    await price(billing, model, "100")
+    await tenant.use("before", model, occurred_at=START, input_tokens=10, output_tokens=0)
+    await tenant.verdict("before")
+    made = await post(billing, "plans", plan(base_nanos=0, charges=[], included=[]))
+    begins = START + timedelta(days=1)
+    subscription = await post(
+        billing, "subscriptions", {"tenant_id": tenant.id, "plan_id": made["id"], "starts_at": begins.isoformat()}
+    )
+    await tenant.use("during", model, occurred_at=AT, input_tokens=30, output_tokens=0)
+    await tenant.verdict("during")
+    await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
+    closed = (await post(billing, "billing/periods/close", {"tenant_id": tenant.id}, status=200))["items"]
+    assert sum(one["subtotal_nanos"] for one in closed) == 3300
+    await price(billing, model, "150")
+    assert (await rerate(billing, tenant))["difference_nanos"] == 500 + 1500
+    supplement = await draft(billing, tenant)
+    assert [line["amount_nanos"] for line in await lines(tenant, supplement["id"])] == [1650]
