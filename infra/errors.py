@@ -82,6 +82,10 @@ class EffectFailed(Exception):
         self.reason = reason
 
 
+class NoCredit(EffectFailed):
+    """The tenant's credit or a budget does not suffice. HTTP 402, gRPC FAILED_PRECONDITION."""
+
+
 def describe(error: BaseException) -> str:
     """`error` for a log line or a dead letter: its type and its text."""
     return f"{type(error).__name__}: {error}"

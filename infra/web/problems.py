@@ -13,6 +13,7 @@ from infra.errors import (
     Conflict,
     Forbidden,
     InvalidMessage,
+    NoCredit,
     NotFound,
     RetryLater,
     TooLarge,
@@ -27,6 +28,7 @@ from infra.postgres.db import is_bad_data, is_transient
 _STATUS: dict[type[Exception], int] = {
     InvalidMessage: 422,
     Unauthenticated: 401,
+    NoCredit: 402,
     Forbidden: 403,
     NotFound: 404,
     Conflict: 409,

@@ -8,7 +8,9 @@ from functools import cache
 from infra.security.subjects import SubjectKeys
 from infra.service.service import Runtime
 from infra.stores.objects import Objects
+from protos.billing.v1 import billing_pb2_grpc
 from services.memory.conversations import Conversations
+from services.memory.credit import Credit
 from services.memory.embeddings import Embedder, LocalEmbedder, RemoteEmbedder
 from services.memory.engines import Engines
 from services.memory.handlers import refill
@@ -21,6 +23,12 @@ from services.memory.pgvector import PgvectorIndex
 from services.memory.reranking import Reranker
 from services.memory.retrieval import Retrieval
 from services.memory.sent_files import SentFiles
+
+
+@cache
+def credit(runtime: Runtime) -> Credit:
+    # Calls are not repeated here: lanes repeat their work, and searches have no time.
+    return Credit(billing_pb2_grpc.BillingStub(runtime.channels.to(runtime.settings.billing_grpc, "billing")))
 
 
 @cache
@@ -53,7 +61,7 @@ def index(runtime: Runtime) -> Engines:
 
 
 def conversations(runtime: Runtime) -> Conversations:
-    return Conversations(runtime.cipher, embedder(runtime), index(runtime))
+    return Conversations(runtime.cipher, embedder(runtime), index(runtime), credit(runtime))
 
 
 def memories(runtime: Runtime) -> Memories:
@@ -65,11 +73,11 @@ def keeping(runtime: Runtime) -> Keeping:
 
 
 def learning(runtime: Runtime) -> Learning:
-    return Learning(keeping(runtime), memories(runtime), embedder(runtime))
+    return Learning(keeping(runtime), memories(runtime), embedder(runtime), credit(runtime))
 
 
 def indexing(runtime: Runtime) -> Indexing:
-    return Indexing(objects(runtime), embedder(runtime), index(runtime))
+    return Indexing(objects(runtime), embedder(runtime), index(runtime), credit(runtime))
 
 
 def reranker(runtime: Runtime) -> Reranker | None:
@@ -88,12 +96,13 @@ def retrieval(runtime: Runtime) -> Retrieval:
         index(runtime),
         conversations(runtime),
         memories(runtime),
+        credit(runtime),
         reranker(runtime),
     )
 
 
 def sent_files(runtime: Runtime) -> SentFiles:
-    return SentFiles(runtime.request, objects(runtime), SubjectKeys(runtime.cipher))
+    return SentFiles(runtime.request, objects(runtime), SubjectKeys(runtime.cipher), credit(runtime))
 
 
 def milvus(runtime: Runtime) -> Callable[[], Awaitable[None]]:

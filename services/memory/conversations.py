@@ -16,6 +16,7 @@ from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.rewrap import SealedColumn
 from infra.security.subjects import Erased, SubjectKeys
+from services.memory.credit import Credit
 from services.memory.embeddings import Embedded, Embedder
 from services.memory.engines import Engines
 from services.memory.index import VectorRow
@@ -34,11 +35,12 @@ def session_scope(session_key: str) -> str:
 
 
 class Conversations:
-    def __init__(self, cipher: Cipher, embedder: Embedder, index: Engines) -> None:
+    def __init__(self, cipher: Cipher, embedder: Embedder, index: Engines, credit: Credit) -> None:
         self._cipher = cipher
         self._subjects = SubjectKeys(cipher)
         self._embedder = embedder
         self._index = index
+        self._credit = credit
 
     async def add(self, tx: Tx, run_id: UUID, session_key: str, subject_id: str, text: str) -> bool:
         """Returns False if the run's reply is stored already, or if its person was erased."""
@@ -91,17 +93,21 @@ class Conversations:
         if text is None:
             return
         if model != self._embedder.model:
-            vector = await self._vector(run_id, text, effects)
+            vector = await self._vector(tenant_id, run_id, text, effects)
         if vector is not None:
             row = VectorRow(run_id, np.frombuffer(vector, dtype="<f4").tolist())
             await self._index.replace(tenant_id, run_id, session_scope(session_key), lambda: _one(row))
 
-    async def _vector(self, run_id: UUID, text: str, effects: Effects) -> bytes | None:
-        """Returns None if the embedding endpoint refuses the text."""
+    async def _vector(self, tenant_id: str, run_id: UUID, text: str, effects: Effects) -> bytes | None:
+        """Returns None if the embedding endpoint refuses the text, or the credit does not suffice."""
         made: Embedded | None = None
+        hold_id: UUID | None = None
 
         async def call(_: str) -> int:
-            nonlocal made
+            nonlocal made, hold_id
+            # The tenant did not ask for this work, so it is billed only if the platform pays for it.
+            if self._embedder.paid:
+                hold_id = await self._credit.hold_embedding(tenant_id, run_id, self._embedder.model, [text])
             try:
                 made = await self._embedder.passages([text])
             except Unanswered as error:
@@ -117,9 +123,9 @@ class Conversations:
                 self._embedder.model,
                 made.vectors[0].tobytes(),
             )
-            # The tenant did not ask for this work, so it is billed only if the platform pays for it.
             if self._embedder.paid:
-                record_usage(tx, self._embedder.model, f"conversation/{run_id}/{outcome.attempt}", outcome.result)
+                usage_id = f"conversation/{run_id}/{outcome.attempt}"
+                record_usage(tx, self._embedder.model, usage_id, outcome.result, hold_id)
 
         await effects.run(f"embed/{effects.item_id}", call, kind="repeatable", result=int, after=keep)
         return made.vectors[0].tobytes() if made else None

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
 from infra.clock import uuid7
-from infra.errors import InvalidMessage, NotFound
+from infra.errors import InvalidMessage, NoCredit, NotFound, Transient
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.security.auth import Identity
@@ -132,7 +132,7 @@ class ContentLink(_View):
 
 def router(runtime: Runtime) -> APIRouter:
     routes = APIRouter()
-    objects = adapters.objects(runtime)
+    objects, credit = adapters.objects(runtime), adapters.credit(runtime)
 
     @routes.post("/api/v1/documents", status_code=202, response_model=DocumentView, openapi_extra=_FILE_FORM)
     async def upload(who: Writer, request: Request) -> Response:
@@ -152,7 +152,7 @@ def router(runtime: Runtime) -> APIRouter:
             _audit(tx, who, "document.upload", id_, content_type=given.stored.content_type, audience=audience)
             return 202, _view(document)
 
-        return await _stored_once(request, who, given, work)
+        return await _stored_once(request, who, id_, given, work)
 
     @routes.put(
         "/api/v1/documents/{document_id}", status_code=202, response_model=DocumentView, openapi_extra=_FILE_FORM
@@ -183,13 +183,28 @@ def router(runtime: Runtime) -> APIRouter:
                 _audit(tx, who, "document.replace", id_, content_type=given.stored.content_type)
             return 202 if added else 200, _view(await documents.get(tx, id_))
 
-        response = await _stored_once(request, who, given, work)
+        response = await _stored_once(request, who, next_id, given, work)
         if not added:
-            await objects.delete(given.stored.path)
+            await give_up(who, next_id, given)
         return response
 
-    async def _stored_once(request: Request, who: Identity, given: received.ReceivedDocument, work: Work) -> Response:
-        """The answer of `work`. The stored file is deleted if nothing refers to it."""
+    async def give_up(who: Identity, id_: UUID, given: received.ReceivedDocument) -> None:
+        """Deletes the file of a document that is not added, and gives its hold back."""
+        await objects.delete(given.stored.path)
+        await credit.release_document(who.tenant_id, id_)
+
+    async def _stored_once(
+        request: Request, who: Identity, id_: UUID, given: received.ReceivedDocument, work: Work
+    ) -> Response:
+        """The answer of `work`. Nothing is kept for the id if the document is not added.
+
+        Raises NoCredit, and Transient if billing does not answer, for too many uploads.
+        """
+        try:
+            await credit.hold_document(who.tenant_id, id_, cannot_wait=True)
+        except (NoCredit, Transient):
+            await objects.delete(given.stored.path)
+            raise
         # Compares the parts of the form: the text around them differs in each request.
         compared = f"{given.stored.sha256} {given.name}"
         if given.tags or given.audience:
@@ -197,10 +212,10 @@ def router(runtime: Runtime) -> APIRouter:
         try:
             response = await once(request, runtime, who, work, body=compared.encode())
         except (InvalidMessage, NotFound):
-            await objects.delete(given.stored.path)
+            await give_up(who, id_, given)
             raise
         if "Idempotent-Replayed" in response.headers:
-            await objects.delete(given.stored.path)
+            await give_up(who, id_, given)
         return response
 
     @routes.get("/api/v1/documents")

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import IO, Any, NamedTuple
 from uuid import UUID
 
-from infra.errors import NotFound, NotYet, Transient, Unanswered
+from infra.errors import NoCredit, NotFound, NotYet, Transient, Unanswered
 from infra.failpoint import failpoint
 from infra.lanes.claims import LaneLost
 from infra.lanes.effects import Effects, Outcome
@@ -24,6 +24,7 @@ from infra.postgres.db import is_transient
 from infra.postgres.tx import Tx
 from infra.stores.objects import Objects
 from services.memory import documents, passages, versions
+from services.memory.credit import Credit
 from services.memory.documents import IndexedVersion
 from services.memory.domain import count_tokens, embedded_text
 from services.memory.embeddings import BATCH, Embedder
@@ -53,10 +54,11 @@ class Replaced(NamedTuple):
 
 
 class Indexing:
-    def __init__(self, objects: Objects, embedder: Embedder, index: Engines) -> None:
+    def __init__(self, objects: Objects, embedder: Embedder, index: Engines, credit: Credit) -> None:
         self._objects = objects
         self._embedder = embedder
         self._index = index
+        self._credit = credit
 
     async def index(self, id_: UUID, effects: Effects, tx: Tx) -> Replaced | None:
         """Runs the stages that the document has not passed yet. An unreadable document ends as failed.
@@ -67,6 +69,7 @@ class Indexing:
         try:
             document = await self._index_stages(id_, effects)
         except DocumentRefused as error:
+            await self._credit.release_document(_tenant(tx), id_)
             await documents.advance(tx, id_, "failed", 1.0, str(error))
         except (_Deleted, NotFound):
             _log.info("document was deleted before it was indexed", document_id=str(id_))
@@ -89,9 +92,14 @@ class Indexing:
 
     async def _index_stages(self, id_: UUID, effects: Effects) -> IndexedVersion:
         async with effects.begin() as tx:
+            tenant_id = _tenant(tx)
             document = await documents.version(tx, id_)
         if document.status == "indexed":
             return document
+        try:
+            await self._credit.hold_document(tenant_id, id_)
+        except NoCredit as error:
+            raise DocumentRefused(f"The document cannot be paid: {error}. Upload it again later.") from error
         if document.status in ("stored", "parsed", "failed"):
             await self._parse(document, effects)
         if document.replaces:
@@ -189,16 +197,24 @@ class Indexing:
         """`total`: all passages of the document, for its progress; None if it shows none."""
         first = batch[0].n
         texts = [embedded_text(passage.text, passage.section) for passage in batch]
-        begun = 0
+        begun, tenant_id = 0, ""
+        hold_id: UUID | None = None
         alive = True
         vectors: Any = None
 
-        async def begin(_: Tx, attempt: int, lost: bool) -> None:
-            nonlocal begun
-            begun = attempt
+        async def begin(tx: Tx, attempt: int, lost: bool) -> None:
+            nonlocal begun, tenant_id
+            begun, tenant_id = attempt, _tenant(tx)
 
         async def call(_: str) -> int:
-            nonlocal vectors
+            nonlocal vectors, hold_id
+            try:
+                hold_id = await self._credit.hold_embedding(tenant_id, batch[0].id, self._embedder.model, texts)
+            except NoCredit as error:
+                if total is None:
+                    # The tenant did not ask for this work.
+                    raise Transient(str(error)) from error
+                raise
             try:
                 vectors, tokens = await self._embedder.passages(texts)
             except Unanswered as error:
@@ -217,7 +233,7 @@ class Indexing:
                 progress = _CHUNKED + (_EMBEDDED - _CHUNKED) * (first + len(batch)) / total
                 alive = await documents.advance(tx, id_, "chunked", progress)
             await passages.set_vectors(tx, self._embedder.model, batch, vectors)
-            record_usage(tx, self._embedder.model, f"{id_}/{first}/{outcome.attempt}", outcome.result)
+            record_usage(tx, self._embedder.model, f"{id_}/{first}/{outcome.attempt}", outcome.result, hold_id)
 
         # The item is part of the key: if the platform returns to a former model, the passage is embedded again.
         key = f"embed/{effects.item_id}/{batch[0].id}/{self._embedder.model}"

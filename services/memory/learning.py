@@ -12,6 +12,7 @@ from infra.errors import Conflict, InvalidMessage, Transient, Unanswered
 from infra.lanes.effects import Effects, Outcome
 from infra.postgres.tx import Tx, derived_id
 from infra.security.subjects import Erased
+from services.memory.credit import Credit
 from services.memory.embeddings import Embedded, Embedder
 from services.memory.extraction import Kind, facts
 from services.memory.forgetting import is_withdrawn
@@ -55,10 +56,11 @@ class Merged(NamedTuple):
 
 
 class Learning:
-    def __init__(self, keeping: Keeping, memories: Memories, embedder: Embedder) -> None:
+    def __init__(self, keeping: Keeping, memories: Memories, embedder: Embedder, credit: Credit) -> None:
         self._keeping = keeping
         self._memories = memories
         self._embedder = embedder
+        self._credit = credit
 
     async def by_rules(self, tx: Tx, run: FinishedRun, said: str, *, after_deletion: bool = False) -> list[UUID]:
         """Keeps the facts that rules find in the person's message. Returns the ids of the new memories; the same run
@@ -118,13 +120,18 @@ class Learning:
     async def embed(self, memory_id: UUID, effects: Effects) -> None:
         """Embeds the memory, so that it is ranked by its meaning."""
         async with effects.begin() as begun:
+            tenant_id = str(begun.tenant_id)
             text = await self._memories.text(begun, memory_id)
         if text is None:
             return
         made: Embedded | None = None
+        hold_id: UUID | None = None
 
         async def call(_: str) -> int:
-            nonlocal made
+            nonlocal made, hold_id
+            # The tenant did not ask for this work, so it is billed only if the platform pays for it.
+            if self._embedder.paid:
+                hold_id = await self._credit.hold_embedding(tenant_id, memory_id, self._embedder.model, [text])
             try:
                 made = await self._embedder.passages([text])
             except Unanswered as error:
@@ -135,10 +142,9 @@ class Learning:
             if made is None or outcome.result is None:
                 return
             await set_vector(tx, memory_id, self._embedder.model, made.vectors[0])
-            # The tenant did not ask for this work, so it is billed only if the platform pays for it.
             if self._embedder.paid:
                 usage_id = f"memory/{effects.item_id}/{outcome.attempt}"
-                record_usage(tx, self._embedder.model, usage_id, outcome.result)
+                record_usage(tx, self._embedder.model, usage_id, outcome.result, hold_id)
 
         await effects.run(f"embed/{effects.item_id}", call, kind="repeatable", result=int, after=keep)
 

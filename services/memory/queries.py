@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from infra.clock import uuid7
 from infra.errors import EffectFailed, InvalidMessage, Transient, Unanswered
 from infra.postgres.database import Database
-from services.memory.embeddings import BATCH, Embedded, Embedder
+from services.memory.credit import Credit
+from services.memory.embeddings import BATCH, MAX_TOKENS, Embedded, Embedder
 from services.memory.together import Together
-from services.memory.usage import record_usage
+from services.memory.usage import embedding, record_usage
 
 # The vectors of so many queries are kept.
 KNOWN = 2_000
@@ -23,21 +24,23 @@ KNOWN = 2_000
 class QueryVectors:
     """`database`: the request role's."""
 
-    def __init__(self, database: Database, embedder: Embedder) -> None:
+    def __init__(self, database: Database, embedder: Embedder, credit: Credit) -> None:
         self._database = database
         self._embedder = embedder
+        self._credit = credit
         self._known: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
         self._together = Together(self._embed, at_once=embedder.calls_at_once, most=BATCH)
 
     async def of(self, tenant_id: str, text: str) -> NDArray[np.float32]:
         """One that the tenant has asked lately is not embedded again, and costs nothing.
 
-        Raises InvalidMessage if the embedding endpoint refuses the text, Transient if it is unavailable.
+        Raises InvalidMessage if the embedding endpoint refuses the text, Transient if it is unavailable, NoCredit.
         """
         key = hashlib.blake2b(f"{tenant_id}\0{text}".encode(), digest_size=16).digest()
         if (known := self._known.get(key)) is not None:
             self._known.move_to_end(key)
             return known
+        await self._credit.use(tenant_id, embedding(self._embedder.model), "input_tokens", MAX_TOKENS)
         try:
             embedded = await self._together.ask(None, text)
         except EffectFailed as error:

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.clock import uuid7
-from infra.errors import Conflict, EffectFailed, InvalidMessage, Transient, Unanswered, describe
+from infra.errors import Conflict, EffectFailed, InvalidMessage, NoCredit, Transient, Unanswered, describe
 from infra.observe.logs import get_logger
 from infra.postgres.database import Database
 from services.memory import documents, readable
 from services.memory.conversations import Conversations, session_scope
+from services.memory.credit import Credit
 from services.memory.domain import codes, embedded_text, ends, fuse
 from services.memory.embeddings import Embedder
 from services.memory.index import Hit
@@ -28,7 +29,7 @@ from services.memory.readable import Found, Scope
 from services.memory.reranking import Reranker
 from services.memory.rights import EVERY, NO_FILTERS, Filters, Owners, ReaderNames
 from services.memory.together import Together
-from services.memory.usage import record_reranking
+from services.memory.usage import record_reranking, reranking
 
 DEFAULT_LIMIT = 10
 # A search by words gets the other half of the caller's time.
@@ -85,7 +86,8 @@ class Scored(NamedTuple):
 class RetrievalResult(NamedTuple):
     items: list[Scored]
     degraded: bool
-    """True if the index or the embedding endpoint is unavailable, so the passages were found by their words only."""
+    """True if the index or the embedding endpoint is unavailable, or the credit does not suffice, so the passages were
+    found by their words only."""
     reranked: bool = False
     """True if the order is that of the reranking endpoint."""
 
@@ -171,6 +173,7 @@ class Retrieval:
         index: Searched,
         conversations: Conversations,
         memories: Memories,
+        credit: Credit,
         reranker: Reranker | None = None,
     ) -> None:
         self._request = request
@@ -179,8 +182,9 @@ class Retrieval:
         self._index = index
         self._conversations = conversations
         self._memories = memories
+        self._credit = credit
         self._reranker = reranker
-        self._vectors = QueryVectors(request, embedder)
+        self._vectors = QueryVectors(request, embedder, credit)
         self._words = Together(self._find_words, at_once=READS_AT_ONCE, most=MAX_TOGETHER)
         self._passages = Together(self._read_passages, at_once=READS_AT_ONCE, most=MAX_TOGETHER)
 
@@ -209,7 +213,7 @@ class Retrieval:
         Memories of the caller follow after the passages, as many as fit into a part of a prompt.
 
         Raises InvalidMessage naming the wrong field. Raises Transient if the index or the embedding endpoint is
-        unavailable, but not in the mode hybrid: its answer is degraded then.
+        unavailable, and NoCredit, but not in the mode hybrid: its answer is degraded then.
         """
         began = time.monotonic()
         limit = DEFAULT_LIMIT if query.limit is None else query.limit
@@ -248,6 +252,10 @@ class Retrieval:
                     async with asyncio.timeout_at(deadline):
                         vector = await self._vectors.of(caller.tenant_id, query.text)
                         hits = await self._nearest(caller.tenant_id, query, types, vector, wanted, by_words.owners)
+                except NoCredit:
+                    if query.mode == DENSE:
+                        raise
+                    degraded = True
                 except (Transient, TimeoutError) as error:
                     if query.mode == DENSE or (CONVERSATION in types and DOCUMENT not in types):
                         raise Transient(f"search by meaning: {describe(error)}") from error
@@ -295,14 +303,15 @@ class Retrieval:
     async def _reranked(
         self, reranker: Reranker, tenant_id: str, text: str, texts: Sequence[str], left: float
     ) -> Sequence[int]:
-        """The positions of the texts in their new order; empty if the endpoint gives none in time. An order that is
-        used is billed."""
+        """The positions of the texts in their new order; empty if the endpoint gives none in time, or without credit.
+        An order that is used is billed."""
         try:
             async with asyncio.timeout(max(0.0, left * RERANK_SHARE)):
+                await self._credit.use(tenant_id, reranking(reranker.model), "calls", 1)
                 best = await reranker.order(text, texts)
         except (Transient, EffectFailed, Unanswered, TimeoutError) as error:
             _log.warning(
-                "reranking endpoint is unavailable; kept the order of the hybrid search", error=describe(error)
+                "the passages could not be ordered again; kept the order of the hybrid search", error=describe(error)
             )
             return ()
         async with self._request.begin(tenant_id=tenant_id) as tx:

@@ -16,6 +16,7 @@ from protos.catalog import DOCUMENT_INDEX
 from protos.memory.v1 import memory_pb2
 from protos.messages.memory import IndexDocument
 from services.memory import documents, rights
+from services.memory.credit import Credit
 from services.memory.forgetting import is_withdrawn, mark_withdrawn
 from services.memory.handlers import delete_documents
 from services.memory.memories import lock
@@ -25,20 +26,22 @@ _PIECE = 1024 * 1024
 
 
 class SentFiles:
-    def __init__(self, database: Database, objects: Objects, subjects: SubjectKeys) -> None:
+    def __init__(self, database: Database, objects: Objects, subjects: SubjectKeys, credit: Credit) -> None:
         self._database = database
         self._objects = objects
         self._subjects = subjects
+        self._credit = credit
 
     async def keep(self, tenant_id: str, origin: documents.Origin, asked: memory_pb2.KeepFileRequest) -> None:
         """Makes a document of the file; one that was made before stays as it is. Raises InvalidMessage, NotFound,
-        Conflict."""
+        Conflict, NoCredit, and Transient if billing does not answer, for too many files."""
         id_, user_id = UUID(asked.document_id), asked.actor.partition(":")[2]
         name = checked_name("name", asked.name)
         audience, tags = rights.checked_audience(asked.audience or [rights.ALL]), rights.checked_tags(asked.tags)
         async with self._database.begin(tenant_id=tenant_id) as tx:
             if await _exists(tx, id_):
                 return
+        await self._credit.hold_document(tenant_id, id_, cannot_wait=True)
         async with self._objects.fetch(asked.path) as file:
             stored = await self._objects.upload(
                 DOCUMENT, _pieces(file), name=name, user_id=user_id, path=lambda _: path_of(user_id, id_, name)
@@ -59,6 +62,7 @@ class SentFiles:
                 audit(tx, asked.actor, "document.upload", "document", str(id_), **about)
                 return
         await self._objects.delete(stored.path)
+        await self._credit.release_document(tenant_id, id_)
         raise NotFound("the message was deleted, or its person was erased")
 
     async def forget(self, tenant_id: str, subject_id: str, message_id: UUID) -> None:

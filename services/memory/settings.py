@@ -10,6 +10,7 @@ from infra.service.settings import SecretStoreUrl, Settings, StoreUrl
 
 
 class MemorySettings(Settings):
+    billing_grpc: str
     milvus_url: SecretStoreUrl
     s3_endpoint: StoreUrl
     s3_access_key: str

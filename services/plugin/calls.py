@@ -304,7 +304,11 @@ def _publish_usage(tx: Tx, call: ToolRequest, attempt: int) -> None:
         resource=f"tool/{call.tool}",
         quantities={"calls": 1},
         occurred_at=utcnow(),
+        hold_id=call.hold_id,
         agent_id=UUID(call.agent_id) if call.agent_id else None,
+        channel_id=call.channel_id,
+        session_key=call.session_key or None,
+        api_key_id=call.api_key_id or None,
     )
     tx.publish(USAGE_RECORDS, record, key=call.tenant_id)
 

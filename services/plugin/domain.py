@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
+from uuid import UUID
 
 import msgspec
 
@@ -56,6 +57,11 @@ class ToolRequest(NamedTuple):
     """The person with whom the outcome is erased; empty if the caller names none."""
     speaker_id: str = ""
     """The person who speaks in the run alone; empty if there are several, or none."""
+    hold_id: UUID | None = None
+    """Of billing; the usage record closes it."""
+    channel_id: UUID | None = None
+    session_key: str = ""
+    api_key_id: str = ""
 
 
 class ToolFile(msgspec.Struct, frozen=True):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 import grpc.aio
 import msgspec
@@ -76,6 +77,10 @@ class PluginRpc(plugin_pb2_grpc.PluginServicer):
             request.agent_id,
             request.subject_id,
             request.speaker_id,
+            _uuid("hold_id", request.hold_id),
+            _uuid("channel_id", request.channel_id),
+            request.session_key,
+            request.api_key_id,
         )
         outcome = await self._calls.call(call)
         return plugin_pb2.CallReply(
@@ -84,6 +89,13 @@ class PluginRpc(plugin_pb2_grpc.PluginServicer):
             error=outcome.error,
             files=[plugin_pb2.File(name=file.name, content=file.content) for file in outcome.files],
         )
+
+
+def _uuid(field: str, text: str) -> UUID | None:
+    try:
+        return UUID(text) if text else None
+    except ValueError:
+        raise InvalidMessage(field, "must be a UUID") from None
 
 
 def _arguments(text: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from infra.clock import uuid7
 from infra.postgres.database import Database
@@ -24,6 +24,7 @@ from infra.postgres.schema import migrate, prepare_database, role_url
 from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
+from services.memory.credit import Credit
 from services.memory.domain import count_tokens
 from services.memory.embeddings import BATCH, LocalEmbedder
 from services.memory.keeping import Keeping
@@ -33,6 +34,7 @@ from tooling.bench.fixture import Fixture
 from tooling.bench.protocol import Units
 from tooling.stack.checkout import CHECKOUT
 from tooling.testing.platform import PASSWORDS
+from tooling.testing.service_fakes import HasCredit
 
 PEOPLE = 10
 SESSIONS = 12
@@ -196,7 +198,7 @@ async def measure(place: Fixture, progress: Callable[[int, int], None]) -> list[
     database = Database(engine, "memory")
     subjects, embedder = SubjectKeys(Cipher("m" * 43 + "=")), LocalEmbedder()
     memories = Memories(subjects)
-    learning = Learning(Keeping(subjects), memories, embedder)
+    learning = Learning(Keeping(subjects), memories, embedder, Credit(cast(Any, HasCredit())))
     talks = [conversation(person) for person in range(PEOPLE)]
     for person, (messages, _) in enumerate(talks):
         for tenant_id in ("rules", "stand-in"):

@@ -26,6 +26,7 @@ from services.memory.pgvector import PgvectorIndex
 from tooling.bench.fixture import PRODUCTION, Fixture, running_platform_on
 from tooling.bench.protocol import SLICE_SECONDS, Anchor, Figure, Slice, run_pairs
 from tooling.testing.platform import Platform
+from tooling.testing.service_fakes import running_service_fakes
 
 CALLERS = (1, 8, 32)
 TENANT = "bench"
@@ -37,7 +38,7 @@ EMPTY_GOAL, MILVUS_GOAL = 0.5, 1 / 3
 
 
 async def measure(place: Fixture, progress: Callable[[int, int], None], pairs: int) -> Sequence[Figure]:
-    async with running_platform_on(place) as platform:
+    async with running_platform_on(place) as platform, running_service_fakes(platform, ["billing"]):
         await platform.prepare("memory")
         await platform.start("memory", **PRODUCTION)
         await _upload(platform)

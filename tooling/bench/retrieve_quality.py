@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from html import unescape
 from math import log
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 from uuid import UUID
 
 from infra.clock import uuid7
@@ -31,6 +31,7 @@ from infra.stores.filetypes import HTML
 from infra.stores.objects import Stored
 from services.memory import documents, parsing, passages
 from services.memory.conversations import Conversations
+from services.memory.credit import Credit
 from services.memory.domain import embedded_text
 from services.memory.embeddings import BATCH, LocalEmbedder
 from services.memory.engines import Engines
@@ -44,6 +45,7 @@ from tooling.bench.protocol import Units
 from tooling.stack.checkout import CHECKOUT
 from tooling.testing.packages import extract
 from tooling.testing.platform import PASSWORDS
+from tooling.testing.service_fakes import HasCredit
 
 PAGES = 150
 TOP = 10
@@ -132,10 +134,11 @@ async def measure(place: Fixture, progress: Callable[[int, int], None]) -> list[
         for role in ("worker", "request")
     ]
     worker, request = Database(engines[0], "memory"), Database(engines[1], "memory", tenanted=True)
-    embedder, cipher = LocalEmbedder(), Cipher("m" * 43 + "=")
+    embedder, cipher, credit = LocalEmbedder(), Cipher("m" * 43 + "="), Credit(cast(Any, HasCredit()))
     index = PgvectorIndex(worker, embedder.model)
-    conversations = Conversations(cipher, embedder, Engines(worker, {}))
-    retrieval = Retrieval(request, worker, embedder, index, conversations, Memories(SubjectKeys(cipher)))
+    conversations = Conversations(cipher, embedder, Engines(worker, {}), credit)
+    memories = Memories(SubjectKeys(cipher))
+    retrieval = Retrieval(request, worker, embedder, index, conversations, memories, credit)
     ids: dict[str, dict[str, UUID]] = {}
     bm25: dict[str, Bm25] = {}
     total = 2 * PAGES

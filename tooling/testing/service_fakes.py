@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 from uuid import UUID
@@ -93,6 +93,8 @@ class FakeBilling(billing_pb2_grpc.BillingServicer):
     def __init__(self) -> None:
         self.broke: set[str] = set()
         """Tenants without credit."""
+        self.dear: set[str] = set()
+        """Resources for which no credit is enough."""
         self.hurried: set[str] = set()
         """Tenants over their rate."""
         self.silent: set[str] = set()
@@ -129,7 +131,7 @@ class FakeBilling(billing_pb2_grpc.BillingServicer):
             raise Transient("the stand-in of billing is silent")
         if tenant in self.hurried:
             return billing_pb2.ReserveReply(refused_by="tenant, 1 a minute", retry_later=True, currency="USD")
-        granted = tenant not in self.broke
+        granted = tenant not in self.broke and request.resource not in self.dear
         held = sum(request.quantities.values()) * self.nanos_per_token if granted else 0
         seconds = request.run_seconds * self.nanos_per_second if granted else 0
         return billing_pb2.ReserveReply(granted=granted, held_nanos=held, run_held_nanos=seconds, currency="USD")
@@ -148,12 +150,23 @@ class FakeBilling(billing_pb2_grpc.BillingServicer):
         return billing_pb2.ChargesReply(charges=self.charges.get(request.run_id, []), currency="USD")
 
 
+class HasCredit:
+    """Stands in for billing's stub in the process itself."""
+
+    async def Reserve(self, request: billing_pb2.ReserveRequest, **_: Any) -> billing_pb2.ReserveReply:
+        return billing_pb2.ReserveReply(granted=True, held_nanos=1, currency="USD")
+
+    async def Release(self, request: billing_pb2.ReleaseRequest, **_: Any) -> billing_pb2.ReleaseReply:
+        return billing_pb2.ReleaseReply()
+
+
 class FakePlugin(plugin_pb2_grpc.PluginServicer):
     """Three tools that answer with their arguments."""
 
     def __init__(self) -> None:
         self.calls: dict[str, tuple[str, str]] = {}
         """Idempotency key → tool and arguments."""
+        self.requests: list[plugin_pb2.CallRequest] = []
         self.effects: Counter[str] = Counter()
         """Idempotency key → number of times that the call took effect."""
         self.speakers: dict[str, str] = {}
@@ -195,6 +208,7 @@ class FakePlugin(plugin_pb2_grpc.PluginServicer):
         asked = request.tool, request.arguments_json
         if self.calls.setdefault(request.idempotency_key, asked) != asked:
             raise InvalidMessage("idempotency_key", "was used before with another call")
+        self.requests.append(request)
         self.speakers[request.idempotency_key] = request.speaker_id
         self.reached.set()
         if self.waits:
@@ -219,8 +233,10 @@ class ServiceFakes:
 
 
 @asynccontextmanager
-async def running_service_fakes(platform: Platform) -> AsyncIterator[ServiceFakes]:
-    """Serves the fakes on the ports at which the platform's services expect the real ones."""
+async def running_service_fakes(
+    platform: Platform, names: Sequence[str] = ("memory", "billing", "plugin")
+) -> AsyncIterator[ServiceFakes]:
+    """Serves the fakes of these services on the ports at which the platform's services expect the real ones."""
     fakes = ServiceFakes()
     servicers: dict[str, tuple[Callable[[Any, Any], None], Any]] = {
         "memory": (memory_pb2_grpc.add_MemoryServicer_to_server, fakes.memory),
@@ -228,7 +244,8 @@ async def running_service_fakes(platform: Platform) -> AsyncIterator[ServiceFake
         "plugin": (plugin_pb2_grpc.add_PluginServicer_to_server, fakes.plugin),
     }
     async with AsyncExitStack() as stack:
-        for name, (add, servicer) in servicers.items():
+        for name in names:
+            add, servicer = servicers[name]
             server = rpc.Server(name, keys.callers(name), Metrics(CollectorRegistry()))
             add(servicer, server.grpc)
             await server.start(platform.ports[f"{name}_grpc"])

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/plugin/v1/plugin.proto\x12\x11\x63lawbus.plugin.v1\"\x1d\n\x0cToolsRequest\x12\r\n\x05names\x18\x01 \x03(\t\"4\n\nToolsReply\x12&\n\x05tools\x18\x01 \x03(\x0b\x32\x17.clawbus.plugin.v1.Tool\"\xca\x01\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x13\n\x0bschema_json\x18\x03 \x01(\t\x12.\n\x06\x65\x66\x66\x65\x63t\x18\x04 \x01(\x0e\x32\x1e.clawbus.plugin.v1.Tool.Effect\"Z\n\x06\x45\x66\x66\x65\x63t\x12\x16\n\x12\x45\x46\x46\x45\x43T_UNSPECIFIED\x10\x00\x12\x15\n\x11\x45\x46\x46\x45\x43T_REPEATABLE\x10\x01\x12\x10\n\x0c\x45\x46\x46\x45\x43T_KEYED\x10\x02\x12\x0f\n\x0b\x45\x46\x46\x45\x43T_ONCE\x10\x03\"\x86\x01\n\x0b\x43\x61llRequest\x12\x0c\n\x04tool\x18\x01 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x02 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x03 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x04 \x01(\t\x12\x12\n\nsubject_id\x18\x05 \x01(\t\x12\x12\n\nspeaker_id\x18\x06 \x01(\t\"\xf2\x01\n\tCallReply\x12\x35\n\x07outcome\x18\x01 \x01(\x0e\x32$.clawbus.plugin.v1.CallReply.Outcome\x12\x13\n\x0bresult_json\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12&\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x17.clawbus.plugin.v1.File\"b\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTCOME_SUCCEEDED\x10\x01\x12\x12\n\x0eOUTCOME_FAILED\x10\x02\x12\x13\n\x0fOUTCOME_UNKNOWN\x10\x03\"%\n\x04\x46ile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\x32\x97\x01\n\x06Plugin\x12G\n\x05Tools\x12\x1f.clawbus.plugin.v1.ToolsRequest\x1a\x1d.clawbus.plugin.v1.ToolsReply\x12\x44\n\x04\x43\x61ll\x12\x1e.clawbus.plugin.v1.CallRequest\x1a\x1c.clawbus.plugin.v1.CallReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/plugin/v1/plugin.proto\x12\x11\x63lawbus.plugin.v1\"\x1d\n\x0cToolsRequest\x12\r\n\x05names\x18\x01 \x03(\t\"4\n\nToolsReply\x12&\n\x05tools\x18\x01 \x03(\x0b\x32\x17.clawbus.plugin.v1.Tool\"\xca\x01\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x13\n\x0bschema_json\x18\x03 \x01(\t\x12.\n\x06\x65\x66\x66\x65\x63t\x18\x04 \x01(\x0e\x32\x1e.clawbus.plugin.v1.Tool.Effect\"Z\n\x06\x45\x66\x66\x65\x63t\x12\x16\n\x12\x45\x46\x46\x45\x43T_UNSPECIFIED\x10\x00\x12\x15\n\x11\x45\x46\x46\x45\x43T_REPEATABLE\x10\x01\x12\x10\n\x0c\x45\x46\x46\x45\x43T_KEYED\x10\x02\x12\x0f\n\x0b\x45\x46\x46\x45\x43T_ONCE\x10\x03\"\xd4\x01\n\x0b\x43\x61llRequest\x12\x0c\n\x04tool\x18\x01 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x02 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x03 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x04 \x01(\t\x12\x12\n\nsubject_id\x18\x05 \x01(\t\x12\x12\n\nspeaker_id\x18\x06 \x01(\t\x12\x0f\n\x07hold_id\x18\x07 \x01(\t\x12\x12\n\nchannel_id\x18\x08 \x01(\t\x12\x13\n\x0bsession_key\x18\t \x01(\t\x12\x12\n\napi_key_id\x18\n \x01(\t\"\xf2\x01\n\tCallReply\x12\x35\n\x07outcome\x18\x01 \x01(\x0e\x32$.clawbus.plugin.v1.CallReply.Outcome\x12\x13\n\x0bresult_json\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12&\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x17.clawbus.plugin.v1.File\"b\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTCOME_SUCCEEDED\x10\x01\x12\x12\n\x0eOUTCOME_FAILED\x10\x02\x12\x13\n\x0fOUTCOME_UNKNOWN\x10\x03\"%\n\x04\x46ile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\x32\x97\x01\n\x06Plugin\x12G\n\x05Tools\x12\x1f.clawbus.plugin.v1.ToolsRequest\x1a\x1d.clawbus.plugin.v1.ToolsReply\x12\x44\n\x04\x43\x61ll\x12\x1e.clawbus.plugin.v1.CallRequest\x1a\x1c.clawbus.plugin.v1.CallReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,13 +40,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOOL_EFFECT']._serialized_start=250
   _globals['_TOOL_EFFECT']._serialized_end=340
   _globals['_CALLREQUEST']._serialized_start=343
-  _globals['_CALLREQUEST']._serialized_end=477
-  _globals['_CALLREPLY']._serialized_start=480
-  _globals['_CALLREPLY']._serialized_end=722
-  _globals['_CALLREPLY_OUTCOME']._serialized_start=624
-  _globals['_CALLREPLY_OUTCOME']._serialized_end=722
-  _globals['_FILE']._serialized_start=724
-  _globals['_FILE']._serialized_end=761
-  _globals['_PLUGIN']._serialized_start=764
-  _globals['_PLUGIN']._serialized_end=915
+  _globals['_CALLREQUEST']._serialized_end=555
+  _globals['_CALLREPLY']._serialized_start=558
+  _globals['_CALLREPLY']._serialized_end=800
+  _globals['_CALLREPLY_OUTCOME']._serialized_start=702
+  _globals['_CALLREPLY_OUTCOME']._serialized_end=800
+  _globals['_FILE']._serialized_start=802
+  _globals['_FILE']._serialized_end=839
+  _globals['_PLUGIN']._serialized_start=842
+  _globals['_PLUGIN']._serialized_end=993
 # @@protoc_insertion_point(module_scope)

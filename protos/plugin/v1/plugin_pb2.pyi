@@ -122,6 +122,10 @@ class CallRequest(_message.Message):
     AGENT_ID_FIELD_NUMBER: _builtins.int
     SUBJECT_ID_FIELD_NUMBER: _builtins.int
     SPEAKER_ID_FIELD_NUMBER: _builtins.int
+    HOLD_ID_FIELD_NUMBER: _builtins.int
+    CHANNEL_ID_FIELD_NUMBER: _builtins.int
+    SESSION_KEY_FIELD_NUMBER: _builtins.int
+    API_KEY_ID_FIELD_NUMBER: _builtins.int
     tool: _builtins.str
     arguments_json: _builtins.str
     """A JSON object."""
@@ -134,6 +138,12 @@ class CallRequest(_message.Message):
     """The person who alone wrote all messages of the run, for tools that act on the memories of this person. Empty if
     there are several people or another agent asked.
     """
+    hold_id: _builtins.str
+    """The hold that the usage record of the call closes. Empty: none."""
+    channel_id: _builtins.str
+    """The use counts for the budgets of these. Empty: unknown."""
+    session_key: _builtins.str
+    api_key_id: _builtins.str
     def __init__(
         self,
         *,
@@ -143,10 +153,14 @@ class CallRequest(_message.Message):
         agent_id: _builtins.str = ...,
         subject_id: _builtins.str = ...,
         speaker_id: _builtins.str = ...,
+        hold_id: _builtins.str = ...,
+        channel_id: _builtins.str = ...,
+        session_key: _builtins.str = ...,
+        api_key_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "arguments_json", b"arguments_json", "idempotency_key", b"idempotency_key", "speaker_id", b"speaker_id", "subject_id", b"subject_id", "tool", b"tool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "api_key_id", b"api_key_id", "arguments_json", b"arguments_json", "channel_id", b"channel_id", "hold_id", b"hold_id", "idempotency_key", b"idempotency_key", "session_key", b"session_key", "speaker_id", b"speaker_id", "subject_id", b"subject_id", "tool", b"tool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

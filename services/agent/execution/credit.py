@@ -57,25 +57,11 @@ class RunCredit:
         quantities = {"input_tokens": _input_tokens(prompt), "output_tokens": prompt.max_output_tokens or OUTPUT_TOKENS}
         step = context.last_step + 1
         hold_id = derived_id(context.run_id, "hold", step, *quantities.values())
-        expires = timedelta(seconds=context.limits.seconds) + HOLD_MARGIN
-        request = billing_pb2.ReserveRequest(
-            hold_id=str(hold_id),
-            resource=model,
-            quantities=quantities,
-            expires_in_ms=int(expires / timedelta(milliseconds=1)),
-            agent_id=str(context.agent_id),
-            channel_id=str(context.channel_id or ""),
-            session_key=context.session_key,
-            api_key_id=context.origin.api_key_id,
-        )
+        request = self._request(hold_id, model, quantities)
         if self._seconds_nanos is None:
             request.run_hold_id = str(seconds_hold(context.run_id))
             request.run_seconds = context.limits.seconds
-        reply = await self._billing.Reserve(request, metadata=context.metadata)
-        if not reply.granted:
-            source = f"the budget ({reply.refused_by})" if reply.refused_by else "the tenant's credit"
-            notice = TOO_FAST if reply.retry_later else NO_CREDIT
-            raise Ended("refused", f"{source} does not suffice for a model call", notice)
+        reply = await self._granted(request, "a model call")
         hold = Hold(hold_id, reply.held_nanos)
         if self._seconds_nanos is None:
             self._seconds_nanos = reply.run_held_nanos
@@ -89,6 +75,37 @@ class RunCredit:
             await self.release(hold)
             raise Ended("refused", f"the agent's budget of this {self._budget.period} is used up", NO_CREDIT)
         return hold
+
+    async def reserve_tool(self, step: int, tool: str) -> None:
+        """Holds the price of a tool's call, the same hold however often. Its usage record, of plugin, closes the hold.
+
+        Raises Ended if the credit does not suffice.
+        """
+        hold_id = tool_hold(self._context.run_id, step)
+        await self._granted(self._request(hold_id, f"tool/{tool}", {"calls": 1}), f"the tool {tool}")
+
+    def _request(self, hold_id: UUID, resource: str, quantities: dict[str, int]) -> billing_pb2.ReserveRequest:
+        context = self._context
+        expires = timedelta(seconds=context.limits.seconds) + HOLD_MARGIN
+        return billing_pb2.ReserveRequest(
+            hold_id=str(hold_id),
+            resource=resource,
+            quantities=quantities,
+            expires_in_ms=int(expires / timedelta(milliseconds=1)),
+            agent_id=str(context.agent_id),
+            channel_id=str(context.channel_id or ""),
+            session_key=context.session_key,
+            api_key_id=context.origin.api_key_id,
+        )
+
+    async def _granted(self, request: billing_pb2.ReserveRequest, use: str) -> billing_pb2.ReserveReply:
+        """Raises Ended if billing refuses."""
+        reply = await self._billing.Reserve(request, metadata=self._context.metadata)
+        if not reply.granted:
+            source = f"the budget ({reply.refused_by})" if reply.refused_by else "the tenant's credit"
+            notice = TOO_FAST if reply.retry_later else NO_CREDIT
+            raise Ended("refused", f"{source} does not suffice for {use}", notice)
+        return reply
 
     async def spent(self) -> int:
         """The cost of the run and its children in nano-units.
@@ -119,6 +136,10 @@ class RunCredit:
         with suppress(Transient):
             request = billing_pb2.ReleaseRequest(hold_id=str(hold_id))
             await self._billing.Release(request, metadata=self._context.metadata)
+
+
+def tool_hold(run_id: UUID, step: int) -> UUID:
+    return derived_id(run_id, "tool", step)
 
 
 def _input_tokens(prompt: Prompt) -> int:

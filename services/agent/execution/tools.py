@@ -16,7 +16,7 @@ from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
 from services.agent.definitions.models import Colleague, NewAgent
 from services.agent.execution.children import MAX_DEPTH, QUESTION, Question
 from services.agent.execution.context import RunContext
-from services.agent.execution.credit import RunCredit
+from services.agent.execution.credit import RunCredit, tool_hold
 from services.agent.execution.files import RunFiles
 from services.agent.execution.outcome import ChildRun, Ended, Suspended
 from services.agent.execution.steps import StepFailed, Steps, StepSpec, digest
@@ -58,7 +58,8 @@ class Tools:
     async def call_all(self, calls: Sequence[ToolCall]) -> list[ToolTurn]:
         """Makes the calls at the same time and returns their results in order.
 
-        Raises Suspended before the first call if a person has to approve one of them.
+        Raises before the first call: Suspended if a person has to approve one of them, Ended if the credit does not
+        suffice for all of them.
         """
         denied = set()
         for n, call in enumerate(calls, 1):
@@ -69,6 +70,13 @@ class Tools:
                     raise self.steps.ask_for_approval(n, call.name, call.arguments, of_asker=ASKER in approvers)
                 if decision == "deny":
                     denied.add(n)
+        await asyncio.gather(
+            *(
+                self.credit.reserve_tool(self.context.last_step + n, call.name)
+                for n, call in enumerate(calls, 1)
+                if n not in denied and call.name in self._names() and not self.steps.next_has_begun(n)
+            )
+        )
         agent_calls = sum(self._agent_named(call.name) is not None for call in calls)
         # Each coroutine takes its step number at its first turn, so the order of this list is the order of the steps.
         made = [self._deny(call) if n in denied else self._call(call, agent_calls) for n, call in enumerate(calls, 1)]
@@ -116,6 +124,10 @@ class Tools:
                 agent_id=str(self.context.agent_id),
                 subject_id=self.context.subject_id,
                 speaker_id=await self.context.speaker() if call.name in OF_MEMORIES else "",
+                hold_id=str(tool_hold(self.context.run_id, n)),
+                channel_id=str(self.context.channel_id or ""),
+                session_key=self.context.session_key,
+                api_key_id=self.context.origin.api_key_id,
             )
             reply = await self.plugin.Call(request, metadata=self.context.metadata, timeout=TIMEOUT_SECONDS)
             return await self._with_files(n, _result(reply), reply.files), None

@@ -138,6 +138,33 @@ async def test_without_credit_the_person_gets_a_clear_refusal_and_no_model_is_as
     assert [message["content"] for message in world.models.requests[-1].body["messages"][1:]] == ["Hi", "Again"]
 
 
+async def test_without_credit_for_all_tools_that_the_model_calls_none_is_called(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(tools=[WEATHER, CALCULATOR])
+    calls = dict(world.peers.plugin.calls)
+    world.peers.billing.dear.add(f"tool/{CALCULATOR}")
+    world.models.script(MODEL, Says(calls=((WEATHER, '{"city":"Bern"}'), (CALCULATOR, '{"expression":"1+1"}'))))
+    run = await tenant.over(await tenant.say(agent, "Weather?"))
+    world.peers.billing.dear.clear()
+    assert (run["status"], run["error"]) == (
+        "refused",
+        f"the tenant's credit does not suffice for the tool {CALCULATOR}",
+    )
+    assert world.peers.plugin.calls == calls
+
+
+async def test_the_hold_of_a_tool_is_closed_by_the_record_of_its_call(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(tools=[WEATHER])
+    world.models.script(MODEL, Says(calls=((WEATHER, '{"city":"Bern"}'),)), Says("Wet."))
+    await tenant.over(await tenant.say(agent, "Weather?"))
+    asked = world.peers.plugin.requests[-1]
+    hold = world.peers.billing.holds[asked.hold_id]
+    assert (hold.resource, dict(hold.quantities)) == (f"tool/{WEATHER}", {"calls": 1})
+    for name in ("agent_id", "channel_id", "session_key", "api_key_id"):
+        assert getattr(hold, name) == getattr(asked, name)
+    assert hold.session_key
+    assert hold.agent_id == agent
+
+
 async def test_while_billing_does_not_answer_no_model_is_asked_and_the_message_waits(
     world: World, tenant: Tenant
 ) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator
 from time import sleep
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -14,7 +14,12 @@ from pymilvus import MilvusClient
 
 from infra.web import rpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
+from services.memory.credit import Credit
 from tooling.testing.platform import Platform
+from tooling.testing.service_fakes import FakeBilling, HasCredit, running_service_fakes
+
+CREDIT = Credit(cast(Any, HasCredit()))
+"""Of a part of memory in the test's own process."""
 
 
 class Client:
@@ -102,6 +107,13 @@ class Vectors:
 
 
 @pytest.fixture(scope="module")
+async def billing(platform: Platform) -> AsyncIterator[FakeBilling]:
+    """All tenants have credit."""
+    async with running_service_fakes(platform, ["billing"]) as fakes:
+        yield fakes.billing
+
+
+@pytest.fixture(scope="module")
 async def vectors(platform: Platform) -> AsyncIterator[Vectors]:
     platform.stack.need("milvus", "s3")
     milvus = Vectors(platform.stack.engines["milvus"]["url"], platform.prefix)
@@ -110,7 +122,7 @@ async def vectors(platform: Platform) -> AsyncIterator[Vectors]:
 
 
 @pytest.fixture(scope="module")
-async def memory(platform: Platform, vectors: Vectors) -> Platform:
+async def memory(platform: Platform, vectors: Vectors, billing: FakeBilling) -> Platform:
     await platform.prepare("memory")
     await platform.start("memory")
     return platform

@@ -31,6 +31,7 @@ from services.memory.index import Hit
 from services.memory.memories import Memories
 from services.memory.retrieval import MODES, Query, Retrieval
 from services.memory.rights import EVERY, Owners, ReaderNames
+from tests.services.memory.conftest import CREDIT
 from tooling.testing.platform import PASSWORDS, Platform
 from tooling.testing.progress import Progress
 
@@ -69,10 +70,10 @@ async def aviary(platform: Platform) -> AsyncIterator[Aviary]:
         await add(platform.database("memory"), embedder, index, tenant, ["all"])
         await add(platform.database("memory"), embedder, index, tenant, ["member:owner"])
     database = Database(engine, "memory", tenanted=True)
-    conversations = Conversations(cipher, embedder, Engines(database, {}))
+    conversations = Conversations(cipher, embedder, Engines(database, {}), CREDIT)
     memories = Memories(SubjectKeys(cipher))
     worker = platform.database("memory")
-    yield Aviary(Retrieval(database, worker, embedder, index, conversations, memories), tenants)
+    yield Aviary(Retrieval(database, worker, embedder, index, conversations, memories, CREDIT), tenants)
     await engine.dispose()
 
 

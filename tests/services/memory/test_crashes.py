@@ -12,6 +12,8 @@ from tests.services.memory import files
 from tests.services.memory.conftest import Client, Vectors
 from tooling.testing.platform import Platform
 
+pytestmark = pytest.mark.usefixtures("billing")
+
 # A text with more passages than one embedding batch.
 TEXT = files.handbook("en")[:5000]
 

@@ -26,6 +26,7 @@ from services.memory.embeddings import LocalEmbedder, RemoteEmbedder
 from services.memory.reranking import Reranker
 from tests.services.memory.conftest import Client, Vectors
 from tooling.testing.platform import Platform
+from tooling.testing.service_fakes import FakeBilling
 
 DIMENSION = 8
 
@@ -208,7 +209,7 @@ async def test_a_reranking_endpoint_is_believed_only_if_its_answer_fits(endpoint
 
 
 async def test_another_model_takes_over_what_was_embedded_before(
-    platform: Platform, vectors: Vectors, endpoint: Endpoint
+    platform: Platform, vectors: Vectors, endpoint: Endpoint, billing: FakeBilling
 ) -> None:
     await platform.prepare("memory")
     await platform.start("memory")
@@ -258,5 +259,22 @@ async def test_another_model_takes_over_what_was_embedded_before(
         return {f"{later}/0/2", f"conversation/{said.run_id}/1"} <= ids
 
     await platform.until(reported)
+
+    # Without credit, a reply and a memory are kept and not embedded.
+    billing.dear.add("embedding/words-8")
+    unpaid = RunCompleted(run_id=uuid7(), session_key="s", reply="The unpaid reply.")
+    await platform.produce(AGENT_EVENTS, unpaid, key="s", tenant_id=client.tenant_id)
+    noted = {"text": "The unpaid memory.", "scope": "tenant"}
+    assert (await client.http.post("/api/v1/memories", json=noted)).status_code == 201
+
+    async def refused_both() -> bool:
+        async with platform.database("memory").begin() as tx:
+            [(failed,)] = await tx.sql(
+                "SELECT count(*) FROM lane_effect WHERE state = 'failed' AND error LIKE '%credit does not suffice%'"
+            )
+        return bool(failed == 2)
+
+    await platform.until(refused_both)
+    assert not any("unpaid" in text for text in endpoint.texts)
     await client.http.aclose()
     assert platform.stop("memory") == 0

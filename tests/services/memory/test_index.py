@@ -29,9 +29,11 @@ from services.memory.pgvector import PgvectorIndex
 from services.memory.reranking import Ordered, Reranker
 from services.memory.retrieval import Query, Retrieval
 from services.memory.rights import EVERY, Owners, ReaderNames, of_agent
-from tests.services.memory.conftest import Client, Vectors
+from tests.services.memory.conftest import CREDIT, Client, Vectors
 from tooling.testing.platform import Platform
 from tooling.testing.proxy import FaultProxy
+
+pytestmark = pytest.mark.usefixtures("billing")
 
 TEXT = b"The ferry to the island of Hven leaves at twenty past nine."
 QUESTION = "When does the ferry leave?"
@@ -102,8 +104,8 @@ async def test_with_a_slow_index_words_answer_within_the_time_of_the_caller(plat
         await passages.add(tx, id_, 0, list(chunk([Block(TEXT.decode())])))
         await documents.advance(tx, id_, "indexed", 1.0)
     embedder, memories = LocalEmbedder(), Memories(SubjectKeys(cipher))
-    conversations = Conversations(cipher, embedder, Engines(database, {}))
-    retrieval = Retrieval(database, database, embedder, Silent(), conversations, memories)
+    conversations = Conversations(cipher, embedder, Engines(database, {}), CREDIT)
+    retrieval = Retrieval(database, database, embedder, Silent(), conversations, memories, CREDIT)
     caller = of_agent("tenant-slow", "")
     answer = await retrieval.search(caller, Query(QUESTION), seconds=2)
     assert answer.degraded
@@ -163,9 +165,9 @@ async def test_a_search_in_which_a_document_is_replaced_reranks_and_counts_memor
         new = New(id=uuid7(), scope="tenant", scope_id="", subject_id="", text="The ferry is red.", **note)
         await Keeping(SubjectKeys(cipher)).learn(tx, new)
     embedder, memories, reranker = LocalEmbedder(), Memories(SubjectKeys(cipher)), Counting()
-    conversations = Conversations(cipher, embedder, Engines(database, {}))
+    conversations = Conversations(cipher, embedder, Engines(database, {}), CREDIT)
     index = PgvectorIndex(database, embedder.model)
-    retrieval = Vanishing(database, database, embedder, index, conversations, memories, reranker)
+    retrieval = Vanishing(database, database, embedder, index, conversations, memories, CREDIT, reranker)
     retrieval.vanishes = ids[0]
     answer = await retrieval.search(of_agent(tenant, ""), Query(QUESTION, types=("document", "memory")))
     assert (answer.reranked, reranker.asked) == (True, [3])

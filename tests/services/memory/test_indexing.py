@@ -13,6 +13,7 @@ from infra.errors import NotYet
 from services.memory import indexing, passages
 from services.memory.embeddings import LocalEmbedder
 from services.memory.passages import StoredPassage
+from tests.services.memory.conftest import CREDIT
 
 
 async def test_a_large_document_gives_its_place_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +37,7 @@ async def test_a_large_document_gives_its_place_to_others(monkeypatch: pytest.Mo
     monkeypatch.setattr(indexing, "TURN_SECONDS", -1.0)
     monkeypatch.setattr(passages, "count", count)
     monkeypatch.setattr(passages, "without_vector", next_passages)
-    large = indexing.Indexing(cast(Any, None), LocalEmbedder(), cast(Any, None))
+    large = indexing.Indexing(cast(Any, None), LocalEmbedder(), cast(Any, None), CREDIT)
     monkeypatch.setattr(large, "_embed_batch", embed)
     with pytest.raises(NotYet):
         await large._embed(uuid7(), cast(Any, NoTransaction()))

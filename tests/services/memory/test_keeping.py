@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
@@ -21,6 +21,7 @@ from services.memory.keeping import Keeping, New
 from services.memory.learning import FinishedRun, FoundFact, Learning
 from services.memory.memories import Memories, Memory
 from services.memory.read_models import READ_MODELS
+from tests.services.memory.conftest import CREDIT
 from tooling.testing.platform import Platform
 
 TENANT = "tenant-of-keeping"
@@ -130,7 +131,7 @@ async def test_what_was_learned_from_a_deleted_message_is_forgotten(database: Da
     assert learned == ""
     assert (await verified(database)).differences == []
     # Nothing more is learned from this run, except for the words that are left of it.
-    learning = Learning(Keeping(SUBJECTS), Memories(SUBJECTS), None)  # type: ignore[arg-type]
+    learning = Learning(Keeping(SUBJECTS), Memories(SUBJECTS), cast(Any, None), CREDIT)
     about = FinishedRun(run, person.id, None, None, BEGAN)
     found = FoundFact("Is on leave.", "fact", None, 5, 0.8, None, None, None)
     async with database.begin(tenant_id=TENANT) as tx:

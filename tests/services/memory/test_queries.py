@@ -11,6 +11,7 @@ import pytest
 from infra.errors import EffectFailed, InvalidMessage, Transient
 from services.memory.embeddings import BATCH, Embedded
 from services.memory.queries import QueryVectors
+from tests.services.memory.conftest import CREDIT
 from tooling.testing.platform import Platform
 
 
@@ -47,7 +48,7 @@ async def slow(platform: Platform) -> Slow:
 
 @pytest.fixture
 def vectors(platform: Platform, slow: Slow) -> QueryVectors:
-    return QueryVectors(platform.database("memory"), slow)
+    return QueryVectors(platform.database("memory"), slow, CREDIT)
 
 
 async def begun(slow: Slow, vectors: QueryVectors, texts: Sequence[str]) -> list[asyncio.Task[object]]:

@@ -23,7 +23,7 @@ from services.memory.memories import Memories
 from services.memory.milvus import MilvusIndex
 from services.memory.retrieval import Query, Retrieval
 from services.memory.rights import EVERY, Filters, Owners, ReaderNames, of_agent
-from tests.services.memory.conftest import Client, Vectors
+from tests.services.memory.conftest import CREDIT, Client, Vectors
 from tooling.testing.platform import PASSWORDS, Platform
 
 TENANT = "tenant-of-rights"
@@ -135,10 +135,10 @@ async def retrievals(memory: Platform, vectors: Vectors) -> AsyncIterator[dict[s
     for kind in (MilvusIndex, Unfiltered):
         index = kind(milvus, memory.prefix, embedder.model, refill)
         cipher = Cipher("m" * 43 + "=")
-        conversations = Conversations(cipher, embedder, Engines(database, {"milvus": index}))
+        conversations = Conversations(cipher, embedder, Engines(database, {"milvus": index}), CREDIT)
         worker = memory.database("memory")
         memories = Memories(SubjectKeys(cipher))
-        made[kind.__name__] = Retrieval(database, worker, embedder, index, conversations, memories)
+        made[kind.__name__] = Retrieval(database, worker, embedder, index, conversations, memories, CREDIT)
     yield made
     await engine.dispose()
 

@@ -43,9 +43,9 @@ async def register(platform: Platform, tenant: str, server: ToolServer, *tools: 
 
 
 async def call(
-    platform: Platform, tenant: str, tool: str, arguments: str = "{}", *, key: str, timeout: float = 20
+    platform: Platform, tenant: str, tool: str, arguments: str = "{}", *, key: str, timeout: float = 20, **more: str
 ) -> plugin_pb2.CallReply:
     stub = plugin_pb2_grpc.PluginStub(platform.channels("agent").to(platform.grpc("plugin"), "plugin"))
-    request = plugin_pb2.CallRequest(tool=tool, arguments_json=arguments, idempotency_key=key)
+    request = plugin_pb2.CallRequest(tool=tool, arguments_json=arguments, idempotency_key=key, **more)
     reply: plugin_pb2.CallReply = await stub.Call(request, timeout=timeout, metadata=rpc.tenant_metadata(tenant))
     return reply

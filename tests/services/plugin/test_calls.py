@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from typing import Any
 
 import pytest
 
+from infra.clock import uuid7
 from infra.errors import InvalidMessage, NotFound, Transient
 from tests.services.plugin.conftest import CallReply, call, register, tool
 from tests.services.plugin.toolserver import ToolServer
@@ -54,6 +56,16 @@ async def test_a_call_is_signed_run_once_and_billed_once(shop: Platform, server:
     async with shop.database("plugin").begin() as tx:
         [(stored,)] = await tx.sql("SELECT outcome FROM tool_call WHERE key = 'run-1/3'")
     assert b"lamp" not in stored
+
+
+async def test_the_usage_record_names_the_hold_and_the_scopes_of_budgets(shop: Platform) -> None:
+    ids = {name: str(uuid7()) for name in ("hold_id", "agent_id", "channel_id", "api_key_id")}
+    given: dict[str, Any] = ids | {"session_key": "the session"}
+    await call(shop, "acme", "order", '{"item": "lamp"}', key="held", **given)
+    [record] = [body for _, body in await shop.outbox("plugin", "usage.records") if body["usage_id"] == "held/tool/1"]
+    assert {name: record[name] for name in given} == given
+    with pytest.raises(InvalidMessage, match="hold_id: must be a UUID"):
+        await call(shop, "acme", "order", key="odd", hold_id="x")
 
 
 async def test_the_key_of_another_call_is_refused(shop: Platform) -> None:

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 from infra.service.service import Runtime
 from infra.stores.cache import Cache
-from protos.billing.v1 import billing_pb2
 from protos.plugin.v1 import plugin_pb2
 from services.agent import adapters
 from services.agent.__main__ import service
@@ -20,6 +19,7 @@ from services.agent.execution.executor import Executor
 from services.agent.models.contract import ModelAnswer, ModelEndpoint, OnText, Prompt, ToolCall, ToolTurn, Usage
 from services.agent.models.library import Models
 from tooling.bench.runs_agent import TOOL
+from tooling.testing.service_fakes import HasCredit
 
 TOOL_CALLS = 2
 REPLY = "The bench's own answer: no model was asked."
@@ -45,13 +45,6 @@ class AtOnce(Models):
         return ModelAnswer(REPLY, (), _USAGE, "at-once", "stop")
 
 
-class Credit:
-    """Stands in for billing's stub."""
-
-    async def Reserve(self, request: billing_pb2.ReserveRequest, **_: Any) -> billing_pb2.ReserveReply:
-        return billing_pb2.ReserveReply(granted=True, held_nanos=1, currency="USD")
-
-
 class Tools:
     """Stands in for the plugin service's stub."""
 
@@ -64,7 +57,7 @@ class Tools:
 
 def executor(runtime: Runtime) -> Executor:
     """The service's own executor with models and services that answer at once."""
-    services = Services(adapters.memory(runtime), cast(Any, Credit()), cast(Any, Tools()), Cache(runtime.cache))
+    services = Services(adapters.memory(runtime), cast(Any, HasCredit()), cast(Any, Tools()), Cache(runtime.cache))
     return wiring.executor_with(runtime, AtOnce(), services)
 
 

@@ -31,7 +31,6 @@ from infra.postgres.schema import migrate, prepare_database, role_url
 from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
-from protos.billing.v1 import billing_pb2
 from protos.envelope import Envelope
 from protos.plugin.v1 import plugin_pb2
 from services.agent.definitions import store
@@ -57,6 +56,7 @@ from services.agent.sessions.arrivals import Arrival, Origin
 from services.agent.sessions.intake import take_in
 from tests.conftest import execute
 from tests.infra.conftest import PASSWORDS
+from tooling.testing.service_fakes import HasCredit
 
 T = TypeVar("T")
 _PROCESSES = count(1)
@@ -161,16 +161,6 @@ class GatedWriter(GroupWriter):
         return await super()._call(group, repeated=repeated)
 
 
-class Billing:
-    """Has credit."""
-
-    async def Reserve(self, request: billing_pb2.ReserveRequest, **_: Any) -> billing_pb2.ReserveReply:
-        return billing_pb2.ReserveReply(granted=True, held_nanos=1, currency="USD")
-
-    async def Release(self, request: billing_pb2.ReleaseRequest, **_: Any) -> billing_pb2.ReleaseReply:
-        return billing_pb2.ReleaseReply()
-
-
 class Cache:
     """A cache without listeners."""
 
@@ -260,7 +250,7 @@ class Worker:
         self._writer = GatedWriter(self._database)
         self._writer.gate = self.gate
         self._watch = Watch(self._watching)
-        services = Services(*(cast(Any, service) for service in (None, Billing(), self, Cache())))
+        services = Services(*(cast(Any, service) for service in (None, HasCredit(), self, Cache())))
         self._executor = Executor(
             self._database, cast(Any, self), services, self._writer, self._watch, self._world.cipher
         )
