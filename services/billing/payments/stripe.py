@@ -189,7 +189,7 @@ def _read(id_: str, type_: str, thing: dict[str, Any]) -> ProviderEvent:
             detail = str((thing.get("last_payment_error") or {}).get("message") or "the payment failed")
         case "charge.refunded":
             kind, minor = "refunded", int(thing["amount_refunded"])
-        case "refund.created" | "refund.updated" | "refund.failed":
+        case "refund.created" | "refund.updated" | "refund.failed" | "charge.refund.updated":
             kind = "refund_failed" if thing["status"] in ("failed", "canceled") else "refund"
             minor, detail = int(thing["amount"]), str(thing["id"])
         case "charge.dispute.created" | "charge.dispute.updated" | "charge.dispute.closed":
