@@ -116,7 +116,7 @@ async def test_a_search_that_cannot_be_paid_is_by_words(norrland: Client, billin
 
 
 class Billing:
-    """Answers what it is told."""
+    """Gives the same answer to each request."""
 
     def __init__(self) -> None:
         self.answer: billing_pb2.ReserveReply | None = billing_pb2.ReserveReply(granted=True)
