@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from functools import cache
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 
 from infra.errors import EffectFailed, RetryLater, Transient
 from infra.outgoing.client import Answer, Outgoing
+from infra.outgoing.retry_after import retry_after
 from services.memory.domain import count_tokens, ends
 
 if TYPE_CHECKING:
@@ -163,6 +162,6 @@ def _refusal(answer: Answer) -> Exception:
     reason = f"embedding endpoint: HTTP {answer.status}"
     if answer.status in (400, 413, 422):
         return EffectFailed(reason)
-    after = answer.headers.get("retry-after", "")
+    after = retry_after(answer.headers)
     # Also for a refused key and an unknown model: documents wait until an operator corrects the settings.
-    return RetryLater(timedelta(seconds=int(after)), reason) if re.fullmatch("[0-9]{1,5}", after) else Transient(reason)
+    return Transient(reason) if after is None else RetryLater(after, reason)

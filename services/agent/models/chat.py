@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2
@@ -19,6 +17,7 @@ import msgspec
 from infra import VERSION
 from infra.errors import InvalidMessage, TooLarge
 from infra.observe.redaction import redacted
+from infra.outgoing.retry_after import retry_after
 from services.agent.models.contract import (
     AssistantTurn,
     ModelAnswer,
@@ -46,7 +45,6 @@ GOOGLE = "https://generativelanguage.googleapis.com/v1beta/openai"
 TIMEOUT = httpx2.Timeout(60.0, connect=10.0)
 # The limit for the first token: some servers send comments while they produce nothing.
 FIRST_TOKEN_SECONDS = 120.0
-MAX_RETRY_SECONDS = 86_400.0
 TRANSIENT_STATUS = (408, 409, 425, 429)
 _FINISH = {
     "stop": "stop",
@@ -153,7 +151,7 @@ class ChatModel:
         if status == 429 and (b"insufficient_quota" in body or b"PerDay" in body):
             transient = False  # it does not pass by itself in the time of a run
         reason = f"{self._name}: HTTP {status}{_detail(status, body)}"
-        return ModelFailed(reason, transient=transient, after=_retry_after(response.headers.get("retry-after")))
+        return ModelFailed(reason, transient=transient, after=retry_after(response.headers))
 
     def _answer(self, received: _Received, names: Mapping[str, str]) -> ModelAnswer:
         text, calls = "".join(received.text), tuple(received.calls.values())
@@ -341,22 +339,3 @@ def _detail(status: int, body: bytes) -> str:
     inner = found.get("error", found) if isinstance(found, dict) else None
     message = inner.get("message") if isinstance(inner, dict) else None
     return f": {redacted(message)[:300]}" if isinstance(message, str) else ""
-
-
-def retry_after(seconds: float) -> timedelta:
-    """The delay that a server asks for, from none to a day. NaN is none."""
-    return timedelta(seconds=min(max(0.0, seconds), MAX_RETRY_SECONDS))
-
-
-def _retry_after(header: str | None) -> timedelta | None:
-    """The delay of a header ``Retry-After``, in seconds or as a date."""
-    if header is None:
-        return None
-    try:
-        return retry_after(float(header))
-    except ValueError:
-        pass
-    try:
-        return retry_after((parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
-        return None

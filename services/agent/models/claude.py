@@ -30,6 +30,7 @@ from pydantic_ai.usage import RequestUsage
 
 from infra.errors import InvalidMessage, TooLarge
 from infra.observe.redaction import redacted
+from infra.outgoing.retry_after import retry_after
 from services.agent.models import chat
 from services.agent.models.contract import (
     AssistantTurn,
@@ -236,9 +237,8 @@ def _failure(name: str, error: Exception) -> ModelFailed:
     if isinstance(error, ModelHTTPError):
         transient = error.status_code >= 500 or error.status_code in chat.TRANSIENT_STATUS
         transient = transient and not isinstance(error, ModelQuotaExceededError)
-        after = chat.retry_after(error.retry_after) if error.retry_after is not None else None
         reason = f"{name}: HTTP {error.status_code}{_detail(error)}"
-        return ModelFailed(reason, transient=transient, after=after)
+        return ModelFailed(reason, transient=transient, after=retry_after(error.headers or {}))
     if isinstance(error, ModelAPIError):
         if "without a `finish_reason`" in error.message:
             return ModelFailed(f"{name}: the answer was cut off", transient=True)

@@ -21,6 +21,7 @@ import msgspec
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
+from infra.outgoing.retry_after import delay, retry_after
 from infra.web.http import MAX_BODY_BYTES
 from services.channel.vendors.items import Received
 
@@ -36,8 +37,6 @@ PLACEHOLDER = "…"
 """In place of an answer that follows. A process that dies before it knows the message's id leaves this behind."""
 # The delay if a vendor asks us to retry later but names no delay.
 DEFAULT_RETRY = timedelta(seconds=5)
-# A longer one cannot be meant.
-MAX_RETRY_SECONDS = 86_400
 MAX_FILE = 8 * 1024 * 1024
 """Bytes of a file to send. Each vendor that takes files of all types takes at least this."""
 
@@ -356,13 +355,8 @@ def raise_for_transient(answer: Answer, asked_seconds: float | None = None) -> N
         # A gateway timed out. The server behind it may have accepted the message.
         raise Unanswered("HTTP 504")
     if answer.status == 429 or answer.status == 503:
-        asked = asked_seconds if asked_seconds is not None else _seconds(answer.headers.get("retry-after", ""))
+        asked = retry_after(answer.headers) if asked_seconds is None else delay(asked_seconds)
         if asked is not None or answer.status == 429:
-            delay = DEFAULT_RETRY if asked is None else timedelta(seconds=min(max(asked, 0), MAX_RETRY_SECONDS))
-            raise RetryLater(delay, f"HTTP {answer.status}")
+            raise RetryLater(asked or DEFAULT_RETRY, f"HTTP {answer.status}")
     if answer.status >= 500:
         raise Transient(f"HTTP {answer.status}")
-
-
-def _seconds(text: str) -> float | None:
-    return float(text) if text.isascii() and text.isdecimal() and len(text) <= 6 else None

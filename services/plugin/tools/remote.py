@@ -14,12 +14,14 @@ import msgspec
 
 from infra.clock import utcnow
 from infra.errors import EffectFailed, RetryLater, Unanswered
-from infra.outgoing.client import Answer, Outgoing
+from infra.outgoing.client import Outgoing
+from infra.outgoing.retry_after import retry_after
 from infra.outgoing.webhooks import sign
 from services.plugin.domain import ToolRequest
 
 # With files, which are taken out of the result.
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
+DEFAULT_RETRY = timedelta(seconds=1)
 
 
 async def call(
@@ -40,7 +42,7 @@ async def call(
         max_bytes=MAX_ANSWER_BYTES,
     )
     if answer.status in (429, 503):
-        raise RetryLater(_retry_after(answer), f"HTTP {answer.status}")
+        raise RetryLater(retry_after(answer.headers) or DEFAULT_RETRY, f"HTTP {answer.status}")
     if answer.status in (502, 504):
         # These statuses come from a gateway. The tool behind it may have done its work.
         raise Unanswered(f"HTTP {answer.status}")
@@ -53,8 +55,3 @@ async def call(
         return msgspec.json.decode(answer.body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise EffectFailed("the answer is not JSON") from None
-
-
-def _retry_after(answer: Answer) -> timedelta:
-    seconds = answer.headers.get("retry-after", "")
-    return timedelta(seconds=int(seconds) if seconds.isdecimal() and len(seconds) < 6 else 1)
