@@ -22,6 +22,7 @@ from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.observe.redaction import redacted
+from infra.outgoing import shares
 from infra.postgres.database import Database
 from infra.postgres.db import is_transient, storable
 from infra.postgres.dead_letters import DeadLetter, store_dead_letters
@@ -80,6 +81,7 @@ class LaneProcessor:
     async def _step(self, work: Work, lease: Lease, head: LaneHead, may_go_on: bool) -> LaneHead | None:
         """Handles the head. Returns the next one, or None if the lane was given back."""
         carrier = msgspec.json.decode(head.headers, type=dict[str, str])
+        shares.tenant.set(lease.tenant_id)
         started = time.perf_counter()
         try:
             with telemetry.process(

@@ -4,6 +4,9 @@ Every connection passes the guard against requests into the inner network (SSRF)
 addresses are checked, and the connection goes to one of these. So a name cannot change its address after the check.
 Redirects are not followed, the environment's proxies are not used, and our trace context is not sent to strangers.
 Headers, bodies and URLs are never logged, and a span shows only the origin of a URL: paths and queries hold secrets.
+
+The other side may be a tenant's server that wants to harm. What it sends is bounded in bytes and in pieces, whether or
+not it becomes a body, and tenants share connections and look-ups of names (`infra.outgoing.shares`).
 """
 
 from __future__ import annotations
@@ -11,8 +14,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -26,14 +33,27 @@ from infra import VERSION
 from infra.errors import InvalidMessage, TooLarge, Transient, Unanswered
 from infra.observe import telemetry
 from infra.outgoing.addresses import is_private, is_public
+from infra.outgoing.shares import Shares, tenant
 
 DEFAULT_TIMEOUT = 30.0
 CONNECT_TIMEOUT = 10.0
 DEFAULT_MAX_BYTES = 4 * 1024 * 1024
 MAX_CLIENT_BYTES = 64 * 1024 * 1024
 """Of one answer to a provider's library, streams included."""
+MAX_HEAD_BYTES = 64 * 1024
+"""Of all that comes before an answer's body, interim answers (1xx) included."""
+MIN_PIECE_BYTES = 256
+"""A piece of a body costs as much as this many bytes, however small it is."""
+# What one turn of the event loop parses.
+_READ_BYTES = 16 * 1024
+CONNECTIONS = 1000
+# Threads that wait for the name servers of tenants. A name server that says nothing holds one for half a minute.
+LOOKUPS = 64
 # Charsets of host names that Python decodes in quadratic time: a few hundred kilobytes would take minutes.
 _QUADRATIC_CODECS = ("punycode", "idna")
+# At a time.
+_INFLATED_BYTES = 256 * 1024
+_OF_THE_CODED_BODY = (b"content-encoding", b"content-length")
 KEEPALIVE_SECONDS = 3.0
 """Servers close an idle connection after five seconds or more. A request on a connection that the server is closing may
 or may not be handled, so this side closes idle connections first."""
@@ -58,6 +78,7 @@ class Outgoing:
         logging.getLogger("httpx2").setLevel(logging.WARNING)
         self._guard = _Guard(allow_private)
         self._connections = _Connections(self._guard)
+        self._places = Shares(CONNECTIONS)
 
     async def request(
         self,
@@ -123,7 +144,7 @@ class Outgoing:
 
         It raises httpx2's errors, and InvalidMessage and TooLarge as `request` does; a library may wrap them.
         """
-        return _Transport(self._connections)
+        return _Transport(self._connections, self._places)
 
     def client(self, timeout: float = DEFAULT_TIMEOUT) -> httpx2.AsyncClient:
         """A client for a provider's library, which may close it. `timeout`: seconds between two received parts."""
@@ -168,6 +189,9 @@ class _Guard(httpcore2.AsyncNetworkBackend):
     def __init__(self, allow_private: bool) -> None:
         self._allow_private = allow_private
         self._backend = httpcore2.AnyIOBackend()
+        self._lookups = Shares(LOOKUPS)
+        # Of its own: in the event loop's few threads, slow name servers would stop all other work there.
+        self._threads = ThreadPoolExecutor(LOOKUPS, "lookup")
 
     async def connect_tcp(
         self,
@@ -183,7 +207,8 @@ class _Guard(httpcore2.AsyncNetworkBackend):
             # The rest of the time is divided among the remaining addresses.
             share = max(0.0, deadline - time.monotonic()) / (len(addresses) - n)
             try:
-                return await self._backend.connect_tcp(address, port, share, local_address, socket_options)
+                stream = await self._backend.connect_tcp(address, port, share, local_address, socket_options)
+                return _Stream(stream)
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout):
                 if n + 1 == len(addresses):
                     raise
@@ -196,7 +221,8 @@ class _Guard(httpcore2.AsyncNetworkBackend):
         """The addresses of `host`. Raises InvalidMessage if one of them may not be called, ConnectError if the name
         does not resolve."""
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                found = await self._look_up(host, port)
         except (OSError, UnicodeError) as error:
             raise httpcore2.ConnectError(f"the name does not resolve ({error})") from error
         addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
@@ -205,8 +231,52 @@ class _Guard(httpcore2.AsyncNetworkBackend):
             raise InvalidMessage("url", "the host is not on the public internet")
         return addresses
 
+    async def _look_up(self, host: str, port: int) -> list[Any]:
+        whose, loop = tenant.get(), asyncio.get_running_loop()
+        await self._lookups.take(whose)
+        lookup = self._threads.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+
+        def give_back(_: object) -> None:
+            # A thread cannot be cancelled: it holds its place until the resolver gives up.
+            with suppress(RuntimeError):  # the process ends
+                loop.call_soon_threadsafe(self._lookups.give, whose)
+
+        lookup.add_done_callback(give_back)
+        return await asyncio.wrap_future(lookup)
+
     def _allowed(self, address: IPv4Address | IPv6Address) -> bool:
         return is_public(address) or (self._allow_private and is_private(address))
+
+
+class _Stream(httpcore2.AsyncNetworkStream):
+    """A connection on which a server cannot send without end: interim answers, chunk extensions, coded emptiness."""
+
+    def __init__(self, inner: httpcore2.AsyncNetworkStream) -> None:
+        self._inner = inner
+        self.left = MAX_HEAD_BYTES
+        """The bytes that may still come for this request."""
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        data = await self._inner.read(min(max_bytes, _READ_BYTES), timeout)
+        self.left -= len(data)
+        if self.left < 0:
+            raise TooLarge("answer: more bytes than its content can have")
+        return data
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self.left = MAX_HEAD_BYTES
+        await self._inner.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore2.AsyncNetworkStream:
+        return _Stream(await self._inner.start_tls(ssl_context, server_hostname, timeout))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._inner.get_extra_info(info)
 
 
 class _Connections(httpx2.AsyncHTTPTransport):
@@ -218,7 +288,7 @@ class _Connections(httpx2.AsyncHTTPTransport):
         super().__init__(verify=tls)
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=tls,
-            max_connections=1000,
+            max_connections=CONNECTIONS,
             max_keepalive_connections=100,
             keepalive_expiry=KEEPALIVE_SECONDS,
             network_backend=guard,
@@ -226,65 +296,108 @@ class _Connections(httpx2.AsyncHTTPTransport):
 
 
 class _Transport(httpx2.AsyncBaseTransport):
-    """A span and a size limit around each request. Closing it does not close the connections, which are shared."""
+    """A span, limits and the tenant's place around each request. Closing it does not close the shared connections."""
 
-    def __init__(self, connections: _Connections) -> None:
+    def __init__(self, connections: _Connections, places: Shares) -> None:
         self._connections = connections
+        self._places = places
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        span = _span(request)
-        try:
-            response = await self._connections.handle_async_request(request)
-            if len(response.headers.get_list("content-encoding", split_commas=True)) > 1:
-                # Each coding may multiply its input by a thousand, and the last one may have no output: a few kilobytes
-                # would stop the event loop for minutes, and no limit of size or time would end it.
-                await response.aclose()
-                raise httpx2.DecodingError("more than one content coding")
-        except BaseException as error:
-            _fail(span, error)
-            span.end()
-            raise
-        span.set_attribute("http.response.status_code", response.status_code)
-        if response.status_code >= 400:
-            span.set_attribute("error.type", str(response.status_code))
-            span.set_status(StatusCode.ERROR)
-        body = _Body(response, span, request.extensions.get("max_bytes", MAX_CLIENT_BYTES))
-        # The body is passed on decompressed, so these headers no longer describe it.
-        headers = httpx2.Headers(
-            [pair for pair in response.headers.raw if pair[0].lower() not in (b"content-encoding", b"content-length")]
-        )
-        type_ = headers.get("content-type", "")
-        # With the star of RFC 2231 the name may be written in other signs.
-        if "*" in type_ or any(codec in type_.lower() for codec in _QUADRATIC_CODECS):
-            headers["content-type"] = type_.partition(";")[0]
-        return httpx2.Response(response.status_code, headers=headers, stream=body, extensions=response.extensions)
+        whose = tenant.get()
+        async with AsyncExitStack() as opened:
+            try:
+                async with asyncio.timeout(request.extensions.get("timeout", {}).get("pool")):
+                    await self._places.take(whose)
+            except TimeoutError as error:
+                raise httpx2.PoolTimeout("the tenant's other requests have all its connections") from error
+            opened.callback(self._places.give, whose)
+            span = _span(request)
+            opened.callback(span.end)
+            try:
+                response = await self._connections.handle_async_request(request)
+                opened.push_async_callback(response.aclose)
+                codings = response.headers.get_list("content-encoding", split_commas=True)
+                if len(codings) > 1:
+                    # Each coding may multiply its input by a thousand, and the last one may have no output: a few
+                    # kilobytes would stop the event loop for minutes, and no limit of size or time would end it.
+                    raise httpx2.DecodingError("more than one content coding")
+            except BaseException as error:
+                _fail(span, error)
+                raise
+            span.set_attribute("http.response.status_code", response.status_code)
+            if response.status_code >= 400:
+                span.set_attribute("error.type", str(response.status_code))
+                span.set_status(StatusCode.ERROR)
+            max_bytes = request.extensions.get("max_bytes", MAX_CLIENT_BYTES)
+            # Chunks of a few bytes have as many bytes of framing, and a coding may be longer than its content.
+            response.extensions["network_stream"].left = 2 * max_bytes + MAX_HEAD_BYTES
+            # The body is passed on decompressed, so these headers no longer describe it.
+            headers = httpx2.Headers(
+                [(name, value) for name, value in response.headers.raw if name.lower() not in _OF_THE_CODED_BODY]
+            )
+            type_ = headers.get("content-type", "")
+            # With the star of RFC 2231 the name may be written in other signs.
+            if "*" in type_ or any(codec in type_.lower() for codec in _QUADRATIC_CODECS):
+                headers["content-type"] = type_.partition(";")[0]
+            body = _Body(response.stream, span, max_bytes, opened.pop_all(), codings[0].lower() if codings else "")
+            return httpx2.Response(response.status_code, headers=headers, stream=body, extensions=response.extensions)
 
 
 class _Body(httpx2.AsyncByteStream):
-    """The body with its size limit; the span ends when the body is closed."""
+    """The body, decompressed, with its limits. What was `opened` for it is closed with it."""
 
-    def __init__(self, response: httpx2.Response, span: Span, max_bytes: int) -> None:
-        self._response = response
+    def __init__(self, stream: Any, span: Span, max_bytes: int, opened: AsyncExitStack, coding: str) -> None:
+        self._stream = stream
         self._span = span
         self._max_bytes = max_bytes
+        self._opened = opened
+        self._decode: Callable[[bytes], Iterable[bytes]] = (
+            _Inflating(may_be_bare=coding == "deflate")
+            if coding in ("gzip", "x-gzip", "deflate")
+            else lambda piece: (piece,)
+        )
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        size = 0
+        size = pieces = 0
+        most = 1000 + self._max_bytes // MIN_PIECE_BYTES
         try:
-            async for part in self._response.aiter_bytes():
-                size += len(part)
-                if size > self._max_bytes:
-                    raise TooLarge(f"answer: larger than the limit of {self._max_bytes} bytes")
-                yield part
+            async with aclosing(aiter(self._stream)) as sent:
+                async for piece in sent:
+                    pieces += 1
+                    if pieces > most:
+                        raise TooLarge(f"answer: in more than {most} pieces")
+                    for part in self._decode(piece):
+                        size += len(part)
+                        if size > self._max_bytes:
+                            raise TooLarge(f"answer: larger than the limit of {self._max_bytes} bytes")
+                        yield part
         except Exception as error:
             _fail(self._span, error)
             raise
 
     async def aclose(self) -> None:
+        await self._opened.aclose()
+
+
+class _Inflating:
+    """Decodes gzip and deflate in linear time. httpx2's decoder collects what follows the end, in quadratic time."""
+
+    def __init__(self, *, may_be_bare: bool) -> None:
+        """may_be_bare: some servers send deflate without zlib's frame."""
+        self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        self._may_be_bare = may_be_bare
+
+    def __call__(self, piece: bytes) -> Iterator[bytes]:
+        may_be_bare, self._may_be_bare = self._may_be_bare, False
         try:
-            await self._response.aclose()
-        finally:
-            self._span.end()
+            while not self._inflate.eof and (part := self._inflate.decompress(piece, _INFLATED_BYTES)):
+                yield part
+                piece = self._inflate.unconsumed_tail
+        except zlib.error as error:
+            if not may_be_bare:
+                raise httpx2.DecodingError(str(error)) from error
+            self._inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+            yield from self(piece)
 
 
 def _span(request: httpx2.Request) -> Span:

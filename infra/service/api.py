@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, TypeVar
@@ -28,6 +29,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from infra import VERSION
 from infra.errors import Forbidden, InvalidMessage, NotFound, Unauthenticated, WrongType
+from infra.outgoing import shares
 from infra.security.auth import IDENTITY_HEADER, SCOPES, Identities, Identity
 from infra.service.refusals import Refusals
 from infra.service.service import Runtime
@@ -103,6 +105,8 @@ def api(
             send = _relative_redirects(send)
             allow_body(scope, max_body)
             _check_address(scope)
+            with suppress(Unauthenticated):
+                shares.tenant.set(identity(HTTPConnection(scope), runtime.identities).tenant_id)
             if not routes_check_bodies and media_type(Headers(scope=scope)) == JSON:
                 receive = await _checked(scope, receive)
         try:

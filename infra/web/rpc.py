@@ -41,6 +41,7 @@ from infra.errors import (
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
+from infra.outgoing import shares
 from infra.postgres.db import is_transient
 from infra.security.auth import Caller, Callers
 from protos.calls import METHODS, AllowedCallers
@@ -230,6 +231,7 @@ class _Incoming(grpc.aio.ServerInterceptor):
             with telemetry.span(method, SpanKind.SERVER, parent=parent, attributes=span_attributes(method)) as span:
                 try:
                     tokens = deadline.set(self._deadline(context)), _caller.set(self._caller(method, headers, context))
+                    shares.tenant.set(_caller.get().tenant_id)
                     try:
                         yield
                     finally:

@@ -20,6 +20,7 @@ from infra.lanes.lane import Lane, Work
 from infra.lanes.runner import LaneRunner
 from infra.observe import logs
 from infra.observe.metrics import Metrics
+from infra.outgoing import shares
 from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.tx import Tx
@@ -58,7 +59,8 @@ class Notes:
 
     async def hold(self, parcel: Parcel, effects: Effects, tx: Tx) -> None:
         """Notes the parcel and waits until it may go on."""
-        self.got.append((tx.tenant_id or "", parcel.number))
+        # Its outgoing requests are the tenant's.
+        self.got.append((shares.tenant.get(), parcel.number))
         self.begun.set()
         await self.go_on.wait()
 

@@ -6,6 +6,8 @@ import asyncio
 import gzip
 import socket
 import ssl
+import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -27,7 +29,7 @@ from infra.clock import utcnow
 from infra.errors import InvalidMessage, TooLarge, Transient, Unanswered
 from infra.observe import telemetry
 from infra.observe.spans import encode
-from infra.outgoing.client import Outgoing
+from infra.outgoing.client import Outgoing, _Inflating
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
@@ -230,6 +232,77 @@ async def test_an_answer_beyond_the_limit_is_cut_off(kind: str) -> None:
     async with serving(answers[kind]) as server, outgoing() as http:
         with pytest.raises(TooLarge, match="100000"):
             await http.request("GET", server.url, max_bytes=100_000)
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n"
+
+
+def chunk(content: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(content), content)
+
+
+EMPTY_GZIP = zlib.compressobj(wbits=31).flush(zlib.Z_SYNC_FLUSH)
+FLOODS = {
+    "interim answers": (b"", b"HTTP/1.1 103 Early Hints\r\n\r\n" * 1_000, "more bytes"),
+    "headers": (b"HTTP/1.1 200 OK\r\n", b"a:\r\n" * 1_000, "more bytes"),
+    "chunks of one byte": (CHUNKED + b"\r\n", b"1\r\na\r\n" * 1_000, "pieces"),
+    "extensions of chunks": (CHUNKED + b"\r\n", b"1;" + b"a" * 60_000 + b"\r\na\r\n", "more bytes"),
+    "gzip of nothing": (
+        CHUNKED + b"content-encoding: gzip\r\n\r\n" + chunk(EMPTY_GZIP),
+        chunk(b"\0\0\0\xff\xff" * 10_000),
+        "more bytes",
+    ),
+    "bytes behind the end of gzip": (
+        CHUNKED + b"content-encoding: gzip\r\n\r\n" + chunk(gzip.compress(b"x")),
+        chunk(b"z" * 60_000),
+        "more bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+async def test_what_does_not_become_a_body_is_bounded_too(flood: str) -> None:
+    begin, endless, reason = FLOODS[flood]
+    sent = 0
+
+    async def send(writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(begin)
+        while True:
+            writer.write(endless)
+            await writer.drain()
+            sent += len(endless)
+
+    async with serving(send) as server, outgoing() as http:
+        with pytest.raises(TooLarge, match=reason):
+            await http.request("GET", server.url, max_bytes=100_000)
+        # With what the sockets hold.
+        assert sent < 8_000_000
+
+
+async def test_what_follows_the_end_of_gzip_costs_linear_time() -> None:
+    inflate = _Inflating(may_be_bare=False)
+    assert b"".join(inflate(gzip.compress(b"x"))) == b"x"
+    began = time.process_time()
+    for _ in range(1_000):
+        assert b"".join(inflate(bytes(16_384))) == b""
+    assert time.process_time() - began < 0.5
+
+
+async def test_a_coding_that_was_not_asked_for_is_not_decoded() -> None:
+    answer = b"HTTP/1.1 200 OK\r\ncontent-encoding: br\r\ncontent-length: 2\r\n\r\nok"
+    async with serving(answer) as server, outgoing() as http:
+        assert (await http.request("GET", server.url)).body == b"ok"
+
+
+@pytest.mark.parametrize("wbits", [31, 15, -15])
+async def test_gzip_and_both_kinds_of_deflate_are_decoded(wbits: int) -> None:
+    coder = zlib.compressobj(wbits=wbits)
+    body = coder.compress(b"plain" * 200_000) + coder.flush()
+    coding = "gzip" if wbits == 31 else "deflate"
+    head = f"HTTP/1.1 200 OK\r\ncontent-encoding: {coding}\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    async with serving(head + body) as server, outgoing() as http:
+        assert (await http.request("GET", server.url)).body == b"plain" * 200_000
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from redis.asyncio import Redis
 
 from infra.errors import Conflict, NotFound
 from infra.observe.metrics import Metrics
+from infra.outgoing import shares
 from infra.postgres.database import Database
 from infra.postgres.tx import Tx
 from infra.security.auth import IDENTITY_HEADER, Identities, Identity
@@ -96,6 +97,7 @@ async def client(desk: Database, made: Made, stack: Stack) -> AsyncIterator[http
 
     @router.get("/read")
     async def read(who: Reader) -> str:
+        assert shares.tenant.get() == who.tenant_id
         return who.tenant_id
 
     @router.get("/run")

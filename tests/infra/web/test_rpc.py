@@ -30,6 +30,7 @@ from infra.errors import (
 )
 from infra.observe import telemetry
 from infra.observe.metrics import Metrics
+from infra.outgoing import shares
 from infra.web import rpc
 from infra.web.rpc import Server
 from infra.web.rpc_client import DEFAULT_TIMEOUT_SECONDS, Channels
@@ -76,6 +77,7 @@ class Service:
     async def echo(self, request: bytes, context: Any) -> bytes:
         self.asked.append(request.decode())
         self.tenant = rpc.tenant_if_any()
+        assert shares.tenant.get() == (self.tenant or "")
         self.caller, self.left, self.carrier = rpc.caller(), context.time_remaining(), telemetry.carrier()
         if self.fail_times:
             self.fail_times -= 1
