@@ -55,6 +55,7 @@ class AcceptedMessage(msgspec.Struct, frozen=True):
     subject_id: str
     content: InboundContent
     received_at: datetime
+    """By PostgreSQL's clock, once it is in a conversation: the agent compares it with the time of its questions."""
     parent_session_key: str = ""
     """The session of the conversation that this one branched off from; empty if there is none."""
     by_admin: bool = False

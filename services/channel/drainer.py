@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import msgspec
 
-from infra.clock import utcnow, wait_at_most
+from infra.clock import wait_at_most
 from infra.errors import describe
 from infra.failpoint import failpoint
 from infra.observe.logs import get_logger
@@ -48,7 +48,7 @@ _DRAIN = """
         ORDER BY position LIMIT $1 FOR UPDATE
     )
     DELETE FROM accepted WHERE position IN (SELECT position FROM oldest)
-    RETURNING position, hash, sealed, traceparent
+    RETURNING position, hash, sealed, traceparent, accepted_at, clock_timestamp() - accepted_at
 """
 
 
@@ -102,21 +102,21 @@ class Drainer:
     async def _drain(self, limit: int) -> int:
         failpoint("before_drain")
 
-        async def work(tx: Tx) -> list[UniqueMessage]:
+        async def work(tx: Tx) -> list[timedelta]:
             rows = sorted(await tx.sql(_DRAIN, limit))
-            messages = [self._open(hash_, sealed, trace) for _, hash_, sealed, trace in rows]
+            messages = [self._open(hash_, sealed, trace, at) for _, hash_, sealed, trace, at, _ in rows]
             await store(tx, self._ingest.subjects, messages)
             failpoint("before_drain_commit")
-            return messages
+            return [age for *_, age in rows]
 
-        drained = await self._database.run(work)
+        ages = await self._database.run(work)
         failpoint("after_drain")
         self._ingest.backlog = timedelta(0)
-        if len(drained) == limit:
-            self._ingest.backlog = utcnow() - drained[-1].message.received_at
+        if len(ages) == limit:
+            self._ingest.backlog = ages[-1]
         elif not self._ingest.accepted.is_set():
             self._ingest.is_behind = False
-        return len(drained)
+        return len(ages)
 
     async def _drain_one(self) -> int:
         try:
@@ -144,9 +144,10 @@ class Drainer:
                 )
             return len(rows)
 
-    def _open(self, hash_: bytes, sealed: bytes, traceparent: str | None) -> UniqueMessage:
+    def _open(self, hash_: bytes, sealed: bytes, traceparent: str | None, accepted_at: datetime) -> UniqueMessage:
         content = self._ingest.cipher.open(sealed, "accepted", hash_.hex())
-        return UniqueMessage(msgspec.json.decode(content, type=AcceptedMessage), hash_, traceparent)
+        message = msgspec.json.decode(content, type=AcceptedMessage)
+        return UniqueMessage(msgspec.structs.replace(message, received_at=accepted_at), hash_, traceparent)
 
     async def _clean(self) -> None:
         self._cleaned_at = time.monotonic()

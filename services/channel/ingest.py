@@ -61,7 +61,7 @@ _NOTE = """
         ON CONFLICT DO NOTHING
         RETURNING hash
     )
-    SELECT idle.idle, fresh.hash FROM idle LEFT JOIN fresh ON true
+    SELECT idle.idle, clock_timestamp(), fresh.hash FROM idle LEFT JOIN fresh ON true
 """
 
 # Inserts dedupe rows as above, and an accepted row for each message that has all its hashes for itself: the row of its
@@ -196,13 +196,12 @@ class Ingest:
             rows = await tx.sql(_NOTE, hashes, *_seen_columns(owners, hashes))
             if not rows[0][0]:
                 return False
-            fresh = {hash_ for _, hash_ in rows}
+            fresh = {hash_ for *_, hash_ in rows}
             new = [one for one in _first(arrivals, owners) if fresh.issuperset(one.hashes)]
-            now = utcnow()
             await store(
                 tx,
                 self.subjects,
-                [UniqueMessage(_message(one, now), one.hashes[0], one.traceparent) for one in new],
+                [UniqueMessage(_message(one, rows[0][1]), one.hashes[0], one.traceparent) for one in new],
             )
             return True
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import timedelta
 from uuid import UUID
 
+import msgspec
+
 from infra.errors import NotYet
 from infra.observe.logs import get_logger
 from infra.postgres.tx import Tx
@@ -95,7 +97,9 @@ async def _suspend(tx: Tx, subjects: SubjectKeys, row: RunRow, suspended: Suspen
             # When the child ended, this run did not wait yet, so the child did not resume it. A child that ends from
             # now on waits for the lock on this run's row.
             raise NotYet(timedelta(0), "another agent answered as the run was about to wait for it")
-    await tx.decide(stream(row.id), command)
+    # By the clock of the times at which channels receive messages, so that an early answer is known as such.
+    [(now,)] = await tx.sql("SELECT clock_timestamp()")
+    await tx.decide(stream(row.id), msgspec.structs.replace(command, at=now))
     await projections.suspended(tx, row.id, command.reason, command.text)
     _log.info("run suspended", run_id=str(row.id), reason=command.text)
     for child_run in suspended.children:

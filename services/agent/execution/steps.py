@@ -215,7 +215,7 @@ class Steps:
             arguments, context.tenant_id, context.subject_id, f"{context.run_id}/{n}", "arguments"
         )
         text = f"step {n}, tool {tool}: waits for approval"
-        command = Suspend(context.session_key, "approval", n, tool, text, utcnow(), sealed)
+        command = Suspend(context.session_key, "approval", n, tool, text, sealed)
         return Suspended(command, approval_question(tool, arguments, of_asker=of_asker))
 
     def _enter(self, spec: StepSpec) -> tuple[int, Step | None]:

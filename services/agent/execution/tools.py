@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import msgspec
 
-from infra.clock import utcnow
 from infra.errors import EffectFailed, NotFound
 from infra.observe import telemetry
 from protos.messages.channel import ASKER
@@ -144,7 +143,7 @@ class Tools:
                 return f"Error: {error}"
             if returned.unknown is not None:
                 text = f"{call.name}: {returned.unknown}"
-                suspend = Suspend(self.context.session_key, "indeterminate", n, call.name, text, utcnow())
+                suspend = Suspend(self.context.session_key, "indeterminate", n, call.name, text)
                 raise Suspended(suspend, UNCERTAIN)
             self.files.add(n, returned.files)
             return returned.result
@@ -183,7 +182,7 @@ class Tools:
             await self.steps.end_for_child(n, child.reply, child.error)
             return child.reply if child.reply is not None else f"Error: {child.error}"
         text = f"step {n}: waits for the agent {other.name}"
-        suspend = Suspend(context.session_key, "agent", n, other.name, text, utcnow())
+        suspend = Suspend(context.session_key, "agent", n, other.name, text)
         if child:
             raise Suspended(suspend, None)
         limit = context.limits.nanos

@@ -149,8 +149,9 @@ class Suspend(msgspec.Struct, frozen=True):
     step: int
     name: str
     text: str
-    at: datetime
     arguments: bytes | None = None
+    at: datetime | None = None
+    """Set when it is written, by the clock of the database."""
 
 
 class Settle(msgspec.Struct, frozen=True):
@@ -222,7 +223,8 @@ def decide(command: Command, run: Run) -> list[Event]:
             return [AttemptFailed(n=n, session_key=key, step=step, attempt=attempt, error=error)]
         case EndStep():
             return [_end_step(command, run)]
-        case Suspend(key, reason, step, name, text, at, arguments):
+        case Suspend(key, reason, step, name, text, arguments, at):
+            assert at
             return [
                 RunSuspended(
                     n=n,

@@ -122,6 +122,17 @@ async def test_a_burst_is_accepted_first_and_drained_in_order_with_gapless_posit
     assert len(facts) == 30
 
 
+async def test_the_database_says_when_a_message_came(intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The agent compares the time with that of its question, and its clock is another one.
+    monkeypatch.setattr(module, "utcnow", lambda: utcnow() - timedelta(hours=1))
+    await intake.accept(message("directly"))
+    await intake.burst([message(n) for n in range(DRAIN_ROWS)])
+    await intake.drainer.drain()
+    times = {datetime.fromisoformat(body["received_at"]) for body in await intake.sent()}
+    assert min(times) > utcnow() - timedelta(minutes=5)
+    assert timedelta(0) < intake.ingest.backlog < timedelta(minutes=5)
+
+
 async def test_a_call_does_not_overtake_accepted_messages(intake: Intake) -> None:
     await intake.burst([message(n) for n in range(20)])
     await intake.accept(message("late"))

@@ -235,7 +235,7 @@ def _command(event: Event) -> Command:
                 event.nanos,
             )
         case RunSuspended():
-            return Suspend(key, event.reason, event.step, event.name, event.text, event.at, event.arguments)
+            return Suspend(key, event.reason, event.step, event.name, event.text, event.arguments, event.at)
         case StepSettled():
             return Settle(key, event.step, event.decision, event.by, event.content)
         case RunCompleted():

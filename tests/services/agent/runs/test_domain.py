@@ -190,7 +190,7 @@ def test_a_person_decides_only_what_was_asked(reason: Reason, decision: Decision
 
 
 def test_a_decision_is_found_at_its_step() -> None:
-    asked = given(started(), begun(2), ended(3)).when(Suspend("s", "approval", 2, "t", "why", NOON, b"a"))
+    asked = given(started(), begun(2), ended(3)).when(Suspend("s", "approval", 2, "t", "why", b"a", NOON))
     assert asked == [suspended(4)]
     run = given(started(), begun(2), ended(3), *asked, settled(5, "deny")).run
     assert (run.decisions, run.suspended) == ({2: "deny"}, None)
