@@ -6,11 +6,13 @@ import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
+from infra.recent import Recent
 from services.agent.models.contract import Model, ModelAnswer, ModelFailed, OnText, Prompt
 
 # This many failures in a row open the circuit for this long. Then one call is let through as a trial.
 FAILURES = 5
 OPEN_SECONDS = 15.0
+ENDPOINTS = 4_096
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Breaker:
     """The circuits of this process, by endpoint."""
 
     def __init__(self) -> None:
-        self._circuits: dict[object, Circuit] = {}
+        self._circuits: Recent[object, Circuit] = Recent(ENDPOINTS)
 
     def guard(self, endpoint: object, model: Model) -> Model:
         """`model`, asked only while the circuit of its endpoint is closed."""
@@ -61,7 +63,7 @@ class Breaker:
             raise
         finally:
             # By the state of now: other calls have ended since this one began.
-            current = self._circuits[endpoint]
+            current = self._circuits.get(endpoint, Circuit())
             if well is not None:
                 self._circuits[endpoint] = current.ended(time.monotonic(), well=well)
             elif current is trial:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx2
 import msgspec
 
+from infra.recent import Recent
 from infra.web.http import media_type
 from services.agent.models import refusals
 from services.agent.models.pieces import Chunk, ToolCalls, check_size, lines
@@ -21,6 +22,8 @@ from services.agent.models.thoughts import HELD, Thoughts
 
 # At most this many options are left out one after the other.
 _MOST_OPTIONS = 8
+# Endpoints and models of which something is known. A forgotten one costs a request more.
+_REMEMBERED = 4_096
 # Servers of the providers themselves send thoughts in a field of their own.
 _OWN_SERVERS = ("api.openai.com", "generativelanguage.googleapis.com")
 
@@ -30,9 +33,9 @@ class Completions(httpx2.AsyncBaseTransport):
 
     def __init__(self, inner: httpx2.AsyncBaseTransport) -> None:
         self._inner = inner
-        self._refused: dict[object, set[str]] = {}
+        self._refused: Recent[object, set[str]] = Recent(_REMEMBERED)
         """The parts of a request that each endpoint refused for each model."""
-        self._thinks_aloud: set[object] = set()
+        self._thinks_aloud: Recent[object, None] = Recent(_REMEMBERED)
         """The endpoints and models whose thoughts end with a tag but do not begin with one."""
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
@@ -72,7 +75,7 @@ class Completions(httpx2.AsyncBaseTransport):
 
         def remember() -> None:
             if repair.thoughts.ended_without_beginning:
-                self._thinks_aloud.add(model)
+                self._thinks_aloud[model] = None
 
         headers = {name: response.headers[name] for name in ("x-request-id",) if name in response.headers}
         return httpx2.Response(

@@ -22,6 +22,7 @@ from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Un
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
 from infra.outgoing.retry_after import delay, retry_after
+from infra.recent import Recent
 from infra.web.http import MAX_BODY_BYTES
 from services.channel.vendors.items import Received
 
@@ -37,6 +38,8 @@ PLACEHOLDER = "…"
 """In place of an answer that follows. A process that dies before it knows the message's id leaves this behind."""
 # The delay if a vendor asks us to retry later but names no delay.
 DEFAULT_RETRY = timedelta(seconds=5)
+# Access tokens of accounts. A forgotten one is fetched again.
+KEPT_TOKENS = 4_096
 MAX_FILE = 8 * 1024 * 1024
 """Bytes of a file to send. Each vendor that takes files of all types takes at least this."""
 
@@ -229,8 +232,8 @@ class Tokens:
     """Access tokens of this process, by the credentials that they were fetched for."""
 
     def __init__(self) -> None:
-        self._tokens: dict[object, tuple[float, str]] = {}
-        self._locks: dict[object, asyncio.Lock] = {}
+        self._tokens: Recent[object, tuple[float, str]] = Recent(KEPT_TOKENS)
+        self._locks: Recent[object, asyncio.Lock] = Recent(KEPT_TOKENS)
 
     async def get(self, account: object, fetch: Callable[[], Awaitable[tuple[str, float]]]) -> str:
         """The token of the account. `fetch` returns a new one and the seconds that it is valid; one call at a time."""

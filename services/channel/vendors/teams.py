@@ -6,8 +6,10 @@ https://learn.microsoft.com/azure/bot-service/rest-api/bot-framework-rest-connec
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from contextvars import Context, copy_context
 from datetime import datetime
 from typing import Annotated, Any, ClassVar
 from urllib.parse import quote, urlencode, urlsplit
@@ -15,9 +17,10 @@ from urllib.parse import quote, urlencode, urlsplit
 import jwt
 import msgspec
 
-from infra.errors import EffectFailed, Transient, Unauthenticated
+from infra.errors import EffectFailed, TooLarge, Transient, Unauthenticated
 from infra.lanes.effects import Kind
-from infra.outgoing.client import Answer, Outgoing
+from infra.outgoing.client import Outgoing
+from infra.recent import Recent
 from services.channel.vendors import teams_activities
 from services.channel.vendors.base import (
     MALFORMED,
@@ -46,6 +49,9 @@ ISSUER = "https://api.botframework.com"
 # A published key is read again after a day; for an unknown key after five minutes, so that forged ids cost nothing.
 _KEYS_SECONDS = 86_400.0
 _UNKNOWN_SECONDS = 300.0
+# The Bot Framework's have 20 KB. Each tenant may name an address of its own.
+_MAX_KEYS_BYTES = 256 * 1024
+_KEPT_ADDRESSES = 256
 _METADATA_PATH = "/v1/.well-known/openidconfiguration"
 _TOKEN_ORIGIN = "https://login.microsoftonline.com"
 _SCOPE = "https://api.botframework.com/.default"
@@ -81,8 +87,16 @@ class _Metadata(msgspec.Struct):
     jwks_uri: str
 
 
+class _Key(msgspec.Struct):
+    kid: str = ""
+    kty: str = ""
+    n: str = ""
+    e: str = ""
+    endorsements: tuple[str, ...] | None = None
+
+
 class _Keys(msgspec.Struct):
-    keys: list[dict[str, Any]]
+    keys: list[_Key]
 
 
 class _Token(msgspec.Struct):
@@ -104,7 +118,7 @@ class _Sent(msgspec.Struct):
 class _Published(msgspec.Struct):
     """The keys of one metadata address, by key id."""
 
-    keys: dict[str, dict[str, Any]]
+    keys: dict[str, _Key]
     read_at: float
 
 
@@ -131,7 +145,8 @@ class Teams(Vendor[TeamsCredentials]):
 
     def __init__(self) -> None:
         self._tokens = Tokens()
-        self._published: dict[str, _Published] = {}
+        self._published: Recent[str, _Published] = Recent(_KEPT_ADDRESSES)
+        self._reading: dict[str, asyncio.Task[_Published]] = {}
 
     async def keys(
         self, outgoing: Outgoing, origin: str, credentials: TeamsCredentials, request: Request
@@ -143,13 +158,23 @@ class Teams(Vendor[TeamsCredentials]):
         age = now - known.read_at if known else _KEYS_SECONDS
         if known and (age < _UNKNOWN_SECONDS or (age < _KEYS_SECONDS and key_id in known.keys)):
             return known.keys
+        if (reading := self._reading.get(url)) is None:
+            # The Bot Framework's keys are read for all tenants, and so not with the connections of this one.
+            context = copy_context() if credentials.openid_metadata_url else Context()
+            reading = asyncio.create_task(self._read(outgoing, origin, url), context=context)
+            self._reading[url] = reading
+            reading.add_done_callback(lambda _: self._reading.pop(url))
+        # One for all calls of the moment. A call that goes away must not cancel it for the others.
+        return (await asyncio.shield(reading)).keys
+
+    async def _read(self, outgoing: Outgoing, origin: str, url: str) -> _Published:
         metadata = await _get(outgoing, url, _Metadata)
         jwks = metadata.jwks_uri
         if origin != self.origin:
             jwks = _at(origin, jwks)
         keys = (await _get(outgoing, jwks, _Keys)).keys
-        self._published[url] = found = _Published({str(key.get("kid")): key for key in keys}, now)
-        return found.keys
+        self._published[url] = found = _Published({key.kid: key for key in keys}, time.monotonic())
+        return found
 
     def receive(self, request: Request, credentials: TeamsCredentials, now: datetime) -> Received:
         token = _bearer(request)
@@ -281,12 +306,12 @@ def _at(origin: str, url: str) -> str:
 
 async def _get(outgoing: Outgoing, url: str, type_: type[Any]) -> Any:
     """Raises Transient if the document cannot be read now: the vendor sends the call again."""
-    answer: Answer = await outgoing.request("GET", url)
-    raise_for_transient(answer)
     try:
+        answer = await outgoing.request("GET", url, max_bytes=_MAX_KEYS_BYTES)
+        raise_for_transient(answer)
         return msgspec.json.decode(answer.body, type=type_)
-    except MALFORMED as error:
-        raise Transient(f"the keys of the Bot Framework: HTTP {answer.status}") from error
+    except (*MALFORMED, TooLarge) as error:
+        raise Transient(f"the keys of the Bot Framework: {type(error).__name__}") from error
 
 
 def _bearer(request: Request) -> str:
@@ -303,12 +328,12 @@ def _header(token: str) -> dict[str, Any]:
         raise Unauthenticated("the bearer token is malformed") from error
 
 
-def _verified(token: str, key: dict[str, Any], app_id: str) -> dict[str, Any]:
+def _verified(token: str, key: _Key, app_id: str) -> dict[str, Any]:
     """The claims of the token. Raises Unauthenticated if any part of it does not hold."""
     try:
         claims: dict[str, Any] = jwt.decode(
             token,
-            jwt.PyJWK(key, algorithm="RS256").key,
+            jwt.PyJWK({"kty": key.kty, "n": key.n, "e": key.e}, algorithm="RS256").key,
             algorithms=["RS256"],
             audience=app_id,
             issuer=ISSUER,
@@ -317,6 +342,6 @@ def _verified(token: str, key: dict[str, Any], app_id: str) -> dict[str, Any]:
         )
     except jwt.PyJWTError as error:
         raise Unauthenticated(f"the bearer token does not verify: {type(error).__name__}") from error
-    if "endorsements" in key and "msteams" not in key["endorsements"]:
+    if key.endorsements is not None and "msteams" not in key.endorsements:
         raise Unauthenticated("the key of the bearer token is not endorsed for Teams")
     return claims

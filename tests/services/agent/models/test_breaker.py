@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from services.agent.models import breaker as module
 from services.agent.models.breaker import FAILURES, OPEN_SECONDS, Breaker, Circuit
 from services.agent.models.contract import ModelAnswer, ModelFailed, OnText, Prompt, Usage, UserTurn
 
@@ -78,6 +79,14 @@ async def test_only_failures_of_the_provider_count(error: BaseException) -> None
         with pytest.raises(type(error)):
             await model.answer(PROMPT, nobody)
     assert provider.asked == (FAILURES if isinstance(error, ModelFailed) and error.transient else 2 * FAILURES)
+
+
+async def test_the_circuits_of_many_endpoints_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ENDPOINTS", 2)
+    breaker, provider = Breaker(), Provider()
+    for n in range(3):
+        await breaker.guard(n, provider).answer(PROMPT, nobody)
+    assert len(breaker._circuits) == 2
 
 
 class Waiting:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx2
 import msgspec
 import pytest
 
+from services.agent.models import completions
 from services.agent.models.contract import AssistantTurn, Image, ModelFailed, Prompt, UserTurn
 from services.agent.models.providers import Providers
 from tests.services.agent.models.test_completions import (
@@ -331,3 +333,21 @@ async def test_an_order_of_roles_that_a_template_refuses_is_changed_for_good(
         assert [message["role"] for message in messages] == roles
         texts = [part.get("text") for part in messages[int(system)]["content"]]
         assert texts == ["one" if system else "Be kind.\n\none", "two", None]
+
+
+async def test_what_is_remembered_of_endpoints_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completions, "_REMEMBERED", 2)
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        if b"seed" in request.content:
+            return httpx2.Response(400, text="unknown option seed")
+        thoughts = sse(chunk({"content": "they are angry</think>Hello"})) + sse(STOP)
+        return httpx2.Response(200, content=thoughts, headers={"content-type": "text/event-stream"})
+
+    transport = completions.Completions(httpx2.MockTransport(answer))
+    for n in range(3):
+        url = f"http://{n}.example/chat/completions"
+        response = await transport.handle_async_request(httpx2.Request("POST", url, json={"model": "m", "seed": 1}))
+        assert b"angry" not in await response.aread()
+        await response.aclose()
+    assert (len(transport._refused), len(transport._thinks_aloud)) == (2, 2)

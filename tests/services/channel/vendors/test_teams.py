@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator
@@ -106,8 +107,15 @@ async def test_a_rotated_key_is_read_again_but_not_for_each_forged_call(
     assert fake.reads == 2
 
 
+async def test_calls_of_the_same_moment_read_the_keys_together(fake: TeamsStandIn, teams: Adapter) -> None:
+    received = await asyncio.gather(*(receive(teams, fake.signed(fake.activity())) for _ in range(20)))
+    assert all(one.items for one in received)
+    assert fake.reads == 1
+
+
 async def test_unreadable_keys_are_transient(fake: TeamsStandIn, teams: Adapter) -> None:
-    for fault in (answer(500), answer(404, "x"), answer(200, "x")):
+    large = {"jwks_uri": "https://login.example/v1/keys", "x": "x" * 300_000}
+    for fault in (answer(500), answer(404, "x"), answer(200, "x"), answer(200, large)):
         fake.faults.append(fault)
         with pytest.raises(Transient):
             await receive(teams, fake.signed(fake.activity()))
