@@ -1,4 +1,4 @@
-"""A dict of bounded size, for what a process remembers by keys that tenants choose."""
+"""A dict of bounded size, for memories of a process whose keys tenants choose."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ addresses are checked, and the connection goes to one of these. So a name cannot
 Redirects are not followed, the environment's proxies are not used, and our trace context is not sent to strangers.
 Headers, bodies and URLs are never logged, and a span shows only the origin of a URL: paths and queries hold secrets.
 
-The other side may be a tenant's server that wants to harm. What it sends is bounded in bytes and in pieces, whether or
-not it becomes a body, and tenants share connections and look-ups of names (`infra.outgoing.shares`).
+The other side may be a tenant's server that wants to harm. Its bytes and their pieces are bounded, whether or not they
+become a body, and tenants share connections and look-ups of names (`infra.outgoing.shares`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MAX_HEAD_BYTES = 64 * 1024
 """Of all that comes before an answer's body, interim answers (1xx) included."""
 MIN_PIECE_BYTES = 256
 """A piece of a body costs as much as this many bytes, however small it is."""
-# What one turn of the event loop parses.
+# One turn of the event loop parses so many bytes.
 _READ_BYTES = 16 * 1024
 CONNECTIONS = 1000
 # Threads that wait for the name servers of tenants. A name server that says nothing holds one for half a minute.
@@ -344,7 +344,7 @@ class _Transport(httpx2.AsyncBaseTransport):
 
 
 class _Body(httpx2.AsyncByteStream):
-    """The body, decompressed, with its limits. What was `opened` for it is closed with it."""
+    """The body, decompressed, with its limits. Closes everything that was `opened` for it."""
 
     def __init__(self, stream: Any, span: Span, max_bytes: int, opened: AsyncExitStack, coding: str) -> None:
         self._stream = stream
@@ -380,7 +380,7 @@ class _Body(httpx2.AsyncByteStream):
 
 
 class _Inflating:
-    """Decodes gzip and deflate in linear time. httpx2's decoder collects what follows the end, in quadratic time."""
+    """Decodes gzip and deflate in linear time. httpx2 collects all bytes behind the end, in quadratic time."""
 
     def __init__(self, *, may_be_bare: bool) -> None:
         """may_be_bare: some servers send deflate without zlib's frame."""

@@ -1,4 +1,4 @@
-"""The delay that another side asks for before the next try: bounded, whatever it sends.
+"""The delay that another side asks for before the next try: bounded for each answer.
 
 A header is text of a stranger: years, negative numbers, NaN, digits of other scripts, dates of three forms.
 """

@@ -34,7 +34,7 @@ class Shares:
             raise
 
     def give(self, tenant: str) -> None:
-        """Gives a place back; those that wait get what has become free."""
+        """Gives a place back; the tenants that wait get it."""
         self._count(tenant, -1)
         for name, places in list(self._waiting.items()):
             while places and self._may_take(name):

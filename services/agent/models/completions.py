@@ -22,7 +22,7 @@ from services.agent.models.thoughts import HELD, Thoughts
 
 # At most this many options are left out one after the other.
 _MOST_OPTIONS = 8
-# Endpoints and models of which something is known. A forgotten one costs a request more.
+# So many endpoints and models. A forgotten one costs a request more.
 _REMEMBERED = 4_096
 # Servers of the providers themselves send thoughts in a field of their own.
 _OWN_SERVERS = ("api.openai.com", "generativelanguage.googleapis.com")

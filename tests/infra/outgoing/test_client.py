@@ -276,7 +276,7 @@ async def test_what_does_not_become_a_body_is_bounded_too(flood: str) -> None:
     async with serving(send) as server, outgoing() as http:
         with pytest.raises(TooLarge, match=reason):
             await http.request("GET", server.url, max_bytes=100_000)
-        # With what the sockets hold.
+        # The sockets hold some of it.
         assert sent < 8_000_000
 
 

@@ -1,4 +1,4 @@
-"""The delay that another side asks for is bounded, whatever it sends."""
+"""The delay that another side asks for is bounded, for any text."""
 
 from __future__ import annotations
 
