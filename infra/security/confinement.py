@@ -37,10 +37,10 @@ _REFUSED: dict[str, tuple[int, ...]] = {
     **{"rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424)},
     **{"prlimit64": (302, 261), "setpriority": (141, 140), "ioprio_set": (251, 30), "perf_event_open": (298, 241)},
     **{"sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "sched_setattr": (314, 274)},
-    **{"migrate_pages": (256, 238), "move_pages": (279, 239)},
+    **{"migrate_pages": (256, 238), "move_pages": (279, 239), "sched_setparam": (142, 118)},
     # Things that would outlive the parser, or have limits of their own. prctl: it would no longer end with the service.
     **{"clone": (56, 220), "clone3": (435, 435), "fork": (57,), "vfork": (58,), "memfd_create": (319, 279)},
-    **{"shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186)},
+    **{"shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180)},
     **{"add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "prctl": (157, 167)},
     # Files of its user: Landlock lets these pass.
     **{"truncate": (76, 45), "chmod": (90,), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452)},

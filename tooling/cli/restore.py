@@ -94,7 +94,10 @@ def restore(
     if check:
         _tell_check(file, manifest, as_json)
         return
-    backup = _Backup(file, key, manifest, msgspec.json.decode(kept, type=list[keys.KeyFile]))
+    try:
+        backup = _Backup(file, key, manifest, msgspec.json.decode(kept, type=list[keys.KeyFile]))
+    except msgspec.DecodeError as error:
+        raise EngineError(f"{file}: has damaged keys ({error}). Nothing was changed") from error
     moment = _moment(at, manifest, file) if at else None
     if os.environ.get("CLAW_ADMIN_DATABASE_URL"):
         if moment:

@@ -1,5 +1,5 @@
 """Reads the title and the text of a web page, in a process of its own: ``python -m services.plugin.tools.pages CHARSET
-LIMIT PARENT < PAGE``. It prints both as JSON.
+LIMIT PARENT < PAGE``. It prints both as JSON, with the protections that the machine does not allow.
 
 A hostile page may take its parser minutes, such as a tag with very many attributes, crash it, or take it over. It
 affects only this process, which `confinement` has cut off from the machine.
@@ -18,6 +18,7 @@ from pathlib import Path
 from lxml import etree, html  # type: ignore[import-untyped]
 
 import infra
+from infra.observe.logs import get_logger
 from infra.security import confinement
 
 HTML = ("text/html", "application/xhtml+xml")
@@ -34,6 +35,7 @@ _XML_DECLARATION = re.compile(r"^\s*<\?xml[^>]{0,200}>")
 CPU_SECONDS = 5
 MEMORY_BYTES = 256 * 1024**2
 MAX_READERS = 3
+_log = get_logger("plugin.pages")
 _ROOT = Path(infra.__file__).parent.parent
 
 
@@ -58,13 +60,15 @@ async def read(kind: str, body: bytes, charset: str | None, limit: int) -> tuple
     )
     try:
         said, _ = await process.communicate(body)
-        title, text = json.loads(said)
+        title, text, missing = json.loads(said)
     except ValueError:
         raise UnreadablePage from None
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
+    if missing:
+        _log.warning("page process is not fully confined", missing=missing)
     return str(title), str(text)
 
 
@@ -137,8 +141,8 @@ def _decoded(body: bytes, charset: str | None) -> str:
 
 def main(charset: str, limit: str, parent: str) -> None:
     confinement.limit(CPU_SECONDS, MEMORY_BYTES)
-    confinement.confine(int(parent))
-    sys.stdout.write(json.dumps(read_page(sys.stdin.buffer.read(), charset or None, int(limit))))
+    missing = confinement.confine(int(parent))
+    sys.stdout.write(json.dumps((*read_page(sys.stdin.buffer.read(), charset or None, int(limit)), missing)))
 
 
 if __name__ == "__main__":

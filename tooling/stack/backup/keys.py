@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path, PurePosixPath
 
 import msgspec
@@ -13,6 +14,7 @@ from tooling.stack.keys import master_file
 # In the state folder: the passwords of the engines, and the access of `./claw chat`.
 _OF_HOME = ("secrets.json", "demo.json")
 _KEYS = "keys"
+_PATH = re.compile(r"(keys/)?[A-Za-z0-9_.-]+|keys(/[A-Za-z0-9_.-]+)+")
 _MASTER = master_file(Path(), "").name
 
 
@@ -22,6 +24,11 @@ class KeyFile(msgspec.Struct, frozen=True):
     path: str
     mode: int
     text: str
+
+    def __post_init__(self) -> None:
+        # A backup of a stranger, sealed under a key that they gave, must not write elsewhere: root may restore it.
+        if not _PATH.fullmatch(self.path) or ".." in self.path.split("/") or not 0 <= self.mode <= 0o777:
+            raise ValueError(f"the file {self.path!r} with mode {self.mode:o} is none of the keys")
 
 
 def read(folder: Path, home: Path | None) -> list[KeyFile]:

@@ -20,6 +20,8 @@ from tooling.stack.engines.base import EngineError
 _PIECE_BYTES = 1024 * 1024
 # An upload has one part of this size in memory. The store takes 10,000 parts of an object.
 _UPLOAD_BYTES = 8 * 1024 * 1024
+# A key has at most 1 KB, and metadata 2 KB.
+_MAX_HEAD_BYTES = 64 * 1024
 _TIMEOUT = urllib3.Timeout(connect=10, read=120)
 
 
@@ -80,7 +82,9 @@ def restore(store: Minio, bucket: str, pieces: Iterator[bytes]) -> int:
     """Stores the objects of a part. Makes the bucket if it is missing. Returns the number of objects."""
     count, source = 0, _Source(pieces)
     while head := source.read(4):
-        found = msgspec.json.decode(source.exactly(int.from_bytes(head, "big")), type=StoredObject)
+        if (length := int.from_bytes(head, "big")) > _MAX_HEAD_BYTES:
+            raise EngineError("a part with objects has a head that is too long")
+        found = msgspec.json.decode(source.exactly(length), type=StoredObject)
         if not count and not store.bucket_exists(bucket):
             store.make_bucket(bucket)
         body = source.limited(found.size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tooling.stack.backup import keys
@@ -77,3 +78,20 @@ def test_a_rotation_during_the_snapshot_loses_no_master_key(tmp_path: Path) -> N
 def test_files_of_services_that_are_new_in_the_snapshot_are_kept() -> None:
     file = KeyFile("keys/agent/master.txt", 0o600, "a")
     assert keys.merge([], [file]) == [file]
+
+
+@pytest.mark.parametrize(
+    ("path", "mode"),
+    [
+        *(
+            (path, 0o600)
+            for path in ("/etc/passwd", "../x", "keys/../../x", "keys//etc/passwd", "a/b", "", "keys/", "..")
+        ),
+        *((path, 0o600) for path in ("keys/a\0", "keys/a\n", "keys\\..\\x")),
+        *(("keys/a", mode) for mode in (0o4755, -1)),
+    ],
+)
+def test_a_backup_has_no_file_outside_of_the_two_folders(path: str, mode: int) -> None:
+    content = msgspec.json.encode([{"path": path, "mode": mode, "text": "x"}])
+    with pytest.raises(msgspec.ValidationError, match="none of the keys"):
+        msgspec.json.decode(content, type=list[KeyFile])
