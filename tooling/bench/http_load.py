@@ -34,7 +34,7 @@ async def closed_loop(port: int, requests: Iterable[bytes], seconds: float) -> t
         connection = await _Connection.to(port)
         done = 0
         while perf_counter() < end:
-            await connection.send(_next(left))
+            _expect(await connection.send(_next(left)))
             done += 1
         connection.close()
         return done
@@ -48,27 +48,43 @@ async def open_loop(port: int, requests: Sequence[bytes], rate: float, *, began:
 
     `began`: the moment of the first request by `perf_counter`; None begins as soon as the connections are open.
     Returns for each request the seconds from the moment at which it was due to its answer. The wait for a connection is
-    part of that time.
+    part of that time. Raises ValueError for an answer other than 200.
     """
+    latencies = []
+    for status, seconds in await flood(port, requests, rate, began=began):
+        _expect(status)
+        latencies.append(seconds)
+    return latencies
+
+
+async def flood(
+    port: int, requests: Sequence[bytes], rate: float, *, began: float | None = None
+) -> list[tuple[int, float]]:
+    """As `open_loop`, with the status of each answer."""
     idle = deque([await _Connection.to(port) for _ in range(CONNECTIONS)])
     began = perf_counter() if began is None else began
-    running: list[asyncio.Task[float]] = []
+    running: list[asyncio.Task[tuple[int, float]]] = []
 
-    async def one(moment: float, data: bytes) -> float:
+    async def one(moment: float, data: bytes) -> tuple[int, float]:
         connection = idle.popleft() if idle else await _Connection.to(port)
-        await connection.send(data)
+        status = await connection.send(data)
         idle.append(connection)
-        return perf_counter() - moment
+        return status, perf_counter() - moment
 
     for n, data in enumerate(requests):
         moment = began + n / rate
         if (early := moment - perf_counter()) > 0:
             await asyncio.sleep(early)
         running.append(asyncio.create_task(one(moment, data)))
-    latencies = list(await asyncio.gather(*running))
+    answers = list(await asyncio.gather(*running))
     for connection in idle:
         connection.close()
-    return latencies
+    return answers
+
+
+def _expect(status: int) -> None:
+    if status != 200:
+        raise ValueError(f"a request was answered {status}, must be 200")
 
 
 def _next(requests: Iterator[bytes]) -> bytes:
@@ -83,7 +99,7 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
-        self._answer: asyncio.Future[None] | None = None
+        self._answer: asyncio.Future[int] | None = None
         self._data = b""
 
     @classmethod
@@ -94,11 +110,12 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: bytes) -> int:
+        """The status of the answer."""
         assert self._transport is not None
         self._answer = asyncio.get_running_loop().create_future()
         self._transport.write(data)
-        await self._answer
+        return await self._answer
 
     def close(self) -> None:
         assert self._transport is not None
@@ -110,10 +127,7 @@ class _Connection(asyncio.Protocol):
         assert self._answer is not None
         if not found or len(body) < _length(head):
             return
-        if head.startswith(b"HTTP/1.1 200"):
-            self._answer.set_result(None)
-        else:
-            self._answer.set_exception(ValueError(f"answered {self._data[:500]!r}"))
+        self._answer.set_result(int(head.split(b" ", 2)[1]))
         self._data = b""
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -11,7 +11,7 @@ round trip, one fsync.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from statistics import median
@@ -27,7 +27,7 @@ from tooling.bench.http_load import open_loop, request
 from tooling.bench.protocol import Units, check, percentile, units
 from tooling.testing.model_server import KEY, ModelServer, model_server
 from tooling.testing.platform import Platform
-from tooling.testing.vendors import TelegramStandIn
+from tooling.testing.vendors import TelegramStandIn, WebhookStandIn
 
 SERVICES = ("channel", "agent", "billing")
 GOAL, MEDIAN_GOAL = 150.0, 60.0
@@ -48,9 +48,13 @@ class Overhead:
     fixture: Fixture
     platform: Platform
     models: ModelServer
-    vendor: TelegramStandIn
+    vendor: TelegramStandIn | WebhookStandIn
     traced: bool = True
     """Spans are exported, as in production."""
+    services: Sequence[str] = SERVICES
+    """Those that run."""
+    tools: Sequence[str] = ()
+    """Of the agent."""
     path: str = ""
     """The channel's webhook path."""
     sent: int = 0
@@ -60,10 +64,10 @@ class Overhead:
     async def prepare(self) -> None:
         await self.fixture.check_durable()
         await self.fixture.admin.execute("CREATE TABLE single (n bigint NOT NULL)")
-        await self.platform.prepare(*SERVICES)
+        await self.platform.prepare(*self.services)
         # With the shorter lease of tests a run can lose its lease and ask the model again.
         endpoint = self.fixture.otlp if self.traced else ""
-        await self.platform.start(*SERVICES, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, **PRODUCTION)
+        await self.platform.start(*self.services, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, **PRODUCTION)
         tenant = TenantCreated(tenant_id=self.tenant_id, name="Bench", currency="USD", credit_nanos=CREDIT_NANOS)
         await self.platform.produce(PLATFORM_EVENTS, tenant, key=self.tenant_id, tenant_id=self.tenant_id)
         await self.platform.until(self._has_account)
@@ -71,12 +75,20 @@ class Overhead:
         agent = await self._make(
             "agent",
             "/api/v1/agents",
-            {"name": "Helper", "model": "openai/gpt-4o-mini", "provider": provider, "system_prompt": "Be kind."},
+            {
+                "name": "Helper",
+                "model": "openai/gpt-4o-mini",
+                "provider": provider,
+                "system_prompt": "Be kind.",
+                "tools": list(self.tools),
+            },
         )
-        account = {"credentials": self.vendor.credentials, "api_base": self.vendor.url}
-        channel = await self._make(
-            "channel", "/api/v1/channels", {"type": "telegram", "agent_id": agent["id"], **account}
-        )
+        account = {"agent_id": agent["id"], "credentials": self.vendor.credentials}
+        if isinstance(self.vendor, TelegramStandIn):
+            account |= {"type": "telegram", "api_base": self.vendor.url}
+        else:
+            account["type"] = "webhook"
+        channel = await self._make("channel", "/api/v1/channels", account)
         self.path = channel["webhook_path"]
 
     async def measure(self, progress: Callable[[int, int], None], slices: int) -> list[Units]:
@@ -108,10 +120,7 @@ class Overhead:
         """Sends `count` webhooks. Returns for each the seconds until its reply, without the model's time."""
         numbers = range(self.sent, self.sent + count)
         self.sent += count
-        requests = []
-        for n in numbers:
-            body, headers = self.vendor.update(f"message {n}", chat=1 + n % CONVERSATIONS, person=1 + n % CONVERSATIONS)
-            requests.append(request(self.path, headers, body))
+        requests = [self.webhook(n, n % CONVERSATIONS) for n in numbers]
         began, since = perf_counter() + 0.1, time.time() - perf_counter()
         await open_loop(self.platform.ports["channel"], requests, rate, began=began)
         with suppress(TimeoutError):
@@ -123,20 +132,30 @@ class Overhead:
             arrived[f"You said: message {n}"] - (began + i / rate) - took[f"message {n}"] for i, n in enumerate(numbers)
         ]
 
+    def webhook(self, n: int, conversation: int) -> bytes:
+        """The request with message `n`."""
+        text, person = f"message {n}", 1 + conversation
+        if isinstance(self.vendor, TelegramStandIn):
+            body, headers = self.vendor.update(text, chat=person, person=person)
+        else:
+            body, headers = self.vendor.message(text, conversation=f"c{person}", user=f"u{person}")
+        return request(self.path, headers, body)
+
     async def _all_there(self) -> bool:
-        return min((await self._counts()).values()) >= self.sent
+        return min((await self.counts()).values()) >= self.sent
 
     async def _check(self) -> None:
-        check("overhead", await self._counts())
+        check("overhead", await self.counts())
         dead = [
-            await self.fixture.admin.fetchval(f"SELECT count(*) FROM {service}.dead_letter") for service in SERVICES
+            await self.fixture.admin.fetchval(f'SELECT count(*) FROM "{service}".dead_letter')
+            for service in self.services
         ]
         if any(dead) or self.vendor.refusals or self.models.refused:
             raise ValueError(
                 f"overhead: dead letters {dead}, refused requests {self.vendor.refusals} {self.models.refused}"
             )
 
-    async def _counts(self) -> dict[str, int]:
+    async def counts(self) -> dict[str, int]:
         produced, counted, usage = await self.fixture.admin.fetchrow(
             # Billing makes the records of delivered messages itself. The agent makes two for a run: its call, its time.
             """

@@ -8,6 +8,7 @@ from statistics import median
 from infra.service.process import freeze_loaded_modules
 from tooling.bench import (
     bill,
+    burst,
     consume,
     fanout,
     growth,
@@ -24,6 +25,7 @@ from tooling.bench import (
     retrieve,
     retrieve_quality,
     runs,
+    soak,
 )
 from tooling.bench.fixture import Fixture, bench_fixture
 from tooling.bench.protocol import PAIRS, Anchor, Figure, run_pairs
@@ -129,6 +131,16 @@ async def run_growth(place: Fixture, progress: Progress, pairs: int) -> Sequence
     return await growth.measure(place, progress, pairs)
 
 
+async def run_burst(place: Fixture, progress: Progress, _: int) -> Sequence[Figure]:
+    async with burst.running(place) as bench:
+        return await burst.measure(bench, progress)
+
+
+async def run_soak(place: Fixture, progress: Progress, _: int) -> Sequence[Figure]:
+    async with soak.running(place) as bench:
+        return await soak.measure(bench, progress)
+
+
 async def run_retrieve(place: Fixture, progress: Progress, pairs: int) -> Sequence[Figure]:
     return await retrieve.measure(place, progress, pairs)
 
@@ -165,13 +177,26 @@ BENCHES: dict[str, Callable[[Fixture, Progress, int], Awaitable[Sequence[Figure]
     "idle": run_idle,
     "recover": run_recover,
     "growth": run_growth,
+    "burst": run_burst,
+    "soak": run_soak,
     "retrieve": run_retrieve,
     "retrieve-quality": run_retrieve_quality,
     "remember": run_remember,
 }
-# These run only if they are named: `growth` and `retrieve` take very long; `reserve`, `invoice`,
+# These run only if they are named: `growth`, `retrieve`, `burst` and `soak` take very long; `reserve`, `invoice`,
 # `remember` and `retrieve-quality` have no anchor; the others start all services.
-ON_DEMAND = ("growth", "idle", "invoice", "recover", "remember", "reserve", "retrieve", "retrieve-quality")
+ON_DEMAND = (
+    "burst",
+    "growth",
+    "idle",
+    "invoice",
+    "recover",
+    "remember",
+    "reserve",
+    "retrieve",
+    "retrieve-quality",
+    "soak",
+)
 ENGINES = ("postgres", "valkey", "kafka", "rabbitmq")
 
 
