@@ -6,7 +6,6 @@ A library would need more time for a request than the server that is measured.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import cast
@@ -61,12 +60,13 @@ async def flood(
     port: int, requests: Sequence[bytes], rate: float, *, began: float | None = None
 ) -> list[tuple[int, float]]:
     """As `open_loop`, with the status of each answer."""
-    idle = deque([await _Connection.to(port) for _ in range(CONNECTIONS)])
+    idle = [await _Connection.to(port) for _ in range(CONNECTIONS)]
     began = perf_counter() if began is None else began
     running: list[asyncio.Task[tuple[int, float]]] = []
 
     async def one(moment: float, data: bytes) -> tuple[int, float]:
-        connection = idle.popleft() if idle else await _Connection.to(port)
+        # The one that was used last: a server closes those that are idle for seconds.
+        connection = idle.pop() if idle and not idle[-1].closed else await _Connection.to(port)
         status = await connection.send(data)
         idle.append(connection)
         return status, perf_counter() - moment
@@ -116,6 +116,10 @@ class _Connection(asyncio.Protocol):
         self._answer = asyncio.get_running_loop().create_future()
         self._transport.write(data)
         return await self._answer
+
+    @property
+    def closed(self) -> bool:
+        return self._transport is None or self._transport.is_closing()
 
     def close(self) -> None:
         assert self._transport is not None
