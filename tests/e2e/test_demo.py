@@ -28,6 +28,13 @@ def test_the_demo_holds_and_prints_one_object_on_one_line(system: System) -> Non
     assert set(told["seconds"]) == {"setup", "answer"}
     shown = json.loads(run_claw(system.home, "run", "show", told["run_id"], "--json"))
     assert shown["run"]["trace_id"] == told["trace_id"]
+    # Other tests have made runs, too.
+    listed = run_claw(system.home, "run", "list", "--slowest", "--limit", "1000", "--json").splitlines()
+    [run] = [run for run in map(json.loads, listed) if run["run_id"] == told["run_id"]]
+    assert run["status"] == "completed"
+    assert all(seconds > 0 for seconds in run["seconds"].values())
+    assert not run_claw(system.home, "run", "list", "--until", "2026-11-30", "--json")
+    assert told["run_id"] in run_claw(system.home, "run", "list", "--limit", "1000")
     folded = json.loads(run_claw(system.home, "run", "show", told["run_id"], "--at", "1", "--json"))
     assert (folded["at"], folded["events"][0]["type"], folded["status"]) == (1, "RunStarted", "running")
     lines = json.loads(run_claw(system.home, "logs", "--run", told["run_id"], "--search", "completed", "--json"))

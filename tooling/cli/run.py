@@ -1,4 +1,4 @@
-"""``./claw run show``: the timeline of one run, from the incoming message to the charge."""
+"""``./claw run``: a list of runs with the time that each took, and the timeline of one run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -18,15 +18,98 @@ from rich.text import Text
 
 from infra.errors import NotFound
 from tooling.cli.client import Gateway, gateway
+from tooling.stack import operator
 from tooling.stack.home import Home, home_folder
 from tooling.stack.operator import printable
 
 app = typer.Typer(no_args_is_help=True, help="Show the runs of agents.")
 
 
-@app.callback()
-def _group() -> None:
-    """Without this function, a group with one command would lose the command's name."""
+# The id of a run begins with the milliseconds of its time, so the primary key finds the runs of a time. A run that has
+# not ended, and a reply that is not delivered, have taken the time until now.
+_LIST = """
+    WITH found AS (
+        SELECT r.id, r.tenant_id, r.status, r.error, r.trace_id, m.received_at, r.started_at, r.finished_at,
+            d.ended_at AS delivered_at, d.deliveries - d.ended > 0 AS delivering
+        FROM agent.run AS r
+        CROSS JOIN LATERAL (
+            SELECT coalesce(min(received_at), r.created_at) AS received_at FROM agent.message WHERE run_id = r.id
+        ) AS m
+        CROSS JOIN LATERAL (
+            SELECT max(ended_at) AS ended_at, count(*) AS deliveries, count(ended_at) AS ended
+            FROM agent.delivery WHERE run_id = r.id
+        ) AS d
+        WHERE r.id >= $1 AND r.id < $2 AND ($3::text IS NULL OR r.tenant_id = $3)
+    ), timed AS (
+        SELECT *,
+            coalesce(started_at, finished_at, now()) - received_at AS waited,
+            CASE WHEN started_at IS NOT NULL THEN coalesce(finished_at, now()) - started_at END AS ran,
+            CASE WHEN delivering THEN now() ELSE delivered_at END - finished_at AS sent
+        FROM found
+    )
+    SELECT * FROM timed ORDER BY CASE WHEN $4 THEN waited + coalesce(ran, '0') + coalesce(sent, '0') END DESC, id DESC
+    LIMIT $5
+"""
+
+
+@app.command("list")
+def list_(
+    since: Annotated[datetime | None, typer.Option(help="The first moment, local time. Default: a day ago.")] = None,
+    until: Annotated[datetime | None, typer.Option(help="The last moment, local time. Default: now.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only runs of this tenant.")] = None,
+    slowest: Annotated[bool, typer.Option("--slowest", help="The slowest first; otherwise the newest.")] = False,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line for each run.")] = False,
+) -> None:
+    """List runs, with the seconds from the message to the run's start, to its end, and to the delivered reply."""
+    end = until.astimezone() if until else datetime.now(UTC) + timedelta(minutes=1)
+    begin = since.astimezone() if since else end - timedelta(days=1)
+    rows = operator.run(_list(_first_id(begin), _first_id(end), tenant, slowest, limit))
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))  # noqa: T201
+    else:
+        draw_list(Console(highlight=False), rows)
+
+
+def _first_id(at: datetime) -> UUID:
+    """The smallest id of that time."""
+    return UUID(int=max(0, round(at.timestamp() * 1000)) << 80)
+
+
+async def _list(first: UUID, end: UUID, tenant: str | None, slowest: bool, limit: int) -> list[dict[str, Any]]:
+    connection = await asyncpg.connect(operator.engines_access()["postgres"]["url"])
+    try:
+        rows = await connection.fetch(_LIST, first, end, tenant, slowest, limit)
+    finally:
+        await connection.close()
+    return [
+        {
+            "run_id": str(row["id"]),
+            "tenant_id": row["tenant_id"],
+            "status": row["status"],
+            "error": row["error"],
+            "trace_id": row["trace_id"],
+            "received_at": row["received_at"].isoformat(),
+            "seconds": {
+                name: None if row[name] is None else row[name].total_seconds() for name in ("waited", "ran", "sent")
+            },
+        }
+        for row in rows
+    ]
+
+
+def draw_list(console: Console, rows: list[dict[str, Any]]) -> None:
+    """Prints one line for each run; 80 columns."""
+    table = Table(box=None, width=80, padding=(0, 1, 0, 0), header_style="bold")
+    for name in ("UTC", "run", "status"):
+        table.add_column(name, no_wrap=True)
+    for name in ("wait s", "run s", "send s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        seconds = ("" if value is None else f"{value:.1f}" for value in row["seconds"].values())
+        table.add_row(row["received_at"][5:16].replace("T", " "), row["run_id"], row["status"], *seconds)
+    console.print(table)
 
 
 @app.command()
