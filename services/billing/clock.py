@@ -92,9 +92,10 @@ class Clock:
             await self._try(tenant_id, self._mail(tenant_id, invoice_id, first))
 
     async def forget(self) -> None:
-        """Deletes a page of the old records of usage of at most MOST tenants."""
+        """Deletes a page of old holds, and a page of the old records of usage of at most MOST tenants."""
         before = retention.kept_since(utcnow())
         async with self._database.begin() as tx:
+            await retention.delete_holds(tx, before)
             due = await retention.due(tx, before, MOST)
         for tenant_id in due:
             await self._try(tenant_id, self._delete(tenant_id, before))

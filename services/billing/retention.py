@@ -1,4 +1,4 @@
-"""Deletes old usage records. Their sums stay in ``deleted_usage``, by the key of the buckets and with the hash of the
+"""Deletes old holds, and old usage records. Their sums stay in ``deleted_usage``, by the key of the buckets and with the hash of the
 records, so that a bucket can still be compared, and rebuilt: it equals its deleted and its stored records together.
 """
 
@@ -88,3 +88,21 @@ async def delete(tx: Tx, tenant_id: str, before: datetime) -> int:
         tenant_id,
     )
     return int(deleted)
+
+
+async def delete_holds(tx: Tx, before: datetime) -> None:
+    """Deletes up to PAGE holds, of all tenants, that ended or expired before a time. An open one of a record that is
+    held for review never expires."""
+    await tx.sql(
+        # Skips rows that a request for a hold or a charge has locked: those lock them in another order.
+        f"""
+        DELETE FROM hold
+        WHERE (tenant_id, hold_id) IN (
+            SELECT tenant_id, hold_id FROM hold
+            WHERE least(expires_at, ended_at) < $1
+            LIMIT {PAGE}
+            FOR UPDATE SKIP LOCKED
+        )
+        """,
+        before,
+    )

@@ -234,3 +234,24 @@ async def test_deleted_records_are_not_rated_again(billing: Billing) -> None:
         assert answer.status_code == status, answer.text
     refused = await billing.operator.post("/api/v1/billing/rerate", json=body | {"from": "2020-01-01T00:00:00Z"})
     assert refused.json()["errors"][0]["field"] == "from"
+
+
+async def test_old_holds_are_deleted_and_those_that_still_hold_are_not(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    await tenant.sql(
+        """
+        INSERT INTO hold (tenant_id, hold_id, request, granted, held_nanos, expires_at, ended_at, outcome)
+        SELECT $1, uuidv7(), name, true, 1, now() + expires::interval, now() + ended::interval,
+            CASE WHEN ended IS NOT NULL THEN 'charged' END
+        FROM (VALUES
+            ('charged', '-60 days', '-60 days'), ('expired', '-60 days', NULL),
+            ('resolved long ago', 'infinity', '-60 days'), ('resolved late', 'infinity', '-1 day'),
+            ('held for review', 'infinity', NULL), ('of today', '-1 hour', '-1 hour'), ('open', '1 hour', NULL)
+        ) AS hold (name, expires, ended)
+        """,
+        tenant.id,
+    )
+    clock = Clock(billing.platform.database("billing"), Seller())
+    await clock.forget()
+    left = await tenant.sql("SELECT request FROM hold WHERE tenant_id = $1", tenant.id)
+    assert {name for (name,) in left} == {"resolved late", "held for review", "of today", "open"}
