@@ -1,5 +1,6 @@
-"""Deletes old holds, and old usage records. Their sums stay in ``deleted_usage``, by the key of the buckets and with the hash of the
-records, so that a bucket can still be compared, and rebuilt: it equals its deleted and its stored records together.
+"""Deletes old holds and old usage records. The sums of the records stay in ``deleted_usage``, by the key of the buckets
+and with the hash of the records, so that a bucket can still be compared, and rebuilt: it equals its deleted and its
+stored records together.
 """
 
 from __future__ import annotations

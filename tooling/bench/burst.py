@@ -1,4 +1,4 @@
-"""``burst``: for a minute, ten times the load of a normal hour; what is accepted is answered, and memory is bounded.
+"""``burst``: a minute with ten times the normal load; each accepted message is answered, and memory is bounded.
 
 The system is that of ``message`` with a channel without limits of a vendor, and each message comes from another
 person. A normal load is half of the rate that a burst of webhooks has shown. The minute is an open loop, whose refusals

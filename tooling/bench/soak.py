@@ -29,7 +29,7 @@ RATE = 3.0
 TOOL_EVERY = 4
 # Percent from the second quarter to the last one.
 GOAL_SERVICES, GOAL_ENGINES = 10.0, 25.0
-# Tables of which a message may leave rows. Conversations and money are kept until they are erased.
+# Tables whose rows a message may leave behind. Conversations and money are kept until they are erased.
 _KEPT = {
     "agent": ("event", "message", "run", "run_step", "run_usage", "delivery", "stream"),
     "channel": ("event", "stream", "delivery"),

@@ -1,4 +1,4 @@
-"""Soak and burst: real services; what is lost or grows is told."""
+"""Soak and burst: real services; a lost message is an error, and a table that grows is named."""
 
 from __future__ import annotations
 
