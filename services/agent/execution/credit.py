@@ -9,7 +9,7 @@ from uuid import UUID
 
 import msgspec
 
-from infra.errors import Transient
+from infra.errors import NoCredit, Transient
 from infra.postgres.tx import derived_id
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
 from services.agent.definitions.models import AgentBudget
@@ -76,13 +76,17 @@ class RunCredit:
             raise Ended("refused", f"the agent's budget of this {self._budget.period} is used up", NO_CREDIT)
         return hold
 
-    async def reserve_tool(self, step: int, tool: str) -> None:
-        """Holds the price of a tool's call, the same hold however often. Its usage record, of plugin, closes the hold.
+    async def reserve_tool(self, step: int, tool: str) -> UUID:
+        """The hold for the call of a tool, the same one however often. Its usage record, of plugin, closes it.
 
-        Raises Ended if the credit does not suffice.
+        Raises NoCredit. The step of the call has begun then: the model reads the reason.
         """
-        hold_id = tool_hold(self._context.run_id, step)
-        await self._granted(self._request(hold_id, f"tool/{tool}", {"calls": 1}), f"the tool {tool}")
+        hold_id = derived_id(self._context.run_id, "tool", step)
+        try:
+            await self._granted(self._request(hold_id, f"tool/{tool}", {"calls": 1}), f"the tool {tool}")
+        except Ended as refusal:
+            raise NoCredit(refusal.error) from refusal
+        return hold_id
 
     def _request(self, hold_id: UUID, resource: str, quantities: dict[str, int]) -> billing_pb2.ReserveRequest:
         context = self._context
@@ -136,10 +140,6 @@ class RunCredit:
         with suppress(Transient):
             request = billing_pb2.ReleaseRequest(hold_id=str(hold_id))
             await self._billing.Release(request, metadata=self._context.metadata)
-
-
-def tool_hold(run_id: UUID, step: int) -> UUID:
-    return derived_id(run_id, "tool", step)
 
 
 def _input_tokens(prompt: Prompt) -> int:

@@ -128,9 +128,9 @@ class Steps:
         self._watch = watch
         self._unrecorded = unrecorded
 
-    def next_has_begun(self, offset: int = 1) -> bool:
-        """True if the journal has the step that comes `offset` steps after the last one, ended or not."""
-        return self._next(offset) is not None
+    def next_has_begun(self) -> bool:
+        """True if the journal has the next step, ended or not."""
+        return self._next() is not None
 
     def next_has_ended(self) -> bool:
         """True if the journal has the next step with its end."""
@@ -142,8 +142,8 @@ class Steps:
         known = self._next()
         return known.digest if known else None
 
-    def _next(self, offset: int = 1) -> Step | None:
-        return self._context.state.steps.get(self._context.last_step + offset)
+    def _next(self) -> Step | None:
+        return self._context.state.steps.get(self._context.last_step + 1)
 
     async def make(self, spec: StepSpec, call: Call[T], type_: type[T], *, expected_messages: int | None = None) -> T:
         """The content of the next step. Steps at the same time are numbered in the order of these calls.

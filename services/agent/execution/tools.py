@@ -15,7 +15,7 @@ from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
 from services.agent.definitions.models import Colleague, NewAgent
 from services.agent.execution.children import MAX_DEPTH, QUESTION, Question
 from services.agent.execution.context import RunContext
-from services.agent.execution.credit import RunCredit, tool_hold
+from services.agent.execution.credit import RunCredit
 from services.agent.execution.files import RunFiles
 from services.agent.execution.outcome import ChildRun, Ended, Suspended
 from services.agent.execution.steps import StepFailed, Steps, StepSpec, digest
@@ -57,8 +57,7 @@ class Tools:
     async def call_all(self, calls: Sequence[ToolCall]) -> list[ToolTurn]:
         """Makes the calls at the same time and returns their results in order.
 
-        Raises before the first call: Suspended if a person has to approve one of them, Ended if the credit does not
-        suffice for all of them.
+        Raises Suspended before the first call if a person has to approve one of them.
         """
         denied = set()
         for n, call in enumerate(calls, 1):
@@ -69,13 +68,6 @@ class Tools:
                     raise self.steps.ask_for_approval(n, call.name, call.arguments, of_asker=ASKER in approvers)
                 if decision == "deny":
                     denied.add(n)
-        await asyncio.gather(
-            *(
-                self.credit.reserve_tool(self.context.last_step + n, call.name)
-                for n, call in enumerate(calls, 1)
-                if n not in denied and call.name in self._names() and not self.steps.next_has_begun(n)
-            )
-        )
         agent_calls = sum(self._agent_named(call.name) is not None for call in calls)
         # Each coroutine takes its step number at its first turn, so the order of this list is the order of the steps.
         made = [self._deny(call) if n in denied else self._call(call, agent_calls) for n, call in enumerate(calls, 1)]
@@ -116,6 +108,7 @@ class Tools:
             if call.name not in self._names():
                 # Also if the tenant has the tool: the agent's definition decides which tools it may use.
                 raise NotFound(f"there is no tool {call.name}")
+            hold_id = await self.credit.reserve_tool(n, call.name)
             request = plugin_pb2.CallRequest(
                 tool=call.name,
                 arguments_json=call.arguments or "{}",
@@ -123,7 +116,7 @@ class Tools:
                 agent_id=str(self.context.agent_id),
                 subject_id=self.context.subject_id,
                 speaker_id=await self.context.speaker() if call.name in OF_MEMORIES else "",
-                hold_id=str(tool_hold(self.context.run_id, n)),
+                hold_id=str(hold_id),
                 channel_id=str(self.context.channel_id or ""),
                 session_key=self.context.session_key,
                 api_key_id=self.context.origin.api_key_id,

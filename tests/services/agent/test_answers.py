@@ -138,17 +138,16 @@ async def test_without_credit_the_person_gets_a_clear_refusal_and_no_model_is_as
     assert [message["content"] for message in world.models.requests[-1].body["messages"][1:]] == ["Hi", "Again"]
 
 
-async def test_without_credit_for_all_tools_that_the_model_calls_none_is_called(world: World, tenant: Tenant) -> None:
-    agent = await tenant.agent(tools=[WEATHER, CALCULATOR])
+async def test_a_tool_that_cannot_be_paid_is_not_called_and_the_model_is_told(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(tools=[CALCULATOR])
     calls = dict(world.peers.plugin.calls)
     world.peers.billing.dear.add(f"tool/{CALCULATOR}")
-    world.models.script(MODEL, Says(calls=((WEATHER, '{"city":"Bern"}'), (CALCULATOR, '{"expression":"1+1"}'))))
-    run = await tenant.over(await tenant.say(agent, "Weather?"))
+    world.models.script(MODEL, Says(calls=((CALCULATOR, '{"expression":"1+1"}'),)), Says("I cannot."))
+    run = await tenant.over(await tenant.say(agent, "Sum?"))
     world.peers.billing.dear.clear()
-    assert (run["status"], run["error"]) == (
-        "refused",
-        f"the tenant's credit does not suffice for the tool {CALCULATOR}",
-    )
+    assert (run["reply"], run["steps"][1]["status"]) == ("I cannot.", "failed")
+    told = world.models.requests[-1].body["messages"][-1]["content"]
+    assert told == f"Error: the tenant's credit does not suffice for the tool {CALCULATOR}"
     assert world.peers.plugin.calls == calls
 
 

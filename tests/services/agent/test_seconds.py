@@ -74,7 +74,7 @@ async def test_the_seconds_are_held_with_the_first_call_and_the_record_names_the
     world.models.script(MODEL, Says(calls=(BERN,)), Says("Rain."))
     known = set(world.peers.billing.holds)
     await tenant.over(await tenant.say(agent, "Weather?"))
-    first, second = (hold for id_, hold in world.peers.billing.holds.items() if id_ not in known)
+    first, _, second = (hold for id_, hold in world.peers.billing.holds.items() if id_ not in known)
     assert (first.run_seconds, second.run_hold_id) == (120, "")
     [record] = [record for record in await tenant.sent("usage.records") if record["usage_id"].endswith("/seconds")]
     assert record["hold_id"] == first.run_hold_id
