@@ -2,15 +2,14 @@
 
 from infra.security.subjects import erasure
 from infra.service.service import Service
-from services.memory import adapters, api, handlers, rpc, storage, tenants
-from services.memory.conversations import SEALED
+from services.memory import adapters, api, conversations, handlers, models, rpc, storage, tenants
 from services.memory.keeping import MEMORY
 from services.memory.read_models import READ_MODELS
 from services.memory.settings import MemorySettings
 
 service = Service("memory", MemorySettings)
 service.depend("milvus", adapters.milvus)
-service.seal(SEALED)
+service.seal(conversations.SEALED, models.SEALED)
 service.serve_http(api.routes)
 service.serve_grpc(rpc.servicer)
 service.consume(handlers.index_document)
@@ -21,9 +20,11 @@ service.consume(handlers.forget_message, keeping=adapters.keeping, learning=adap
 service.consume(erasure("memory"))
 service.erase_tenants(before=tenants.delete_outside)
 service.consume(handlers.forget_person, conversations=adapters.conversations)
-service.work(handlers.work_on_document, indexing=adapters.indexing)
+service.work(handlers.work_on_document, indexing=adapters.indexing, models=adapters.models)
+service.work(handlers.fill_index, indexing=adapters.indexing, models=adapters.models)
 service.work(handlers.work_on_utterance, conversations=adapters.conversations)
 service.work(handlers.work_on_memory, learning=adapters.learning)
+service.beside("embedding models", adapters.model_change)
 service.beside("storage", lambda runtime: storage.Sampler(runtime.worker))
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Builds the object store, the embedding model and the index of memory, one of each per process."""
+"""Builds the object store, the embedding models and the indexes of memory, one of each per process."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from infra.stores.objects import Objects
 from protos.billing.v1 import billing_pb2_grpc
 from services.memory.conversations import Conversations
 from services.memory.credit import Credit
-from services.memory.embeddings import Embedder, LocalEmbedder, RemoteEmbedder
+from services.memory.embeddings import LOCAL, Embedder, Endpoint, LocalEmbedder, RemoteEmbedder
 from services.memory.engines import Engines
-from services.memory.handlers import refill
+from services.memory.filling import refill
+from services.memory.index import VectorIndex
 from services.memory.indexing import Indexing
 from services.memory.keeping import Keeping
 from services.memory.learning import Learning
 from services.memory.memories import Memories
 from services.memory.milvus import MilvusIndex
+from services.memory.model_change import ModelChange
+from services.memory.models import Models
 from services.memory.pgvector import PgvectorIndex
 from services.memory.reranking import Reranker
 from services.memory.retrieval import Retrieval
@@ -38,30 +41,40 @@ def objects(runtime: Runtime) -> Objects:
 
 
 @cache
-def embedder(runtime: Runtime) -> Embedder:
+def models(runtime: Runtime) -> Models:
     settings = runtime.settings
-    if not settings.embedding_base_url:
-        return LocalEmbedder()
-    key = settings.embedding_api_key.get_secret_value() if settings.embedding_api_key else None
-    return RemoteEmbedder(runtime.outgoing, settings.embedding_base_url, settings.embedding_model, key)
+    wanted = LOCAL
+    if settings.embedding_base_url:
+        api_key = settings.embedding_api_key.get_secret_value() if settings.embedding_api_key else None
+        wanted = Endpoint(settings.embedding_model, settings.embedding_base_url, api_key)
 
+    def make(key: str, place: Endpoint) -> Embedder:
+        if place.base_url is None:
+            return LocalEmbedder(key)
+        return RemoteEmbedder(runtime.outgoing, place.base_url, place.name, place.api_key, key)
 
-@cache
-def milvus_index(runtime: Runtime) -> MilvusIndex:
-    settings = runtime.settings
-    model = embedder(runtime).model
-    url = settings.milvus_url.get_secret_value()
-    return MilvusIndex(url, settings.topic_prefix, model, lambda name: refill(runtime.worker, name))
+    return Models(runtime.worker, runtime.cipher, wanted, make)
 
 
 @cache
 def index(runtime: Runtime) -> Engines:
-    pgvector = PgvectorIndex(runtime.worker, embedder(runtime).model)
-    return Engines(runtime.worker, {"milvus": milvus_index(runtime), "pgvector": pgvector})
+    settings = runtime.settings
+
+    def make(engine: str, model: str) -> VectorIndex:
+        if engine == "pgvector":
+            return PgvectorIndex(runtime.worker, model)
+        url = settings.milvus_url.get_secret_value()
+        return MilvusIndex(url, settings.topic_prefix, model, lambda name: refill(runtime.worker, name))
+
+    return Engines(runtime.worker, make)
+
+
+def model_change(runtime: Runtime) -> ModelChange:
+    return ModelChange(runtime.worker, models(runtime), index(runtime))
 
 
 def conversations(runtime: Runtime) -> Conversations:
-    return Conversations(runtime.cipher, embedder(runtime), index(runtime), credit(runtime))
+    return Conversations(runtime.cipher, models(runtime), index(runtime), credit(runtime))
 
 
 def memories(runtime: Runtime) -> Memories:
@@ -73,11 +86,11 @@ def keeping(runtime: Runtime) -> Keeping:
 
 
 def learning(runtime: Runtime) -> Learning:
-    return Learning(keeping(runtime), memories(runtime), embedder(runtime), credit(runtime))
+    return Learning(keeping(runtime), memories(runtime), models(runtime), credit(runtime))
 
 
 def indexing(runtime: Runtime) -> Indexing:
-    return Indexing(objects(runtime), embedder(runtime), index(runtime), credit(runtime))
+    return Indexing(objects(runtime), models(runtime), index(runtime), credit(runtime))
 
 
 def reranker(runtime: Runtime) -> Reranker | None:
@@ -92,7 +105,7 @@ def retrieval(runtime: Runtime) -> Retrieval:
     return Retrieval(
         runtime.request,
         runtime.worker,
-        embedder(runtime),
+        models(runtime).active,
         index(runtime),
         conversations(runtime),
         memories(runtime),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -10,16 +11,18 @@ from uuid import UUID
 import numpy as np
 
 from infra.clock import utcnow
-from infra.errors import Transient, Unanswered
+from infra.errors import EffectFailed, Transient, Unanswered
 from infra.lanes.effects import Effects, Outcome
 from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.rewrap import SealedColumn
 from infra.security.subjects import Erased, SubjectKeys
+from services.memory import vectors
 from services.memory.credit import Credit
 from services.memory.embeddings import Embedded, Embedder
 from services.memory.engines import Engines
 from services.memory.index import VectorRow
+from services.memory.models import Models
 from services.memory.readable import Found
 from services.memory.usage import record_usage
 
@@ -35,10 +38,10 @@ def session_scope(session_key: str) -> str:
 
 
 class Conversations:
-    def __init__(self, cipher: Cipher, embedder: Embedder, index: Engines, credit: Credit) -> None:
+    def __init__(self, cipher: Cipher, models: Models, index: Engines, credit: Credit) -> None:
         self._cipher = cipher
         self._subjects = SubjectKeys(cipher)
-        self._embedder = embedder
+        self._models = models
         self._index = index
         self._credit = credit
 
@@ -81,35 +84,62 @@ class Conversations:
 
     async def embed(self, run_id: UUID, effects: Effects, tx: Tx) -> None:
         """Embeds the reply and puts it into the index."""
+        active = await self._models.active()
+        with suppress(EffectFailed):
+            await self._fill(run_id, active, effects, self._credit)
+        await self._models.by_target(lambda target: self._fill(run_id, target, effects))
+        await self._models.hold(tx, active.key)
+
+    async def _fill(self, run_id: UUID, model: Embedder, effects: Effects, credit: Credit | None = None) -> None:
+        """Embeds the reply by the model if it was not, and puts it into the model's index. credit: for a paid model.
+
+        Raises EffectFailed if the embedding endpoint refuses the text, or the credit does not suffice.
+        """
         async with effects.begin() as begun:
             tenant_id = str(begun.tenant_id)
             rows = await begun.sql(
-                "SELECT session_key, subject_id, sealed, model, vector FROM utterance WHERE run_id = $1", run_id
+                f"""
+                SELECT session_key, subject_id, sealed, {vectors.of("$2", "u")}
+                FROM utterance u
+                WHERE run_id = $1
+                """,
+                run_id,
+                model.key,
             )
             if not rows:
                 return
-            [(session_key, subject_id, sealed, model, vector)] = rows
+            [(session_key, subject_id, sealed, vector)] = rows
             text = (await self._texts(begun, tenant_id, [(run_id, subject_id, sealed)])).get(run_id)
         if text is None:
             return
-        if model != self._embedder.model:
-            vector = await self._vector(tenant_id, run_id, text, effects)
-        if vector is not None:
-            row = VectorRow(run_id, np.frombuffer(vector, dtype="<f4").tolist())
-            await self._index.replace(tenant_id, run_id, session_scope(session_key), lambda: _one(row))
+        if vector is None:
+            vector = await self._vector(tenant_id, run_id, model, text, effects, credit)
+        row = VectorRow(run_id, np.frombuffer(vector, dtype="<f4").tolist())
+        names = await self._index.replace(model.key, tenant_id, run_id, session_scope(session_key), lambda: _one(row))
+        async with effects.begin() as begun:
+            await begun.sql(
+                """
+                UPDATE utterance
+                SET indexed_in = ARRAY(SELECT unnest(indexed_in) UNION SELECT unnest($2::text[]) ORDER BY 1)
+                WHERE run_id = $1
+                """,
+                run_id,
+                names,
+            )
 
-    async def _vector(self, tenant_id: str, run_id: UUID, text: str, effects: Effects) -> bytes | None:
-        """Returns None if the embedding endpoint refuses the text, or the credit does not suffice."""
+    async def _vector(
+        self, tenant_id: str, run_id: UUID, model: Embedder, text: str, effects: Effects, credit: Credit | None
+    ) -> bytes:
         made: Embedded | None = None
         hold_id: UUID | None = None
 
         async def call(_: str) -> int:
             nonlocal made, hold_id
             # The tenant did not ask for this work, so it is billed only if the platform pays for it.
-            if self._embedder.paid:
-                hold_id = await self._credit.hold_embedding(tenant_id, run_id, self._embedder.model, [text])
+            if model.paid and credit:
+                hold_id = await credit.hold_embedding(tenant_id, run_id, model.model, [text])
             try:
-                made = await self._embedder.passages([text])
+                made = await model.passages([text])
             except Unanswered as error:
                 raise Transient(str(error)) from error
             return made.tokens
@@ -117,18 +147,18 @@ class Conversations:
         async def keep(tx: Tx, outcome: Outcome[int]) -> None:
             if made is None or outcome.result is None:
                 return
-            await tx.sql(
-                "UPDATE utterance SET model = $2, vector = $3 WHERE run_id = $1",
-                run_id,
-                self._embedder.model,
-                made.vectors[0].tobytes(),
-            )
-            if self._embedder.paid:
-                usage_id = f"conversation/{run_id}/{outcome.attempt}"
-                record_usage(tx, self._embedder.model, usage_id, outcome.result, hold_id)
+            kept = await self._models.keep(tx, model.key)
+            await vectors.store(tx, "utterance", model.key, kept, {run_id: made.vectors[0].tobytes()})
+            if model.paid:
+                usage_id = f"conversation/{effects.item_id}/{model.key}/{outcome.attempt}"
+                record_usage(tx, model.model, usage_id, outcome.result, hold_id)
 
-        await effects.run(f"embed/{effects.item_id}", call, kind="repeatable", result=int, after=keep)
-        return made.vectors[0].tobytes() if made else None
+        key = f"embed/{effects.item_id}/{model.key}"
+        outcome = await effects.run(key, call, kind="repeatable", result=int, after=keep)
+        if made is None:
+            raise EffectFailed(str(outcome.error))
+        vector: bytes = made.vectors[0].tobytes()
+        return vector
 
     async def forget(self, run_id: UUID, effects: Effects, tx: Tx) -> None:
         """Removes the reply from the index and from the table."""

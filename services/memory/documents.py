@@ -233,16 +233,20 @@ async def indexed_in(tx: Tx, index: str) -> tuple[int, int]:
     return total, inside
 
 
-async def mark_indexed(tx: Tx, id_: UUID, indexes: Sequence[str]) -> None:
-    """Notes that the indexes of these names have all rows of the document."""
-    await tx.sql(
-        """
-        UPDATE document
-        SET indexed_in = ARRAY(SELECT unnest(indexed_in) UNION SELECT unnest($2::text[]) ORDER BY 1)
-        WHERE id = $1
-        """,
-        id_,
-        list(indexes),
+async def mark_indexed(tx: Tx, version: IndexedVersion, indexes: Sequence[str]) -> bool:
+    """Notes that the indexes of these names have all rows of the version. False if it was deleted or replaced."""
+    return bool(
+        await tx.sql(
+            """
+            UPDATE document
+            SET indexed_in = ARRAY(SELECT unnest(indexed_in) UNION SELECT unnest($3::text[]) ORDER BY 1)
+            WHERE id = $1 AND coalesce(index_owner, id) = $2 AND deleted_at IS NULL
+            RETURNING 1
+            """,
+            version.id,
+            version.owner,
+            list(indexes),
+        )
     )
 
 

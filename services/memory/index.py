@@ -51,6 +51,10 @@ class VectorIndex(Protocol):
         """Removes all rows of the tenant."""
         ...
 
+    async def drop(self) -> None:
+        """Removes all rows of the model."""
+        ...
+
     async def check(self) -> None:
         """Makes one round trip."""
         ...

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import IO, Any, NamedTuple
 from uuid import UUID
 
-from infra.errors import NoCredit, NotFound, NotYet, Transient, Unanswered
+from infra.errors import EffectFailed, NoCredit, NotFound, NotYet, Transient, Unanswered
 from infra.failpoint import failpoint
 from infra.lanes.claims import LaneLost
 from infra.lanes.effects import Effects, Outcome
@@ -30,9 +30,11 @@ from services.memory.domain import count_tokens, embedded_text
 from services.memory.embeddings import BATCH, Embedder
 from services.memory.engines import Engines
 from services.memory.index import INSERT_ROWS, VectorRow
+from services.memory.models import Models
 from services.memory.parser import DocumentRefused, Findings, parsed
 from services.memory.passages import StoredPassage
 from services.memory.usage import record_document, record_usage
+from services.memory.vectors import store
 from services.memory.versions import OldVersion
 
 # After this time a document gives its place to other documents.
@@ -54,9 +56,9 @@ class Replaced(NamedTuple):
 
 
 class Indexing:
-    def __init__(self, objects: Objects, embedder: Embedder, index: Engines, credit: Credit) -> None:
+    def __init__(self, objects: Objects, models: Models, index: Engines, credit: Credit) -> None:
         self._objects = objects
-        self._embedder = embedder
+        self._models = models
         self._index = index
         self._credit = credit
 
@@ -67,7 +69,7 @@ class Indexing:
         version then, which is left to `remove_version`.
         """
         try:
-            document = await self._index_stages(id_, effects)
+            document, model = await self._index_stages(id_, effects)
         except DocumentRefused as error:
             await self._credit.release_document(_tenant(tx), id_)
             await documents.advance(tx, id_, "failed", 1.0, str(error))
@@ -80,6 +82,7 @@ class Indexing:
                     await documents.advance(failed, id_, "failed", 1.0, "The platform had an internal error.")
             raise
         else:
+            await self._models.hold(tx, model.key)
             if document.replaces:
                 old = await versions.switch(tx, id_, document.replaces)
                 if old is None:
@@ -90,12 +93,14 @@ class Indexing:
                 record_document(tx, id_)
         return None
 
-    async def _index_stages(self, id_: UUID, effects: Effects) -> IndexedVersion:
+    async def _index_stages(self, id_: UUID, effects: Effects) -> tuple[IndexedVersion, Embedder]:
+        """Returns the document, and the model by which searches find it."""
+        active = await self._models.active()
         async with effects.begin() as tx:
             tenant_id = _tenant(tx)
             document = await documents.version(tx, id_)
         if document.status == "indexed":
-            return document
+            return document, active
         try:
             await self._credit.hold_document(tenant_id, id_)
         except NoCredit as error:
@@ -104,19 +109,29 @@ class Indexing:
             await self._parse(document, effects)
         if document.replaces:
             async with effects.begin() as tx:
-                await versions.reuse_vectors(tx, id_, document.replaces, self._embedder.model)
-        await self._embed(id_, effects)
-        await self._fill_index(document, effects)
-        failpoint("after_index")
-        return document
+                await versions.reuse_vectors(tx, id_, document.replaces)
+        try:
+            await self._embed(id_, active, effects)
+        except EffectFailed as error:
+            raise DocumentRefused(f"The text could not be embedded: {error.reason}.") from error
 
-    async def fill(self, id_: UUID, effects: Effects) -> None:
-        """Puts an indexed document into the index again; searches by words find it all the time."""
+        async def by_target(target: Embedder) -> None:
+            await self._embed(id_, target, effects, again=True)
+            await self._fill_index(document, target, effects)
+
+        await self._models.by_target(by_target)
+        await self._fill_index(document, active, effects)
+        failpoint("after_index")
+        return document, active
+
+    async def fill(self, id_: UUID, model: Embedder, effects: Effects) -> None:
+        """Embeds an indexed document by the model if it was not, and puts it into the model's index. Searches find it
+        by its words, and by the active model, all the time."""
         try:
             async with effects.begin() as tx:
                 document = await documents.version(tx, id_)
-            await self._embed(id_, effects, again=True)
-            await self._fill_index(document, effects)
+            await self._embed(id_, model, effects, again=True)
+            await self._fill_index(document, model, effects)
         except (_Deleted, NotFound):
             _log.info("document was deleted before it was put into the index", document_id=str(id_))
 
@@ -174,28 +189,30 @@ class Indexing:
         except NotFound as error:
             raise DocumentRefused("The stored file no longer exists. Upload the document again.") from error
 
-    async def _embed(self, id_: UUID, effects: Effects, *, again: bool = False) -> None:
-        """Embeds the passages that have no vector of the model. again: the document stays indexed meanwhile."""
+    async def _embed(self, id_: UUID, model: Embedder, effects: Effects, *, again: bool = False) -> None:
+        """Embeds the passages that have no vector of the model. again: the status of the document stays."""
         async with effects.begin() as tx:
             total = await passages.count(tx, id_)
         began = time.monotonic()
         while True:
             async with effects.begin() as tx:
-                batch = await passages.without_vector(tx, id_, self._embedder.model, BATCH)
+                batch = await passages.without_vector(tx, id_, model.key, BATCH)
                 if not batch:
                     if not again:
                         await _advance(tx, id_, "embedded", _EMBEDDED)
                     return
-            await self._embed_batch(id_, batch, None if again else total, effects)
+            await self._embed_batch(id_, model, batch, None if again else total, effects)
             if time.monotonic() - began > TURN_SECONDS:
                 # A large document takes hours. The vectors made so far are stored.
                 raise NotYet(timedelta(0), "the other documents have their turn")
 
     async def _embed_batch(
-        self, id_: UUID, batch: Sequence[StoredPassage], total: int | None, effects: Effects
+        self, id_: UUID, model: Embedder, batch: Sequence[StoredPassage], total: int | None, effects: Effects
     ) -> None:
         """`total`: all passages of the document, for its progress; None if it shows none."""
         first = batch[0].n
+        # Of the first embedding, and of one by another model or for another one of the vectors.
+        usage = f"{id_}/{first}" if total is not None else f"{id_}/{first}/{effects.item_id}/{model.key}"
         texts = [embedded_text(passage.text, passage.section) for passage in batch]
         begun, tenant_id = 0, ""
         hold_id: UUID | None = None
@@ -208,20 +225,16 @@ class Indexing:
 
         async def call(_: str) -> int:
             nonlocal vectors, hold_id
+            # The tenant did not ask for a further embedding: it is billed, and no lack of credit stops a change.
+            if total is not None:
+                hold_id = await self._credit.hold_embedding(tenant_id, batch[0].id, model.model, texts)
             try:
-                hold_id = await self._credit.hold_embedding(tenant_id, batch[0].id, self._embedder.model, texts)
-            except NoCredit as error:
-                if total is None:
-                    # The tenant did not ask for this work.
-                    raise Transient(str(error)) from error
-                raise
-            try:
-                vectors, tokens = await self._embedder.passages(texts)
+                vectors, tokens = await model.passages(texts)
             except Unanswered as error:
                 # The endpoint may have done the work and may charge for it. A repetition does no harm.
                 async with effects.begin() as tx:
                     tokens = sum(map(count_tokens, texts))
-                    record_usage(tx, self._embedder.model, f"{id_}/{first}/{begun}", tokens, estimated=True)
+                    record_usage(tx, model.model, f"{usage}/{begun}", tokens, estimated=True)
                 raise Transient(str(error)) from error
             return tokens
 
@@ -232,23 +245,25 @@ class Indexing:
             if total is not None:
                 progress = _CHUNKED + (_EMBEDDED - _CHUNKED) * (first + len(batch)) / total
                 alive = await documents.advance(tx, id_, "chunked", progress)
-            await passages.set_vectors(tx, self._embedder.model, batch, vectors)
-            record_usage(tx, self._embedder.model, f"{id_}/{first}/{outcome.attempt}", outcome.result, hold_id)
+            kept = await self._models.keep(tx, model.key)
+            made = {passage.id: vector.tobytes() for passage, vector in zip(batch, vectors, strict=True)}
+            await store(tx, "passage", model.key, kept, made)
+            record_usage(tx, model.model, f"{usage}/{outcome.attempt}", outcome.result, hold_id)
 
         # The item is part of the key: if the platform returns to a former model, the passage is embedded again.
-        key = f"embed/{effects.item_id}/{batch[0].id}/{self._embedder.model}"
+        key = f"embed/{effects.item_id}/{batch[0].id}/{model.key}"
         outcome = await effects.run(key, call, kind="repeatable", result=int, before=begin, after=keep)
         if not alive:
             raise _Deleted
         if outcome.state == "failed":
-            raise DocumentRefused(f"The text could not be embedded: {outcome.error}.")
+            raise EffectFailed(str(outcome.error))
 
-    async def _fill_index(self, document: IndexedVersion, effects: Effects) -> None:
+    async def _fill_index(self, document: IndexedVersion, model: Embedder, effects: Effects) -> None:
         async def batches() -> AsyncIterator[Sequence[VectorRow]]:
             last = -1
             while True:
                 async with effects.begin() as tx:
-                    rows = await passages.vectors(tx, document.id, last, INSERT_ROWS)
+                    rows = await passages.with_vectors(tx, document.id, model.key, last, INSERT_ROWS)
                 if not rows:
                     return
                 last = rows[-1][1]
@@ -256,9 +271,12 @@ class Indexing:
 
         async with effects.begin() as tx:
             tenant_id = _tenant(tx)
-        names = await self._index.replace(tenant_id, document.owner, "document", batches)
+        names = await self._index.replace(model.key, tenant_id, document.owner, "document", batches)
         async with effects.begin() as tx:
-            await documents.mark_indexed(tx, document.id, names)
+            is_marked = await documents.mark_indexed(tx, document, names)
+        if not is_marked:
+            # It was deleted or replaced meanwhile, and its rows may have been removed before the last of these came.
+            await self._index.remove(tenant_id, document.owner)
 
 
 async def _advance(tx: Tx, id_: UUID, status: str, progress: float) -> None:

@@ -182,7 +182,14 @@ class Keeping:
             expires_at=memory.expires_at,
         )
         await self._write(tx, memory.id, changed)
-        await tx.sql("UPDATE memory SET model = NULL, vector = NULL WHERE id = $1", memory.id)
+        await tx.sql(
+            """
+            UPDATE memory
+            SET model = NULL, vector = NULL, other_model = NULL, other_vector = NULL
+            WHERE id = $1
+            """,
+            memory.id,
+        )
         return memory._replace(replaced_by=state.replaced_by)
 
     async def archive(self, tx: Tx, id_: UUID, by: str, at: datetime) -> None:

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from infra.errors import Conflict, InvalidMessage, Transient, Unanswered
+from infra.errors import Conflict, EffectFailed, InvalidMessage, Transient, Unanswered
 from infra.lanes.effects import Effects, Outcome
 from infra.postgres.tx import Tx, derived_id
 from infra.security.subjects import Erased
@@ -17,8 +17,10 @@ from services.memory.embeddings import Embedded, Embedder
 from services.memory.extraction import Kind, facts
 from services.memory.forgetting import is_withdrawn
 from services.memory.keeping import Keeping, New
-from services.memory.memories import Memories, set_vector
+from services.memory.memories import Memories
+from services.memory.models import Models
 from services.memory.usage import record_usage
+from services.memory.vectors import store
 
 # Of a fact that a rule found in the person's own words.
 RULE_CONFIDENCE = 0.8
@@ -56,10 +58,10 @@ class Merged(NamedTuple):
 
 
 class Learning:
-    def __init__(self, keeping: Keeping, memories: Memories, embedder: Embedder, credit: Credit) -> None:
+    def __init__(self, keeping: Keeping, memories: Memories, models: Models, credit: Credit) -> None:
         self._keeping = keeping
         self._memories = memories
-        self._embedder = embedder
+        self._models = models
         self._credit = credit
 
     async def by_rules(self, tx: Tx, run: FinishedRun, said: str, *, after_deletion: bool = False) -> list[UUID]:
@@ -117,11 +119,22 @@ class Learning:
             return []
         return learned
 
-    async def embed(self, memory_id: UUID, effects: Effects) -> None:
+    async def embed(self, memory_id: UUID, effects: Effects, tx: Tx) -> None:
         """Embeds the memory, so that it is ranked by its meaning."""
+        active = await self._models.active()
+        with suppress(EffectFailed):
+            await self._fill(memory_id, active, effects, self._credit)
+        await self._models.by_target(lambda target: self._fill(memory_id, target, effects))
+        await self._models.hold(tx, active.key)
+
+    async def _fill(self, memory_id: UUID, model: Embedder, effects: Effects, credit: Credit | None = None) -> None:
+        """Embeds the memory by the model if it was not. credit: for a paid model.
+
+        Raises EffectFailed if the endpoint refuses the text, or the credit does not suffice.
+        """
         async with effects.begin() as begun:
             tenant_id = str(begun.tenant_id)
-            text = await self._memories.text(begun, memory_id)
+            text = await self._memories.text(begun, memory_id, model.key)
         if text is None:
             return
         made: Embedded | None = None
@@ -130,10 +143,10 @@ class Learning:
         async def call(_: str) -> int:
             nonlocal made, hold_id
             # The tenant did not ask for this work, so it is billed only if the platform pays for it.
-            if self._embedder.paid:
-                hold_id = await self._credit.hold_embedding(tenant_id, memory_id, self._embedder.model, [text])
+            if model.paid and credit:
+                hold_id = await credit.hold_embedding(tenant_id, memory_id, model.model, [text])
             try:
-                made = await self._embedder.passages([text])
+                made = await model.passages([text])
             except Unanswered as error:
                 raise Transient(str(error)) from error
             return made.tokens
@@ -141,12 +154,16 @@ class Learning:
         async def keep(tx: Tx, outcome: Outcome[int]) -> None:
             if made is None or outcome.result is None:
                 return
-            await set_vector(tx, memory_id, self._embedder.model, made.vectors[0])
-            if self._embedder.paid:
-                usage_id = f"memory/{effects.item_id}/{outcome.attempt}"
-                record_usage(tx, self._embedder.model, usage_id, outcome.result, hold_id)
+            kept = await self._models.keep(tx, model.key)
+            await store(tx, "memory", model.key, kept, {memory_id: made.vectors[0].tobytes()})
+            if model.paid:
+                usage_id = f"memory/{effects.item_id}/{model.key}/{outcome.attempt}"
+                record_usage(tx, model.model, usage_id, outcome.result, hold_id)
 
-        await effects.run(f"embed/{effects.item_id}", call, kind="repeatable", result=int, after=keep)
+        key = f"embed/{effects.item_id}/{model.key}"
+        outcome = await effects.run(key, call, kind="repeatable", result=int, after=keep)
+        if outcome.state == "failed":
+            raise EffectFailed(str(outcome.error))
 
 
 async def _is_withdrawn(tx: Tx, run: FinishedRun, learned: Sequence[object]) -> bool:

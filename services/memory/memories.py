@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from infra.errors import NotFound
 from infra.postgres.tx import Tx
 from infra.security.subjects import SubjectKeys
+from services.memory import vectors
 from services.memory.domain import count_tokens
 from services.memory.events import Scope
 from services.memory.extraction import Kind
@@ -134,7 +135,7 @@ class Memories:
             f"""
             SELECT
                 {_COLUMNS},
-                CASE WHEN model = $5 THEN vector END,
+                {vectors.of("$5", "memory")},
                 0.5 ^ (extract(epoch FROM clock_timestamp() - greatest(used_at, recalled_at)) / $6)
             FROM memory
             WHERE tenant_id = $1
@@ -158,8 +159,8 @@ class Memories:
         if not rows:
             return []
         fresh = {row[0]: float(row[-1]) for row in rows}
-        vectors = {row[0]: np.frombuffer(row[-2], dtype="<f4") for row in rows if row[-2] is not None}
-        similarities = {} if vector is None else {id_: _cosine(vector, other) for id_, other in vectors.items()}
+        others = {row[0]: np.frombuffer(row[-2], dtype="<f4") for row in rows if row[-2] is not None}
+        similarities = {} if vector is None else {id_: _cosine(vector, other) for id_, other in others.items()}
 
         def worth(memory: Memory) -> float:
             return similarities.get(memory.id, 0.7) + 0.02 * memory.importance + 0.1 * fresh[memory.id]
@@ -182,9 +183,11 @@ class Memories:
         )
         return chosen
 
-    async def text(self, tx: Tx, id_: UUID) -> str | None:
-        """The text of a memory that has no vector of its own yet; None if it is gone."""
-        rows = await tx.sql(f"SELECT {_COLUMNS} FROM memory WHERE id = $1", id_)
+    async def text(self, tx: Tx, id_: UUID, model: str) -> str | None:
+        """The text of a memory that has no vector of the model yet; None if it has one, or is gone."""
+        rows = await tx.sql(
+            f"SELECT {_COLUMNS} FROM memory WHERE id = $1 AND {vectors.of('$2', 'memory')} IS NULL", id_, model
+        )
         opened = await self._opened(tx, rows)
         return opened[0].text if opened else None
 
@@ -197,10 +200,6 @@ class Memories:
             if key := keys[tenant_id, rest[2]]:
                 opened.append(Memory(id_, key.open(sealed, tenant_id, str(id_), "text"), *rest))
         return opened
-
-
-async def set_vector(tx: Tx, id_: UUID, model: str, vector: NDArray[np.float32]) -> None:
-    await tx.sql("UPDATE memory SET model = $2, vector = $3 WHERE id = $1", id_, model, vector.tobytes())
 
 
 _COLUMNS = """

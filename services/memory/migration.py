@@ -16,9 +16,11 @@ import numpy as np
 
 from infra.errors import Conflict
 from infra.postgres.database import Database
-from services.memory import engines, handlers
+from services.memory import engines, vectors
 from services.memory.engines import CACHE_SECONDS, Choice
+from services.memory.filling import fill_missing, refill, waiting_for
 from services.memory.index import VectorIndex
+from services.memory.models import active_key
 from services.memory.pgvector import PgvectorIndex
 
 SAMPLES = 50
@@ -31,7 +33,8 @@ POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Migrated:
-    documents: int
+    texts: int
+    """The documents, replies and memories."""
     missing: int
     """Documents that the engine does not have although it should."""
     sampled: int
@@ -54,24 +57,54 @@ async def migrate(
         await engines.choose(tx, before._replace(filling=filling))
     # All processes fill both from now on, so only the documents of before are missing.
     await asyncio.sleep(2 * CACHE_SECONDS)
-    await handlers.fill_missing(database, index.name)
+    model = index.name.partition("/")[2]
+    await fill_missing(database, model, [index.name])
+    texts = await until_filled(database, model, index.name, None, progress)
+    missing, sampled, recall = await verified(database, index)
+    async with database.begin() as tx:
+        if await active_key(tx, lock=True) != model:
+            raise Conflict("the embedding model has changed meanwhile: start the migration again")
+        await engines.choose(tx, Choice(target, (target,) if alone else filling))
+    return Migrated(texts, missing, sampled, recall, switched=True)
+
+
+async def until_filled(
+    database: Database, model: str, name: str, tenant_id: str | None, progress: Callable[[int, int], None]
+) -> int:
+    """Waits until the index of this name has everything. Returns how much that is."""
     while True:
-        documents, waiting = await handlers.waiting_for(database, index.name)
-        progress(documents - waiting, documents)
+        async with database.begin() as tx:
+            total, waiting = await waiting_for(tx, model, [name], tenant_id)
+        progress(total - waiting, total)
         if waiting == 0:
-            break
+            return total
         await asyncio.sleep(POLL_SECONDS)
+
+
+async def build_again(database: Database, tenant_id: str | None, progress: Callable[[int, int], None]) -> int:
+    """Fills the index that searches use again, from the vectors in PostgreSQL, of one tenant or of all. Returns the
+    number of texts. The old rows are found until the new ones are there."""
+    async with database.begin() as tx:
+        model, reading = await active_key(tx), (await engines.choice(tx)).reading
+    name = f"{reading}/{model}"
+    await refill(database, name, only=tenant_id)
+    return await until_filled(database, model, name, tenant_id, progress)
+
+
+async def verified(database: Database, index: VectorIndex) -> tuple[int, int, float]:
+    """Compares samples of a filled index with PostgreSQL; makes the HNSW of large tenants before.
+
+    Raises Conflict if it does not have all documents or its recall is too low.
+    """
     if isinstance(index, PgvectorIndex):
         await index.index_large_tenants("document")
     missing, sampled, recall = await _compared(database, index)
     if missing or recall < MIN_RECALL:
         raise Conflict(
-            f"{target}: has not all of {missing} sampled documents, recall {recall:.3f} of at least {MIN_RECALL}; "
+            f"{index.name}: has not all of {missing} sampled documents, recall {recall:.3f} of at least {MIN_RECALL}; "
             "nothing is switched"
         )
-    async with database.begin() as tx:
-        await engines.choose(tx, Choice(target, (target,) if alone else filling))
-    return Migrated(documents, missing, sampled, recall, switched=True)
+    return missing, sampled, recall
 
 
 async def _compared(database: Database, index: VectorIndex) -> tuple[int, int, float]:
@@ -84,12 +117,12 @@ async def _compared(database: Database, index: VectorIndex) -> tuple[int, int, f
     for tenant_id in random.sample(tenants, min(len(tenants), SAMPLES)):
         async with database.begin(tenant_id=tenant_id) as tx:
             rows = await tx.sql(
-                """
-                SELECT p.id, p.document_id, p.vector
+                f"""
+                SELECT p.id, p.document_id, {vectors.of("$2", "p")}
                 FROM passage p
                 JOIN document d ON d.id = p.document_id
-                WHERE p.tenant_id = $1 AND p.model = $2 AND d.status = 'indexed' AND d.deleted_at IS NULL
-                    AND $3 = ANY(d.indexed_in)
+                WHERE p.tenant_id = $1 AND $2 IN (p.model, p.other_model) AND d.status = 'indexed'
+                    AND d.deleted_at IS NULL AND $3 = ANY(d.indexed_in)
                 LIMIT $4
                 """,
                 tenant_id,
@@ -99,15 +132,15 @@ async def _compared(database: Database, index: VectorIndex) -> tuple[int, int, f
             )
         if not rows:
             continue
-        vectors = np.stack([np.frombuffer(vector, dtype="<f4") for _, _, vector in rows])
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        stored = np.stack([np.frombuffer(vector, dtype="<f4") for _, _, vector in rows])
+        stored /= np.linalg.norm(stored, axis=1, keepdims=True)
         for n in random.sample(range(len(rows)), max(1, min(len(rows), SAMPLES // len(tenants)))):
-            cosines = vectors @ vectors[n]
+            cosines = stored @ stored[n]
             most = min(NEIGHBOURS, len(rows))
             # Passages with equal texts have equal cosines: one that is as near as the last neighbour is right, too.
             floor = np.sort(cosines)[-most] - 1e-5
             exact = {row[0] for row, cosine in zip(rows, cosines, strict=True) if cosine >= floor}
-            hits = await index.search(vectors[n].tolist(), tenant_id, "document", most)
+            hits = await index.search(stored[n].tolist(), tenant_id, "document", most)
             found += sum(hit.id in exact for hit in hits)
             wanted += most
             sampled += 1

@@ -131,6 +131,15 @@ class MilvusIndex:
         """Removes all rows of the tenant."""
         await self._delete_everywhere(_of_tenant(tenant_id))
 
+    async def drop(self) -> None:
+        """Removes the collections of the model."""
+        of_model = re.compile(re.escape(_name(self._prefix, self._model)) + "_[0-9]+")
+        async with self._calling("") as client:
+            for name in await client.list_collections(timeout=TIMEOUT_SECONDS):
+                if of_model.fullmatch(name):
+                    await client.drop_collection(name, timeout=OPEN_SECONDS)
+                    self._open.discard(name)
+
     async def check(self) -> None:
         """Makes one round trip to Milvus."""
         async with self._calling("") as client:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 from uuid import UUID
 
 import numpy as np
-from numpy.typing import NDArray
 
 from infra.clock import uuid7
 from infra.postgres.tx import Tx
+from services.memory import vectors
 from services.memory.domain import Chunk, codes
 from services.memory.languages import language
 
@@ -49,9 +49,12 @@ async def drop(tx: Tx, document_id: UUID) -> None:
 async def without_vector(tx: Tx, document_id: UUID, model: str, limit: int) -> list[StoredPassage]:
     """The first passages that have no vector of this model yet."""
     rows = await tx.sql(
-        """
-        SELECT id, n, text, section FROM passage WHERE document_id = $1 AND model IS DISTINCT FROM $2
-        ORDER BY n LIMIT $3
+        f"""
+        SELECT id, n, text, section
+        FROM passage p
+        WHERE document_id = $1 AND {vectors.of("$2", "p")} IS NULL
+        ORDER BY n
+        LIMIT $3
         """,
         document_id,
         model,
@@ -65,23 +68,20 @@ async def count(tx: Tx, document_id: UUID) -> int:
     return int(number)
 
 
-async def set_vectors(tx: Tx, model: str, passages: Sequence[StoredPassage], vectors: NDArray[np.float32]) -> None:
-    await tx.sql(
-        """
-        UPDATE passage p SET model = $1, vector = v.vector FROM unnest($2::uuid[], $3::bytea[]) AS v(id, vector)
-        WHERE p.id = v.id
-        """,
-        model,
-        [passage.id for passage in passages],
-        [vector.tobytes() for vector in vectors],
-    )
-
-
-async def vectors(tx: Tx, document_id: UUID, after: int, limit: int) -> list[tuple[UUID, int, list[float]]]:
+async def with_vectors(
+    tx: Tx, document_id: UUID, model: str, after: int, limit: int
+) -> list[tuple[UUID, int, list[float]]]:
     """(id, n, vector) of the passages with a number above `after`, in order."""
     rows = await tx.sql(
-        "SELECT id, n, vector FROM passage WHERE document_id = $1 AND n > $2 ORDER BY n LIMIT $3",
+        f"""
+        SELECT id, n, {vectors.of("$2", "p")}
+        FROM passage p
+        WHERE document_id = $1 AND n > $3 AND $2 IN (model, other_model)
+        ORDER BY n
+        LIMIT $4
+        """,
         document_id,
+        model,
         after,
         limit,
     )

@@ -17,6 +17,8 @@ from services.memory.rights import EVERY, Owners
 LARGE = 10_000
 # Above the 64 of the build, for recall.
 SEARCH_EF = 128
+# Rows of one transaction.
+DROPPED_ROWS = 5_000
 
 
 class PgvectorIndex:
@@ -124,6 +126,27 @@ class PgvectorIndex:
             if new:
                 made.append(tenant_id)
         return made
+
+    async def drop(self) -> None:
+        """Removes all rows of the model."""
+        removed: Sequence[tuple[object, ...]] = [()]
+        while removed:
+            removed = await self._database.autocommit(
+                """
+                DELETE FROM index_row
+                WHERE (tenant_id, model, owner_id, text_id) IN (
+                    SELECT tenant_id, model, owner_id, text_id
+                    FROM index_row
+                    WHERE model = $1
+                    ORDER BY 1, 2, 3, 4
+                    LIMIT $2
+                    FOR UPDATE
+                )
+                RETURNING 1
+                """,
+                self._model,
+                DROPPED_ROWS,
+            )
 
     async def check(self) -> None:
         """Makes one round trip."""

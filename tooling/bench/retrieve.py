@@ -77,7 +77,7 @@ async def measure(place: Fixture, progress: Callable[[int, int], None], pairs: i
             for engine in ("milvus", "pgvector"):
                 if engine == "pgvector":
                     database = platform.database("memory")
-                    index = PgvectorIndex(database, embedder.model)
+                    index = PgvectorIndex(database, embedder.key)
                     await migrate(database, engine, index, alone=False, progress=lambda done, total: None)
                 for n in range(len(QUERIES)):
                     await retrieve(n)

@@ -33,13 +33,15 @@ from services.memory import documents, parsing, passages
 from services.memory.conversations import Conversations
 from services.memory.credit import Credit
 from services.memory.domain import embedded_text
-from services.memory.embeddings import BATCH, LocalEmbedder
+from services.memory.embeddings import BATCH, LOCAL, LocalEmbedder
 from services.memory.engines import Engines
 from services.memory.index import VectorRow
 from services.memory.memories import Memories
+from services.memory.models import Models
 from services.memory.pgvector import PgvectorIndex
 from services.memory.retrieval import DENSE, HYBRID, KEYWORD, Query, Retrieval
 from services.memory.rights import of_agent
+from services.memory.vectors import store
 from tooling.bench.fixture import Fixture
 from tooling.bench.protocol import Units
 from tooling.stack.checkout import CHECKOUT
@@ -135,10 +137,10 @@ async def measure(place: Fixture, progress: Callable[[int, int], None]) -> list[
     ]
     worker, request = Database(engines[0], "memory"), Database(engines[1], "memory", tenanted=True)
     embedder, cipher, credit = LocalEmbedder(), Cipher("m" * 43 + "="), Credit(cast(Any, HasCredit()))
-    index = PgvectorIndex(worker, embedder.model)
-    conversations = Conversations(cipher, embedder, Engines(worker, {}), credit)
-    memories = Memories(SubjectKeys(cipher))
-    retrieval = Retrieval(request, worker, embedder, index, conversations, memories, credit)
+    index, models = PgvectorIndex(worker, embedder.key), Models(worker, cipher, LOCAL, lambda *_: embedder)
+    indexes = Engines(worker, lambda *_: index)
+    conversations, memories = Conversations(cipher, models, indexes, credit), Memories(SubjectKeys(cipher))
+    retrieval = Retrieval(request, worker, models.active, indexes, conversations, memories, credit)
     ids: dict[str, dict[str, UUID]] = {}
     bm25: dict[str, Bm25] = {}
     total = 2 * PAGES
@@ -202,14 +204,15 @@ async def _store(
         await passages.add(tx, id_, 0, chunks)
     while True:
         async with database.begin(tenant_id=language) as tx:
-            waiting = await passages.without_vector(tx, id_, embedder.model, BATCH)
+            waiting = await passages.without_vector(tx, id_, embedder.key, BATCH)
         if not waiting:
             break
         made = await embedder.passages([embedded_text(each.text, each.section) for each in waiting])
         async with database.begin(tenant_id=language) as tx:
-            await passages.set_vectors(tx, embedder.model, waiting, made.vectors)
+            embedded = {each.id: vector.tobytes() for each, vector in zip(waiting, made.vectors, strict=True)}
+            await store(tx, "passage", embedder.key, None, embedded)
     async with database.begin(tenant_id=language) as tx:
-        vectors = await passages.vectors(tx, id_, -1, len(chunks) + 1)
+        vectors = await passages.with_vectors(tx, id_, embedder.key, -1, len(chunks) + 1)
         await documents.advance(tx, id_, "indexed", 1.0)
 
     async def batches() -> AsyncIterator[list[VectorRow]]:

@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from infra.postgres.database import Database
-from services.memory.embeddings import LocalEmbedder
-from services.memory.handlers import refill
+from services.memory.filling import refill
 from services.memory.index import VectorIndex
-from services.memory.migration import Migrated
+from services.memory.migration import Migrated, build_again
 from services.memory.migration import migrate as move
 from services.memory.milvus import MilvusIndex
+from services.memory.model_change import ModelState, states
+from services.memory.models import active_key
 from services.memory.pgvector import PgvectorIndex
 from tooling.stack import operator
 
@@ -39,7 +40,7 @@ def migrate(
     """Move the index to another engine while the services run. A stopped migration goes on if it is started again."""
     access = operator.engines_access()
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"documents in {to}", total=None)
+        task = progress.add_task(f"texts in {to}", total=None)
         done = operator.run(
             _migrate(
                 access["postgres"]["url"],
@@ -53,7 +54,7 @@ def migrate(
         print(msgspec.json.encode(asdict(done)).decode())  # noqa: T201
     else:
         out.print(
-            f"Searches look in {to} now. It has {done.documents} documents; for {done.sampled} sampled passages it "
+            f"Searches look in {to} now. It has {done.texts} texts; for {done.sampled} sampled passages it "
             f"found {done.recall:.1%} of the exact neighbours."
         )
 
@@ -65,20 +66,55 @@ async def _migrate(
         return await move(database, to, await index(database, milvus_url, to), alone=alone, progress=progress)
 
 
-async def index(database: Database, milvus_url: str, engine: Engine) -> VectorIndex:
-    """The index of the embedding model that most passages have."""
-    async with database.begin() as tx:
-        rows = await tx.sql(
-            """
-            SELECT model
-            FROM passage
-            WHERE model IS NOT NULL
-            GROUP BY model
-            ORDER BY count(*) DESC
-            LIMIT 1
-            """
+@app.command()
+def rebuild(
+    tenant: Annotated[str | None, typer.Option(help="The id of one tenant; otherwise all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Fill the index again from PostgreSQL while the services run. They go on if this command is stopped."""
+    access = operator.engines_access()
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("texts in the index", total=None)
+        texts = operator.run(
+            _rebuild(
+                access["postgres"]["url"],
+                tenant,
+                lambda inside, total: progress.update(task, completed=inside, total=total),
+            )
         )
-    model = rows[0][0] if rows else LocalEmbedder.model
+    if as_json:
+        print(msgspec.json.encode({"texts": texts}).decode())  # noqa: T201
+    else:
+        out.print(f"The index has all {texts} texts again.")
+
+
+async def _rebuild(database_url: str, tenant: str | None, progress: Callable[[int, int], None]) -> int:
+    async with operator.database(database_url, "memory") as database:
+        return await build_again(database, tenant, progress)
+
+
+@app.command()
+def status(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
+    """Show the index, and how far a change of the embedding model is."""
+    shown = operator.run(_status(operator.engines_access()["postgres"]["url"]))
+    if as_json:
+        print(msgspec.json.encode(shown).decode())  # noqa: T201
+        return
+    for model in shown:
+        out.print(f"{model.key}: {model.state}, has {model.texts - model.waiting} of {model.texts} texts")
+        if model.error:
+            out.print(f"  last error: {model.error}")
+
+
+async def _status(database_url: str) -> list[ModelState]:
+    async with operator.database(database_url, "memory") as database, database.begin() as tx:
+        return await states(tx)
+
+
+async def index(database: Database, milvus_url: str, engine: Engine) -> VectorIndex:
+    """The index of the embedding model with which searches work."""
+    async with database.begin() as tx:
+        model = await active_key(tx)
     if engine == "pgvector":
         return PgvectorIndex(database, model)
     return MilvusIndex(milvus_url, "", model, lambda name: refill(database, name))

@@ -23,7 +23,8 @@ from infra.postgres.db import is_transient
 from infra.postgres.schema import Passwords, prepare_roles
 from infra.security.audit import audit
 from services.log_aggregator.stored_heads import BUCKET as AUDIT_HEADS
-from services.memory.handlers import enqueue
+from services.memory.filling import refill
+from services.memory.models import active_key
 from tooling.cli.backup import claw, progress, teller
 from tooling.stack import operator
 from tooling.stack.backup import database, keys, objects, take
@@ -280,7 +281,7 @@ async def _parts(found: take.Source, backup: _Backup, at: datetime | None) -> tu
     messages = await database.send_all_again(url)
     async with operator.database(url, "log_aggregator") as chains, chains.begin() as tx:
         audit(tx, operator.actor(), "stack.restore", "backup", backup.file, at=(at or backup.manifest.at).isoformat())
-    await _wake_index(url)
+    await _fill_index(url)
     return counts, messages
 
 
@@ -290,16 +291,12 @@ def _told(pieces: Iterator[bytes], name: str, tell: take.Tell) -> Iterator[bytes
         yield piece
 
 
-async def _wake_index(url: str) -> None:
-    """Lets the memory service put one document into its index: it notices that Milvus is empty, and fills it."""
+async def _fill_index(url: str) -> None:
+    """Lets the memory service fill Milvus, which is not in a backup."""
     async with operator.database(url, "memory") as memory:
         async with memory.begin() as tx:
-            rows = await tx.sql(
-                "SELECT tenant_id, id FROM document WHERE status = 'indexed' AND deleted_at IS NULL LIMIT 1"
-            )
-        for tenant_id, document_id in rows:
-            async with memory.begin(tenant_id=tenant_id) as tx:
-                enqueue(tx, document_id, "fill")
+            model = await active_key(tx)
+        await refill(memory, f"milvus/{model}")
 
 
 def _claw(*arguments: str) -> None:

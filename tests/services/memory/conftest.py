@@ -101,6 +101,13 @@ class Vectors:
                 sleep(0.2)
             self._client.refresh_load(name, timeout=120)
 
+    def wipe(self) -> None:
+        """Deletes all rows, and waits until no search finds them."""
+        for name in self.collections():
+            self._client.delete(name, filter='owner_id != ""')
+            while self._client.query(name, filter='owner_id != ""', output_fields=["text_id"], limit=1):
+                sleep(0.1)
+
     def drop(self) -> None:
         for name in self.collections():
             self._client.drop_collection(name)

@@ -10,6 +10,7 @@ import os
 import random
 from collections.abc import AsyncIterator
 from typing import NamedTuple
+from unittest.mock import AsyncMock, Mock
 from uuid import UUID
 
 import numpy as np
@@ -26,11 +27,11 @@ from services.memory import documents, passages
 from services.memory.conversations import Conversations
 from services.memory.domain import Block, chunk
 from services.memory.embeddings import LocalEmbedder
-from services.memory.engines import Engines
 from services.memory.index import Hit
 from services.memory.memories import Memories
 from services.memory.retrieval import MODES, Query, Retrieval
 from services.memory.rights import EVERY, Owners, ReaderNames
+from services.memory.vectors import store
 from tests.services.memory.conftest import CREDIT
 from tooling.testing.platform import PASSWORDS, Platform
 from tooling.testing.progress import Progress
@@ -48,7 +49,7 @@ class Mixed:
         self.vectors: list[np.ndarray] = []
 
     async def search(
-        self, vector: list[float], tenant_id: str, scope: str, limit: int, owners: Owners = EVERY
+        self, model: str, vector: list[float], tenant_id: str, scope: str, limit: int, owners: Owners = EVERY
     ) -> list[Hit]:
         cosines = np.asarray(self.vectors) @ np.asarray(vector, dtype="<f4")
         return [Hit(self.ids[n], float(cosines[n])) for n in np.argsort(-cosines)[:limit]]
@@ -70,10 +71,11 @@ async def aviary(platform: Platform) -> AsyncIterator[Aviary]:
         await add(platform.database("memory"), embedder, index, tenant, ["all"])
         await add(platform.database("memory"), embedder, index, tenant, ["member:owner"])
     database = Database(engine, "memory", tenanted=True)
-    conversations = Conversations(cipher, embedder, Engines(database, {}), CREDIT)
+    conversations = Conversations(cipher, Mock(), Mock(), CREDIT)
     memories = Memories(SubjectKeys(cipher))
     worker = platform.database("memory")
-    yield Aviary(Retrieval(database, worker, embedder, index, conversations, memories, CREDIT), tenants)
+    active = AsyncMock(return_value=embedder)
+    yield Aviary(Retrieval(database, worker, active, index, conversations, memories, CREDIT), tenants)
     await engine.dispose()
 
 
@@ -85,11 +87,11 @@ async def add(database: Database, embedder: LocalEmbedder, index: Mixed, tenant:
         await documents.add(tx, id_, "canary", Stored(path="path", size=1, sha256="0", content_type="text/plain"))
         await tx.sql("UPDATE document SET audience = $2 WHERE id = $1", id_, audience)
         await passages.add(tx, id_, 0, chunks)
-        await passages.set_vectors(
-            tx, embedder.model, await passages.without_vector(tx, id_, embedder.model, 10), made.vectors
-        )
+        stored = await passages.without_vector(tx, id_, embedder.key, 10)
+        embedded = {passage.id: vector.tobytes() for passage, vector in zip(stored, made.vectors, strict=True)}
+        await store(tx, "passage", embedder.key, None, embedded)
         await documents.advance(tx, id_, "indexed", 1.0)
-        index.ids += [passage_id for passage_id, _, _ in await passages.vectors(tx, id_, -1, 10)]
+        index.ids += list(embedded)
     index.vectors += list(made.vectors)
 
 

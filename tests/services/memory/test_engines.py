@@ -14,7 +14,7 @@ from services.memory import engines, pgvector
 from services.memory.embeddings import LocalEmbedder
 from services.memory.engines import Choice
 from services.memory.index import VectorIndex, VectorRow
-from services.memory.migration import migrate
+from services.memory.migration import build_again, migrate
 from services.memory.milvus import MilvusIndex
 from services.memory.pgvector import PgvectorIndex
 from services.memory.rights import Owners
@@ -162,7 +162,7 @@ async def test_the_index_moves_to_the_other_engine_and_back_while_the_service_ru
     async def move(engine: str, alone: bool = False) -> None:
         index = made(memory, engine, LocalEmbedder.model)
         done = await migrate(database, engine, index, alone=alone, progress=lambda *now: seen.append(now))
-        assert (done.documents, done.missing, done.switched) == (len(ids), 0, True)
+        assert (done.texts, done.missing, done.switched) == (len(ids), 0, True)
         assert done.recall == 1
 
         async def switched() -> bool:
@@ -172,6 +172,17 @@ async def test_the_index_moves_to_the_other_engine_and_back_while_the_service_ru
 
         await memory.until(switched)
 
+    async def rebuild() -> None:
+        assert await nearest() == set()
+        # One tenant, then all.
+        assert await build_again(database, "tenant-without-documents", lambda *_: None) == 0
+        assert await nearest() == set()
+        assert await build_again(database, None, lambda *now: seen.append(now)) == len(ids)
+        assert (seen[-1], await nearest()) == ((len(ids), len(ids)), set(ids.values()))
+
+    assert await nearest() == set(ids.values())
+    await asyncio.to_thread(vectors.wipe)
+    await rebuild()
     await move("pgvector")
     assert seen[-1] == (4, 4)
     # Both engines get new documents.
@@ -197,3 +208,5 @@ async def test_the_index_moves_to_the_other_engine_and_back_while_the_service_ru
     await move("pgvector", alone=True)
     async with database.begin() as tx:
         assert await engines.choice(tx) == Choice("pgvector", ("pgvector",))
+        await tx.sql("DELETE FROM index_row")
+    await rebuild()

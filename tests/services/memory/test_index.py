@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
@@ -89,7 +90,7 @@ class Silent:
     """An index that never answers."""
 
     async def search(
-        self, vector: list[float], tenant_id: str, scope: str, limit: int, owners: Owners = EVERY
+        self, model: str, vector: list[float], tenant_id: str, scope: str, limit: int, owners: Owners = EVERY
     ) -> list[Hit]:
         never: asyncio.Future[list[Hit]] = asyncio.Future()
         return await never
@@ -104,8 +105,9 @@ async def test_with_a_slow_index_words_answer_within_the_time_of_the_caller(plat
         await passages.add(tx, id_, 0, list(chunk([Block(TEXT.decode())])))
         await documents.advance(tx, id_, "indexed", 1.0)
     embedder, memories = LocalEmbedder(), Memories(SubjectKeys(cipher))
-    conversations = Conversations(cipher, embedder, Engines(database, {}), CREDIT)
-    retrieval = Retrieval(database, database, embedder, Silent(), conversations, memories, CREDIT)
+    active = AsyncMock(return_value=embedder)
+    conversations = Conversations(cipher, Mock(), Mock(), CREDIT)
+    retrieval = Retrieval(database, database, active, Silent(), conversations, memories, CREDIT)
     caller = of_agent("tenant-slow", "")
     answer = await retrieval.search(caller, Query(QUESTION), seconds=2)
     assert answer.degraded
@@ -119,13 +121,13 @@ class Vanishing(Retrieval):
 
     vanishes: UUID | None
 
-    async def _read(self, caller: ReaderNames, *given: Any) -> Any:
+    async def _read(self, model: str, caller: ReaderNames, *given: Any) -> Any:
         if self.vanishes:
             async with self._request.begin(tenant_id=caller.tenant_id) as tx:
                 await documents.delete(tx, self.vanishes)
                 await add_indexed(tx, "Line 3.")
             self.vanishes = None
-        return await super()._read(caller, *given)
+        return await super()._read(model, caller, *given)
 
 
 async def add_indexed(tx: Tx, line: str) -> UUID:
@@ -165,9 +167,10 @@ async def test_a_search_in_which_a_document_is_replaced_reranks_and_counts_memor
         new = New(id=uuid7(), scope="tenant", scope_id="", subject_id="", text="The ferry is red.", **note)
         await Keeping(SubjectKeys(cipher)).learn(tx, new)
     embedder, memories, reranker = LocalEmbedder(), Memories(SubjectKeys(cipher)), Counting()
-    conversations = Conversations(cipher, embedder, Engines(database, {}), CREDIT)
-    index = PgvectorIndex(database, embedder.model)
-    retrieval = Vanishing(database, database, embedder, index, conversations, memories, CREDIT, reranker)
+    conversations = Conversations(cipher, Mock(), Mock(), CREDIT)
+    index = Engines(database, lambda _, model: PgvectorIndex(database, model))
+    active = AsyncMock(return_value=embedder)
+    retrieval = Vanishing(database, database, active, index, conversations, memories, CREDIT, reranker)
     retrieval.vanishes = ids[0]
     answer = await retrieval.search(of_agent(tenant, ""), Query(QUESTION, types=("document", "memory")))
     assert (answer.reranked, reranker.asked) == (True, [3])

@@ -37,8 +37,8 @@ async def test_a_large_document_gives_its_place_to_others(monkeypatch: pytest.Mo
     monkeypatch.setattr(indexing, "TURN_SECONDS", -1.0)
     monkeypatch.setattr(passages, "count", count)
     monkeypatch.setattr(passages, "without_vector", next_passages)
-    large = indexing.Indexing(cast(Any, None), LocalEmbedder(), cast(Any, None), CREDIT)
+    large = indexing.Indexing(cast(Any, None), cast(Any, None), cast(Any, None), CREDIT)
     monkeypatch.setattr(large, "_embed_batch", embed)
     with pytest.raises(NotYet):
-        await large._embed(uuid7(), cast(Any, NoTransaction()))
+        await large._embed(uuid7(), LocalEmbedder(), cast(Any, NoTransaction()))
     assert embedded == 1

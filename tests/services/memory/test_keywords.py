@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from uuid import UUID
 
-import numpy as np
 import pytest
 
 from infra.clock import uuid7
@@ -16,6 +15,7 @@ from services.memory import documents, passages, readable
 from services.memory.domain import Block, chunk, sections
 from services.memory.keywords import _COUNT, _RANK, _READ, READ, with_words
 from services.memory.languages import LANGUAGES
+from services.memory.vectors import store
 from tests.services.memory import files
 from tooling.testing.platform import PASSWORDS, Platform
 
@@ -181,7 +181,7 @@ async def test_codes_of_another_tenant_are_not_counted(memory_database: Database
         id_ = await add(memory_database, tenant, [Block(f"Error E77 of {tenant}.")])
         async with memory_database.begin(tenant_id=tenant) as tx:
             waiting = await passages.without_vector(tx, id_, "model", 10)
-            await passages.set_vectors(tx, "model", waiting, np.ones((len(waiting), 2), dtype="<f4"))
+            await store(tx, "passage", "model", None, {passage.id: bytes(8) for passage in waiting})
     async with memory_database.begin(tenant_id="codes-a") as tx:
         counts = await readable.with_codes(tx, ["e77"], "model", 10, EVERYONE)
         texts, _ = await readable.found(tx, list(counts), EVERYONE, "", [])

@@ -18,7 +18,7 @@ from tooling.testing.platform import Platform
 class Slow:
     """An embedder whose calls wait for `go`. A text that begins with "bad" is refused, and "down" ends the call."""
 
-    model = "slow"
+    model = key = "slow"
     paid = True
     min_similarity = -1.0
     calls_at_once = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 from uuid import UUID
 
 import httpx
@@ -135,10 +136,12 @@ async def retrievals(memory: Platform, vectors: Vectors) -> AsyncIterator[dict[s
     for kind in (MilvusIndex, Unfiltered):
         index = kind(milvus, memory.prefix, embedder.model, refill)
         cipher = Cipher("m" * 43 + "=")
-        conversations = Conversations(cipher, embedder, Engines(database, {"milvus": index}), CREDIT)
+        conversations = Conversations(cipher, Mock(), Mock(), CREDIT)
         worker = memory.database("memory")
         memories = Memories(SubjectKeys(cipher))
-        made[kind.__name__] = Retrieval(database, worker, embedder, index, conversations, memories, CREDIT)
+        engines = Engines(worker, lambda *_, index=index: index)
+        active = AsyncMock(return_value=embedder)
+        made[kind.__name__] = Retrieval(database, worker, active, engines, conversations, memories, CREDIT)
     yield made
     await engine.dispose()
 
