@@ -38,10 +38,10 @@ MAX_TEXT = 15_000
 _VALID_MS = 3_600_000
 _API_ORIGIN = "https://api.dingtalk.com"
 _TITLE = "Reply"
-_LATER = frozenset((130101, 130102, 88, 90018))
+_LATER = frozenset((130101, 130102, 410100, 88, 90018))
 _TRANSIENT = frozenset((-1,))
 # The session of the webhook is over or unknown.
-_EXPIRED = frozenset((300001, 310000, 400102, 310001))
+_EXPIRED = frozenset((300001, 310000, 310001, 400101, 400102, 400106))
 
 
 class DingTalkCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

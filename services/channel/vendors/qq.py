@@ -41,8 +41,8 @@ PART_TEXT = 1_500
 MAX_PARTS = 5
 _TOKEN_ORIGIN = "https://bots.qq.com"
 _DISPATCH, _HEARTBEAT_ACK, _VALIDATION = 0, 12, 13
-# The message with this msg_id and msg_seq was accepted before.
-_REPEATED = frozenset((40054005, 304027))
+# The message with this msg_id and msg_seq was accepted before, or is accepted and waits for QQ's audit.
+_ACCEPTED = frozenset((40054005, 304027, 304023, 304024))
 _TOKEN_REFUSED = frozenset((11241, 11242, 11243, 11244, 11251, 11252, 11253, 11281))
 _LATER = frozenset((22009, 20028, 304045, 304046, 304047, 304048, 304049, 304050))
 
@@ -161,7 +161,7 @@ class QQ(Vendor[QQCredentials]):
             template = "/v2/{kind}/{id}/messages" if body else path
             answer = await outgoing.request(method, f"{origin}{path}", headers=headers, json=body, template=template)
             response = read_json(answer, _Response)
-            if response.code in _REPEATED:
+            if response.code in _ACCEPTED:
                 return _Response()
             if answer.status != 401 and response.code not in _TOKEN_REFUSED:
                 break

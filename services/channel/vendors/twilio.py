@@ -64,10 +64,10 @@ KINDS: Mapping[str, str] = {
     "bodySHA256": "not a message",
 }
 # https://www.twilio.com/docs/api/errors: authentication, a suspended account, a number or a messaging service that is
-# not the account's.
-_ACCOUNT = frozenset((20003, 20005, 20006, 21212, 21606, 21659, 21660, 21701, 21703))
-# Limits of the account, and of the messages that wait for a number.
-_LATER = frozenset((14107, 20429, 21611))
+# not the account's, cannot send, or has no number.
+_ACCOUNT = frozenset((10001, 20003, 20005, 20006, 21212, 21606, 21659, 21660, 21661, 21701, 21703, 21704, 63007, 90010))
+# Limits of the account and of its channel, and of the messages that wait for a number.
+_LATER = frozenset((14107, 20429, 21611, 63018))
 
 
 class TwilioCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -139,11 +139,21 @@ async def test_after_the_session_a_reply_is_sent_proactively(
         await dingtalk.send("later", item.conversation, answers=item.message)
 
 
+@pytest.mark.parametrize("code", [300001, 310000, 400101, 400102, 400106])
+async def test_a_session_that_is_unknown_is_replaced_by_a_proactive_message(
+    fake: DingTalkStandIn, dingtalk: Adapter, code: int
+) -> None:
+    fake.faults.append(answer(200, {"errcode": code, "errmsg": "m"}))
+    await dingtalk.send("late", "user/s1", answers="/robot/sendBySession?session=x")
+    assert [(sent.to, sent.text) for sent in fake.ledger] == [("s1", "late")]
+
+
 @pytest.mark.parametrize(
     ("fault", "error"),
     [
         (answer(200, {"errcode": 400013, "errmsg": "group was deleted"}), EffectFailed),
         (answer(200, {"errcode": 130101, "errmsg": "send too fast"}), RetryLater),
+        (answer(200, {"errcode": 410100, "errmsg": "send too fast"}), RetryLater),
         (answer(200, {"errcode": -1, "errmsg": "system busy"}), Transient),
         (answer(502), Transient),
         (answer(200, "?"), Unanswered),

@@ -159,8 +159,8 @@ ERRORS: dict[str, dict[type[Exception], list[tuple[int, Any]]]] = {
     },
     "twilio": {
         EffectFailed: [coded(400, code) for code in (21211, 21408, 21610, 21612, 21614, 21617, 30007)],
-        AccountRefused: [coded(400, code) for code in (20003, 20005, 20006, 21212, 21606, 21659, 21701, 21703)],
-        RetryLater: [coded(429, 20429), coded(400, 21611), coded(400, 14107)],
+        AccountRefused: [coded(400, code) for code in (10001, 20003, 20005, 20006, 21212, 21606, 21659, 21661, 21701, 21703, 21704, 63007, 90010)],
+        RetryLater: [coded(429, 20429), *(coded(400, code) for code in (21611, 14107, 63018))],
         Transient: [coded(500, 20500), coded(503, 20503)],
     },
     "feishu": {
@@ -188,7 +188,7 @@ ERRORS: dict[str, dict[type[Exception], list[tuple[int, Any]]]] = {
         Transient: [(200, {"errcode": -1, "errmsg": "m"})],
     },
     "qq": {
-        EffectFailed: [coded(400, code) for code in (304023, 304031, 40034006, 50006)],
+        EffectFailed: [coded(400, code) for code in (304031, 40034006, 50006)],
         RetryLater: [coded(400, 22009), coded(400, 304045), (429, "")],
         Transient: [(500, "")],
     },

@@ -91,7 +91,8 @@ async def test_a_token_that_ran_out_is_fetched_again_once(fake: QQStandIn, qq: A
     ("fault", "error"),
     [
         (answer(400, {"code": 304027, "message": "known"}), None),
-        (answer(400, {"code": 304023, "message": "too old"}), EffectFailed),
+        (answer(202, {"code": 304023, "message": "push message is waiting for audit"}), None),
+        (answer(400, {"code": 304031, "message": "too old"}), EffectFailed),
         (answer(400, {"code": 22009, "message": "too many"}), RetryLater),
         (answer(429), RetryLater),
         (answer(500), Transient),
