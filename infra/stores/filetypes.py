@@ -12,6 +12,7 @@ import zipfile
 from typing import IO, cast
 
 from infra.errors import InvalidMessage
+from infra.stores.charsets import wide_encoding
 
 _OPEN_XML = "application/vnd.openxmlformats-officedocument"
 PDF = "application/pdf"
@@ -120,6 +121,8 @@ def _text(head: bytes, name: str) -> str:
         head = head.decode("utf-32", "replace").encode()
     elif head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         head = head.decode("utf-16", "replace").encode()
+    elif wide := wide_encoding(head):
+        head = head.decode(wide, "replace").encode()
     # Text need not be UTF-8: much Chinese text is GB18030.
     if _BINARY.search(head):
         return UNKNOWN

@@ -20,7 +20,7 @@ from infra.postgres.tx import Tx, derived_id
 from infra.security.crypto import DataKey
 from infra.security.subjects import ERASED_TEXT, Erased, SubjectKeys
 from infra.service.service import Runtime
-from infra.stores import filetypes
+from infra.stores import charsets, filetypes
 from infra.stores.objects import Kind, Objects, once, safe_name
 from infra.web import rpc
 from protos.catalog import CHANNEL_EVENTS, CHANNEL_INBOUND, PLATFORM_EVENTS
@@ -179,7 +179,11 @@ class Fetcher:
 
     async def _read(self, content: bytes, type_: str, attachment: Attachment, *, last: bool) -> _Read:
         if type_ in filetypes.TEXTS:
-            return _Read(text=_decoded(content)[:MAX_CHARACTERS])
+            try:
+                # As memory reads a document.
+                return _Read(text=charsets.decode(content)[0].replace("\0", "")[:MAX_CHARACTERS])
+            except charsets.UnknownEncoding:
+                return _Read(reason="its character encoding is not recognised; it must be saved as UTF-8")
         # A voice message in an MP4 container looks like a video.
         if type_.startswith("audio/") or (attachment.kind == "voice" and type_.startswith("video/")):
             if self._transcription is None:
@@ -366,16 +370,6 @@ def publish(
 def sent_id(event_id: UUID) -> UUID:
     """The id of the message as it is sent to the agent."""
     return derived_id(event_id, "sent")
-
-
-def _decoded(content: bytes) -> str:
-    """Text need not be UTF-8: much Chinese text is GB18030."""
-    for encoding in ("utf-8-sig", "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "gb18030", "cp1252"):
-        try:
-            return content.decode(encoding).replace("\0", "")
-        except UnicodeDecodeError:
-            continue
-    return content.decode("latin-1").replace("\0", "")
 
 
 def stored_objects(runtime: Runtime) -> Objects:

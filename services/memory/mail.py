@@ -9,8 +9,8 @@ from email.parser import BytesParser
 from email.policy import Compat32
 from typing import IO
 
+from infra.stores.charsets import UnknownEncoding, decode
 from services.memory import markup
-from services.memory.charsets import UnknownEncoding, decode
 from services.memory.domain import Block, UnreadableFile, sections
 
 MAX_HEADER = 10_000

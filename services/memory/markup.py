@@ -6,7 +6,7 @@ import re
 
 from lxml import etree, html  # type: ignore[import-untyped]
 
-from services.memory.charsets import decode
+from infra.stores.charsets import decode
 
 # Not shown to a reader of the page.
 _SKIPPED = frozenset(

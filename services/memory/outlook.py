@@ -14,7 +14,7 @@ from typing import IO
 
 from olefile import OleFileIO  # type: ignore[import-untyped]
 
-from services.memory.charsets import UnknownEncoding, decode
+from infra.stores.charsets import UnknownEncoding, decode
 from services.memory.domain import Block, UnreadableFile, sections
 from services.memory.mail import MAX_HEADER, note_attachments
 from services.memory.markup import html_markdown, markdown

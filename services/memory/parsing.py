@@ -20,9 +20,10 @@ from typing import IO, Protocol
 import msgspec
 
 from infra.security import confinement
+from infra.stores import charsets
 from infra.stores import filetypes as types
 from infra.web import data_urls
-from services.memory import charsets, ebooks, mail, markup, ocr, outlook, pdf, slides, spreadsheets, word
+from services.memory import ebooks, mail, markup, ocr, outlook, pdf, slides, spreadsheets, word
 from services.memory.domain import Block, Chunk, UnreadableFile, chunk, sections
 
 # A larger archive is refused before it is unpacked. Real ones are compressed ten times at most.

@@ -63,7 +63,7 @@ def _part(part: Any, where: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     name = _TEXTS.get(kind) if isinstance(kind, str) else None
     if name is None:
-        raise invalid_field(f"{where}.type", "only text is supported")
+        raise invalid_field(f"{where}.type", "only text, and images of the user, are supported")
     text = part.get(name)
     if not isinstance(text, str):
         raise invalid_field(f"{where}.{name}", "must be text")

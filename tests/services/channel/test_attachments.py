@@ -23,7 +23,6 @@ from services.channel.attachments import (
 from services.channel.attachments import (
     MAX_BYTES,
     MAX_CHARACTERS,
-    _decoded,
     _Read,
     together,
 )
@@ -200,14 +199,21 @@ async def test_a_file_that_cannot_be_read_is_named_with_the_reason(desk: Desk, t
     telegram.files |= {
         "big": bytes(MAX_BYTES + 1),
         "zip": b"\x00\x01\x02 program",
+        "text": bytes([0x81, 0x8D, 0x8F, 0x90, 0x9D]) * 4,
         "movie": b"\x00\x00\x00\x18ftypmp42",
     }
-    for field, id_ in (("document", "gone"), ("document", "big"), ("document", "zip"), ("video", "movie")):
+    for field, id_ in (
+        ("document", "gone"),
+        ("document", "big"),
+        ("document", "zip"),
+        ("document", "text"),
+        ("video", "movie"),
+    ):
         fields: dict[str, Any] = {field: {"file_id": id_, "file_name": id_}}
         await desk.call(channel, telegram.update(None, **fields))
-    texts = [one["text"] for one in sorted(await arrived(desk, channel, 4), key=lambda one: one["position"])]
+    texts = [one["text"] for one in sorted(await arrived(desk, channel, 5), key=lambda one: one["position"])]
     assert all("Tell the person so" in text for text in texts)
-    reasons = "file is too big", "larger than 20 MB", "application/octet-stream", "video/mp4 are not read"
+    reasons = "file is too big", "larger than 20 MB", "application/octet-stream", "encoding", "video/mp4 are not read"
     for text, reason in zip(texts, reasons, strict=True):
         assert reason in text
 
@@ -354,11 +360,6 @@ def test_the_texts_of_all_files_together_are_limited() -> None:
     assert (text.count("x") - text.count("text"), text.count("y")) >= (50_000, MAX_CHARACTERS - 50_000)
     assert len(text) < MAX_CHARACTERS + 1_000
     assert "cut off" in text
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gb18030"])
-def test_text_is_decoded_by_its_charset(encoding: str) -> None:
-    assert _decoded("预算 Größe".encode(encoding)) == "预算 Größe"
 
 
 async def test_an_image_reaches_the_agent_as_an_image(desk: Desk, telegram: TelegramStandIn) -> None:

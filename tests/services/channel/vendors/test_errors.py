@@ -159,7 +159,10 @@ ERRORS: dict[str, dict[type[Exception], list[tuple[int, Any]]]] = {
     },
     "twilio": {
         EffectFailed: [coded(400, code) for code in (21211, 21408, 21610, 21612, 21614, 21617, 30007)],
-        AccountRefused: [coded(400, code) for code in (10001, 20003, 20005, 20006, 21212, 21606, 21659, 21661, 21701, 21703, 21704, 63007, 90010)],
+        AccountRefused: [
+            coded(400, code)
+            for code in (10001, 20003, 20005, 20006, 21212, 21606, 21659, 21661, 21701, 21703, 21704, 63007, 90010)
+        ],
         RetryLater: [coded(429, 20429), *(coded(400, code) for code in (21611, 14107, 63018))],
         Transient: [coded(500, 20500), coded(503, 20503)],
     },

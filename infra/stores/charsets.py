@@ -8,6 +8,8 @@ of a real text, and a tenth of one in the wrong encoding.
 from __future__ import annotations
 
 import codecs
+import re
+import unicodedata
 
 # At least this share of the letters must be common; half of it is enough if no other encoding comes near.
 MIN_SHARE = 0.4
@@ -50,17 +52,17 @@ _HANGUL = """
 재단분결당운필품작반표출점예식마바저너네요까불달터입격환증문의매상담직배송금액
 """
 _CYRILLIC = "оеаинтсрвлкмдпуяыьгзбчйхжшюцщ"
-_WESTERN = "éèàçêîôûëïüùäöüßñáíóúãõåæøœÄÖÜÉ“”‘’–—…«»€°§·¡¿®©™"
+_WESTERN = "éèàçêîôûëïüùäöüßñáíóúãõåæøœÄÖÜÉÀÁÂÅÆÇÈÊËÍÎÑÓÔÕÚÛØ“”‘’–—…«»€°§·¡¿®©™"
 _TURKISH = "çğıöşüâîûÇĞİÖŞÜ“”‘’–—…"
 _GREEK = "".join(map(chr, range(0x386, 0x3CF)))
 _HEBREW = "".join(map(chr, range(0x5D0, 0x5EB)))
 _ARABIC = "".join(map(chr, range(0x621, 0x653))) + "،؛؟"
 _THAI = "".join(map(chr, range(0xE01, 0xE5C)))
-_CENTRAL = "ąćęłńóśźżáčďéěíňřšťúůýžőűöüăâîđľĺŁŚŻČŠŽ“”„’–—…"
+_CENTRAL = "ąćęłńóśźżáäčďéěíňôřšťúůýžőűöüăâîşţđľĺŁŚŻČĎĽŐŰŘŞŢŠŽ“”„’–—…"
 
 # Encoding → its common letters. The order decides between equals.
 _COMMON: dict[str, frozenset[str]] = {
-    "gb18030": frozenset(_SIMPLIFIED + _PUNCTUATION),
+    "gb18030": frozenset(_SIMPLIFIED + _PUNCTUATION + _WESTERN),
     "big5": frozenset(_TRADITIONAL + _PUNCTUATION),
     "cp932": frozenset(_KANA + _KANJI + _PUNCTUATION),
     "euc_jp": frozenset(_KANA + _KANJI + _PUNCTUATION),
@@ -68,8 +70,12 @@ _COMMON: dict[str, frozenset[str]] = {
     "cp1252": frozenset(_WESTERN),
     "cp1254": frozenset(_TURKISH),
     "cp1250": frozenset(_CENTRAL),
+    "iso8859_2": frozenset(_CENTRAL),
     "cp1251": frozenset(_CYRILLIC),
     "koi8_r": frozenset(_CYRILLIC),
+    "koi8_u": frozenset(_CYRILLIC + "єіїґ"),
+    "cp866": frozenset(_CYRILLIC),
+    "iso8859_5": frozenset(_CYRILLIC),
     "cp1253": frozenset(_GREEK),
     "cp1255": frozenset(_HEBREW),
     "cp1256": frozenset(_ARABIC),
@@ -77,11 +83,14 @@ _COMMON: dict[str, frozenset[str]] = {
     "cp874": frozenset(_THAI),
     "mac_roman": frozenset(_WESTERN),
 }
-_LATIN = ("cp1252", "cp1254", "cp1250", "mac_roman")
+_LATIN = ("cp1252", "cp1254", "cp1250", "iso8859_2", "mac_roman")
 # The most frequent letters of the alphabets that use the same bytes: a text has them in its own encoding only.
 _FREQUENT: dict[str, str] = {
     "cp1251": _CYRILLIC[:12],
     "koi8_r": _CYRILLIC[:12],
+    "koi8_u": _CYRILLIC[:12],
+    "cp866": _CYRILLIC[:12],
+    "iso8859_5": _CYRILLIC[:12],
     "cp1253": "αοιετσνηυρπκάέήίό",
     "cp1255": "יוהלארתבמשנ",
     "cp1256": "اليمنوتربعدة",
@@ -103,8 +112,9 @@ _LARGER = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr"
 _SEVEN_BITS = ("iso2022_jp", "iso2022_kr", "hz")
 # Begins Japanese characters in ISO-2022-JP.
 _JAPANESE = b"\x1b$B"
+_WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 # Declared in e-mails and pages, and not told apart by their letters.
-_DECLARED = ("iso8859_1", "iso8859_2", "iso8859_7", "iso8859_8", "iso8859_9", "iso8859_15", "koi8_u")
+_DECLARED = ("iso8859_1", "iso8859_7", "iso8859_8", "iso8859_9", "iso8859_15")
 
 
 class UnknownEncoding(Exception):
@@ -117,6 +127,8 @@ def decode(content: bytes, declared: str | None = None) -> tuple[str, str]:
         return content.decode("utf-32", errors="replace"), "utf-32"
     if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return content.decode("utf-16", errors="replace"), "utf-16"
+    if wide := wide_encoding(content):
+        return content.decode(wide, errors="replace"), wide
     name = _known(declared) or ("iso2022_jp" if _JAPANESE in content else None)
     for encoding in (name, "utf-8") if name in _SEVEN_BITS else ("utf-8", name):
         if encoding:
@@ -131,16 +143,37 @@ def decode(content: bytes, declared: str | None = None) -> tuple[str, str]:
     best, second = sorted(shares, key=lambda encoding: -shares[encoding])[:2]
     if shares[best] >= MIN_SHARE and best in _FREQUENT:
         best = max(_FREQUENT, key=lambda encoding: shares[encoding] * frequencies[encoding])
+    if best in ("cp1252", "cp1254", "mac_roman") and shares["cp1250"] > MIN_SHARE and _is_central(content, best):
+        best = "cp1250"
     if shares[best] >= MIN_SHARE or shares[best] >= MIN_SHARE / 2 > 2 * shares[second]:
         return content.decode(best, errors="replace"), best
     return _guess(content)
+
+
+def wide_encoding(content: bytes) -> str | None:
+    """The encoding of a text in UTF-16 or UTF-32 without a mark at its beginning; None if it is none."""
+    sample = content[: 4 * _SAMPLE_LETTERS]
+    if b"\0" not in sample:
+        return None
+    found = {}
+    for encoding in _WIDE:
+        try:
+            # The sample may end in the middle of a letter.
+            text = codecs.getincrementaldecoder(encoding)().decode(sample)
+        except UnicodeDecodeError:
+            continue
+        if text and all(letter in "\t\n\f\r" or unicodedata.category(letter)[0] != "C" for letter in text):
+            # In UTF-16, bytes in the wrong order are valid, too: of h\0 the letter U+6800.
+            found[encoding] = encoding.startswith("utf-32") + sum(map(str.isascii, text)) / len(text)
+    best = max(found, key=lambda each: found[each], default=None)
+    return best if best and found[best] else None
 
 
 def preload() -> None:
     """Loads all codecs now. Later the process may not read their files any more."""
     from charset_normalizer import from_bytes
 
-    for encoding in (*_COMMON, *_SEVEN_BITS, *_DECLARED):
+    for encoding in (*_COMMON, *_SEVEN_BITS, *_DECLARED, *_WIDE):
         codecs.lookup(encoding)
     from_bytes("Grüße und Küsse aus Zürich".encode("cp1250")).best()
 
@@ -166,7 +199,7 @@ def _share(content: bytes, encoding: str, common: frozenset[str]) -> float:
     for n, letter in enumerate(text):
         if not letter.isascii():
             count += 1
-            if _is_odd(encoding, letter, text[max(0, n - 4) : n]):
+            if _is_odd(encoding, letter, text[max(0, n - 4) : n], text[n + 1 : n + 2]):
                 score -= 1
             elif letter in common:
                 score += 1
@@ -177,7 +210,7 @@ def _share(content: bytes, encoding: str, common: frozenset[str]) -> float:
     return score / count if count else 0.0
 
 
-def _is_odd(encoding: str, letter: str, before: str) -> bool:
+def _is_odd(encoding: str, letter: str, before: str, after: str) -> bool:
     """True for a letter in a place that real texts do not have."""
     if encoding in _LATIN:
         # More than two letters with accents are seldom neighbours, and no word begins in the middle of another.
@@ -189,8 +222,20 @@ def _is_odd(encoding: str, letter: str, before: str) -> bool:
         return last.isascii() and (last.isalpha() or not letter.isalpha())
     if encoding in _FREQUENT:
         is_inside = (letter.isupper() and last.islower()) or last in tuple(_FINAL_LETTERS)
-        return not letter.isalpha() or is_inside or (last.isascii() and last.isalpha())
+        return not letter.isalpha() or is_inside or any(each.isascii() and each.isalpha() for each in (last, after))
     return False
+
+
+def _is_central(content: bytes, western: str) -> bool:
+    """True if the text, whose letters fit Western or Turkish, is Polish, Hungarian, Romanian or a neighbour of them."""
+    text = content[: 4 * _SAMPLE_LETTERS].decode("cp1250", "replace").lower()
+    if western == "cp1254":
+        # Turkish and Romanian have ş and ţ at the same place.
+        return not re.search("[ğýöüç]", text)
+    if any(letter not in _CENTRAL for letter in text if not letter.isascii()):
+        return False
+    # Portuguese has õ before e only, and Estonian, which has it everywhere, no acute accents.
+    return bool(re.search("[scd]z|zs", text) or (re.search("ő(?!e)", text) and re.search("[áéíóú]", text)))
 
 
 def _frequency(content: bytes, encoding: str) -> float:

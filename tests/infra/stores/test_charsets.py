@@ -1,0 +1,42 @@
+"""Texts in an unknown encoding. More of them, through the parser, are in the tests of memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from infra.stores.charsets import decode, wide_encoding
+
+TEXTS = [
+    ("cp1250", "Proszę o zwrot pieniędzy za zamówienie."),
+    ("cp1250", "Nyitvatartás: hétfőtől péntekig"),
+    ("cp1250", "Őszi szünet"),
+    ("cp1250", "Ďakujem"),
+    ("cp1250", "Bucureşti"),
+    ("cp1250", "Rambursarea dureaza cinci zile, mulţumesc pentru înţelegere"),
+    ("iso8859_2", "Wysyłka trwa pięć dni, święta wyłączone."),
+    ("iso8859_2", "Vrátenie peňazí trvá päť dní."),
+    ("cp1252", "Être quatorze: une fenêtre et une forêt à Orléans"),
+    ("cp1252", "As informações são três"),
+    ("cp1252", "Õpetaja kõnnib mööda tänavat"),
+    ("cp1252", "Kurz nach März trifft sich die Größe mit Smørrebrød"),
+    ("cp866", "Возврат денег занимает пять дней"),
+    ("iso8859_5", "Возврат денег занимает пять дней"),
+    ("koi8_u", "Повернення грошей триває п'ять днів, їжа"),
+    ("gb18030", "Größe: 7 元"),
+    ("utf-16-le", "The key hangs in the yellow box."),
+    ("utf-16-be", "退款需要五天。\n请联系客服。\n"),
+    ("utf-32-le", "退款需要五天。"),
+    ("utf-32-be", "Привет"),
+]
+
+
+@pytest.mark.parametrize(("encoding", "text"), TEXTS)
+def test_a_short_text_is_read_in_its_encoding(encoding: str, text: str) -> None:
+    assert decode(text.encode(encoding)) == (text, encoding)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0", b"\1\0\2\0\3\0\4\0", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", bytes(range(256))]
+)
+def test_binary_content_is_no_text_of_wide_letters(content: bytes) -> None:
+    assert wide_encoding(content) is None
