@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -75,3 +77,15 @@ async def test_a_page_is_read_in_a_process_of_its_own_which_ends_at_its_limits()
 def _children() -> list[bytes]:
     ids = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     return [Path(f"/proc/{id_}/cmdline").read_bytes() for id_ in ids]
+
+
+async def test_protections_that_the_machine_does_not_allow_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, log = asyncio.create_subprocess_exec, Mock()
+
+    async def instead(python: str, *_: str, **more: Any) -> asyncio.subprocess.Process:
+        return await start(python, "-c", """print('["t", "x", ["seccomp"]]')""", **more)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", instead)
+    monkeypatch.setattr(pages, "_log", log)
+    assert await pages.read("text/html", b"<p>", None, LIMIT) == ("t", "x")
+    log.warning.assert_called_once_with("page process is not fully confined", missing=["seccomp"])
