@@ -126,7 +126,7 @@ def refused(name, number):
         raise PermissionError
 
 for name in sys.argv[1:]:
-    if numbers := confinement._REFUSED.get(name, (-1,) * 2)[column:]:
+    if numbers := confinement._REFUSED[name][column:]:
         attempts[name] = lambda name=name, number=numbers[0]: refused(name, number)
 confinement.limit()
 print(*confinement.confine(parent))
