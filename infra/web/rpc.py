@@ -1,20 +1,24 @@
 """Calls between services: gRPC with deadlines, retries of safe methods, traces, and the caller's identity.
 
 A call carries its deadline, the trace context and a token that names the calling service and the tenant for which it
-calls. A server refuses a call without deadline or token, and one that `protos.calls` does not list. Errors of
-`infra.errors` cross the wire: the caller gets the error that the servicer raised. With `Tls` both sides show a
-certificate of their service, and a token counts only on a connection of its own service.
+calls. A server refuses a call without deadline or token, one that `protos.calls` does not list, and more than
+`MAX_CALLS` of a service at a time, before it reads the message. Errors of `infra.errors` cross the wire: the caller
+gets the error that the servicer raised. With `Tls` both sides show a certificate of their service, and a token counts
+only on a connection of its own service.
 
 This module has the server and the parts of both sides. The calling side is `infra.web.rpc_client`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +53,10 @@ from protos.calls import METHODS, AllowedCallers
 Code = grpc.StatusCode
 
 DRAIN_SECONDS = 10.0
+MAX_CALLS = 1_000
+"""That a process serves at a time: of one service, of one health method, and on one connection."""
+READ_SECONDS = 10.0
+"""In which a call's message arrives."""
 
 TOKEN = "authorization"
 TENANT = "claw-tenant"
@@ -117,7 +125,7 @@ class Tls:
 class Server:
     """A service's gRPC server: add servicers to `grpc`, then start. It also serves gRPC health.
 
-    A servicer's streamed answer is an async generator.
+    A servicer's streamed answer is an async generator. Methods with streamed requests are not served.
     """
 
     def __init__(
@@ -141,6 +149,8 @@ class Server:
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 # Without this, a second process could bind the same port by mistake and take half of the calls.
                 ("grpc.so_reuseport", int(shared)),
+                # A service's further calls wait at its side, within their deadlines.
+                ("grpc.max_concurrent_streams", MAX_CALLS),
             ],
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
@@ -181,6 +191,7 @@ class _Incoming(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._methods = methods
         self._handlers: dict[str, Any] = {}
+        self._running: Counter[str] = Counter()
         self._log = get_logger("infra.web.rpc")
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
@@ -192,32 +203,52 @@ class _Incoming(grpc.aio.ServerInterceptor):
         return self._handlers[details.method]
 
     def _around(self, method: str, handler: Any) -> Any:
-        # A health watch has no token and no end.
-        if handler is None or method.startswith("/grpc.health.v1.Health/"):
-            return handler
-        kinds = [
-            "stream" if streaming else "unary" for streaming in (handler.request_streaming, handler.response_streaming)
-        ]
-        behavior = getattr(handler, "_".join(kinds))
-        # Read after the caller is known. gRPC would read before that, and answer INTERNAL if it cannot.
-        read = _reader(None if handler.request_streaming else handler.request_deserializer)
+        if handler is None or handler.request_streaming:
+            return None
+        read = _reader(handler.request_deserializer)
 
-        async def one(request: Any, context: Any) -> Any:
+        # gRPC gets handlers of streamed requests: it would read another's request before it calls the handler, so that
+        # anyone could hold calls open without a token and a deadline by sending no message.
+        async def one(requests: Any, context: Any) -> Any:
             async with self._serving(method, context):
-                return await behavior(read(request), context)
+                return await handler.unary_unary(await read(requests), context)
 
-        async def many(request: Any, context: Any) -> None:
+        async def many(requests: Any, context: Any) -> None:
             # Written, not yielded: an abandoned generator would reset the span's context in another task.
-            async with self._serving(method, context), aclosing(behavior(read(request), context)) as responses:
+            async with (
+                self._serving(method, context),
+                aclosing(handler.unary_stream(await read(requests), context)) as responses,
+            ):
                 async for response in responses:
                     await context.write(response)
 
-        make = getattr(grpc, f"{'_'.join(kinds)}_rpc_method_handler")
-        return make(
-            many if handler.response_streaming else one,
-            request_deserializer=handler.request_deserializer if handler.request_streaming else None,
-            response_serializer=handler.response_serializer,
+        async def health(requests: Any, context: Any) -> Any:
+            # It has no token, and a watch no end.
+            try:
+                with self._place(method):
+                    return await (handler.unary_unary or handler.unary_stream)(await read(requests), context)
+            except (InvalidMessage, TooManyRequests) as error:
+                await context.abort(CODES[type(error)], str(error))
+
+        is_health = method.startswith("/grpc.health.v1.Health/")
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                health if is_health else many, response_serializer=handler.response_serializer
+            )
+        return grpc.stream_unary_rpc_method_handler(
+            health if is_health else one, response_serializer=handler.response_serializer
         )
+
+    @contextmanager
+    def _place(self, whose: str) -> Iterator[None]:
+        """Raises TooManyRequests."""
+        if self._running[whose] >= MAX_CALLS:
+            raise TooManyRequests(timedelta(seconds=1), f"{whose}: {MAX_CALLS} calls are under way in this process")
+        self._running[whose] += 1
+        try:
+            yield
+        finally:
+            self._running[whose] -= 1
 
     @asynccontextmanager
     async def _serving(self, path: str, context: Any) -> AsyncIterator[None]:
@@ -233,7 +264,8 @@ class _Incoming(grpc.aio.ServerInterceptor):
                     tokens = deadline.set(self._deadline(context)), _caller.set(self._caller(method, headers, context))
                     shares.tenant.set(_caller.get().tenant_id)
                     try:
-                        yield
+                        with self._place(caller()):
+                            yield
                     finally:
                         deadline.reset(tokens[0])
                         _caller.reset(tokens[1])
@@ -286,10 +318,14 @@ class _Incoming(grpc.aio.ServerInterceptor):
         return Code.INTERNAL, f"an error inside {self._service}; the request is not the cause (trace {trace_id:032x})"
 
 
-def _reader(deserializer: Callable[[bytes], Any] | None) -> Callable[[Any], Any]:
-    def read(body: Any) -> Any:
+def _reader(deserializer: Callable[[bytes], Any] | None) -> Callable[[AsyncIterator[bytes]], Awaitable[Any]]:
+    async def read(requests: AsyncIterator[bytes]) -> Any:
         try:
-            request = deserializer(body) if deserializer else body
+            async with asyncio.timeout(READ_SECONDS):
+                body = await anext(requests)
+            request: Any = deserializer(body) if deserializer else body
+        except (TimeoutError, StopAsyncIteration):
+            raise InvalidMessage("body", "missing") from None
         except DecodeError as error:
             raise InvalidMessage("body", "is not the message of this method") from error
         # Most bodies have no zero byte, so few messages are searched. PostgreSQL's text cannot hold the character.

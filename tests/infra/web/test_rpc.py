@@ -435,8 +435,76 @@ async def test_a_connection_that_breaks_is_transient_and_heals(channels: Channel
         assert await call(channel, b"healed", method="Repeat") == b"healed"
 
 
-def test_text_that_postgresql_cannot_hold_is_refused_with_its_field() -> None:
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("no token", "token: missing"),
+        ("no deadline", "deadline: missing"),
+        ("no message", "body: missing"),
+        ("health", "body: missing"),
+    ],
+)
+async def test_a_call_that_sends_no_message_is_not_held_open(
+    bare: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch, what: str, reason: str
+) -> None:
+    monkeypatch.setattr(rpc, "READ_SECONDS", 0.2 if what in ("no message", "health") else 60)
+    method = "/grpc.health.v1.Health/Check" if what == "health" else f"/{SERVICE}/Echo"
+    given = None if what == "no token" else metadata(keys.callers("agent").token("memory"))
+    silent: Any = bare.stream_unary(method)(metadata=given, timeout=None if what == "no deadline" else 30)
+    async with asyncio.timeout(5):
+        with pytest.raises(grpc.aio.AioRpcError, match=reason):
+            await silent
+
+
+async def test_one_service_cannot_take_all_of_another(
+    monkeypatch: pytest.MonkeyPatch, metrics: Metrics, service: Service, channels: Channels
+) -> None:
+    monkeypatch.setattr(rpc, "MAX_CALLS", 3)
+    server = Server("memory", keys.callers("memory"), metrics, METHODS)
+    service.add_to(server.grpc)
+    target = f"127.0.0.1:{await server.start(0)}"
+    first = channels.to(target, "memory")
+    held = [asyncio.create_task(call(first, b"wait", timeout=30)) for _ in range(4)]
+    async with asyncio.timeout(5):
+        while len(service.asked) < 3:
+            await asyncio.sleep(0.01)
+    # Channels with the same options share a connection.
+    async with grpc.aio.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)]) as second:
+        given = metadata(keys.callers("agent").token("memory", "t1"))
+        with pytest.raises(grpc.aio.AioRpcError, match="agent: 3 calls are under way") as caught:
+            await unary(second)(b"more", timeout=5, metadata=given)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        other = metadata(keys.callers("plugin").token("memory", "t1"))
+        assert await unary(second, "OfTenant")(b"other", timeout=5, metadata=other) == b"other"
+        # On its own connection the fourth waits.
+        assert service.asked == [*["wait"] * 3, "other"]
+        service.go.set()
+        assert await asyncio.gather(*held) == [b"wait"] * 4
+        assert await unary(second)(b"more", timeout=5, metadata=given) == b"more"
+        watches = [health_pb2_grpc.HealthStub(second).Watch(health_pb2.HealthCheckRequest()) for _ in range(3)]
+        await asyncio.gather(*(watch.read() for watch in watches))
+        more = health_pb2_grpc.HealthStub(channels.to(target, "memory")).Watch(health_pb2.HealthCheckRequest())
+        with pytest.raises(grpc.aio.AioRpcError, match="3 calls are under way"):
+            await more.read()
+    await server.stop()
+
+
+@pytest.mark.parametrize(("body", "name", "value"), [(b"x" * 5_000_000, "a", "b"), (b"x", "large", "y" * 1_000_000)])
+async def test_a_message_and_its_metadata_have_limits(
+    bare: grpc.aio.Channel, service: Service, body: bytes, name: str, value: str
+) -> None:
+    given = (*metadata(keys.callers("agent").token("memory")), (name, value))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await unary(bare)(body, timeout=5, metadata=given)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert service.asked == []
+
+
+async def test_text_that_postgresql_cannot_hold_is_refused_with_its_field() -> None:
+    async def sent(text: str) -> AsyncIterator[bytes]:
+        yield health_pb2.HealthCheckRequest(service=text).SerializeToString()
+
     read = rpc._reader(health_pb2.HealthCheckRequest.FromString)
-    assert read(health_pb2.HealthCheckRequest(service="ab").SerializeToString()).service == "ab"
+    assert (await read(sent("ab"))).service == "ab"
     with pytest.raises(InvalidMessage, match="service: must not contain"):
-        read(health_pb2.HealthCheckRequest(service="a\0b").SerializeToString())
+        await read(sent("a\0b"))
