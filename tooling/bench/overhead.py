@@ -53,6 +53,8 @@ class Overhead:
     """Spans are exported, as in production."""
     services: Sequence[str] = SERVICES
     """Those that run."""
+    patience: float = 60.0
+    """Seconds until all messages must have their replies."""
     tools: Sequence[str] = ()
     """Of the agent."""
     path: str = ""
@@ -124,7 +126,7 @@ class Overhead:
         began, since = perf_counter() + 0.1, time.time() - perf_counter()
         await open_loop(self.platform.ports["channel"], requests, rate, began=began)
         with suppress(TimeoutError):
-            await self.platform.until(self._all_there, seconds=60)
+            await self.platform.until(self._all_there, seconds=self.patience)
         await self._check()
         arrived = {reply.text: reply.at - since for reply in self.vendor.ledger}
         took = {asked.last_user_text: seconds for asked, seconds in self.models.took}
