@@ -38,8 +38,9 @@ WHERE tenant_id = $1 AND ended_at IS NULL AND expires_at > clock_timestamp()
 _STATE = f"""
 SELECT ARRAY({budgets.RESTS}),
        ARRAY(
-           SELECT ROW(hold_id, ended_at IS NULL AND expires_at <= clock_timestamp(), request, granted, held_nanos,
-                      available_nanos, refused_by, retry_later)
+           SELECT ROW(hold_id,
+                      outcome IS NOT DISTINCT FROM 'charged' OR ended_at IS NULL AND expires_at > clock_timestamp(),
+                      request, granted, held_nanos, available_nanos, refused_by, retry_later)
            FROM hold
            WHERE tenant_id = $1 AND hold_id = ANY($4::uuid[])
        ),
@@ -105,7 +106,8 @@ class Holds:
     async def reserve(self, tenant_id: str, requests: Mapping[UUID, HoldRequest]) -> list[Reservation]:
         """Reserves the largest possible cost of each request, if all of them fit into the credit and the budgets.
 
-        A repeated request with the same hold_id gets the first answer, unless that hold has expired. For a resource
+        A repeated request with the same hold_id gets the first answer while its hold is open, and after its use was
+        charged. One that was refused, or given back, or has expired, is decided again. For a resource
         without a price it reserves a high provisional amount, at most the available credit, and is granted while any
         credit is available. The usage of such a resource is held for review and keeps its hold open, so unpriced use
         ends with the credit. Raises Transient if the tenant has no account yet. Raises InvalidMessage if the hold_id
@@ -163,10 +165,11 @@ async def _reserve(tx: Tx, tenant_id: str, asked: Mapping[int, _Reserve]) -> Map
         price_book.names_of(resources),
     )
     prices = price_book.versions_of(resources, priced)
-    # An expired hold holds nothing: the request is decided again.
+    # A hold that was refused or given back, or has expired, holds nothing: granted again it would not reserve the use,
+    # and refused again the work could never be done, however much credit there is now.
     known = {
-        hold_id: (text, None if expired else Reservation(granted, held, available, currency, refused_by, retry_later))
-        for hold_id, expired, text, granted, held, available, refused_by, retry_later in rows
+        hold_id: (text, Reservation(granted, held, available, currency, refused_by, retry_later) if counts else None)
+        for hold_id, counts, text, granted, held, available, refused_by, retry_later in rows
     }
     balance = account.balance_nanos
     credit = None if balance is None else balance - open_nanos

@@ -60,7 +60,8 @@ class BillingServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Reserve(self, request, context):
-        """Holds credit before it is used. The same hold_id returns the first answer.
+        """Holds credit before it is used. The same hold_id returns the first answer while the hold is open, and after its use
+        was charged. A request that was refused or given back, or has expired, is decided again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -15,7 +15,9 @@ GRPC_VERSION: str
 class BillingStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     Reserve: _aio.UnaryUnaryMultiCallable[_billing_pb2.ReserveRequest, _billing_pb2.ReserveReply]
-    """Holds credit before it is used. The same hold_id returns the first answer."""
+    """Holds credit before it is used. The same hold_id returns the first answer while the hold is open, and after its use
+    was charged. A request that was refused or given back, or has expired, is decided again.
+    """
     Release: _aio.UnaryUnaryMultiCallable[_billing_pb2.ReleaseRequest, _billing_pb2.ReleaseReply]
     """Releases an unused hold. A closed, expired or unknown hold is not changed."""
     Charges: _aio.UnaryUnaryMultiCallable[_billing_pb2.ChargesRequest, _billing_pb2.ChargesReply]
@@ -30,7 +32,9 @@ class BillingServicer(metaclass=_abc_1.ABCMeta):
         request: _billing_pb2.ReserveRequest,
         context: _aio.ServicerContext[_billing_pb2.ReserveRequest, _abc.Awaitable[_billing_pb2.ReserveReply]],
     ) -> _abc.Awaitable[_billing_pb2.ReserveReply]:
-        """Holds credit before it is used. The same hold_id returns the first answer."""
+        """Holds credit before it is used. The same hold_id returns the first answer while the hold is open, and after its use
+        was charged. A request that was refused or given back, or has expired, is decided again.
+        """
 
     @_abc_1.abstractmethod
     def Release(

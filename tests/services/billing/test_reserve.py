@@ -51,11 +51,20 @@ async def test_a_repeated_request_for_a_hold_gets_the_first_answer(billing: Bill
     assert await available(tenant) == 40 * TOKEN
     refused = uuid7()
     assert not (await tenant.reserve(hold_id=refused, input_tokens=50)).granted
-    await tenant.release(hold_id)
-    assert not (await tenant.reserve(hold_id=refused, input_tokens=50)).granted
     with pytest.raises(InvalidMessage, match="used before with another request") as caught:
         await tenant.reserve(hold_id=hold_id, input_tokens=61)
     assert caught.value.field == "hold_id"
+
+
+async def test_a_hold_that_holds_nothing_is_decided_again(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=100 * TOKEN)
+    first, second = uuid7(), uuid7()
+    assert (await tenant.reserve(hold_id=first, input_tokens=60)).granted
+    assert not (await tenant.reserve(hold_id=second, input_tokens=50)).granted
+    await tenant.release(first)
+    assert (await tenant.reserve(hold_id=second, input_tokens=50)).granted, "refused once, and there is credit now"
+    assert not (await tenant.reserve(hold_id=first, input_tokens=60)).granted, "given back, and used by another one"
+    assert await available(tenant) == 50 * TOKEN
 
 
 async def test_an_expired_hold_is_free_at_once(billing: Billing) -> None:
