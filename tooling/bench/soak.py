@@ -68,14 +68,13 @@ async def measure(
     await bench.answer(WARM, WARM_RATE)
     services: list[dict[str, float]] = []
     engines: list[dict[str, float]] = []
-    rows: dict[str, int] = {}
-    sent = 0
+    rows, sizes, sent = await _rows(bench), await _sizes(bench), bench.sent
     for number in range(windows):
         await bench.answer(round(RATE * seconds), RATE)
         services.append(memory.of_services(bench.platform))
         engines.append(memory.of_engines(bench.fixture.stack))
         if number + 1 == windows // 2:
-            rows, sent = await _rows(bench), bench.sent
+            rows, sizes, sent = await _rows(bench), await _sizes(bench), bench.sent
         progress(number + 1, windows)
     messages = bench.sent - sent
     grown = {
@@ -91,6 +90,10 @@ async def measure(
             "soak", "other tables that grow", 0.0, len(other), "tables", windows=windows, messages=bench.sent, **other
         ),
         units("soak", "rows that a message leaves", None, sum(grown.values()), "rows", **grown),
+        *(
+            units("soak", f"{what} of a message", None, (size - sizes[what]) / messages / 1024, "KiB")
+            for what, size in (await _sizes(bench)).items()
+        ),
     ]
 
 
@@ -121,6 +124,16 @@ async def _rows(bench: Overhead) -> dict[str, int]:
         )
         for table in tables
     }
+
+
+async def _sizes(bench: Overhead) -> dict[str, int]:
+    """Bytes of the database, and of all WAL so far."""
+    row = await bench.fixture.admin.fetchrow(
+        """
+        SELECT pg_database_size(current_database()) AS database, (pg_current_wal_lsn() - '0/0')::bigint AS "WAL"
+        """
+    )
+    return dict(row)
 
 
 def _answer(asked: Asked) -> Says:

@@ -35,9 +35,11 @@ async def test_a_table_that_grows_is_named(bench: Overhead, monkeypatch: pytest.
     same = Soak(bench.fixture, bench.platform, bench.models, bench.vendor, services=SERVICES, path=bench.path)
     same.sent = bench.sent
     monkeypatch.setattr(soak, "HISTORIES", soak.HISTORIES - {"agent.run"})
-    services, engines, other, rows = await soak.measure(same, lambda *_: None, 2, 1.0)
+    services, engines, other, rows, database, wal = await soak.measure(same, lambda *_: None, 2, 1.0)
     assert services.made_of["agent MiB"] > 20
     assert engines.made_of["postgres MiB"] > 20
     assert other.made_of["agent.run"] == 1
     assert rows.made_of["agent.run"] == 1
+    assert (database.measure, wal.measure) == ("database of a message", "WAL of a message")
+    assert wal.value > 10
     bench.sent = same.sent
