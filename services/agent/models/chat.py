@@ -48,13 +48,21 @@ FIRST_TOKEN_SECONDS = 120.0
 TRANSIENT_STATUS = (408, 409, 425, 429)
 _FINISH = {
     "stop": "stop",
-    **dict.fromkeys(("length", "max_tokens", "model_length"), "length"),
-    "tool_calls": "tool_call",
-    "function_call": "tool_call",
-    **dict.fromkeys(("content_filter", "safety", "recitation", "prohibited_content", "blocklist"), "content_filter"),
+    **dict.fromkeys(
+        ("length", "max_tokens", "model_length", "max_output_tokens", "token_limit", "model_context_window_exceeded"),
+        "length",
+    ),
+    **dict.fromkeys(("tool_calls", "tool_call", "tool_use", "function_call"), "tool_call"),
+    **dict.fromkeys(
+        ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "refusal", "sensitive"),
+        "content_filter",
+    ),
 }
 # The answer did not come to its end.
-_INTERRUPTED = ("error", "abort", "insufficient_system_resource", "malformed_function_call")
+_INTERRUPTED = (
+    *("error", "abort", "aborted", "cancelled", "timeout", "network_error"),
+    *("insufficient_system_resource", "malformed_function_call"),
+)
 # The fields in which servers send thoughts: https://api-docs.deepseek.com/guides/reasoning_model
 _THOUGHTS = ("reasoning", "reasoning_content")
 
@@ -160,6 +168,9 @@ class ChatModel:
             raise ModelFailed(f"{self._name}: the answer was cut off", transient=True)
         if received.finish in _INTERRUPTED:
             raise ModelFailed(f"{self._name}: the server failed during the answer", transient=True)
+        if not all(call["name"] for call in calls):
+            # An earlier call without a name would make each later request invalid.
+            raise ModelFailed(f"{self._name}: the answer has a tool call without a name", transient=True)
         finish = _FINISH.get(received.finish, "")
         if (received.is_refused or finish == "content_filter") and not text and not calls:
             raise ModelFailed(f"{self._name}: the provider's content filter withheld the answer", transient=False)
@@ -200,16 +211,12 @@ class _Received:
 
     def take(self, chunk: Mapping[str, Any]) -> str:
         """Adds a chunk, as `Completions` has repaired it. Returns its text."""
-        self.model = self.model or chunk.get("model") or ""
+        self.model = self.model or (model if isinstance(model := chunk.get("model"), str) else "")
         self.usage = chunk.get("usage") or self.usage
         said = ""
         for choice in (chunk.get("choices") or ())[:1]:
             delta = choice["delta"]
-            content = delta.get("content")
-            if isinstance(content, list):
-                parts = [part.get("text") for part in content if isinstance(part, dict)]
-                content = "".join(part for part in parts if isinstance(part, str))
-            if isinstance(content, str) and content:
+            if content := delta["content"]:
                 self.text.append(content)
                 said += content
             for field in _THOUGHTS:

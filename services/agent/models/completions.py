@@ -7,16 +7,19 @@ stream that is well formed passes through with the same content.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import httpx2
 import msgspec
 
+from infra.errors import TooLarge
 from infra.recent import Recent
-from infra.web.http import media_type
 from services.agent.models import refusals
+from services.agent.models.contract import ModelFailed
 from services.agent.models.pieces import Chunk, ToolCalls, check_size, lines
 from services.agent.models.thoughts import HELD, Thoughts
 
@@ -26,6 +29,14 @@ _MOST_OPTIONS = 8
 _REMEMBERED = 4_096
 # Servers of the providers themselves send thoughts in a field of their own.
 _OWN_SERVERS = ("api.openai.com", "generativelanguage.googleapis.com")
+# How long the rest of a stream is awaited after its end. Some servers leave the connection open.
+REST_SECONDS = 1.0
+# The fields of a delta that a server may cut inside a character.
+_TEXTS = ("content", "reasoning_content", "reasoning")
+# The types of a content's parts that have text for the person.
+_PARTS = (None, "text", "output_text")
+# An answer has fewer tokens. Larger numbers are errors, and would be charged.
+_MOST_TOKENS = 100_000_000
 
 
 class Completions(httpx2.AsyncBaseTransport):
@@ -59,19 +70,14 @@ class Completions(httpx2.AsyncBaseTransport):
             response = await self._inner.handle_async_request(_again(request, body, refused))
         if response.status_code != 200:
             return response
-        kind = media_type(response.headers)
         model = endpoint[0], body.get("model")
         held = 0 if request.url.host in _OWN_SERVERS else HELD
         repair = _Repair(Thoughts(None if model in self._thinks_aloud else held))
-        if kind == "application/json":
-            answer = await response.aread()
+        try:
+            stream = await _stream(response.aiter_bytes())
+        except BaseException:
             await response.aclose()
-            check_size(len(answer))
-            stream = _once(_events(answer))
-        elif kind == "text/event-stream":
-            stream = response.aiter_bytes()
-        else:
-            return response
+            raise
 
         def remember() -> None:
             if repair.thoughts.ended_without_beginning:
@@ -104,8 +110,32 @@ class _Repaired(httpx2.AsyncByteStream):
         await self._response.aclose()
 
 
-async def _once(content: bytes) -> AsyncIterator[bytes]:
-    yield content
+async def _stream(content: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The answer as events. The first bytes decide how to read it, because many servers send a wrong content type.
+
+    Raises ModelFailed, TooLarge.
+    """
+    first = b""
+    async for piece in content:
+        # Servers send spaces to keep the connection open, and some a byte order mark.
+        if first := piece.lstrip(b" \t\r\n\xef\xbb\xbf"):
+            break
+    if first.startswith(b"<"):
+        raise ModelFailed("the answer is a web page (is the provider's base_url right?)", transient=True)
+    if not first.startswith((b"{", b"[")):
+        return _chain(first, content)
+    whole = bytearray(first)
+    check_size(len(whole))
+    async for piece in content:
+        whole += piece
+        check_size(len(whole))
+    return _chain(_events(bytes(whole)), content)
+
+
+async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for piece in rest:
+        yield piece
 
 
 def _again(request: httpx2.Request, body: Mapping[str, Any], refused: set[str]) -> httpx2.Request:
@@ -162,8 +192,8 @@ class _Repair:
         """The lines so far of an event of several lines."""
         self._size = 0
         """Their bytes."""
-        self._half = ""
-        """The first half of a character whose second half comes with the next text."""
+        self._halves: dict[str, str] = {}
+        """By field, the first half of a character whose second half comes with the next text."""
         self._choice: Any = None
         """The index of the choice that is read. Only one is asked for."""
         self._base: Chunk = {}
@@ -172,19 +202,33 @@ class _Repair:
         self._has_content = False
 
     async def lines(self, stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        async for line in lines(stream):
-            for event in self._line(line.rstrip(b"\r")):
+        found = lines(stream)
+        async for line in found:
+            for event in self._line(line):
                 yield event
+            if self._is_complete:
+                break
+        if self._is_complete:
+            await self._read_rest(found)
         # Nothing ends the last event.
         for event in self._line(b""):
             yield event
-        if self._finish is not None and not self._is_complete:
+        if self._finish is not None or self._is_complete:
             for chunk in self._end():
                 yield _event(chunk)
 
+    async def _read_rest(self, found: AsyncIterator[bytes]) -> None:
+        """Reads on after the end: some servers report the usage there. The answer is complete, so nothing fails it."""
+        with suppress(TimeoutError, httpx2.HTTPError, TooLarge):
+            async with asyncio.timeout(REST_SECONDS):
+                async for line in found:
+                    for _ in self._line(line):
+                        pass
+
     def _line(self, line: bytes) -> Iterator[bytes]:
         # A stream may begin with a byte order mark: https://html.spec.whatwg.org/multipage/server-sent-events.html
-        line = line.removeprefix(b"\xef\xbb\xbf")
+        # Spaces that keep the connection open stand before a line.
+        line = line.removeprefix(b"\xef\xbb\xbf").strip()
         if line.startswith(b":"):
             yield line + b"\n\n"
         elif not line and self._lines:
@@ -192,13 +236,13 @@ class _Repair:
             self._lines.clear()
             self._size = 0
             yield from self._chunk(data, self._decode(data))
+        elif line.startswith(b"event:") and line.removeprefix(b"event:").strip() == b"error":
+            yield _event({"error": "event"})
         elif line.startswith(b"data:"):
             data = line.removeprefix(b"data:").strip()
             # Some servers send no empty line after each event, so a line that is JSON is an event.
             if data == b"[DONE]":
                 self._is_complete = True
-                yield from map(_event, self._end())
-                yield b"data: [DONE]\n\n"
             elif self._lines or (chunk := self._decode(data)) is None:
                 self._lines.append(data)
                 self._size += len(data)
@@ -222,22 +266,24 @@ class _Repair:
             chunk = msgspec.json.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             chunk = _decode_damaged(data)
-            self._hold_half(chunk)
+            self._hold_halves(chunk)
             return _without_halves(chunk)
-        if self._half:
-            self._hold_half(chunk)
+        if self._halves:
+            self._hold_halves(chunk)
             return _without_halves(chunk)
         return chunk
 
-    def _hold_half(self, chunk: Any) -> None:
-        """Moves a half character at the end of the text to the beginning of the next text."""
+    def _hold_halves(self, chunk: Any) -> None:
+        """Moves a half character at the end of a text to the beginning of the next one."""
         for choice in _list(_mapping(chunk).get("choices"))[:1]:
-            delta = _mapping(choice).get("delta")
-            if isinstance(delta, dict) and isinstance(content := delta.get("content"), str) and content:
-                content, self._half = self._half + content, ""
-                if "\ud800" <= content[-1] <= "\udbff":
-                    content, self._half = content[:-1], content[-1]
-                delta["content"] = content
+            delta = _mapping(_mapping(choice).get("delta"))
+            calls = [_mapping(_mapping(call).get("function")) for call in _list(delta.get("tool_calls"))[-1:]]
+            for place, name in (*((delta, name) for name in _TEXTS), *((call, "arguments") for call in calls)):
+                if isinstance(text := place.get(name), str) and text:
+                    text = self._halves.pop(name, "") + text
+                    if "\ud800" <= text[-1] <= "\udbff":
+                        text, self._halves[name] = text[:-1], text[-1]
+                    place[name] = text
 
     def _repair(self, chunk: Chunk) -> None:
         self._base = {name: value for name, value in chunk.items() if name not in ("choices", "usage")}
@@ -247,8 +293,11 @@ class _Repair:
         choices = map(_mapping, _list(chunk.get("choices"))[:1])
         reported = chunk.pop("usage", None) or _mapping(chunk.get("x_groq")).get("usage")
         reported = reported or next((choice["usage"] for choice in choices if "usage" in choice), None)
-        self._reported |= {name: value for name, value in _mapping(reported).items() if value is not None}
-        self._usage = usage(reported) or self._usage or usage(self._reported)
+        for name, value in _mapping(reported).items():
+            # A part that a later chunk does not report is 0 or null there.
+            if value or (value is not None and name not in self._reported):
+                self._reported[name] = value
+        self._usage = usage(reported) or usage(self._reported) or self._usage
         chunk["choices"] = [choice for choice in chunk.get("choices") or () if self._is_ours(choice)]
         for choice in chunk["choices"]:
             # Some servers send a whole message as a chunk, others repeat it at the end.
@@ -257,11 +306,11 @@ class _Repair:
             choice.setdefault("index", 0)
             choice["finish_reason"] = choice.get("finish_reason") or None
             self._finish = choice["finish_reason"] or self._finish
-            content = delta.get("content")
-            if isinstance(content, str):
-                delta["content"] = self.thoughts.feed(content)
+            # The old completions have a text instead of a message.
+            content = _text(delta.get("content") or choice.get("text"))
+            delta["content"] = self.thoughts.feed(content)
             if choice["finish_reason"]:
-                delta["content"] = (delta.get("content") or "") + self.thoughts.flush()
+                delta["content"] += self.thoughts.flush()
             calls = delta.get("tool_calls")
             if not calls and isinstance(call := delta.get("function_call"), dict):
                 # As it was before there were tools.
@@ -289,10 +338,25 @@ class _Repair:
 
 
 def _is_failure(chunk: Any) -> bool:
-    """An error of the server in a shape of its own, such as vLLM's and FastAPI's."""
-    if not isinstance(chunk, dict) or chunk.get("choices") or chunk.get("usage"):
+    """An error of the server in a shape of its own, such as vLLM's, FastAPI's, MiniMax' and OpenRouter's."""
+    if not isinstance(chunk, dict):
         return False
-    return chunk.get("object") == "error" or any(isinstance(chunk.get(name), str) for name in ("message", "detail"))
+    choices = map(_mapping, _list(chunk.get("choices")))
+    if _mapping(chunk.get("base_resp")).get("status_code") or any(choice.get("error") for choice in choices):
+        return True
+    if chunk.get("choices") or chunk.get("usage"):
+        return False
+    told = (chunk.get(name) for name in ("message", "detail", "msg"))
+    return chunk.get("object") == "error" or bool(chunk.get("errors")) or any(isinstance(one, str) for one in told)
+
+
+def _text(content: Any) -> str:
+    """The text of a content, which may be a part or a list of parts. Thoughts may be among the parts."""
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") in _PARTS else part
+        texts += [text] if isinstance(text, str) else []
+    return "".join(texts)
 
 
 def _decode_damaged(data: bytes) -> Any:
@@ -354,7 +418,7 @@ def usage(given: Any) -> Chunk | None:
     return found
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def _mapping(value: Any) -> Chunk:
     return value if isinstance(value, dict) else {}
 
 
@@ -366,7 +430,8 @@ def _first_count(*values: Any) -> int | None:
     """The first of the values that is a count. A number may be a string; it may not be negative or a fraction."""
     for value in values:
         if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 16:
-            return int(value)
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e15 and value == int(value):
+            value = int(value)
+        is_count = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST_TOKENS
+        if is_count and value == int(value):
             return int(value)
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -89,8 +90,13 @@ class _Events(httpx2.AsyncByteStream):
 
 
 def whole_arguments(pieces: Sequence[str]) -> str:
-    """The arguments of a call. Some servers repeat them from the start in each piece, or as a whole in the last one."""
+    """The arguments of a call. Some servers repeat them from the start in each piece, or as a whole in the last one.
+    Some models write them as JSON within a text.
+    """
     joined = "".join(pieces)
+    if joined.startswith('"'):
+        with suppress(msgspec.DecodeError):
+            joined = msgspec.json.decode(joined, type=str)
     if len(pieces) < 2 or _is_object(joined) or not _is_object(pieces[-1]):
         return joined
     totals = all(later.startswith(former) for former, later in pairwise(pieces))
@@ -104,19 +110,24 @@ def _is_object(text: str) -> bool:
         return False
 
 
+def _index(given: object) -> int | None:
+    """Servers of other languages write it as a text or a fraction."""
+    try:
+        return int(given) if isinstance(given, str | int | float) else None
+    except ValueError:
+        return None
+
+
 class _Call:
     def __init__(self, index: int, given_id: str | None, id_: str) -> None:
         self.index = index
         self.given_id = given_id
         self.id = id_
+        self.has_name = False
         self._pieces: list[str] = []
         self._depth = 0
         self._in_text = self._is_escaped = False
         self._is_complete: bool | None = None
-
-    @property
-    def has_arguments(self) -> bool:
-        return bool(self._pieces)
 
     def add(self, arguments: str) -> None:
         if not arguments:
@@ -165,9 +176,13 @@ class ToolCalls:
         return [self._piece(piece) for piece in pieces if isinstance(piece, dict)]
 
     def _piece(self, piece: Chunk) -> Chunk:
-        index, given_id = piece.get("index"), piece.get("id") or None
-        function = piece.get("function") or {}
-        name, arguments = function.get("name") or None, function.get("arguments")
+        index, id_ = _index(piece.get("index")), piece.get("id")
+        given_id = str(id_) if id_ and isinstance(id_, str | int) else None
+        function = piece.get("function")
+        # Some servers send the function's fields beside the id.
+        function = function if isinstance(function, dict) else piece
+        name, arguments = function.get("name"), function.get("arguments")
+        name = name.strip() or None if isinstance(name, str) else None
         if arguments is None:
             arguments = ""
         elif not isinstance(arguments, str):
@@ -177,20 +192,20 @@ class ToolCalls:
             call = self._calls[-1]
         if call is None or (name and self._begins(call, given_id, arguments)):
             call = self._new(given_id)
-        else:
+        elif call.has_name:
             name = None
-        if isinstance(index, int):
+        if index is not None:
             self._by_index[index] = call
-        is_first = not call.has_arguments and name is not None
         call.add(arguments)
         sent: Chunk = {"index": call.index, "function": {"arguments": arguments}}
-        if is_first:
+        if name:
+            call.has_name = True
             sent |= {"id": call.id, "type": "function", "function": {"name": name, "arguments": arguments}}
         return sent
 
-    def _found(self, index: object, given_id: str | None) -> _Call | None:
+    def _found(self, index: int | None, given_id: str | None) -> _Call | None:
         same = self._by_given_id.get(given_id) if given_id else None
-        if isinstance(index, int):
+        if index is not None:
             call = self._by_index.get(index)
             # Some servers write several calls in turns under one index.
             return same if call and call.given_id and same and call.given_id != given_id else call

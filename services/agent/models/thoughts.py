@@ -13,18 +13,23 @@ import re
 HELD = 80
 
 # The tag that opens thoughts → the tag that ends them, in lower case; both are found in any case.
+_NAMES = ("think", "thinking", "antthinking", "thought", "reasoning", "reflection", "scratchpad", "seed:think")
 _ENDS = {
-    **{f"<{name}>": f"</{name}>" for name in ("think", "thinking", "thought", "reasoning", "seed:think")},
+    **{f"<{name}>": f"</{name}>" for name in _NAMES},
     # Mistral's Magistral, Kimi-VL, Cohere's Command A, gpt-oss.
     "[think]": "[/think]",
     "◁think▷": "◁/think▷",
     "<|start_thinking|>": "<|end_thinking|>",
     "<|channel|>analysis<|message|>": "<|channel|>final<|message|>",
+    "<|start|>assistant<|channel|>analysis<|message|>": "<|channel|>final<|message|>",
+    # Gemma 4, Open Thoughts.
+    "<|channel>thought": "<channel|>",
+    "<|begin_of_thought|>": "<|end_of_thought|>",
 }
 _TAGS = f"({'|'.join(map(re.escape, _ENDS))})"
 _TAG, _OPENING = re.compile(_TAGS, re.IGNORECASE), re.compile(rf"\s*{_TAGS}", re.IGNORECASE)
 # A closing tag ends thoughts if it does not stand in a sentence about tags.
-_CLOSING = re.compile(r"(?<![ \t`'\"(\[>])</(think|thinking|thought|reasoning|seed:think)>", re.IGNORECASE)
+_CLOSING = re.compile(rf"(?<![ \t`'\"(\[>])</({'|'.join(_NAMES)})>", re.IGNORECASE)
 _LONGEST_TAG = max(map(len, _ENDS.values()))
 # Of the white space before an answer, more than this is dropped: it would be looked at again for each piece.
 _MOST_BLANK = 200

@@ -229,6 +229,7 @@ async def test_an_answer_that_ends_with_an_error_or_a_refusal_is_none(
         total(0, 5),
         total(1.5, 5),
         total(True, 5),
+        total(10, 10**9),
         total("ten", 5),
         total(None, None, total_tokens=7),
         {"usage": total(10, 5)},
@@ -368,6 +369,10 @@ async def test_thoughts_in_a_field_go_back_with_their_calls_and_nowhere_else(
         ["<think>they ", "<thi", "nk>are</think> ang", *("ry " * 100), "\n</think>\n", "Hello"],
         ["◁think▷they are angry◁/think▷Hello"],
         ["<|START_THINKING|>they are angry<|END_THINKING|>Hello"],
+        ["<|begin_of_thought|>they are angry<|end_of_thought|>Hello"],
+        ["<scratchpad>they are angry</scratchpad>Hello"],
+        ["<antThinking>they are ", "angry</antThinking>Hello"],
+        ["<|start|>assistant<|channel|>analysis<|message|>they are angry<|end|><|channel|>final<|message|>Hello"],
         ["<|channel|>analysis<|message|>they are angry<|end|>", "<|start|>assistant<|channel|>final<|message|>Hello"],
     ],
 )

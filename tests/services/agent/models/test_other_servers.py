@@ -3,6 +3,8 @@ OpenRouter and Groq, none of them as OpenAI writes it."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx2
@@ -10,10 +12,20 @@ import msgspec
 import pytest
 
 from services.agent.models import completions
-from services.agent.models.contract import AssistantTurn, Image, ModelFailed, Prompt, UserTurn
+from services.agent.models.contract import (
+    AssistantTurn,
+    Image,
+    ModelAnswer,
+    ModelEndpoint,
+    ModelFailed,
+    Prompt,
+    UserTurn,
+)
 from services.agent.models.providers import Providers
 from tests.services.agent.models.test_completions import (
     MODEL,
+    PROMPT,
+    Sends,
     ask,
     call,
     chunk,
@@ -139,6 +151,45 @@ TEXTS: dict[str, Streams] = {
         chunk({"content": "Hi", "tool_calls": None}), chunk({"tool_calls": []}), STOP | {"usage": USAGE}
     ),
     "function_call null": of(chunk({"content": "Hi", "function_call": None, "refusal": None}), STOP | {"usage": USAGE}),
+    "usage after the end": of(HI, STOP, b"data: [DONE]\n\n", {"choices": [], "usage": USAGE}, done=False),
+    "usage of the output so far, then of the output alone": of(
+        HI | {"usage": total(10, 1)}, STOP | {"usage": {"completion_tokens": 3}}
+    ),
+    "usage of the output so far, then without the input": of(
+        HI | {"usage": total(10, 1)}, STOP | {"usage": total(0, 3)}
+    ),
+    "usage zero or negative at the end": of(
+        HI | {"usage": USAGE}, STOP | {"usage": total(0, 0)}, {"choices": [], "usage": total(-1, -1)}
+    ),
+    "a total that cannot be": of(HI, STOP | {"usage": USAGE | {"total_tokens": 10**12}}),
+    "parts that are thoughts with a text": of(
+        *(chunk({"content": [{"type": type_, "text": "hm"}]}) for type_ in ("thinking", "reasoning")),
+        chunk({"content": [{"type": "output_text", "text": "Hi"}]}),
+        STOP | {"usage": USAGE},
+    ),
+    "thoughts in the text of a part": of(
+        chunk({"content": [{"type": "text", "text": "<think>hm"}, {"text": "</think>Hi"}]}), STOP | {"usage": USAGE}
+    ),
+    "a part that is no list": of(chunk({"content": {"type": "text", "text": "Hi"}}), STOP | {"usage": USAGE}),
+    "texts as content": of(chunk({"content": ["H", "i"]}), STOP | {"usage": USAGE}),
+    "a whole message of parts": of(
+        {
+            "choices": [
+                {
+                    "message": {"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "Hi"}]},
+                    "finish_reason": "stop",
+                }
+            ],
+            "usage": USAGE,
+        }
+    ),
+    "an old completion": of({"choices": [{"text": "Hi"}]}, {"choices": [{"finish_reason": "stop"}], "usage": USAGE}),
+    "spaces that keep the connection open": of(b" \n", b"   ", HI, b"  ", STOP | {"usage": USAGE}, b"\n \n"),
+    "the model as another type": of(HI | {"model": 5}, STOP | {"usage": USAGE, "model": ["x"]}),
+    "gemma: a channel of thoughts": of(
+        chunk({"content": "<|channel>thought\nhm<chan"}), chunk({"content": "nel|>Hi"}), STOP | {"usage": USAGE}
+    ),
+    "minimax: a state that is no error": of(HI, STOP | {"usage": USAGE, "base_resp": {"status_code": 0}}),
 }
 
 
@@ -150,6 +201,54 @@ async def test_a_text_is_read(server: ModelServer, providers: Providers, shape: 
     assert (answer.text, "".join(streamed)) == ("Hi", "Hi")
     assert (answer.usage.input_tokens, answer.usage.output_tokens) == (10, 3)
     assert len(server.requests) == 1
+    # As it is stored.
+    msgspec.json.decode(msgspec.json.encode(answer), type=ModelAnswer)
+
+
+WHOLE = {"choices": [{"message": {"content": "<think>hm</think>Hi"}, "finish_reason": "stop"}], "usage": USAGE}
+PIECES = b"".join((sse(chunk({"content": "<think>hm</think>Hi"})), sse(STOP | {"usage": USAGE}), b"data: [DONE]\n\n"))
+
+
+@pytest.mark.parametrize("type_", ["text/event-stream", "text/plain; charset=utf-8", "application/json", "", "x/y"])
+@pytest.mark.parametrize(
+    "content", [PIECES, msgspec.json.encode(WHOLE), msgspec.json.format(msgspec.json.encode(WHOLE))]
+)
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b" \n  \n"])
+async def test_the_content_shows_what_an_answer_is(type_: str, content: bytes, before: bytes) -> None:
+    answer = await _answer(Sends([before, content], type_.encode()))
+    assert (answer.text, answer.usage.output_tokens) == ("Hi", 3)
+
+
+@pytest.mark.parametrize("type_", [b"text/html", b"application/json", b"text/event-stream"])
+async def test_a_web_page_is_told(type_: bytes) -> None:
+    with pytest.raises(ModelFailed, match="web page"):
+        await _answer(Sends([b"\n<!doctype html>", b"<html>Sign in</html>"], type_))
+
+
+class StaysOpen(Sends):
+    """The stream does not end."""
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for piece in super().__aiter__():
+            yield piece
+        await asyncio.Event().wait()
+
+
+async def test_an_answer_is_complete_at_its_end_if_the_connection_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completions, "REST_SECONDS", 0.01)
+    async with asyncio.timeout(5):
+        answer = await _answer(StaysOpen([PIECES]))
+    assert (answer.text, answer.usage.output_tokens) == ("Hi", 3)
+
+
+async def _answer(transport: httpx2.AsyncBaseTransport) -> ModelAnswer:
+    async def hear(text: str) -> None:
+        """Drops a text."""
+
+    providers = Providers(transport)
+    answer = await providers.model("openai/x", ModelEndpoint("http://a.example")).answer(PROMPT, hear)
+    await providers.close()
+    return answer
 
 
 CALLS: dict[str, Streams] = {
@@ -203,6 +302,33 @@ CALLS: dict[str, Streams] = {
         chunk({"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "add", "arguments": JSON}}]}),
         chunk(finish="tool_calls"),
     ),
+    "the name after the id": of(
+        chunk({"tool_calls": [{"index": 0, "id": "c1", "type": "function"}]}),
+        chunk({"tool_calls": [call(0, None, "add", "")]}),
+        chunk({"tool_calls": [call(0, None, None, JSON)]}),
+        chunk(finish="tool_calls"),
+    ),
+    "the name after the arguments": of(
+        chunk({"tool_calls": [call(0, "c1", "", JSON)]}),
+        chunk({"tool_calls": [call(0, None, "add", "")]}),
+        chunk(finish="tool_calls"),
+    ),
+    "the fields of the function beside the id": of(
+        chunk({"tool_calls": [{"index": 0, "id": "c1", "name": "add", "arguments": {"a": 1, "b": 2}}]}),
+        chunk(finish="tool_use"),
+    ),
+    "the id as a number": of(chunk({"tool_calls": [call(0, None, "add", JSON) | {"id": 7}]}), chunk(finish="stop")),
+    "the index as a fraction": of(
+        *(
+            chunk({"tool_calls": [call(None, id_, name, piece) | {"index": 1.0}]})
+            for id_, name, piece in (("c1", "add", '{"a":1'), (None, None, ',"b":2}'))
+        ),
+        chunk(finish="tool_calls"),
+    ),
+    "blanks around the name": of(chunk({"tool_calls": [call(0, "c1", " add\n", JSON)]}), chunk(finish="tool_calls")),
+    "arguments as JSON in a text": of(
+        chunk({"tool_calls": [call(0, "c1", "add", msgspec.json.encode(JSON).decode())]}), chunk(finish="tool_calls")
+    ),
     "blanks around the arguments": of(
         chunk({"tool_calls": [call(0, "c1", "add", f"\n {JSON} \n")]}), chunk(finish="tool_calls")
     ),
@@ -227,6 +353,40 @@ async def test_a_call_is_read(server: ModelServer, providers: Providers, shape: 
     answer = await ask(server, providers)
     assert [(one.name, msgspec.json.decode(one.arguments)) for one in answer.calls] == [("add", {"a": 1, "b": 2})]
     assert len(server.requests) == 1
+    msgspec.json.decode(msgspec.json.encode(answer), type=ModelAnswer)
+
+
+async def test_two_calls_in_turns_with_texts_as_indexes_are_two(server: ModelServer, providers: Providers) -> None:
+    pieces = [(n, id_, name, text) for id_, name, text in (("c", "add", ""), (None, None, JSON)) for n in "01"]
+    made = [call(None, id_ and id_ + n, name, text) | {"index": n} for n, id_, name, text in pieces]
+    server.script(MODEL, of(*(chunk({"tool_calls": [one]}) for one in made), chunk(finish="tool_calls")))
+    assert [(one.id, one.arguments) for one in (await ask(server, providers)).calls] == [("c0", JSON), ("c1", JSON)]
+
+
+async def test_a_character_of_the_arguments_that_is_cut_in_two_is_whole(
+    server: ModelServer, providers: Providers
+) -> None:
+    texts = (rb"{\"a\":\"\ud83d", rb"\ude00\"}")
+    pieces = (sse(chunk({"tool_calls": [call(0, "c", name, "x")]})) for name in ("add", None))
+    chunks = (piece.replace(b'"x"', b'"%s"' % text) for piece, text in zip(pieces, texts, strict=True))
+    server.script(MODEL, of(*chunks, chunk(finish="tool_calls")))
+    assert (await ask(server, providers)).calls[0].arguments == '{"a":"😀"}'
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"index": 0, "id": "c", "function": {"arguments": JSON}},
+        {"index": 0, "id": "c", "function": {"name": 7, "arguments": JSON}},
+        {"index": 0, "id": "c", "type": "custom", "custom": {"name": "add", "input": "x"}},
+    ],
+)
+async def test_a_call_without_a_name_is_no_answer(
+    server: ModelServer, providers: Providers, made: dict[str, Any]
+) -> None:
+    server.script(MODEL, of(chunk({"tool_calls": [made]}), chunk(finish="tool_calls")))
+    with pytest.raises(ModelFailed, match="without a name"):
+        await ask(server, providers)
 
 
 REFUSALS: dict[str, tuple[Refuses, bool]] = {
@@ -280,14 +440,19 @@ async def test_a_refusal_is_told_apart(server: ModelServer, providers: Providers
         {"choices": [], "message": "overloaded"},
         *(
             {"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]}
-            for finish in ("abort", "insufficient_system_resource", "MALFORMED_FUNCTION_CALL")
+            for finish in ("abort", "cancelled", "timeout", "insufficient_system_resource", "MALFORMED_FUNCTION_CALL")
         ),
+        {"code": 500, "msg": "busy"},
+        {"errors": [{"message": "busy"}]},
+        {"choices": [{"index": 0, "delta": {}, "error": {"message": "busy"}}]},
+        {"choices": None, "base_resp": {"status_code": 1002, "status_msg": "rate limit"}},
+        b'event: error\ndata: {"reason": "busy"}\n\n',
         [{"error": {"code": 503, "message": "overloaded", "status": "UNAVAILABLE"}}],
         {"choices": [{"index": 0, "delta": {}, "finish_reason": "error"}]},
     ],
 )
 async def test_an_error_in_the_middle_is_no_answer(server: ModelServer, providers: Providers, event: Any) -> None:
-    server.script(MODEL, *[of(HI, sse(event))] * 6)
+    server.script(MODEL, *[of(HI, event if isinstance(event, bytes) else sse(event))] * 6)
     with pytest.raises(ModelFailed) as failed:
         await ask(server, providers)
     assert failed.value.transient
@@ -295,7 +460,13 @@ async def test_an_error_in_the_middle_is_no_answer(server: ModelServer, provider
 
 @pytest.mark.parametrize(
     ("finish", "reason"),
-    [("MAX_TOKENS", "length"), ("max_tokens", "length"), ("model_length", "length"), ("SAFETY", "content_filter")],
+    [
+        *(
+            (word, "length")
+            for word in ("MAX_TOKENS", "max_tokens", "model_length", "max_output_tokens", "token_limit")
+        ),
+        *((word, "content_filter") for word in ("SAFETY", "refusal", "sensitive")),
+    ],
 )
 async def test_a_cut_answer_is_told_in_the_words_of_servers(
     server: ModelServer, providers: Providers, finish: str, reason: str
