@@ -66,7 +66,9 @@ _ACCOUNT = frozenset(
     )
 )
 _LATER = frozenset(("ratelimited", "rate_limited", "message_limit_exceeded"))
-_TRANSIENT = frozenset(("internal_error", "fatal_error", "service_unavailable", "request_timeout", "team_added_to_org"))
+_TRANSIENT = frozenset(("service_unavailable", "request_timeout", "team_added_to_org"))
+# "It's possible some aspect of the operation succeeded before the error was raised." Slack documents no key.
+_UNKNOWN = frozenset(("internal_error", "fatal_error"))
 
 
 class SlackCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,6 +85,7 @@ class _Response(msgspec.Struct):
     team: str = ""
     upload_url: str = ""
     file_id: str = ""
+    file: slack_events.File | None = None
 
 
 class Slack(Vendor[SlackCredentials]):
@@ -132,6 +135,10 @@ class Slack(Vendor[SlackCredentials]):
 
     async def fetch(self, outgoing: Outgoing, origin: str, credentials: SlackCredentials, ref: str, most: int) -> bytes:
         """The bot needs the scope files:read; without it Slack answers with its login page."""
+        if ref.startswith(slack_events.BY_ID):
+            about = {"file": ref.removeprefix(slack_events.BY_ID)}
+            found = (await _form(outgoing, origin, credentials, "files.info", about)).file
+            ref = (found and found.url_private) or ""
         url = at_origin(self, origin, ref, "slack.com")
         content = await download(outgoing, url, most, {"authorization": f"Bearer {credentials.bot_token}"})
         if content.lstrip()[:15].lower() == b"<!doctype html>" and not ref.endswith((".html", ".htm")):
@@ -260,4 +267,6 @@ def _read(answer: Answer) -> _Response:
         raise RetryLater(DEFAULT_RETRY, response.error)
     if response.error in _TRANSIENT:
         raise Transient(response.error)
+    if response.error in _UNKNOWN:
+        raise Unanswered(response.error)
     raise EffectFailed(response.error[:200])

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import UnreadableCall, decode, forwarded, kind_of, placeholder
+from services.channel.vendors.base import UnreadableCall, decode, described, forwarded, kind_of, placeholder
 from services.channel.vendors.items import Change, Deleted, Edited, Ignored, Inbound, Reacted
 from services.channel.vendors.slack_kinds import KINDS
 
 # https://docs.slack.dev/messaging/formatting-message-text#links-in-retrieved-messages
+# Of a file that Slack Connect shares, the event tells the id only.
+BY_ID = "id/"
 _LINK = re.compile(r"<((?:https?|mailto|tel):[^|<>\s]+)(?:\|([^<>]*))?>")
+
+
+# Elements of rich text by their type: the field with the name, and what stands around it in a text.
+_MARKS = {
+    "user": ("user_id", "<@", ">"),
+    "usergroup": ("usergroup_id", "<!subteam^", ">"),
+    "channel": ("channel_id", "<#", ">"),
+    "broadcast": ("range", "@", ""),
+    "emoji": ("name", ":", ":"),
+    "color": ("value", "", ""),
+}
+_LINES = ("section", "header", "rich_text_section", "rich_text_quote", "rich_text_preformatted")
 
 
 class _Authorization(msgspec.Struct):
@@ -35,14 +49,22 @@ class _Kind(msgspec.Struct):
     type: str = ""
     subtype: str | None = None
     bot_id: str | None = None
-    user: str | msgspec.Raw | None = None
+    user: Any = None
+    """An object in events about a person."""
 
 
-class _File(msgspec.Struct):
+class File(msgspec.Struct):
+    id: str | None = None
+    file_access: str | None = None
     name: str | None = None
     title: str | None = None
     mimetype: str | None = None
     url_private: str | None = None
+
+
+class _Field(msgspec.Struct):
+    title: str = ""
+    value: str = ""
 
 
 class _Attachment(msgspec.Struct):
@@ -50,24 +72,36 @@ class _Attachment(msgspec.Struct):
 
     text: str | None = None
     fallback: str | None = None
+    pretext: str | None = None
+    title: str | None = None
+    fields: list[_Field] | None = None
+    blocks: list[Any] | None = None
+    files: list[File] | None = None
     is_share: bool | None = None
     """The message was forwarded."""
+    is_msg_unfurl: bool | None = None
+    """The text has a link to the message."""
 
 
-class _Event(msgspec.Struct):
-    """A message event. In `text`, ``& < >`` are entities."""
+class Content(msgspec.Struct):
+    """What a message says. In `text`, ``& < >`` are entities."""
+
+    text: str | None = None
+    files: list[File] | None = None
+    attachments: list[_Attachment] | None = None
+    blocks: list[Any] | None = None
+
+
+class _Event(Content, kw_only=True):
+    """A message event."""
 
     channel: str
     ts: str
     user: str
-    text: str | None = None
     thread_ts: str | None = None
     channel_type: str | None = None
     parent_user_id: str | None = None
     """Who began the thread."""
-    files: list[_File] | None = None
-    attachments: list[_Attachment] | None = None
-    blocks: list[Any] | None = None
 
 
 class _Comment(msgspec.Struct):
@@ -145,8 +179,8 @@ def _commented(ids: tuple[str, ...], payload: Payload) -> Inbound | Ignored:
 
 
 def _target(payload: Payload, channel: str, ts: str) -> str:
-    """An id of each message."""
-    return f"message/{payload.team_id}/{channel}/{ts}"
+    """An id of each message. Without the workspace: a channel that several share has one id in all of them."""
+    return f"message/{channel}/{ts}"
 
 
 def _order(ts: str) -> int:
@@ -196,17 +230,18 @@ def _spoken(ids: tuple[str, ...], kind: _Kind, payload: Payload, raw: msgspec.Ra
     bots = {bot.user_id for bot in payload.authorizations or () if bot.is_bot and bot.user_id}
     if event.user in bots:
         return Ignored(ids, "a bot's message")
-    thread = f"/{event.thread_ts}" if event.thread_ts else ""
+    # A change of the message that began a thread names the thread, too.
+    thread = f"/{event.thread_ts}" if event.thread_ts and event.thread_ts != event.ts else ""
     return Inbound(
         # A mention in a channel arrives as two events, app_mention and message, with one text.
         ids=(*ids, _target(payload, event.channel, event.ts)),
         conversation=f"{event.channel}{thread}",
         person=event.user,
         message=event.ts,
-        text=_LINK.sub(_typed, _text(event)).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"),
+        text=words(event),
         # A thread begins with a message of the channel, or with the bot's answer there.
         parent=event.channel if thread else None,
-        attachments=_attachments(event),
+        attachments=attachments(event),
         # An app_mention does not tell the type of its channel. The id of a direct message begins with D.
         in_group=event.channel_type != "im" and not event.channel.startswith("D"),
         mentions_bot=kind.type == "app_mention"
@@ -215,20 +250,47 @@ def _spoken(ids: tuple[str, ...], kind: _Kind, payload: Payload, raw: msgspec.Ra
     )
 
 
-def _text(event: _Event) -> str:
-    """The text of the message. It may stand in attachments or blocks instead, or there are only files."""
-    if event.text and event.text.strip():
-        shared = [part.text or part.fallback or "" for part in event.attachments or () if part.is_share]
-        words = "\n".join(filter(None, shared))
-        return forwarded(words, before=event.text) if words else event.text
-    quoted = [attachment.text or attachment.fallback or "" for attachment in event.attachments or ()]
-    if text := "\n".join(filter(None, quoted)) or "".join(_block_texts(event.blocks)).strip():
-        return text
-    if _attachments(event):
-        return ""
-    if event.files:
-        return placeholder("a file", *(file.name or file.title or "" for file in event.files))
-    return placeholder("a message of a form that is not known here")
+def words(content: Content) -> str:
+    """The text of a message, as a person wrote it."""
+    return _LINK.sub(_typed, _text(content)).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+
+
+def _text(content: Content) -> str:
+    """The text may stand in attachments or blocks, too, or there are only files. Beside a text, other attachments are
+    previews of its links."""
+    text = content.text if content.text and content.text.strip() else ""
+    blocks = content.blocks or ()
+    own = [text, joined(_tables(blocks) if text else blocks)]
+    shared = []
+    for one in content.attachments or ():
+        if one.is_share or one.is_msg_unfurl:
+            shared.append(_attached(one))
+        else:
+            own.append(joined(_tables(one.blocks or ())) if text else _attached(one))
+    lost = [file.name or file.title or "" for file in _files(content) if not _ref(file)]
+    said = "\n".join(filter(None, own))
+    if quoted := "\n".join(filter(None, shared)):
+        said = forwarded(quoted, before=said)
+    if lost and said:
+        return f"{said}\n\n{described('A file that cannot be read here', *lost)}"
+    if said or attachments(content):
+        return said
+    return placeholder("a file", *lost) if lost else placeholder("a message of a form that is not known here")
+
+
+def _attached(one: _Attachment) -> str:
+    parts = (one.pretext, one.title, one.text, *(f"{field.title}: {field.value}" for field in one.fields or ()))
+    said = "\n".join(filter(None, parts)) or joined(one.blocks or ())
+    # Of a message with files only, it has the author's name.
+    return said or ("" if one.files else one.fallback or "")
+
+
+def _tables(blocks: Sequence[Any]) -> list[Any]:
+    return [block for block in blocks if isinstance(block, dict) and block.get("type") == "table"]
+
+
+def joined(blocks: Sequence[Any]) -> str:
+    return "".join(_block_texts(list(blocks))).strip()
 
 
 def _typed(link: re.Match[str]) -> str:
@@ -239,12 +301,22 @@ def _typed(link: re.Match[str]) -> str:
     return f"{label} ({url})"
 
 
-def _attachments(event: _Event) -> tuple[Attachment, ...]:
+def attachments(content: Content) -> tuple[Attachment, ...]:
     return tuple(
-        Attachment(kind_of(file.mimetype or ""), file.url_private, file.name or file.title or "")
-        for file in event.files or ()
-        if file.url_private
+        Attachment(kind_of(file.mimetype or ""), ref, file.name or file.title or "")
+        for file in _files(content)
+        if (ref := _ref(file))
     )
+
+
+def _files(content: Content) -> list[File]:
+    """Also those of forwarded messages."""
+    return [*(content.files or ()), *(file for one in content.attachments or () for file in one.files or ())]
+
+
+def _ref(file: File) -> str:
+    by_id = f"{BY_ID}{file.id}" if file.id and file.file_access == "check_file_info" else ""
+    return file.url_private or by_id
 
 
 def _block_texts(node: Any) -> Iterator[str]:
@@ -253,13 +325,14 @@ def _block_texts(node: Any) -> Iterator[str]:
         for child in node:
             yield from _block_texts(child)
     elif isinstance(node, dict):
-        text, kind = node.get("text") or node.get("url"), node.get("type")
-        if isinstance(text, str):
+        text, kind = node.get("text") or node.get("url") or node.get("fallback"), node.get("type")
+        if kind == "link" and isinstance(url := node.get("url"), str) and text != url:
+            yield f"{text} ({url})"
+        elif isinstance(text, str):
             yield text
-        elif kind == "user":
-            yield f"<@{node.get('user_id')}>"
-        elif kind == "emoji":
-            yield f":{node.get('name')}:"
+        elif kind in _MARKS:
+            name, before, after = _MARKS[kind]
+            yield f"{before}{node.get(name)}{after}"
         else:
             yield from _block_texts(text)
         yield from _block_texts(node.get("elements"))
@@ -268,7 +341,7 @@ def _block_texts(node: Any) -> Iterator[str]:
             yield from _block_texts(part)
         for row in _listed(node.get("rows")):
             yield " | ".join("".join(_block_texts(cell)).strip() for cell in _listed(row)) + "\n"
-        yield "\n" if kind in ("section", "rich_text_section", "header") else ""
+        yield "\n" if kind in _LINES else ""
 
 
 def _listed(value: Any) -> list[Any]:

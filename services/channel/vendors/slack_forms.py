@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import parse_qsl
 
 import msgspec
 
 from services.channel.vendors.base import decode, forwarded
 from services.channel.vendors.items import Ignored, Inbound
+from services.channel.vendors.slack_events import Content, attachments, joined, words
 from services.channel.vendors.slack_kinds import KINDS
 
 
@@ -48,6 +50,7 @@ class _Action(msgspec.Struct):
     selected_conversations: list[str] | None = None
     selected_channel: str | None = None
     selected_channels: list[str] | None = None
+    rich_text_value: Any = None
 
     def choices(self) -> Iterator[str]:
         one = (self.value, self.selected_option, self.selected_date, self.selected_time, self.selected_date_time)
@@ -57,17 +60,24 @@ class _Action(msgspec.Struct):
         several = (self.selected_options, self.selected_users, self.selected_conversations, self.selected_channels)
         for group in several:
             yield from map(str, group or ())
+        if typed := joined([self.rich_text_value]):
+            yield typed
 
     def __str__(self) -> str:
         return ", ".join(self.choices()) or (self.text.text if self.text else "") or self.action_id
 
 
-class _Message(msgspec.Struct):
+class _Message(Content):
     """The message with the button, or the one that a shortcut is about."""
 
     ts: str = ""
     thread_ts: str | None = None
-    text: str | None = None
+
+
+class _State(msgspec.Struct):
+    """The inputs of the message, by block and action."""
+
+    values: dict[str, dict[str, _Action]] = {}
 
 
 class _Interaction(msgspec.Struct):
@@ -78,6 +88,7 @@ class _Interaction(msgspec.Struct):
     channel: _Named | None = None
     message: _Message | None = None
     actions: list[_Action] | None = None
+    state: _State | None = None
     callback_id: str = ""
     action_ts: str = ""
 
@@ -93,11 +104,21 @@ def read(body: bytes) -> Inbound | Ignored:
     if reason or not given.user or not given.channel:
         return Ignored(unnamed, reason or "an interaction without a channel or an author")
     if given.type == "block_actions" and given.actions:
-        return _item(given, given.user.id, given.channel.id, given.actions[0].action_ts, str(given.actions[0]))
+        pressed = given.actions[0]
+        text = "\n".join([str(pressed), *_entered(given.state or _State(), pressed.action_id)])
+        return _item(given, given.user.id, given.channel.id, pressed.action_ts, text)
     if given.type == "message_action" and given.message:
-        text = forwarded(given.message.text or "", before=given.callback_id)
+        text = forwarded(words(given.message), before=given.callback_id)
         return _item(given, given.user.id, given.channel.id, given.action_ts, text)
     return Ignored(unnamed, "an interaction without a choice")
+
+
+def _entered(state: _State, pressed: str) -> Iterator[str]:
+    """A line for each input of the message that has a value, without the one that was pressed."""
+    for inputs in state.values.values():
+        for name, action in inputs.items():
+            if name != pressed and (value := ", ".join(action.choices())):
+                yield f"{name}: {value}"
 
 
 def _command(unnamed: tuple[str, ...], fields: dict[str, str]) -> Inbound | Ignored:
@@ -127,6 +148,7 @@ def _item(given: _Interaction, person: str, channel: str, id_: str, text: str) -
         message.ts,
         text,
         channel if thread else None,
+        attachments=attachments(message) if given.type == "message_action" else (),
         in_group=not channel.startswith("D"),
         mentions_bot=True,
         replies_to_bot=True,

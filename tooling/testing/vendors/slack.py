@@ -40,7 +40,7 @@ _METHODS: dict[str, type[Any]] = {
     "/api/chat.update": _Update,
     "/api/chat.delete": _Delete,
 }
-_FORMS = ("/api/files.getUploadURLExternal", "/api/files.completeUploadExternal")
+_FORMS = ("/api/files.getUploadURLExternal", "/api/files.completeUploadExternal", "/api/files.info")
 
 
 class SlackStandIn(StandIn):
@@ -144,6 +144,8 @@ class SlackStandIn(StandIn):
         if call.headers.get("content-type") != "application/x-www-form-urlencoded":
             raise Refused(Reply(200, {"ok": False, "error": "invalid_arguments"}))
         form = dict(parse_qsl(call.body.decode(), strict_parsing=True))
+        if call.path == "/api/files.info":
+            return Reply(200, {"ok": True, "file": {"id": form["file"], "url_private": f"/files-pri/{form['file']}"}})
         if call.path == "/api/files.getUploadURLExternal":
             path = f"/upload/v1/{len(self._uploads)}"
             self._uploads[path] = form["filename"], int(form["length"])

@@ -10,6 +10,7 @@ import pytest
 from infra.clock import utcnow
 from infra.errors import Unauthenticated
 from infra.outgoing.client import Outgoing
+from services.channel.events import Attachment
 from services.channel.routing import is_for_the_bot
 from services.channel.vendors.base import Request
 from services.channel.vendors.items import Ignored, Inbound, Received
@@ -56,6 +57,7 @@ async def test_telegram(outgoing: Outgoing) -> None:
         ({"action_id": "a", "value": "yes", "text": {"text": "Yes!"}}, "yes"),
         ({"action_id": "a", "text": {"text": "Yes!"}}, "Yes!"),
         ({"action_id": "a"}, "a"),
+        ({"action_id": "a", "rich_text_value": {"elements": [{"type": "text", "text": "typed"}]}}, "typed"),
     ],
 )
 async def test_slack(outgoing: Outgoing, action: dict[str, object], value: str) -> None:
@@ -80,6 +82,20 @@ async def test_slack(outgoing: Outgoing, action: dict[str, object], value: str) 
     # A route of the channel counts for its threads.
     assert isinstance(item, Inbound)
     assert item.parent == "C1"
+    # A form: the button comes with the inputs of its message.
+    inputs = {"b1": {"name": {"value": "Ada"}, "day": {"selected_date": "2026-01-01"}, "a": {"value": "no"}, "x": {}}}
+    form_of = press | {"state": {"values": inputs}}
+    received = adapter.receive(call({"payload": msgspec.json.encode(form_of).decode()}))
+    assert pressed(received) == ("C1/1.000001", "U1", f"{value}\nname: Ada\nday: 2026-01-01")
+    # A shortcut brings the whole message.
+    file = {"url_private": "https://files.slack.com/a", "mimetype": "image/png", "name": "a"}
+    blocks = [{"type": "section", "text": {"type": "mrkdwn", "text": "a &lt; b"}}]
+    about = {"ts": "1.000002", "blocks": blocks, "files": [file]}
+    shortcut = press | {"type": "message_action", "callback_id": "translate", "message": about}
+    item = adapter.one(call({"payload": msgspec.json.encode(shortcut).decode()}))
+    assert isinstance(item, Inbound)
+    assert item.text == "translate\n\n[Forwarded message]\na < b"
+    assert item.attachments == (Attachment("image", "https://files.slack.com/a", "a"),)
     changes: list[dict[str, object]] = [
         {"type": "block_suggestion"},
         {"user": None},

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from infra.errors import EffectFailed, RetryLater, Transient
+from infra.errors import EffectFailed, RetryLater, Transient, Unanswered
 from infra.outgoing.client import Outgoing
 from services.channel.vendors.base import AccountRefused
 from tests.services.channel.vendors.conftest import Adapter
@@ -89,16 +89,9 @@ ERRORS: dict[str, dict[type[Exception], list[tuple[int, Any]]]] = {
             )
         ],
         RetryLater: [slack("ratelimited"), slack("rate_limited"), slack("message_limit_exceeded"), (429, "")],
-        Transient: [
-            slack(error)
-            for error in (
-                "internal_error",
-                "fatal_error",
-                "service_unavailable",
-                "request_timeout",
-                "team_added_to_org",
-            )
-        ],
+        Transient: [slack(error) for error in ("service_unavailable", "request_timeout", "team_added_to_org")],
+        # "It's possible some aspect of the operation succeeded."
+        Unanswered: [slack("internal_error"), slack("fatal_error")],
     },
     "discord": {
         EffectFailed: [

@@ -13,6 +13,7 @@ from slack_sdk.signature import SignatureVerifier
 from infra.clock import utcnow
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
+from services.channel.events import Attachment
 from services.channel.vendors.base import AccountRefused, Outbound, Request, UnreadableCall
 from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, Item, Reacted, Received
 from services.channel.vendors.markdown import render
@@ -97,7 +98,7 @@ async def test_a_changed_or_old_call_is_refused(vendor: SlackStandIn) -> None:
 async def test_a_message_is_read_with_its_thread_and_as_it_was_written(vendor: SlackStandIn) -> None:
     item = one(receive(vendor, vendor.event("1 &lt; 2 &amp;&amp; &amp;lt;", thread_ts="1699999999.000001")))
     assert item == Inbound(
-        ("event/Ev1", "message/T1/C1/1700000000.000001"),
+        ("event/Ev1", "message/C1/1700000000.000001"),
         "C1/1699999999.000001",
         "U1",
         "1700000000.000001",
@@ -236,10 +237,74 @@ async def test_links_are_read_as_they_were_typed(vendor: SlackStandIn, sent: str
 
 
 async def test_a_forwarded_message_comes_with_the_words_about_it(vendor: SlackStandIn) -> None:
-    shared = [{"text": "Rain &amp; wind", "is_share": True}, {"text": "a preview"}]
+    file = {"id": "F1", "url_private": "https://files.slack.com/a.png", "mimetype": "image/png", "name": "a.png"}
+    shared = [{"text": "Rain &amp; wind", "is_share": True, "files": [file]}, {"text": "a preview"}]
     item = one(receive(vendor, vendor.event("summarise this", attachments=shared)))
     assert isinstance(item, Inbound)
     assert item.text == "summarise this\n\n[Forwarded message]\nRain & wind"
+    assert item.attachments == (Attachment("image", "https://files.slack.com/a.png", "a.png"),)
+
+
+TABLE = {"type": "table", "rows": [[{"type": "raw_text", "text": text} for text in "ab"]]}
+SECTION = {"type": "section", "text": {"type": "mrkdwn", "text": "in a block"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "read"),
+    [
+        # A forwarded yes approves nothing.
+        ("", {"attachments": [{"is_share": True, "text": "yes"}]}, "[Forwarded message]\nyes"),
+        ("see", {"attachments": [{"is_msg_unfurl": True, "text": "x"}]}, "see\n\n[Forwarded message]\nx"),
+        ("see", {"blocks": [SECTION, TABLE]}, "see\na | b"),
+        ("see", {"attachments": [{"blocks": [TABLE], "fallback": "[no preview available]"}]}, "see\na | b"),
+        ("", {"attachments": [{"blocks": [SECTION], "fallback": "[no preview available]"}]}, "in a block"),
+        (
+            "",
+            {"attachments": [{"pretext": "Alert", "title": "Disk", "fields": [{"title": "Host", "value": "n3"}]}]},
+            "Alert\nDisk\nHost: n3",
+        ),
+        ("see", {"files": [{"id": "F1", "name": "a.pdf"}]}, "see\n\n[A file that cannot be read here: a.pdf]"),
+    ],
+)
+async def test_what_stands_beside_a_text_is_read(
+    vendor: SlackStandIn, text: str, fields: dict[str, Any], read: str
+) -> None:
+    item = one(receive(vendor, vendor.event(text, **fields)))
+    assert isinstance(item, Inbound)
+    assert item.text == read
+
+
+async def test_a_file_of_a_shared_channel_is_found_by_its_id(vendor: SlackStandIn, outgoing: Outgoing) -> None:
+    item = one(receive(vendor, vendor.event("see", files=[{"id": "F1", "file_access": "check_file_info"}])))
+    assert isinstance(item, Inbound)
+    vendor.files["/files-pri/F1"] = b"content"
+    [file] = item.attachments
+    credentials = SlackCredentials(**vendor.credentials)
+    assert await Slack().fetch(outgoing, vendor.url, credentials, file.ref, 100) == b"content"
+
+
+async def test_a_message_of_a_shared_channel_has_one_name_in_all_workspaces(vendor: SlackStandIn) -> None:
+    payload = msgspec.json.decode(vendor.event("hi")[0])
+    other = payload | {"team_id": "T2", "event_id": "Ev9"}
+    ours, theirs = one(receive(vendor, vendor.signed(payload))), one(receive(vendor, vendor.signed(other)))
+    assert len(set(ours.ids) & set(theirs.ids)) == 1
+
+
+async def test_an_edit_of_the_message_that_began_a_thread_stays_in_the_channel(vendor: SlackStandIn) -> None:
+    root = {"type": "message", "user": "U1", "text": "new", "ts": "1.000001", "thread_ts": "1.000001"}
+    root |= {"edited": {"user": "U1", "ts": "2.000001"}}
+    item = one(receive(vendor, vendor.event("", subtype="message_changed", message=root)))
+    assert isinstance(item, Edited)
+    assert (item.message.conversation, item.message.parent) == ("C1", None)
+
+
+async def test_an_event_about_a_person_is_ignored_by_its_name(vendor: SlackStandIn) -> None:
+    item = one(receive(vendor, vendor.signed(msgspec.json.decode(vendor.event("")[0]) | {"event": USER_CHANGE})))
+    assert isinstance(item, Ignored)
+    assert item.reason == "an event user_change"
+
+
+USER_CHANGE = {"type": "user_change", "user": {"id": "U1", "name": "ada"}}
 
 
 @pytest.mark.parametrize(
@@ -279,11 +344,19 @@ async def test_a_forwarded_message_comes_with_the_words_about_it(vendor: SlackSt
                             {"type": "user", "user_id": "U2"},
                             {"type": "emoji", "name": "wave"},
                             {"type": "link", "url": "https://e.example"},
+                            {"type": "link", "url": "https://e.example/x", "text": " the page"},
+                            {"type": "broadcast", "range": "here"},
+                            {"type": "channel", "channel_id": "C2"},
+                            {"type": "usergroup", "usergroup_id": "S1"},
+                            {"type": "date", "timestamp": 1, "format": "{date}", "fallback": "May 1"},
                         ],
                     },
+                    {"type": "rich_text_preformatted", "elements": [{"type": "text", "text": "code"}]},
+                    {"type": "rich_text_quote", "elements": [{"type": "text", "text": "said"}]},
                 ]
             },
-            "Due\nMay\na | b\n<@U2>:wave:https://e.example",
+            "Due\nMay\na | b\n<@U2>:wave:https://e.example the page (https://e.example/x)"
+            "@here<#C2><!subteam^S1>May 1\ncode\nsaid",
         ),
         ({"blocks": [{"type": "image", "image_url": "https://e.example"}]}, "of a form that is not known"),
     ],
@@ -348,7 +421,7 @@ async def test_a_reply_goes_to_its_thread_and_cannot_notify_everybody(vendor: Sl
         (answer(200, {"ok": False, "error": "invalid_auth"}), AccountRefused),
         (answer(200, {"ok": False, "error": "token_revoked"}), AccountRefused),
         (answer(200, {"ok": False, "error": "ratelimited"}), RetryLater),
-        (answer(200, {"ok": False, "error": "internal_error"}), Transient),
+        (answer(200, {"ok": False, "error": "service_unavailable"}), Transient),
         (answer(503), Transient),
         (answer(200, "no JSON of Slack's"), Unanswered),
         (cut(accept=True), Unanswered),
