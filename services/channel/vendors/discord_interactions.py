@@ -23,6 +23,8 @@ _PONG, _DEFERRED = ({"type": kind} for kind in (1, 5))
 _NO_CHOICES = {"type": 8, "data": {"choices": []}}
 # https://discord.com/developers/docs/topics/permissions: it has all permissions of the server.
 _ADMINISTRATOR = 1 << 3
+# https://discord.com/developers/docs/resources/channel#channel-object-channel-types
+_THREADS = (10, 11, 12)
 # Messages in a message, such as forwarded ones.
 _DEPTH = 3
 
@@ -69,11 +71,15 @@ class _File(msgspec.Struct):
 
 
 class _Named(msgspec.Struct):
-    name: str = ""
+    name: str | None = None
 
 
 class _Words(msgspec.Struct):
-    text: str = ""
+    text: str | None = None
+    emoji: _Named | None = None
+
+    def __str__(self) -> str:
+        return self.text or (self.emoji.name if self.emoji else "") or ""
 
 
 class _Answer(msgspec.Struct):
@@ -85,9 +91,19 @@ class _Poll(msgspec.Struct):
     answers: list[_Answer] = []
 
 
+class _Field(msgspec.Struct):
+    name: str = ""
+    value: str = ""
+
+
 class _Embed(msgspec.Struct):
-    title: str = ""
-    description: str = ""
+    title: str | None = None
+    description: str | None = None
+    fields: list[_Field] = []
+
+    def __str__(self) -> str:
+        fields = (f"{field.name}: {field.value}" for field in self.fields)
+        return "\n".join(filter(None, (self.title, self.description, *fields)))
 
 
 class _Snapshot(msgspec.Struct):
@@ -100,15 +116,34 @@ class _Message(msgspec.Struct):
     content: str = ""
     embeds: list[_Embed] = []
     attachments: list[_File] = []
-    sticker_items: list[_Named] = []
+    sticker_items: list[_Named] | None = None
     poll: _Poll | None = None
     message_snapshots: list[_Snapshot] = []
+    components: list[Any] = []
+    """https://docs.discord.com/developers/components/reference"""
 
 
 class _Resolved(msgspec.Struct):
     attachments: dict[str, _File] | None = None
     messages: dict[str, _Message] | None = None
     users: dict[str, _User] | None = None
+    channels: dict[str, _Named] | None = None
+    roles: dict[str, _Named] | None = None
+
+    def name(self, id_: str) -> str:
+        """The name and the id of a person, a channel or a role that was chosen; any other value as it is. A file is an
+        attachment."""
+        if id_ in (self.attachments or {}):
+            return ""
+        found = (self.channels or {}).get(id_) or (self.roles or {}).get(id_)
+        user = (self.users or {}).get(id_)
+        name = user.username if user else found.name if found else None
+        return f"{name} ({id_})" if name else id_
+
+
+class _Place(msgspec.Struct):
+    type: int = 0
+    parent_id: str | None = None
 
 
 class _Data(msgspec.Struct):
@@ -129,6 +164,7 @@ class _Interaction(msgspec.Struct):
     id: str = ""
     token: str = ""
     channel_id: str | None = None
+    channel: _Place | None = None
     member: _Member | None = None
     user: _User | None = None
     data: _Data | None = None
@@ -167,6 +203,8 @@ def read(body: bytes) -> Received:
         author.id,
         interaction.token,
         text,
+        # A route of the channel counts for its threads.
+        interaction.channel.parent_id if interaction.channel and interaction.channel.type in _THREADS else None,
         attachments=attachments,
         by_admin=_is_admin(interaction.member),
     )
@@ -174,14 +212,16 @@ def read(body: bytes) -> Received:
 
 
 def _text(type_: int, data: _Data) -> str:
+    resolved = data.resolved or _Resolved()
     if type_ == _COMPONENT:
-        return ", ".join(data.values or ()) or data.custom_id
+        return ", ".join(map(resolved.name, data.values or ())) or data.custom_id
     if type_ == _MODAL:
-        return "\n".join(_fields(data.components)) or data.custom_id
+        return "\n".join(filter(None, _fields(data.components, resolved))) or data.custom_id
     options = list(_options(data.options))
-    text = next((value for _, kind, value in options if kind == STRING_OPTION), "")
-    others = [f"{name}: {value}" for name, _, value in options if value != text]
-    user = ((data.resolved and data.resolved.users) or {}).get(data.target_id)
+    first = next((n for n, (_, kind, _) in enumerate(options) if kind == STRING_OPTION), None)
+    text = "" if first is None else options[first][2]
+    others = [f"{name}: {resolved.name(value)}" for n, (name, _, value) in enumerate(options) if n != first]
+    user = (resolved.users or {}).get(data.target_id)
     if user:
         others.append(described("User", user.username, user.id))
     return "\n".join([text or f"/{data.name}", *others])
@@ -199,30 +239,48 @@ def _options(options: Sequence[Any] | None) -> Iterator[tuple[str, int, str]]:
             yield from _options(nested)
 
 
-def _fields(components: Any) -> Iterator[str]:
+def _fields(components: Any, resolved: _Resolved) -> Iterator[str]:
     """The values that a person has entered or chosen in a modal."""
     for component in components if isinstance(components, list) else ():
         if not isinstance(component, dict):
             continue
         if isinstance(value := component.get("value"), str) and value:
             yield value
-        if isinstance(values := component.get("values"), list) and values:
-            yield ", ".join(map(str, values))
-        yield from _fields(component.get("components"))
-        yield from _fields([component.get("component")])
+        elif isinstance(value, bool):
+            yield f"{component.get('custom_id')}: {value}"
+        if isinstance(values := component.get("values"), list):
+            yield ", ".join(filter(None, (resolved.name(str(value)) for value in values)))
+        yield from _fields(component.get("components"), resolved)
+        yield from _fields([component.get("component")], resolved)
 
 
 def _words(message: _Message, files: list[_File], depth: int) -> str:
     """The words of a message, of its poll, stickers and embeds, and of those that it forwards. Adds its files to
     `files`."""
     files += message.attachments
-    lines = [message.content, *(f"{embed.title}\n{embed.description}".strip() for embed in message.embeds)]
-    lines += [described("Sticker", sticker.name) for sticker in message.sticker_items]
+    lines = [message.content, *map(str, message.embeds), *_shown(message.components, files)]
+    lines += [described("Sticker", sticker.name) for sticker in message.sticker_items or ()]
     if poll := message.poll:
-        lines += [described("Poll", poll.question.text), *(f"- {one.poll_media.text}" for one in poll.answers)]
+        lines += [described("Poll", poll.question), *(f"- {one.poll_media}" for one in poll.answers)]
     if depth:
         lines += [_words(one.message, files, depth - 1) for one in message.message_snapshots]
     return "\n".join(filter(None, lines))
+
+
+def _shown(components: Any, files: list[_File]) -> Iterator[str]:
+    """The texts of a message that is made of components. Adds their files to `files`."""
+    for component in components if isinstance(components, list) else ():
+        if not isinstance(component, dict):
+            continue
+        if isinstance(text := component.get("content"), str):
+            yield text
+        media = component.get("file") or component.get("media")
+        if isinstance(media, dict) and isinstance(url := media.get("url"), str):
+            type_ = media.get("content_type")
+            files.append(_File(url, str(component.get("name") or ""), type_ if isinstance(type_, str) else None))
+        for inner in ("components", "items"):
+            yield from _shown(component.get(inner), files)
+        yield from _shown([component.get("accessory")], files)
 
 
 def _is_admin(member: _Member | None) -> bool:

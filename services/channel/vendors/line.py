@@ -119,6 +119,8 @@ class _Params(msgspec.Struct):
     datetime: str = ""
     date: str = ""
     time: str = ""
+    newRichMenuAliasId: str = ""
+    """The person has opened another tab of the menu."""
 
 
 class _Postback(msgspec.Struct):
@@ -277,6 +279,8 @@ def _item(event: _Event) -> Inbound | Deleted | Ignored:
     in_group = conversation != source.userId
     if event.postback:
         chosen = event.postback.params or _Params()
+        if chosen.newRichMenuAliasId:
+            return Ignored(ids, "another tab of the menu was opened")
         pressed = " ".join(filter(None, (event.postback.data, chosen.datetime or chosen.date or chosen.time)))
         return Inbound(
             ids, conversation, person, "", pressed, in_group=in_group, mentions_bot=True, replies_to_bot=True

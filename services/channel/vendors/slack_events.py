@@ -19,7 +19,7 @@ BY_ID = "id/"
 _LINK = re.compile(r"<((?:https?|mailto|tel):[^|<>\s]+)(?:\|([^<>]*))?>")
 
 
-# Elements of rich text by their type: the field with the name, and what stands around it in a text.
+# Elements of rich text by their type: the field with the name, and the signs around it.
 _MARKS = {
     "user": ("user_id", "<@", ">"),
     "usergroup": ("usergroup_id", "<!subteam^", ">"),
@@ -84,7 +84,7 @@ class _Attachment(msgspec.Struct):
 
 
 class Content(msgspec.Struct):
-    """What a message says. In `text`, ``& < >`` are entities."""
+    """The content of a message. In `text`, ``& < >`` are entities."""
 
     text: str | None = None
     files: list[File] | None = None

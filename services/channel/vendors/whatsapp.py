@@ -158,8 +158,7 @@ class WhatsApp(Vendor[WhatsAppCredentials]):
     ) -> str | None:
         body = {
             "messaging_product": "whatsapp",
-            "recipient_type": "individual",
-            "to": message.conversation,
+            **_recipient(message.conversation),
             **_content(message, await _uploaded(outgoing, origin, credentials, message.file)),
         }
         if message.reply_to:
@@ -187,6 +186,16 @@ class WhatsApp(Vendor[WhatsAppCredentials]):
             "typing_indicator": {"type": "text"},
         }
         await _call(outgoing, origin, credentials, "POST", f"{credentials.phone_number_id}/messages", body)
+
+
+def _recipient(conversation: str) -> dict[str, str]:
+    """A number, the id of a person for this business such as ``US.1349`` (``…/whatsapp/business-scoped-user-ids``), or
+    the id of a group."""
+    if conversation.isdecimal():
+        return {"recipient_type": "individual", "to": conversation}
+    if "." in conversation:
+        return {"recipient_type": "individual", "recipient": conversation}
+    return {"recipient_type": "group", "to": conversation}
 
 
 async def _uploaded(

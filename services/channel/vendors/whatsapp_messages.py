@@ -36,6 +36,7 @@ KINDS: Mapping[str, str] = {
     "edit": "",
     "revoke": "",
     "system.user_changed_number": "",
+    "system.user_changed_user_id": "",
     "system.customer_identity_changed": _ABOUT_THE_ACCOUNT,
     "request_welcome": "a chat was opened, without a message",
     "unsupported": "",
@@ -109,21 +110,26 @@ class _Location(msgspec.Struct):
 
 
 class _Name(msgspec.Struct):
-    formatted_name: str = ""
+    formatted_name: str | None = None
 
 
 class _Phone(msgspec.Struct):
-    phone: str = ""
+    phone: str | None = None
 
 
 class _Email(msgspec.Struct):
-    email: str = ""
+    email: str | None = None
+
+
+class _Company(msgspec.Struct):
+    company: str | None = None
 
 
 class _Contact(msgspec.Struct):
     name: _Name = msgspec.field(default_factory=_Name)
-    phones: list[_Phone] = []
-    emails: list[_Email] = []
+    phones: list[_Phone] | None = None
+    emails: list[_Email] | None = None
+    org: _Company | None = None
 
 
 class _Product(msgspec.Struct):
@@ -142,6 +148,8 @@ class _System(msgspec.Struct):
     type: str = ""
     wa_id: str = ""
     """The new number."""
+    user_id: str = ""
+    previous_user_id: str = ""
 
 
 class _Referred(msgspec.Struct):
@@ -181,7 +189,11 @@ class _Changed(msgspec.Struct):
 class _Message(msgspec.Struct):
     id: str
     type: str
-    from_: str = msgspec.field(name="from")
+    from_: str = msgspec.field(name="from", default="")
+    """The number; empty if the person has a name and keeps the number to itself."""
+    from_user_id: str = ""
+    """The id of a person for this business. A message without a number comes with it."""
+    group_id: str = ""
     timestamp: str = ""
     """Unix seconds, in decimal digits."""
     text: _Text | None = None
@@ -201,6 +213,12 @@ class _Message(msgspec.Struct):
     revoke: _Changed | None = None
     context: _Context | None = None
     referral: _Referral | None = None
+
+    @property
+    def person(self) -> str:
+        if not self.from_ and not self.from_user_id:
+            raise UnreadableCall("from: is missing")
+        return self.from_ or self.from_user_id
 
     @property
     def media(self) -> _Media | None:
@@ -230,7 +248,7 @@ class _Metadata(msgspec.Struct):
 
 class _Value(msgspec.Struct):
     metadata: _Metadata | None = None
-    messages: list[_Message] | None = None
+    messages: list[msgspec.Raw] | None = None
     statuses: list[_Status] | None = None
 
 
@@ -262,7 +280,13 @@ def _items(change: _Change, number: str) -> Iterator[Item]:
     value = decode(change.value, _Value)
     for status in value.statuses or ():
         yield _status(status)
-    for message in value.messages or ():
+    for raw in value.messages or ():
+        try:
+            message = decode(raw, _Message)
+        except UnreadableCall:
+            # The others of the call count.
+            yield Ignored((f"message/{hashlib.sha256(bytes(raw)).hexdigest()}",), "a message of an unknown form")
+            continue
         if value.metadata is None or value.metadata.phone_number_id != number:
             yield Ignored((f"message/{message.id}",), "a message to another number")
         else:
@@ -278,18 +302,30 @@ def _item(message: _Message) -> Item:
     if message.edit:
         return _edited(ids, message, message.edit)
     if message.system:
+        # The person's new number, or else the new id for this business.
         if message.system.type == "user_changed_number" and message.system.wa_id:
-            return Moved(ids, message.from_, message.system.wa_id)
+            return Moved(ids, message.from_ or message.system.previous_user_id, message.system.wa_id)
+        if message.system.type == "user_changed_user_id" and message.system.previous_user_id:
+            return Moved(ids, message.system.previous_user_id, message.system.user_id)
         return Ignored(ids, KINDS["system.customer_identity_changed"])
     text = _text(message)
     if text is None:
         return Ignored(ids, KINDS.get(message.type) or f"a message of type {message.type[:40]}")
-    return Inbound(ids, message.from_, message.from_, message.id, text, attachments=_attachments(message))
+    return Inbound(
+        ids,
+        message.group_id or message.person,
+        message.person,
+        message.id,
+        text,
+        attachments=_attachments(message),
+        in_group=bool(message.group_id),
+    )
 
 
 def _edited(ids: tuple[str, ...], message: _Message, edit: _Changed) -> Edited | Ignored:
     # Without an edit in the edit, which could be nested without end.
-    fields = edit.message | {"id": edit.original_message_id, "from": message.from_, "edit": None}
+    fields = edit.message | {"id": edit.original_message_id, "from": message.person, "edit": None}
+    fields |= {"group_id": message.group_id}
     try:
         item = _item(msgspec.convert(fields, _Message))
     except msgspec.ValidationError as error:
@@ -302,7 +338,7 @@ def _edited(ids: tuple[str, ...], message: _Message, edit: _Changed) -> Edited |
 def _reacted(ids: tuple[str, ...], message: _Message, reaction: _Reaction) -> Reacted:
     signs = (reaction.emoji,) if reaction.emoji else ()
     target = f"message/{reaction.message_id}"
-    return Reacted(ids, target, reaction.message_id, message.from_, signs, "all", message.order_of_change)
+    return Reacted(ids, target, reaction.message_id, message.person, signs, "all", message.order_of_change)
 
 
 def _status(status: _Status) -> Ignored | Receipt:
@@ -346,7 +382,8 @@ def _words(message: _Message) -> str | None:
     if message.contacts:
         return "\n".join(map(_contact, message.contacts))
     # WhatsApp does not give this message to programs, such as a poll. The person should hear that.
-    return placeholder("a message that WhatsApp does not pass on") if message.type == "unsupported" else None
+    is_kept = message.type in ("unsupported", "unknown")
+    return placeholder("a message that WhatsApp does not pass on") if is_kept else None
 
 
 def _choice(interactive: _Interactive) -> str | None:
@@ -384,8 +421,10 @@ def _order(order: _Order) -> str:
 
 
 def _contact(contact: _Contact) -> str:
-    phones = [one.phone for one in contact.phones]
-    return described("Contact", contact.name.formatted_name, *phones, *(one.email for one in contact.emails))
+    numbers = [one.phone for one in contact.phones or ()]
+    addresses = [one.email for one in contact.emails or ()]
+    company = contact.org and contact.org.company
+    return described("Contact", contact.name.formatted_name, company, *numbers, *addresses)
 
 
 def _attachments(message: _Message) -> tuple[Attachment, ...]:

@@ -55,13 +55,16 @@ class _Template(msgspec.Struct, forbid_unknown_fields=True):
 
 class _Send(msgspec.Struct, forbid_unknown_fields=True):
     messaging_product: Literal["whatsapp"]
-    to: Annotated[str, msgspec.Meta(pattern="^[0-9]+$")]
     type: Literal["text", "image", "document", "template"]
     text: _Text | None = None
     image: _Link | None = None
     document: _Link | None = None
     template: _Template | None = None
-    recipient_type: Literal["individual"] = "individual"
+    to: Annotated[str, msgspec.Meta(pattern="^[0-9A-Za-z]+$")] | None = None
+    """A number; of a group its id."""
+    recipient: Annotated[str, msgspec.Meta(pattern=r"^[A-Z]{2}\.[0-9A-Za-z.]+$")] | None = None
+    """The id of a person for this business."""
+    recipient_type: Literal["individual", "group"] = "individual"
     context: _Context | None = None
 
 
@@ -159,7 +162,10 @@ class WhatsAppStandIn(StandIn):
             send = msgspec.json.decode(call.body, type=_Send)
         except msgspec.DecodeError as error:
             raise Refused(_error(400, 100, f"Invalid parameter: {error}")) from error
-        if send.to in self.closed and send.type != "template":
+        to = send.recipient or send.to
+        if to is None or (send.recipient_type == "individual" and send.to and not send.to.isdecimal()):
+            raise Refused(_error(400, 100, "The parameter to is required"))
+        if to in self.closed and send.type != "template":
             raise Refused(_error(400, 131047, "Re-engagement message"))
         id_ = f"wamid.{next(self._ids)}"
         content = getattr(send, send.type)
@@ -175,12 +181,12 @@ class WhatsAppStandIn(StandIn):
             fields |= {"content": self.media[content.id]} if content.id else {}
         else:
             text = content.body
-        self.record(send.to, text, id_, fields)
+        self.record(to, text, id_, fields)
         return Reply(
             200,
             {
                 "messaging_product": "whatsapp",
-                "contacts": [{"input": send.to, "wa_id": send.to}],
+                "contacts": [{"input": to, "wa_id": to}],
                 "messages": [{"id": id_}],
             },
         )

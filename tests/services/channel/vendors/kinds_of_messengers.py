@@ -31,7 +31,11 @@ def whatsapp() -> Examples:
         return fake.signed(msgspec.json.encode({"object": "whatsapp_business_account", "entry": [entry]}))
 
     form = {"body": "Sent", "name": "flow", "response_json": '{"flow_token":"t","day":"Monday","guests":2}'}
-    contact = {"name": {"formatted_name": "Ada L"}, "phones": [{"phone": "+491"}], "emails": [{"email": "a@e.example"}]}
+    contact = {
+        "name": {"formatted_name": "Ada L"},
+        "phones": [{"phone": "+491"}, {"phone": None}],
+        "emails": [{"email": "a@e.example"}],
+    }
     order = {
         "catalog_id": "c",
         "text": "by Friday",
@@ -67,6 +71,10 @@ def whatsapp() -> Examples:
         ),
         "revoke": (of("revoke", revoke={"original_message_id": "wamid.1"}), Deleted),
         "system.user_changed_number": (of("system", system={"type": "user_changed_number", "wa_id": "492"}), Moved),
+        "system.user_changed_user_id": (
+            of("system", system={"type": "user_changed_user_id", "previous_user_id": "US.1", "user_id": "US.2"}),
+            Moved,
+        ),
         "system.customer_identity_changed": (of("system", system={"type": "customer_identity_changed"}), None),
         "request_welcome": (of("request_welcome"), None),
         "unsupported": (of("unsupported", errors=[{"code": 131051}]), unsupported),

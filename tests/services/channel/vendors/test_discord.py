@@ -191,3 +191,59 @@ async def test_the_delay_that_discord_asks_for_is_kept(fake: DiscordStandIn, dis
 
 def test_a_long_text_is_split_by_characters_and_tables_become_code(discord: Adapter) -> None:
     assert [len(part) for part in discord.vendor.split("x" * 4_100)] == [2_000, 2_000, 100]
+
+
+MEDIA = {"url": "https://cdn.discordapp.com/y.png", "content_type": "image/png"}
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        ({"embeds": [{"title": None, "fields": [{"name": "Build", "value": "failed"}]}]}, "Build: failed"),
+        ({"content": "hi", "poll": None, "sticker_items": None}, "hi"),
+        (
+            {
+                "components": [
+                    {"type": 17, "components": [{"type": 10, "content": "inside"}, {"type": 13, "file": MEDIA}]},
+                    {"type": 9, "components": [{"type": 10, "content": "also"}], "accessory": {"media": MEDIA}},
+                    {"type": 12, "items": [{"media": MEDIA}]},
+                ]
+            },
+            "inside\nalso",
+        ),
+        (
+            {"poll": {"question": {"text": "Q"}, "answers": [{"poll_media": {"emoji": {"name": "👍"}}}]}},
+            "[Poll: Q]\n- 👍",
+        ),
+    ],
+)
+async def test_a_message_of_a_command_is_read_whole(
+    fake: DiscordStandIn, discord: Adapter, target: dict[str, object], text: str
+) -> None:
+    data = {"name": "Translate", "type": 3, "target_id": "5", "resolved": {"messages": {"5": target}}}
+    item = discord.one(fake.signed(fake.command(data=data)))
+    assert isinstance(item, Inbound)
+    assert item.text == f"/Translate\n\n[Forwarded message]\n{text}"
+    assert [file.kind for file in item.attachments] == ["image"] * 3 * ("components" in target)
+
+
+async def test_choices_have_their_names_and_a_thread_its_channel(fake: DiscordStandIn, discord: Adapter) -> None:
+    resolved = {
+        "users": {"7": {"id": "7", "username": "bo"}},
+        "channels": {"8": {"name": "general"}},
+        "attachments": {"1": {"url": "https://cdn.discordapp.com/u.pdf"}},
+    }
+    options = [{"type": 3, "name": "q", "value": "x"}, {"type": 3, "name": "p", "value": "x"}]
+    options += [{"type": 6, "name": "user", "value": "7"}, {"type": 7, "name": "place", "value": "8"}]
+    entered = [{"type": 18, "component": {"type": 19, "values": ["1"]}}]
+    entered.append({"type": 18, "component": {"type": 23, "custom_id": "agree", "value": True}})
+    for kind, data, text in (
+        (2, {"name": "ask", "options": options}, "x\np: x\nuser: bo (7)\nplace: general (8)"),
+        (3, {"custom_id": "menu", "values": ["7"]}, "bo (7)"),
+        (5, {"custom_id": "f", "components": entered}, "agree: True"),
+    ):
+        call = fake.command(type=kind, data={**data, "resolved": resolved})
+        call |= {"channel": {"type": 11, "parent_id": "70"}}
+        item = discord.one(fake.signed(call))
+        assert isinstance(item, Inbound)
+        assert (item.text, item.parent) == (text, "70")

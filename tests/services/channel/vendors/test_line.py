@@ -51,6 +51,7 @@ async def test_a_changed_call_is_refused(fake: LineStandIn, line: Adapter) -> No
         {"type": "follow"},
         {"mode": "standby"},
         {"source": {"type": "user"}},
+        {"type": "postback", "postback": {"data": "b", "params": {"newRichMenuAliasId": "b", "status": "SUCCESS"}}},
         {"message": {"type": "unknown", "id": "1"}},
     ],
 )

@@ -245,8 +245,8 @@ async def test_a_forwarded_message_comes_with_the_words_about_it(vendor: SlackSt
     assert item.attachments == (Attachment("image", "https://files.slack.com/a.png", "a.png"),)
 
 
-TABLE = {"type": "table", "rows": [[{"type": "raw_text", "text": text} for text in "ab"]]}
-SECTION = {"type": "section", "text": {"type": "mrkdwn", "text": "in a block"}}
+TABLE: dict[str, Any] = {"type": "table", "rows": [[{"type": "raw_text", "text": text} for text in "ab"]]}
+SECTION: dict[str, Any] = {"type": "section", "text": {"type": "mrkdwn", "text": "in a block"}}
 
 
 @pytest.mark.parametrize(
@@ -266,9 +266,7 @@ SECTION = {"type": "section", "text": {"type": "mrkdwn", "text": "in a block"}}
         ("see", {"files": [{"id": "F1", "name": "a.pdf"}]}, "see\n\n[A file that cannot be read here: a.pdf]"),
     ],
 )
-async def test_what_stands_beside_a_text_is_read(
-    vendor: SlackStandIn, text: str, fields: dict[str, Any], read: str
-) -> None:
+async def test_words_beside_a_text_are_read(vendor: SlackStandIn, text: str, fields: dict[str, Any], read: str) -> None:
     item = one(receive(vendor, vendor.event(text, **fields)))
     assert isinstance(item, Inbound)
     assert item.text == read

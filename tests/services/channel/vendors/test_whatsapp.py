@@ -204,3 +204,18 @@ async def test_the_limit_of_a_pair_is_waited_for(fake: WhatsAppStandIn, whatsapp
 
 def test_a_long_text_is_split_by_characters(whatsapp: Adapter) -> None:
     assert [len(part) for part in whatsapp.vendor.split("x" * 9_000)] == [4_096, 4_096, 808]
+
+
+async def test_people_without_a_number_and_groups_get_their_answers(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
+    named = fake.message("hi", person="") | {"from_user_id": "US.1349"}
+    del named["from"]
+    other = fake.message("in a group", group_id="Z3JvdXA")
+    broken = {"id": "wamid.9", "type": 7}
+    person, unknown, group = whatsapp.receive(fake.call(named, broken, other)).items
+    assert isinstance(unknown, Ignored)
+    for item, conversation, author in ((person, "US.1349", "US.1349"), (group, "Z3JvdXA", "491")):
+        assert isinstance(item, Inbound)
+        assert (item.conversation, item.person, item.in_group) == (conversation, author, item is group)
+        await whatsapp.send("hello", conversation)
+    assert [sent.to for sent in fake.ledger] == ["US.1349", "Z3JvdXA"]
+    assert [sent.fields["recipient_type"] for sent in fake.ledger] == ["individual", "group"]
