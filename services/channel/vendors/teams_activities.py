@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import UnreadableCall, kind_of, placeholder
+from services.channel.vendors.base import UnreadableCall, described, kind_of, placeholder
 from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, Item, Reacted, Receipt
 
 _FILE_INFO = "application/vnd.microsoft.teams.file.download.info"
@@ -53,8 +53,10 @@ KINDS: Mapping[str, str] = {
 }
 _QUOTATIONS = {"messageReference": "In reply to this message", "forwardedMessageReference": "Forwarded message"}
 _TAG = re.compile("<[^<>]*>")
+_LINE_END = re.compile(r"<(?:br\s*/?|/p|/div|/tr|/li)>", re.IGNORECASE)
+_HREF = re.compile(r'<a\s[^<>]*?href="(https?://[^"<>]+)"')
 # Without another < inside: otherwise each of many would search the whole rest for its end.
-_MENTION = re.compile(r"<at[^<>]*>[^<]*</at>\s*")
+_MENTION = re.compile(r"(<at[^<>]*>([^<]*)</at>)(?:\s|&nbsp;)*")
 
 
 class _Account(msgspec.Struct):
@@ -69,6 +71,7 @@ class _Conversation(msgspec.Struct):
 
 
 class _Entity(msgspec.Struct):
+    text: str | None = None
     mentioned: _Account | None = None
 
 
@@ -122,6 +125,8 @@ def read(activity: Activity, tenant: str) -> Sequence[Item]:
         case "messageReaction" if activity.id and activity.conversation and activity.from_ and activity.replyToId:
             return [*_reacted(activity, "added"), *_reacted(activity, "removed")]
         case "invoke" if activity.name == "adaptiveCard/action":
+            if isinstance(activity.value, dict) and activity.value.get("trigger") == "automatic":
+                return [Ignored((f"activity/{activity.id}",), "a card that refreshes itself")]
             return [_spoken(activity, tenant)]
         case "event" if activity.name == _READ and isinstance(activity.value, dict):
             # https://learn.microsoft.com/microsoftteams/platform/bots/how-to/conversations/conversation-messages
@@ -162,17 +167,27 @@ def _spoken(activity: Activity, tenant: str) -> Inbound | Ignored:
     ids = (f"activity/{activity.id}",)
     if not activity.id or activity.from_ is None or activity.conversation is None:
         raise UnreadableCall("a message without id, author or conversation")
-    if activity.from_.role == "bot" or (activity.recipient and activity.from_.id == activity.recipient.id):
+    # The ids of bots begin with 28.
+    if activity.from_.role == "bot" or activity.from_.id.startswith("28:"):
         return Ignored(ids, "a bot's message")
     if tenant and activity.conversation.tenantId != tenant:
         return Ignored(ids, "a message of another tenant")
-    text = _MENTION.sub("", activity.text or "").strip()
+    text = _addressed(activity)
     # A copy of the text as HTML is an attachment, too.
+    copies = [str(one.content) for one in activity.attachments or () if one.contentType == "text/html"]
+    if copies and not text:
+        text = _plain(copies[0])
+    hidden = [url for copy in copies for url in map(unescape, _HREF.findall(copy)) if url not in text]
+    if hidden:
+        text = f"{text}\n\n{described('Links', *dict.fromkeys(hidden))}"
     files = [one for one in activity.attachments or () if one.contentType != "text/html"]
     attachments = tuple(filter(None, map(_attachment, files)))
-    text = "\n\n".join(filter(None, (text, *map(_quotation, files))))
-    if not text and files and not attachments:
-        text = placeholder("a file", *(one.name or "" for one in files))
+    quotations = list(filter(None, map(_quotation, files)))
+    text = "\n\n".join(filter(None, (text, *quotations)))
+    if files and not attachments and not quotations:
+        named = [one.name or "" for one in files]
+        lost = described("A file that cannot be read here", *named)
+        text = f"{text}\n\n{lost}" if text else placeholder("a file", *named)
     # The values of a card come without a text.
     pressed = not text and not files and activity.value is not None
     if pressed:
@@ -184,6 +199,8 @@ def _spoken(activity: Activity, tenant: str) -> Inbound | Ignored:
         # A reply cannot quote an invoke.
         f"{activity.id if activity.type != 'invoke' else ''} {activity.serviceUrl}",
         text,
+        # A route of the channel counts for its threads.
+        activity.conversation.id.rpartition(";messageid=")[0] or None,
         attachments=attachments,
         in_group=activity.conversation.conversationType in ("groupChat", "channel"),
         # A button stands under a message of the bot.
@@ -194,6 +211,20 @@ def _spoken(activity: Activity, tenant: str) -> Inbound | Ignored:
         ),
         replies_to_bot=pressed,
     )
+
+
+def _addressed(activity: Activity) -> str:
+    """The text without the mentions of the bot. Those of others keep their names."""
+    recipient = activity.recipient.id if activity.recipient else ""
+    entities = activity.entities or ()
+    others = {one.text for one in entities if one.text and one.mentioned and one.mentioned.id != recipient}
+    text = _MENTION.sub(lambda at: f"{at[2]} " if at[1] in others else "", activity.text or "")
+    return text.replace("&nbsp;", " ").strip()
+
+
+def _plain(html: str) -> str:
+    cells = _LINE_END.sub("\n", html).replace("</td>", " | ").replace("</th>", " | ")
+    return unescape(_TAG.sub("", cells)).strip()
 
 
 def _submitted(value: Any) -> str:
@@ -215,7 +246,7 @@ def _quotation(file: _Attachment) -> str:
         return ""
     if title := _QUOTATIONS.get(file.contentType):
         words = content.get("messagePreview") or content.get("originalMessageContent") or ""
-        return f"[{title}]\n{unescape(_TAG.sub('', str(words)))}" if words else ""
+        return f"[{title}]\n{_plain(str(words))}" if words else ""
     if file.contentType.startswith("application/vnd.microsoft.card."):
         return "\n".join(_card_texts(content))
     return ""
@@ -225,7 +256,7 @@ def _card_texts(node: Any) -> Iterator[str]:
     """The texts of a card, in their order."""
     if isinstance(node, list):
         for child in node:
-            yield from _card_texts(child)
+            yield from [child] if isinstance(child, str) else _card_texts(child)
     elif isinstance(node, dict):
         for name in ("title", "subtitle", "text", "value"):
             if isinstance(text := node.get(name), str) and text:

@@ -196,6 +196,8 @@ class Telegram(Vendor[TelegramCredentials]):
 def _place(message: Outbound) -> dict[str, Any]:
     chat, _, topic = message.conversation.partition("/")
     number, at, connection = chat.partition("@")
+    if (direct := topic.removeprefix("direct-")) != topic and _is_number(direct):
+        return {"chat_id": _chat_id(chat), "direct_messages_topic_id": int(direct)}
     if not _is_number(topic or "0"):
         raise EffectFailed("the conversation is not a topic of Telegram")
     if number and at:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import UnreadableCall, decode, forwarded, kind_of
+from services.channel.vendors.base import UnreadableCall, decode, described, forwarded, kind_of
 from services.channel.vendors.items import Ack, Deleted, Edited, Ignored, Inbound, Moved, Reacted, Received
 from services.channel.vendors.telegram_kinds import KINDS, why_ignored, words
 
@@ -42,6 +42,7 @@ class _Entity(msgspec.Struct):
     offset: int
     length: int
     user: _User | None = None
+    url: str = ""
 
 
 class _Quoted(msgspec.Struct):
@@ -50,6 +51,12 @@ class _Quoted(msgspec.Struct):
     from_: _User | None = msgspec.field(name="from", default=None)
     text: str | None = None
     caption: str | None = None
+    entities: list[_Entity] | None = None
+    caption_entities: list[_Entity] | None = None
+
+
+class _Topic(msgspec.Struct):
+    topic_id: int
 
 
 class _Quote(msgspec.Struct):
@@ -64,6 +71,17 @@ class _File(msgspec.Struct):
     mime_type: str | None = None
 
 
+class _Paid(msgspec.Struct):
+    """A preview has no file."""
+
+    photo: list[_File] | None = None
+    video: _File | None = None
+
+
+class _PaidMedia(msgspec.Struct):
+    paid_media: list[_Paid] = []
+
+
 class _Message(msgspec.Struct):
     message_id: int
     chat: _Chat
@@ -74,13 +92,14 @@ class _Message(msgspec.Struct):
     caption: str | None = None
     entities: list[_Entity] | None = None
     caption_entities: list[_Entity] | None = None
-    reply_to_message: _Quoted | None = None
     quote: _Quote | None = None
     business_connection_id: str | None = None
     """The message was written to a person in whose name the bot answers."""
     message_thread_id: int | None = None
     is_topic_message: bool | None = None
     is_automatic_forward: bool | None = None
+    direct_messages_topic: _Topic | None = None
+    """A person writes to a channel. All of them do it in one chat."""
     forward_origin: Any = None
     """The message was written by another person, or elsewhere."""
     migrate_to_chat_id: int | None = None
@@ -192,7 +211,7 @@ def _item(
         person = str(message.from_.id)
     if message.business_connection_id and person != str(chat):
         return Ignored(ids, "a message of the person in whose name the bot answers")
-    text = message.text if message.text is not None else message.caption
+    text = _text(message)
     attachments = _attachments(fields)
     if text is None and attachments:
         text = ""
@@ -203,10 +222,15 @@ def _item(
     if message.forward_origin is not None and text:
         # It may be of another person, whose yes approves nothing.
         text = forwarded(text)
-    quoted = message.reply_to_message or _Quoted()
+    # Of a message of another chat or topic, the text is not told.
+    raw = fields.get("reply_to_message") or fields.get("external_reply") or msgspec.Raw(b"{}")
+    quoted, quoted_fields = decode(raw, _Quoted), decode(raw, dict[str, msgspec.Raw])
     is_answer = _is(bot, quoted.from_)
+    files = () if is_answer else _attachments(quoted_fields)
     part = message.quote.text if message.quote else ""
-    if part or (not is_answer and (part := quoted.text or quoted.caption or "")):
+    if not is_answer and not part:
+        part = _text(quoted) or (described("File", *(file.name for file in files)) if files else words(quoted_fields))
+    if part:
         # The agent does not know the messages of others, and people ask about them: "@ada_bot translate this". Of a
         # message of its own it is told the part that the person has chosen.
         text = f"{text}\n\n[In reply to this message]\n{part}".lstrip()
@@ -217,7 +241,7 @@ def _item(
         person=person,
         message=str(message.message_id),
         text=text,
-        attachments=attachments,
+        attachments=attachments + files,
         in_group=message.chat.type != "private",
         mentions_bot=_mentions(message, bot),
         replies_to_bot=is_answer,
@@ -246,8 +270,25 @@ def _pressed(ids: tuple[str, ...], press: _Press) -> Received:
     return Received([item], ack)
 
 
+def _text(message: _Message | _Quoted) -> str | None:
+    """The text or the caption, with the addresses behind its words. Offsets count UTF-16 units."""
+    text = message.text if message.text is not None else message.caption
+    links = [one for one in message.entities or message.caption_entities or () if one.type == "text_link"]
+    if not text or not links:
+        return text
+    units = text.encode("utf-16-le", "surrogatepass")
+    for link in sorted(links, key=lambda link: link.offset, reverse=True):
+        end = (link.offset + link.length) * 2
+        label = units[link.offset * 2 : end].decode("utf-16-le", "replace")
+        if not link.url.removesuffix("/").endswith(label):
+            units = units[:end] + f" ({link.url})".encode("utf-16-le") + units[end:]
+    return units.decode("utf-16-le", "surrogatepass")
+
+
 def _conversation(message: _Message) -> str:
     topic = f"/{message.message_thread_id}" if message.is_topic_message and message.message_thread_id else ""
+    if message.direct_messages_topic:
+        topic = f"/direct-{message.direct_messages_topic.topic_id}"
     return f"{_place(message)}{topic}"
 
 
@@ -275,6 +316,8 @@ def _mentions(message: _Message, bot: str) -> bool:
 
 
 def _attachments(fields: Mapping[str, msgspec.Raw]) -> tuple[Attachment, ...]:
+    if "paid_media" in fields:
+        return _paid(fields["paid_media"])
     # An animation has the field document too, with the same file.
     for field, kind in _FILES.items():
         if field not in fields:
@@ -287,3 +330,10 @@ def _attachments(fields: Mapping[str, msgspec.Raw]) -> tuple[Attachment, ...]:
         name = file.file_name or ("photo.jpg" if field == "photo" else "")
         return (Attachment(kind or kind_of(file.mime_type or ""), file.file_id, name),)
     return ()
+
+
+def _paid(raw: msgspec.Raw) -> tuple[Attachment, ...]:
+    media = decode(raw, _PaidMedia).paid_media
+    photos = (Attachment("image", one.photo[-1].file_id, "photo.jpg") for one in media if one.photo)
+    videos = (Attachment("video", one.video.file_id, one.video.file_name or "") for one in media if one.video)
+    return (*photos, *videos)

@@ -23,6 +23,7 @@ class _SendMessage(msgspec.Struct, forbid_unknown_fields=True):
     text: Annotated[str, msgspec.Meta(min_length=1)]
     parse_mode: str | None = None
     message_thread_id: int | None = None
+    direct_messages_topic_id: int | None = None
     reply_parameters: _ReplyParameters | None = None
 
 

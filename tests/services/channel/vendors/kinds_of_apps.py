@@ -9,6 +9,7 @@ import msgspec
 
 from services.channel.vendors.base import Request
 from services.channel.vendors.items import Deleted, Edited, Moved, Reacted, Receipt
+from services.channel.vendors.teams import _Key
 from tests.services.channel.vendors.kinds import Examples, Expected, ignored, posted
 from tooling.testing.vendors import (
     DiscordStandIn,
@@ -252,6 +253,6 @@ def teams() -> Examples:
         given[kind] = fake.activity(None, type=type_, **({"name": name} if name else {})), None
 
     def request(content: Any) -> Request:
-        return posted(fake.signed(content))._replace(keys=published(fake))
+        return posted(fake.signed(content))._replace(keys=msgspec.convert(published(fake), dict[str, _Key]))
 
     return Examples(fake, request, given)

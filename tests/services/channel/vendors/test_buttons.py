@@ -14,6 +14,7 @@ from services.channel.events import Attachment
 from services.channel.routing import is_for_the_bot
 from services.channel.vendors.base import Request
 from services.channel.vendors.items import Ignored, Inbound, Received
+from services.channel.vendors.teams import _Key
 from tests.services.channel.vendors.conftest import Adapter
 from tooling.testing.vendors import (
     DingTalkStandIn,
@@ -124,7 +125,7 @@ async def test_teams(outgoing: Outgoing) -> None:
     group = {"id": "19:c", "tenantId": "t1", "conversationType": "groupChat"}
     for value, text in (({"choice": "yes"}, '{"choice":"yes"}'), ("yes", "yes")):
         body, headers = fake.signed(fake.activity(None, value=value, conversation=group))
-        request = Request("POST", "", headers, body, keys=published(fake))
+        request = Request("POST", "", headers, body, keys=msgspec.convert(published(fake), dict[str, _Key]))
         received = adapter.vendor.receive(request, adapter.credentials, utcnow())
         assert pressed(received) == ("19:c", "29:1", text)
 

@@ -24,6 +24,10 @@ from tooling.testing.vendors.teams import SERVICE
 CONVERSATION = "19:c@thread.tacv2;messageid=1"
 
 
+def html(content: str) -> dict[str, str]:
+    return {"contentType": "text/html", "content": content}
+
+
 @pytest.fixture
 async def fake() -> AsyncIterator[TeamsStandIn]:
     async with TeamsStandIn() as running:
@@ -46,7 +50,9 @@ async def test_a_message_is_read_without_its_mention(fake: TeamsStandIn, teams: 
     for n in (1, 2):
         received = await receive(teams, fake.signed(fake.activity("<at>Bot</at> größer 😀")))
         [item] = received.items
-        assert item == Inbound((f"activity/{CONVERSATION}/a{n}",), CONVERSATION, "29:1", f"a{n} {SERVICE}", "größer 😀")
+        name, channel = f"activity/{CONVERSATION}/a{n}", CONVERSATION.partition(";")[0]
+        # A route of the channel counts for its threads.
+        assert item == Inbound((name,), CONVERSATION, "29:1", f"a{n} {SERVICE}", "größer 😀", channel)
     # The keys are cached.
     assert fake.reads == 1
 
@@ -173,7 +179,8 @@ async def test_a_receipt_names_the_last_message_that_was_read(fake: TeamsStandIn
         {"type": "messageReaction"},
         {"type": "messageDelete", "conversation": None},
         {"type": "messageUpdate", "from": {"id": "28:x", "role": "bot"}},
-        {"from": {"id": "28:x", "role": "bot"}},
+        {"from": {"id": "28:x"}},
+        {"type": "invoke", "name": "adaptiveCard/action", "value": {"trigger": "automatic"}},
     ],
 )
 async def test_bots_and_other_activities_are_ignored(
@@ -194,7 +201,7 @@ async def test_files_are_named_and_other_shapes_are_told_apart(fake: TeamsStandI
     files = [{"contentType": "text/html", "content": "x"}, {"contentType": "image/png", "name": "a.png"}]
     [item] = (await receive(teams, fake.signed(fake.activity("", attachments=files)))).items
     assert isinstance(item, Inbound)
-    assert "(a.png)" in item.text
+    assert item.text == "x\n\n[A file that cannot be read here: a.png]"
     with pytest.raises(UnreadableCall):
         await receive(teams, fake.signed({"type": 7}))
     with pytest.raises(UnreadableCall):
@@ -252,3 +259,44 @@ def test_a_long_text_is_split_by_bytes(teams: Adapter) -> None:
     parts = teams.vendor.split("界" * 20_000)
     assert all(len(part.encode()) <= 28_000 for part in parts)
     assert "".join(parts) == "界" * 20_000
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        (
+            {
+                "text": "<at>Bot</at>&nbsp;ask <at>Bo van Dam</at> now",
+                "entities": [{"type": "mention", "text": "<at>Bo van Dam</at>", "mentioned": {"id": "29:2"}}],
+            },
+            "ask Bo van Dam now",
+        ),
+        ({"text": None, "attachments": [html("<p>a &lt; b</p><tr><td>1</td><td>2</td></tr>")]}, "a < b\n1 | 2 |"),
+        (
+            {"text": "see here", "attachments": [html('<p>see <a href="https://e.x/?a=1&amp;b=2">here</a></p>')]},
+            "see here\n\n[Links: https://e.x/?a=1&b=2]",
+        ),
+        (
+            {"text": "see", "attachments": [{"contentType": "reference", "name": "a.docx"}]},
+            "see\n\n[A file that cannot be read here: a.docx]",
+        ),
+        (
+            {
+                "text": "see",
+                "attachments": [
+                    {
+                        "contentType": "forwardedMessageReference",
+                        "content": {"originalMessageContent": "<p>one<br>two</p><p>three</p>"},
+                    }
+                ],
+            },
+            "see\n\n[Forwarded message]\none\ntwo\nthree",
+        ),
+    ],
+)
+async def test_names_links_and_html_are_read(
+    fake: TeamsStandIn, teams: Adapter, fields: dict[str, Any], text: str
+) -> None:
+    [item] = (await receive(teams, fake.signed(fake.activity(**fields)))).items
+    assert isinstance(item, Inbound)
+    assert item.text == text

@@ -165,6 +165,50 @@ def test_a_reply_to_another_person_brings_the_words_that_it_answers(field: str) 
         assert item.text == "yes"
 
 
+@pytest.mark.parametrize(
+    ("fields", "text", "files"),
+    [
+        (
+            {
+                "text": "😀 see here",
+                "entities": [{"type": "text_link", "offset": 7, "length": 4, "url": "https://e.x"}],
+            },
+            "😀 see here (https://e.x)",
+            [],
+        ),
+        (
+            {"text": "e.x", "entities": [{"type": "text_link", "offset": 0, "length": 3, "url": "https://e.x/"}]},
+            "e.x",
+            [],
+        ),
+        (
+            {"text": "what?", "reply_to_message": {"from": {"id": 9}, "photo": [{"file_id": "a"}, {"file_id": "b"}]}},
+            "what?\n\n[In reply to this message]\n[File: photo.jpg]",
+            ["b"],
+        ),
+        (
+            {"text": "what?", "reply_to_message": {"poll": {"question": "Q", "options": [{"text": "A"}]}}},
+            "what?\n\n[In reply to this message]\n[Poll: Q]\n- A",
+            [],
+        ),
+        (
+            {"text": "what?", "external_reply": {"voice": {"file_id": "v"}}, "quote": {"text": "a part"}},
+            "what?\n\n[In reply to this message]\na part",
+            ["v"],
+        ),
+        (
+            {"text": None, "caption": "what?", "paid_media": {"paid_media": [{"photo": [{"file_id": "p"}]}, {}]}},
+            "what?",
+            ["p"],
+        ),
+    ],
+)
+def test_what_a_message_points_at_comes_with_it(fields: dict[str, object], text: str, files: list[str]) -> None:
+    item = message(**fields)
+    assert isinstance(item, Inbound)
+    assert (item.text, [file.ref for file in item.attachments]) == (text, files)
+
+
 @pytest.fixture
 async def vendor() -> AsyncIterator[TelegramStandIn]:
     async with TelegramStandIn() as running:
@@ -188,6 +232,7 @@ async def test_a_reply_is_one_plain_message_that_survives_the_deletion_of_its_qu
         "text": "<b>1 & 2</b>",
         "parse_mode": None,
         "message_thread_id": 5,
+        "direct_messages_topic_id": None,
         "reply_parameters": {"message_id": 7, "allow_sending_without_reply": True},
     }
 
@@ -269,6 +314,15 @@ async def test_the_delay_that_telegram_asks_for_is_kept(vendor: TelegramStandIn,
     with pytest.raises(RetryLater) as raised:
         await send(vendor, outgoing)
     assert raised.value.after == timedelta(seconds=35)
+
+
+async def test_each_person_who_writes_to_a_channel_has_a_conversation(
+    vendor: TelegramStandIn, outgoing: Outgoing
+) -> None:
+    item = message(chat={"id": -300, "type": "supergroup"}, direct_messages_topic={"topic_id": 5})
+    assert isinstance(item, Inbound)
+    await send(vendor, outgoing, chat=item.conversation)
+    assert vendor.ledger[0].fields["direct_messages_topic_id"] == 5
 
 
 @pytest.mark.parametrize("result", [{}, {"result": True}, {"result": {"message_id": 8, "more": 1}}])
