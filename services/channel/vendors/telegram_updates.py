@@ -227,7 +227,7 @@ def _item(
     quoted, quoted_fields = decode(raw, _Quoted), decode(raw, dict[str, msgspec.Raw])
     is_answer = _is(bot, quoted.from_)
     files = () if is_answer else _attachments(quoted_fields)
-    part = message.quote.text if message.quote else ""
+    part: str | None = message.quote.text if message.quote else ""
     if not is_answer and not part:
         part = _text(quoted) or (described("File", *(file.name for file in files)) if files else words(quoted_fields))
     if part:

@@ -289,7 +289,7 @@ async def test_a_message_of_a_shared_channel_has_one_name_in_all_workspaces(vend
 
 
 async def test_an_edit_of_the_message_that_began_a_thread_stays_in_the_channel(vendor: SlackStandIn) -> None:
-    root = {"type": "message", "user": "U1", "text": "new", "ts": "1.000001", "thread_ts": "1.000001"}
+    root: dict[str, Any] = {"type": "message", "user": "U1", "text": "new", "ts": "1.000001", "thread_ts": "1.000001"}
     root |= {"edited": {"user": "U1", "ts": "2.000001"}}
     item = one(receive(vendor, vendor.event("", subtype="message_changed", message=root)))
     assert isinstance(item, Edited)
