@@ -11,6 +11,8 @@ import msgspec
 from services.channel.vendors.base import Groups
 from services.channel.vendors.items import Inbound
 
+# In a group, some vendors leave the mention of the bot in the text.
+_MENTION = re.compile(r"\s*@[^/\n]{1,100}?\s+(?=/)")
 # ``/name`` or ``@name`` at the beginning; Telegram adds the bot's name to a command.
 _COMMAND = re.compile(r"\s*[/@]([A-Za-z0-9_-]{1,32})(?:@\w+)?(?:[\s,:]+|$)")
 
@@ -29,7 +31,8 @@ def routed(routes: Sequence[Route], default: UUID, item: Inbound) -> tuple[UUID,
     """The agent for a message, and its text without the command that chose the agent."""
     if not routes:
         return default, item.text
-    found = _COMMAND.match(item.text)
+    mention = _MENTION.match(item.text) if item.mentions_bot else None
+    found = _COMMAND.match(item.text, mention.end() if mention else 0)
     command = found[1].lower() if found else ""
     for route in routes:
         if route.conversation_id not in ("", item.conversation, item.parent):

@@ -30,9 +30,9 @@ from services.channel.vendors.base import (
     read_json,
 )
 from services.channel.vendors.items import Ack, Received
-from services.channel.vendors.splitting import split, utf8_length
+from services.channel.vendors.splitting import split
 
-# Bytes.
+# Bytes, as JSON.
 MAX_TEXT = 15_000
 # The signature's time is in milliseconds and valid for an hour.
 _VALID_MS = 3_600_000
@@ -70,6 +70,12 @@ class _Download(msgspec.Struct):
 
 class _Sent(msgspec.Struct):
     processQueryKey: str | None = None
+    invalidStaffIdList: list[str] | None = None
+    """The person, if DingTalk knows nobody of this id. The status of this and the next two is 200."""
+    filteredStaffIdList: list[str] | None = None
+    """The person, if the robot may not write to them."""
+    flowControlledStaffIdList: list[str] | None = None
+    """The person, if a limit is used up."""
     code: str = ""
     message: str = ""
 
@@ -110,7 +116,7 @@ class DingTalk(Vendor[DingTalkCredentials]):
         return Received([dingtalk_messages.read(request.body, credentials.robot_code)])
 
     def split(self, text: str) -> Sequence[str]:
-        return split(text, MAX_TEXT, utf8_length)
+        return split(text, MAX_TEXT, lambda part: len(msgspec.json.encode(part)))
 
     def limits(self, conversation: str) -> Sequence[Limit]:
         """https://open.dingtalk.com/document/orgapp/robot-message-types-and-data-format"""
@@ -189,6 +195,10 @@ class DingTalk(Vendor[DingTalkCredentials]):
             raise AccountRefused(f"{sent.code}: {sent.message}"[:200])
         if answer.status >= 400:
             raise EffectFailed(f"{sent.code}: {sent.message}"[:200])
+        if sent.invalidStaffIdList or sent.filteredStaffIdList:
+            raise EffectFailed("the robot cannot write to this person")
+        if sent.flowControlledStaffIdList:
+            raise RetryLater(DEFAULT_RETRY, "a limit of messages to this person")
         return sent.processQueryKey
 
     def _api(self, origin: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -40,10 +40,11 @@ class _Replied(msgspec.Struct):
     """The message to which another one replies."""
 
     content: Any = None
+    msgType: str | None = None
 
 
 class _Text(msgspec.Struct):
-    content: str = ""
+    content: str | None = None
     repliedMsg: _Replied | None = None
 
 
@@ -156,18 +157,35 @@ def _session(url: str) -> str:
 def _attachments(message: _Message) -> tuple[Attachment, ...]:
     content = message.content or _Content()
     if content.richText is not None:
-        codes = [part.get("downloadCode") for part in content.richText]
-        return tuple(Attachment("image", code) for code in codes if isinstance(code, str) and code)
+        return tuple(_files("picture", content.richText))
+    if message.text and message.text.repliedMsg:
+        return tuple(_quoted_files(message.text.repliedMsg))
     if message.msgtype not in _FILES or content.recognition or not content.downloadCode:
         return ()
     return (Attachment(_FILES[message.msgtype], content.downloadCode, content.fileName or ""),)
+
+
+def _quoted_files(replied: _Replied) -> Iterator[Attachment]:
+    """The files of a message to which another one replies: the person asks about them."""
+    if isinstance(replied.content, dict):
+        parts = replied.content.get("richText")
+        kind = "picture" if isinstance(parts, list) else replied.msgType or ""
+        yield from _files(kind, parts if isinstance(parts, list) else [replied.content])
+
+
+def _files(kind: str, parts: Sequence[Any]) -> Iterator[Attachment]:
+    for part in parts:
+        if kind in _FILES and isinstance(part, dict) and not part.get("recognition"):
+            code = part.get("downloadCode") or part.get("pictureDownloadCode")
+            if isinstance(code, str) and code:
+                yield Attachment(_FILES[kind], code, str(part.get("fileName") or ""))
 
 
 def _text(message: _Message) -> str | None:
     content = message.content or _Content()
     if message.text is not None:
         quoted = _words(message.text.repliedMsg.content) if message.text.repliedMsg else ""
-        text = message.text.content.strip()
+        text = (message.text.content or "").strip()
         return f"{text}\n\n[In reply to this message]\n{quoted}".lstrip() if quoted else text
     if content.richText is not None:
         return "".join(_words(part) for part in content.richText).strip()
@@ -189,8 +207,12 @@ def _text(message: _Message) -> str | None:
 
 def _words(part: Any) -> str:
     """The words of a part of a rich text, or of a quoted message."""
+    if isinstance(part, str):
+        return part
     if not isinstance(part, dict):
         return ""
+    if isinstance(name := part.get("atName"), str):
+        return f"@{name} "
     if isinstance(parts := part.get("richText"), list):
         return "".join(_words(one) for one in parts if isinstance(one, dict) and "richText" not in one)
     found = (part.get(name) for name in ("text", "content", "msg", "recognition", "fileName"))
@@ -203,5 +225,8 @@ def _forwarded(record: str) -> list[str]:
         messages = msgspec.json.decode(record, type=list[dict[str, Any]])
     except (msgspec.DecodeError, RecursionError):
         return [record]
-    lines = ((str(one.get("senderNick") or one.get("senderName") or ""), _words(one)) for one in messages)
-    return [f"{sender}: {words}" if sender else words for sender, words in lines if words]
+    lines = [
+        (str(one.get("senderNick") or one.get("senderName") or ""), _words(one) or described(str(one.get("msgType"))))
+        for one in messages
+    ]
+    return [f"{sender}: {words}" if sender else words for sender, words in lines]

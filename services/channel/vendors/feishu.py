@@ -41,9 +41,9 @@ from services.channel.vendors.base import (
 )
 from services.channel.vendors.items import Ack, Ignored, Received
 from services.channel.vendors.markdown import PLAIN, render
-from services.channel.vendors.splitting import split, utf8_length
+from services.channel.vendors.splitting import split
 
-# Bytes of a rich text. Markdown is sent as rich text.
+# Bytes of a rich text or a card in the request, which may have 30 KB. Markdown is sent as rich text.
 MAX_TEXT = 28_000
 _TOKEN_REFUSED = frozenset((99991661, 99991663, 99991664, 99991665, 99991668, 99991671, 99991677))
 _LATER = frozenset((230020, 99991400, 11232, 11233, 11247))
@@ -157,7 +157,7 @@ class Feishu(Vendor[FeishuCredentials]):
         return Received([feishu_events.read(ids, payload.header.event_type, payload.event)])
 
     def split(self, text: str) -> Sequence[str]:
-        return split(text, MAX_TEXT, lambda part: utf8_length(_without_mentions(part)))
+        return split(text, MAX_TEXT, _length)
 
     def limits(self, conversation: str) -> Sequence[Limit]:
         """https://open.feishu.cn/document/server-docs/im-v1/message/create"""
@@ -293,6 +293,11 @@ def decrypt(credentials: FeishuCredentials, encrypted: str) -> bytes:
 def _without_mentions(text: str) -> str:
     """The text without mentions, which would notify people: ``<at id=all></at>``."""
     return _MENTION.sub("&lt;", text)
+
+
+def _length(text: str) -> int:
+    """The bytes of the text in a request: JSON within JSON makes four of a quotation mark."""
+    return len(msgspec.json.encode(msgspec.json.encode(_without_mentions(text)).decode()))
 
 
 def _content(text: str) -> dict[str, str]:

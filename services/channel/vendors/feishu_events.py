@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -93,6 +94,11 @@ _FACTS = (
 )
 
 
+_RICH = {"post": "a text", "interactive": "a card"}
+_KEY = re.compile(r"@_(all|user_[0-9]+)")
+"""In place of a name. All people have no entry among the mentions."""
+
+
 class _PersonId(msgspec.Struct):
     open_id: str | None = None
     user_id: str | None = None
@@ -127,14 +133,14 @@ class _Event(msgspec.Struct):
 
 
 class _Action(msgspec.Struct):
-    """The values that a person pressed, chose or entered in a card."""
+    """The values that a person pressed, chose or entered in a card. Those of other elements may be null."""
 
     value: Any = None
-    name: str = ""
-    option: str = ""
-    options: list[str] = []
-    input_value: str = ""
-    form_value: dict[str, Any] = {}
+    name: str | None = None
+    option: str | None = None
+    options: list[str] | None = None
+    input_value: str | None = None
+    form_value: dict[str, Any] | None = None
 
 
 class _Context(msgspec.Struct):
@@ -188,11 +194,11 @@ def _pressed(ids: tuple[str, ...], press: _Pressed) -> Inbound | Ignored:
     author, chat, action = _author(press.operator), press.context.open_chat_id, press.action
     if not author or not chat:
         return Ignored(ids, "a button without a chat or an author")
-    chosen = [action.input_value, action.option, ", ".join(action.options)]
+    chosen = [action.input_value, action.option, ", ".join(action.options or ())]
     value = action.form_value or action.value
     if value:
         chosen.insert(0, value if isinstance(value, str) else msgspec.json.encode(value).decode())
-    text = "\n".join(filter(None, chosen)) or action.name
+    text = "\n".join(filter(None, chosen)) or action.name or ""
     # In which thread the card stands is not told, nor the kind of the chat. A button is for the bot in any.
     message = press.context.open_message_id
     return Inbound(ids, chat, author, message, text, mentions_bot=True, replies_to_bot=True)
@@ -282,16 +288,15 @@ def _text(message: _Message) -> str | None:
     if message.message_type == "text":
         text = str(content.get("text") or "")
     elif message.message_type in ("post", "interactive"):
-        text = "".join(_post_texts(content)).strip() or placeholder("a card")
+        text = "".join(_post_texts(content)).strip() or placeholder(_RICH[message.message_type])
     elif name := _NAMES.get(message.message_type):
         text = _facts(name, content)
     elif message.message_type in _FILES:
         text = placeholder("a file")
     else:
         return None
-    for mention in message.mentions or ():
-        text = text.replace(mention.key, f"@{mention.name}")
-    return text
+    names = {mention.key: mention.name for mention in message.mentions or ()}
+    return _KEY.sub(lambda key: f"@{names.get(key[0], key[1])}", text)
 
 
 def _facts(name: str, content: dict[str, Any]) -> str:
@@ -308,14 +313,24 @@ def forwarded(messages: Iterable[Mapping[str, Any]]) -> str:
 
     https://open.feishu.cn/document/server-docs/im-v1/message/get
     """
-    texts = []
-    for given in messages:
-        body = given.get("body")
-        content = str(body.get("content") or "{}") if isinstance(body, dict) else "{}"
-        kind = str(given.get("msg_type") or "")
-        text = _text(_Message("", "", kind, content)) if kind != FORWARDED else None
-        texts.append(text if text is not None else described("Message", kind) if kind != FORWARDED else "")
-    return "\n\n".join(filter(None, texts))
+    return "\n\n".join(filter(None, map(_forwarded, messages)))
+
+
+def _forwarded(given: Mapping[str, Any]) -> str:
+    kind = str(given.get("msg_type") or "")
+    if kind == FORWARDED:
+        # The messages in it are among the others.
+        return ""
+    if given.get("deleted"):
+        return described("Deleted message")
+    body = given.get("body")
+    content = str(body.get("content") or "{}") if isinstance(body, dict) else "{}"
+    try:
+        mentions = msgspec.convert(given.get("mentions"), list[_Mention] | None)
+        text = _text(_Message("", "", kind, content, mentions=mentions))
+    except (UnreadableCall, msgspec.ValidationError):
+        text = None
+    return described("Message", kind) if text is None else text
 
 
 def _post_texts(node: Any) -> Iterator[str]:
@@ -327,6 +342,10 @@ def _post_texts(node: Any) -> Iterator[str]:
             yield text
         elif node.get("tag") == "at":
             yield str(node.get("user_id") or f"@{node.get('user_name', '')}")
+        elif node.get("tag") == "emotion":
+            yield f":{node.get('emoji_type') or 'emoji'}:"
+        if node.get("tag") == "a" and isinstance(address := node.get("href"), str) and address not in ("", text):
+            yield f" ({address})" if text else address
         for value in node.values():
             if isinstance(value, list | dict):
                 yield from _post_texts(value)

@@ -5,6 +5,7 @@ See the pages on webhooks (signature), on sending messages (v2/users, v2/groups)
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -138,7 +139,7 @@ class QQ(Vendor[QQCredentials]):
         return (await self._call(outgoing, origin, credentials, "GET", "/users/@me")).username
 
     async def send(self, outgoing: Outgoing, origin: str, credentials: QQCredentials, message: Outbound) -> str | None:
-        body: dict[str, Any] = {"content": _shown(message.text), "msg_type": 0, "msg_seq": message.part}
+        body: dict[str, Any] = {"content": _shown(message.text), "msg_type": 0, "msg_seq": _number(message)}
         if message.answers:
             event = message.answers.removeprefix(qq_events.BY_EVENT)
             body["msg_id" if event == message.answers else "event_id"] = event
@@ -192,6 +193,14 @@ def signing_key(credentials: QQCredentials) -> Ed25519PrivateKey:
     secret = credentials.secret.encode()
     seed = (secret * (32 // len(secret) + 1))[:32]
     return Ed25519PrivateKey.from_private_bytes(seed)
+
+
+def _number(message: Outbound) -> int:
+    """The number of a reply, the same for each attempt. Others to the same message, such as a question before the
+    answer, have other numbers."""
+    # A key is a UUID with or without the part.
+    delivery = hashlib.sha256(message.key[:36].encode()).digest()
+    return int.from_bytes(delivery[:2]) * 16 + message.part
 
 
 def _shown(text: str) -> str:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import MALFORMED, decode, described, kind_of, placeholder
+from services.channel.vendors.base import MALFORMED, decode, described, forwarded, kind_of, placeholder
 from services.channel.vendors.items import Ignored, Inbound
 
 _NO_MESSAGE = "no person writes it to the bot"
 _NOT_TOLD = "the bot is not mentioned"
+# Types of messages: https://bot.q.qq.com/wiki/develop/api-v2/server-inter/message/send-receive/event.html
+_CARD, _FORWARDED = 3, 102
 BY_EVENT = "event:"
 """Before the id of an event that is answered, and no message."""
 
@@ -74,15 +76,35 @@ class _Author(msgspec.Struct):
 
 
 class _File(msgspec.Struct):
-    url: str = ""
+    url: str | None = None
     filename: str | None = None
     content_type: str | None = None
+    """A MIME type, or ``voice`` or ``file``."""
+    voice_wav_url: str | None = None
+    """A voice message in a usual format; `url` is SILK."""
+    asr_refer_text: str | None = None
+    """A voice message, written down by QQ."""
+
+
+class _Element(msgspec.Struct):
+    """A message that is quoted or forwarded."""
+
+    content: str | None = None
+    attachments: list[_File] | None = None
+
+
+class _Card(msgspec.Struct):
+    prompt: str | None = None
+    """A line about the card, such as ``[Location] Main Street``."""
 
 
 class _Message(msgspec.Struct):
     id: str
     author: _Author
     content: str | None = None
+    message_type: int = 0
+    msg_elements: list[_Element] | None = None
+    ark_data: _Card | None = None
     group_openid: str | None = None
     channel_id: str | None = None
     guild_id: str | None = None
@@ -90,8 +112,8 @@ class _Message(msgspec.Struct):
 
 
 class _Resolved(msgspec.Struct):
-    button_data: str = ""
-    button_id: str = ""
+    button_data: str | None = None
+    button_id: str | None = None
     user_id: str | None = None
 
 
@@ -131,15 +153,36 @@ def read(kind: str, event_id: str, raw: msgspec.Raw) -> Inbound | Ignored:
     place, id_ = places.get(kind, ("groups", message.group_openid))
     if not person or not id_ or message.author.bot:
         return Ignored(ids, "a message without an author")
-    attachments = tuple(
-        Attachment(kind_of(file.content_type or ""), file.url, file.filename or "")
-        for file in message.attachments or ()
-        if file.url
-    )
-    text = _FACE.sub(_named, _MENTION.sub("", message.content or "", count=1)).strip()
-    if not text and message.attachments and not attachments:
-        text = placeholder("a file", *(file.filename or "" for file in message.attachments))
+    files = list(message.attachments or ())
+    words = [_words(_MENTION.sub("", message.content or "", count=1), files)]
+    elements = message.msg_elements or ()
+    about = "\n".join(filter(None, (_words(one.content or "", one.attachments or ()) for one in elements)))
+    if message.message_type == _FORWARDED:
+        words.append(forwarded(about) if about else "")
+    elif about:
+        words.append(f"[In reply to this message]\n{about}")
+    if message.message_type == _CARD:
+        words.append(described("Card", message.ark_data and message.ark_data.prompt))
+    files += (file for one in elements for file in one.attachments or ())
+    attachments = tuple(filter(None, map(_attachment, files)))
+    text = "\n\n".join(filter(None, words))
+    if not text and files and not attachments:
+        text = placeholder("a file", *(file.filename or "" for file in files))
     return Inbound(ids, f"{place}/{id_}", person, message.id, text, attachments=attachments)
+
+
+def _words(content: str, files: Sequence[_File]) -> str:
+    """The text, and that of voice messages which QQ has written down."""
+    spoken = (file.asr_refer_text or "" for file in files)
+    return "\n".join(filter(None, (_FACE.sub(_named, content).strip(), *spoken)))
+
+
+def _attachment(file: _File) -> Attachment | None:
+    """None if there is no address, or the words of it are known."""
+    type_ = file.content_type or ""
+    kind = "voice" if type_ == "voice" else kind_of(type_)
+    url = (kind == "voice" and file.voice_wav_url) or file.url
+    return Attachment(kind, url, file.filename or "") if url and not file.asr_refer_text else None
 
 
 def _pressed(event_id: str, press: _Interaction) -> Inbound | Ignored:
@@ -152,7 +195,7 @@ def _pressed(event_id: str, press: _Interaction) -> Inbound | Ignored:
         place = f"channels/{press.channel_id}" if press.channel_id else f"users/{person}"
     if not person:
         return Ignored(ids, "a button without an author")
-    text = chosen.button_data or chosen.button_id
+    text = chosen.button_data or chosen.button_id or ""
     return Inbound(ids, place, person, f"{BY_EVENT}{event_id}", text, mentions_bot=True, replies_to_bot=True)
 
 

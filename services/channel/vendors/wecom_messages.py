@@ -62,17 +62,28 @@ _FILES: dict[str, Literal["image", "voice", "video", "file"]] = {
 }
 
 
+# The declaration of XML itself.
+_XML = re.compile(r"\A\s*<\?xml[^<>]*>")
+
+
 def fields(body: bytes) -> dict[str, str]:
     """The elements of the XML, by name. Raises InvalidMessage, also for XML that declares types or entities."""
     return {child.tag: child.text or "" for child in _parse(body)}
 
 
 def _parse(body: bytes) -> ElementTree.Element:
-    if re.search(rb"<!(?!\[CDATA\[)", body):
-        raise InvalidMessage("body", "must be XML without declarations")
     try:
-        return ElementTree.fromstring(body)
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        # The encoding that a declaration names would hide other declarations from the search.
+        text = body.decode()
+        # People write declarations, too: those in sections of text. A section that is none, in a comment or an
+        # instruction, leaves their beginning outside.
+        first, *sections = _XML.sub("", text).split("<![CDATA[")
+        outside = first + "".join(section.partition("]]>")[2] for section in sections)
+        # NUL: as UTF-16 it would be read otherwise than it was searched.
+        if "\0" in text or "<!" in outside or "<?" in outside:
+            raise InvalidMessage("body", "must be XML without declarations")
+        return ElementTree.fromstring(text)
+    except (ElementTree.ParseError, ValueError) as error:
         raise InvalidMessage("body", f"is not XML: {error}") from error
 
 
@@ -90,14 +101,19 @@ def read(body: bytes, agent_id: str) -> Inbound | Ignored:
         return Ignored(ids, "a message to another app")
     if kind == "event":
         event = given.get("Event", "")
+        # WeChat's are in upper case.
+        event = event if f"event.{event}" in KINDS else event.lower()
         text = _chosen(event, root, given.get("EventKey", ""))
         if not text:
             return Ignored(ids, KINDS.get(f"event.{event}") or f"an event {event[:40]}")
         return Inbound(ids, person, person, "", text)
     attachments: tuple[Attachment, ...] = ()
-    if kind in _FILES and given.get("MediaId"):
+    # A voice message, written down by the vendor.
+    words: str | None = given.get("Recognition", "")
+    if not words and kind in _FILES and given.get("MediaId"):
         attachments = (Attachment(_FILES[kind], given["MediaId"], given.get("FileName", "")),)
-    words = "" if attachments else _text(kind, root, given)
+    elif not words:
+        words = _text(kind, root, given)
     if words is None or not id_:
         return Ignored(ids, f"a message of type {kind[:40]}")
     return Inbound(ids, person, person, id_, words, attachments=attachments)

@@ -145,7 +145,7 @@ class FeishuStandIn(StandIn):
             to = thread
         else:
             raise Refused(Reply(400, {"code": 230001, "msg": "invalid request"}))
-        if len(send.content.encode()) > (150_000 if send.msg_type == "text" else 30_000):
+        if len(call.body) > (150_000 if send.msg_type == "text" else 30_000):
             raise Refused(Reply(400, {"code": 230025, "msg": "The length of the message content reaches its limit"}))
         if send.msg_type == "interactive":
             text = _card(content)
@@ -164,7 +164,7 @@ class FeishuStandIn(StandIn):
             done = self.withdraw(id_)
         else:
             content = msgspec.json.decode(call.body, type=_Patch).content
-            if len(content.encode()) > 30_000:
+            if len(call.body) > 30_000:
                 raise Refused(Reply(400, {"code": 230025, "msg": "The message is too long"}))
             cards = [message.id for message in self.ledger if message.fields["msg_type"] == "interactive"]
             done = id_ in cards and self.change(id_, _card(msgspec.json.decode(content)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
@@ -96,6 +97,67 @@ async def test_files_are_attachments(fake: DingTalkStandIn, dingtalk: Adapter) -
         item = dingtalk.one(fake.signed(fake.message(None, **fields)))
         assert isinstance(item, Inbound)
         assert (item.text, [one.ref for one in item.attachments]) == (text, refs)
+
+
+@pytest.mark.parametrize(
+    ("replied", "text", "refs"),
+    [
+        ({"msgType": "picture", "content": {"downloadCode": "p"}}, "what is it?", ["p"]),
+        ({"msgType": "picture", "content": {"pictureDownloadCode": "p"}}, "what is it?", ["p"]),
+        ({"msgType": "file", "content": {"downloadCode": "f", "fileName": "a.pdf"}}, "a.pdf", ["f"]),
+        ({"msgType": "audio", "content": {"downloadCode": "v", "recognition": "spoken"}}, "spoken", []),
+        ({"msgType": "richText", "content": {"richText": [{"text": "old"}, {"downloadCode": "p"}]}}, "old", ["p"]),
+        ({"msgType": "text", "content": "plain"}, "plain", []),
+        ({"msgType": "interactiveCard"}, "what is it?", []),
+    ],
+)
+async def test_the_files_of_the_message_that_is_replied_to_come_with_the_reply(
+    fake: DingTalkStandIn, dingtalk: Adapter, replied: dict[str, Any], text: str, refs: list[str]
+) -> None:
+    message = fake.message() | {"text": {"content": "what is it?", "isReplyMsg": True, "repliedMsg": replied}}
+    item = dingtalk.one(fake.signed(message))
+    assert isinstance(item, Inbound)
+    assert item.text.startswith("what is it?")
+    assert item.text.endswith(text)
+    assert [one.ref for one in item.attachments] == refs
+
+
+async def test_odd_parts_are_read(fake: DingTalkStandIn, dingtalk: Adapter) -> None:
+    records = '[{"senderNick":"Ada","content":"hi"},{"senderNick":"Bob","msgType":"picture","downloadCode":"z"}]'
+    forwarded = "[Forwarded message]\nAda: hi\nBob: [picture]"
+    rich = [{"type": "at", "atName": "Ann"}, {"text": "look"}, {"type": "picture", "pictureDownloadCode": "p"}]
+    given: list[tuple[dict[str, Any], str, int]] = [
+        ({"msgtype": "richText", "content": {"richText": rich}}, "@Ann look", 1),
+        ({"msgtype": "chatRecord", "content": {"chatRecord": records}}, forwarded, 0),
+        ({"text": {"content": None}}, "", 0),
+    ]
+    for fields, text, files in given:
+        item = dingtalk.one(fake.signed(fake.message(None) | fields))
+        assert isinstance(item, Inbound)
+        assert (item.text, len(item.attachments)) == (text, files)
+
+
+@pytest.mark.parametrize(
+    ("field", "error"),
+    [
+        ("invalidStaffIdList", EffectFailed),
+        ("filteredStaffIdList", EffectFailed),
+        ("flowControlledStaffIdList", RetryLater),
+    ],
+)
+async def test_a_person_who_does_not_get_the_message_is_told_with_status_200(
+    fake: DingTalkStandIn, dingtalk: Adapter, field: str, error: type[Exception]
+) -> None:
+    await dingtalk.send("one", "user/s1")
+    fake.faults.append(answer(200, {"processQueryKey": "k", field: ["s1"]}))
+    with pytest.raises(error):
+        await dingtalk.send("two", "user/s1")
+
+
+def test_a_part_is_measured_as_json(dingtalk: Adapter) -> None:
+    parts = dingtalk.vendor.split('"' * 20_000)
+    assert "".join(parts) == '"' * 20_000
+    assert all(len(msgspec.json.encode(part)) <= 15_000 for part in parts)
 
 
 async def test_the_robot_itself_and_unknown_kinds_are_ignored(fake: DingTalkStandIn, dingtalk: Adapter) -> None:

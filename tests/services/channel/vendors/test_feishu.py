@@ -10,8 +10,9 @@ import pytest
 
 from infra.errors import EffectFailed, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.vendors.base import AccountRefused, UnreadableCall
+from services.channel.vendors.base import AccountRefused, Outbound, UnreadableCall, placeholder
 from services.channel.vendors.feishu import FeishuCredentials, decrypt, sign
+from services.channel.vendors.feishu_events import forwarded
 from services.channel.vendors.items import Deleted, Ignored, Inbound, Reacted
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
 from tooling.testing.vendors import Fault, FeishuStandIn, answer, cut
@@ -115,6 +116,60 @@ async def test_a_text_outside_of_the_field_text_is_found(
     assert text in item.text
 
 
+MENTIONS = [{"key": "@_user_1", "name": "Bot"}, {"key": "@_user_10", "name": "Zed"}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "text"),
+    [
+        ("text", {"text": "@_user_1 ask @_user_10 and @_all"}, "@Bot ask @Zed and @all"),
+        ("text", {"text": "@_user_9 who?"}, "@user_9 who?"),
+        ("post", [{"tag": "a", "text": "docs", "href": "https://e.example/x"}], "docs (https://e.example/x)"),
+        ("post", [{"tag": "a", "text": "https://e.example", "href": "https://e.example"}], "https://e.example"),
+        ("post", [{"tag": "a", "text": "", "href": "https://e.example"}], "https://e.example"),
+        ("post", [{"tag": "at", "user_id": "@_user_10"}, {"tag": "emotion", "emoji_type": "OK"}], "@Zed:OK:"),
+        ("post", [{"tag": "code_block", "language": "GO", "text": "func main(){}"}], "func main(){}"),
+    ],
+)
+async def test_names_links_and_emoji_are_read(
+    fake: FeishuStandIn, feishu: Adapter, kind: str, content: Any, text: str
+) -> None:
+    given = {"title": "", "content": [content]} if kind == "post" else content
+    item = feishu.one(fake.call(fake.event(kind=kind, content=given, mentions=MENTIONS)))
+    assert isinstance(item, Inbound)
+    assert item.text == text
+
+
+async def test_a_button_may_have_null_for_the_values_of_other_elements(fake: FeishuStandIn, feishu: Adapter) -> None:
+    names = ("name", "option", "options", "input_value", "form_value")
+    for value, text in (({"a": 1}, '{"a":1}'), (None, "")):
+        action = {"tag": "button", "value": value, **dict.fromkeys(names)}
+        context = {"open_message_id": "om_1", "open_chat_id": "oc_1"}
+        press = fake.about("card.action.trigger", operator={"open_id": "ou_1"}, action=action, context=context)
+        item = feishu.one(fake.call(press))
+        assert isinstance(item, Inbound)
+        assert item.text == text
+
+
+def test_forwarded_messages_are_read_also_beside_deleted_and_unreadable_ones() -> None:
+    mentions = [{"key": "@_user_1", "id": "ou_1", "id_type": "open_id", "name": "Ada"}]
+    given: list[dict[str, Any]] = [
+        {"msg_type": "merge_forward", "body": {"content": "Merged and Forwarded Message"}},
+        {"msg_type": "text", "body": {"content": '{"text":"@_user_1 hi"}'}, "mentions": mentions},
+        {"msg_type": "text", "deleted": True, "body": {"content": "This message was recalled"}},
+        {"msg_type": "text", "body": {"content": "no JSON"}},
+        {"msg_type": "text", "body": {"content": '{"text":"bye"}'}, "mentions": "?"},
+        {"msg_type": "image", "body": {"content": '{"image_key":"img_1"}'}},
+    ]
+    assert forwarded(given).split("\n\n") == [
+        "@Ada hi",
+        "[Deleted message]",
+        "[Message: text]",
+        "[Message: text]",
+        placeholder("a file"),
+    ]
+
+
 async def test_files_are_attachments(fake: FeishuStandIn, feishu: Adapter) -> None:
     for n, (kind, content, expected) in enumerate(
         (
@@ -207,6 +262,19 @@ async def test_permanent_transient_and_unknown_errors_are_distinguished(
     with pytest.raises(error) as raised:
         await feishu.send("hello", "oc_1")
     assert type(raised.value) is error
+
+
+@pytest.mark.parametrize("text", ['**a**: "b"\n' * 4_000, "**a** " + "\\" * 30_000])
+async def test_each_part_fits_into_a_request_also_if_json_makes_it_longer(
+    fake: FeishuStandIn, feishu: Adapter, text: str
+) -> None:
+    for n, part in enumerate(feishu.vendor.split(text)):
+        await feishu.send(part, "oc_1", f"d{n}")
+        shown = await feishu.vendor.place(feishu.outgoing, fake.url, feishu.credentials, Outbound(f"p{n}", "oc_1", ""))
+        assert shown
+        message = Outbound("e", "oc_1", part)
+        await feishu.vendor.edit(feishu.outgoing, fake.url, feishu.credentials, message, shown)
+    assert fake.refusals == []
 
 
 def test_a_long_text_is_split_by_bytes(feishu: Adapter) -> None:

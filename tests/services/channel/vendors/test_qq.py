@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import msgspec
 import pytest
 
+from infra.clock import uuid7
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
 from services.channel.vendors.base import AccountRefused, UnreadableCall
@@ -66,14 +68,60 @@ async def test_other_events_are_ignored_and_other_shapes_are_told_apart(fake: QQ
 
 
 async def test_parts_are_numbered_and_a_repeat_is_accepted_once(fake: QQStandIn, qq: Adapter) -> None:
+    delivery = uuid7()
     for _ in range(2):
         for part in (1, 2):
-            await qq.send(f"**part {part}**", "users/u1", f"d-{part}", answers="msg1", part=part)
-    assert [(message.to, message.text, message.fields["msg_seq"]) for message in fake.ledger] == [
-        ("users/u1", "part 1", 1),
-        ("users/u1", "part 2", 2),
-    ]
+            await qq.send(f"**part {part}**", "users/u1", f"{delivery}-{part}", answers="msg1", part=part)
+    assert [(message.to, message.text) for message in fake.ledger] == [("users/u1", "part 1"), ("users/u1", "part 2")]
+    first, second = (message.fields["msg_seq"] for message in fake.ledger)
+    assert second == first + 1
     assert (fake.repeats, fake.refusals, len(fake.tokens)) == (2, [], 1)
+
+
+async def test_a_second_delivery_to_the_same_message_is_no_repeat(fake: QQStandIn, qq: Adapter) -> None:
+    """A run asks whether it may call a tool, and answers later: both to the person's message."""
+    for text in ("May I?", "Done"):
+        await qq.send(text, "users/u1", str(uuid7()), answers="msg1")
+    assert (fake.texts(), fake.repeats) == (["May I?", "Done"], 0)
+
+
+VOICE = {"content_type": "voice", "url": "https://m.qq.com.cn/silk", "voice_wav_url": "https://m.qq.com.cn/wav"}
+QUOTED = {"content": "old", "attachments": [{"content_type": "image/png", "url": "https://m.qq.com.cn/p"}]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "text", "files"),
+    [
+        ({"attachments": [VOICE]}, "hi", [("voice", "https://m.qq.com.cn/wav")]),
+        ({"attachments": [VOICE | {"asr_refer_text": "spoken"}]}, "hi\nspoken", []),
+        ({"attachments": [{"url": None, "content_type": None}]}, "hi", []),
+        (
+            {"message_type": 103, "msg_elements": [QUOTED]},
+            "hi\n\n[In reply to this message]\nold",
+            [("image", "https://m.qq.com.cn/p")],
+        ),
+        (
+            {"content": "", "message_type": 102, "msg_elements": [{"content": "one"}, {"attachments": None}]},
+            "[Forwarded message]\none",
+            [],
+        ),
+        ({"content": "", "message_type": 3, "ark_data": {"prompt": "Main Street"}}, "[Card: Main Street]", []),
+        ({"content": "", "message_type": 3}, "[Card]", []),
+    ],
+)
+async def test_voices_quotations_and_cards_are_read(
+    fake: QQStandIn, qq: Adapter, fields: dict[str, Any], text: str, files: list[tuple[str, str]]
+) -> None:
+    item = qq.one(fake.signed(fake.event("hi", **fields)))
+    assert isinstance(item, Inbound)
+    assert (item.text, [(one.kind, one.ref) for one in item.attachments]) == (text, files)
+
+
+async def test_a_button_without_data_is_told_by_its_id(fake: QQStandIn, qq: Adapter) -> None:
+    press = {"id": "i1", "user_openid": "u1", "data": {"resolved": {"button_data": None, "button_id": "b"}}}
+    item = qq.one(fake.signed({"id": "e1", "op": 0, "t": "INTERACTION_CREATE", "d": press}))
+    assert isinstance(item, Inbound)
+    assert item.text == "b"
 
 
 async def test_a_token_that_ran_out_is_fetched_again_once(fake: QQStandIn, qq: Adapter) -> None:

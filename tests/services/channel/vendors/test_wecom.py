@@ -87,6 +87,46 @@ async def test_a_body_that_is_not_plain_xml_is_refused(fake: WeComStandIn, wecom
         wecom.receive((body, {}), query=fake.query(""))
 
 
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"Content": "<!DOCTYPE html> <!-- why? --> <?php <![CDATA["}, "<!DOCTYPE html> <!-- why? --> <?php <![CDATA["),
+        ({"Content": "a]]]]><![CDATA[>b"}, "a]]>b"),
+        ({"MsgType": "voice", "MediaId": "m", "Recognition": "spoken"}, "spoken"),
+        ({"MsgType": "event", "Event": "CLICK", "EventKey": "menu"}, "menu"),
+    ],
+)
+async def test_what_people_write_say_and_choose_is_read(
+    fake: WeComStandIn, wecom: Adapter, fields: dict[str, str], text: str
+) -> None:
+    body, query = fake.call(b'<?xml version="1.0" encoding="UTF-8"?>\n' + fake.message(**fields))
+    item = wecom.one((body, {}), query=query)
+    assert isinstance(item, Inbound)
+    assert (item.text, item.attachments) == (text, ())
+
+
+ENTITY = '<!DOCTYPE xml [<!ENTITY a "x">]>'
+ENDLESS = "<![CDATA[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{ENTITY}<xml><Encrypt>&a;</Encrypt></xml>",
+        f"<?p <![CDATA[ ?>{ENTITY}<?p ]]> ?><xml><Encrypt>&a;</Encrypt></xml>",
+        f"<!-- <![CDATA[ -->{ENTITY}<!-- ]]> --><xml><Encrypt>&a;</Encrypt></xml>",
+        f'<?xml version="1.0"?>{ENTITY}<xml><Encrypt>&a;</Encrypt></xml>',
+        ENDLESS,
+    ],
+    ids=["entity", "instruction", "comment", "after the declaration", "endless"],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-be"])
+@pytest.mark.timeout(20)
+async def test_no_declaration_is_followed(wecom: Adapter, text: str, encoding: str) -> None:
+    with pytest.raises(InvalidMessage):
+        wecom.receive((text.encode(encoding), {}))
+
+
 async def test_attachments_events_and_other_apps(fake: WeComStandIn, wecom: Adapter) -> None:
     body, query = fake.call(fake.message(MsgType="image", PicUrl="http://x"))
     item = wecom.one((body, {}), query=query)
