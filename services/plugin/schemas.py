@@ -88,11 +88,20 @@ def _adapted(schema: Any) -> Any:
 
 
 def _adapt_types(new: dict[str, Any]) -> None:
-    """Draft 3 has the type ``any``, and schemas in a list of types. OpenAPI 3.0 has ``nullable``."""
+    """Draft 3 has the type ``any``, and schemas in a list of types. OpenAPI 3.0 has ``nullable``.
+
+    Google's libraries write types in capitals, others have types of their own, as ``str``: these are not checked.
+    """
     types = new.get("type")
+    if isinstance(types, str) and types.lower() in _TYPES:
+        new["type"] = types = types.lower()
     if new.pop("nullable", None) is True and isinstance(types, str) and types in _TYPES - {"null"}:
         new["type"] = [types, "null"]
-    elif types == "any" or (isinstance(types, list) and not all(isinstance(t, str) and t in _TYPES for t in types)):
+        if isinstance(values := new.get("enum"), list) and None not in values:
+            new["enum"] = [*values, None]
+    elif isinstance(types, str | list) and not all(
+        isinstance(one, str) and one in _TYPES for one in (types if isinstance(types, list) else [types])
+    ):
         del new["type"]
 
 
@@ -100,8 +109,9 @@ def _adapt_tuples(new: dict[str, Any]) -> None:
     """Up to draft 2019-09 a list of `items` describes a tuple, and `additionalItems` the items after it."""
     rest = new.pop("additionalItems", None)
     if isinstance(items := new.get("items"), list):
-        new["prefixItems"] = [_adapted(item) for item in items]
         del new["items"]
+        if items:
+            new["prefixItems"] = [_adapted(item) for item in items]
         if rest is not None:
             new["items"] = _adapted(rest)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from uuid import UUID
 
 from infra.errors import Conflict, NotFound
@@ -13,19 +14,30 @@ from services.agent.runs.domain import NotWaiting, Settle, Suspension
 from services.agent.runs.events import Decision
 from services.agent.runs.publishing import stream
 
-_YES_WORDS = "y yes ok okay approve approved allow ja oui si sí 好 好的 是 是的 可以 同意 批准"
-_NO_WORDS = "n no deny denied refuse stop nein non 不 不行 不可以 不要 不同意 否 拒绝"
+_YES_WORDS = (
+    "y yes yep yeah ok okay sure confirm confirmed approve approved allow ja oui si sí sì sim да tak evet "
+    "好 好的 是 是的 可以 同意 批准 はい 네 예 نعم"
+)
+_NO_WORDS = (
+    "n no nope deny denied refuse stop cancel nein non não нет nie hayır "
+    "不 不行 不可以 不要 不同意 否 拒绝 いいえ 아니요 아니오 لا"
+)
 _YES, _NO = frozenset(_YES_WORDS.split()), frozenset(_NO_WORDS.split())
 # In a group the person has to name the bot: "@bot yes", "<@U0123> yes".
 # Without another < inside: otherwise each of many would search the whole rest for its end.
 _MENTION = re.compile(r"<@[^<>\s]+>|(?<!\S)@\S+")
-_PUNCTUATION = re.compile(r"[.!?。！？,，/]+")
+_PUNCTUATION = re.compile(r"[.!。,、;:…/*_`\"'“”()-]+")
+# Marks without a width and of the style of emoji. Keyboards and clients add them.
+_INVISIBLE = re.compile(r"[\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff]")
 # A longer text with a yes or a no in it is taken as an ordinary message.
 _UNCLEAR_WORDS = 4
 
 
 def decision_in(text: str) -> Decision | None:
-    """The decision in a person's message; None if it says anything else than a yes or a no, besides mentions."""
+    """The decision in a person's message; None if it says anything else than a yes or a no, besides mentions.
+
+    A question decides nothing: "yes?".
+    """
     word = "".join(_words(text))
     return "approve" if word in _YES else "deny" if word in _NO else None
 
@@ -35,10 +47,12 @@ def is_unclear(text: str) -> bool:
     words = _words(text)
     if not words or len(words) > _UNCLEAR_WORDS or decision_in(text):
         return False
-    return not any(letter.isalnum() for word in words for letter in word) or any(word in _YES | _NO for word in words)
+    plain = ["".join(filter(str.isalnum, word)) for word in words]
+    return not any(plain) or any(word in _YES | _NO for word in plain)
 
 
 def _words(text: str) -> list[str]:
+    text = _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
     return _PUNCTUATION.sub(" ", _MENTION.sub(" ", text)).casefold().split()
 
 

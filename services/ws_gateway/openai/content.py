@@ -18,6 +18,8 @@ from services.ws_gateway.openai.fields import check, string
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 # The image parts of a content: the field is the address, or in chat completions an object that has it.
 _IMAGES = ("image_url", "input_image")
+# Thoughts of another server's model, among the parts of its message: nothing that this agent could go on from.
+_THOUGHTS = ("thinking", "redacted_thinking", "reasoning")
 _DATA_URL = re.compile(r"data:image/[a-z]+;base64,([A-Za-z0-9+/]+={0,2})")
 # The type stands in the first bytes. The number of characters is a multiple of four, as base64 needs.
 _HEAD = 64
@@ -27,12 +29,16 @@ def text_and_images(content: Any, where: str, *, seen: bool) -> tuple[str, tuple
     """`seen`: images may be among the parts."""
     images: tuple[str, ...] = ()
     if isinstance(content, list):
-        parts = [(part, f"{where}[{n}]") for n, part in enumerate(content)]
+        parts = [(part, f"{where}[{n}]") for n, part in enumerate(content) if not _is_thought(part, seen=seen)]
         shown = [one for one in parts if seen and isinstance(one[0], dict) and one[0].get("type") in _IMAGES]
         images = tuple(_image(part, place) for part, place in shown)
         content = "\n".join(_part(part, place) for part, place in parts if (part, place) not in shown)
     check(content is None or isinstance(content, str), where, "must be text or a list of parts")
     return string(content or "", where), images
+
+
+def _is_thought(part: Any, *, seen: bool) -> bool:
+    return not seen and isinstance(part, dict) and part.get("type") in _THOUGHTS
 
 
 def _image(part: Mapping[str, Any], where: str) -> str:

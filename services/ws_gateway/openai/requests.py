@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
@@ -179,7 +180,8 @@ class ResponsesRequest(BaseModel):
     def _sampling(self) -> dict[str, Any]:
         limit = _limit(self.max_output_tokens, "max_output_tokens")
         effort = self.reasoning.get("effort") if isinstance(self.reasoning, dict) else None
-        check(effort is None or isinstance(effort, str), "reasoning.effort", "must be text")
+        is_effort = isinstance(effort, str) and re.fullmatch("[a-z]{1,20}", effort)
+        check(effort in (None, "") or bool(is_effort), "reasoning.effort", "must have 1 to 20 small letters")
         return _sampling(self, "temperature top_p", limit, ()) | ({"reasoning_effort": effort} if effort else {})
 
     def echoed(self) -> dict[str, Any]:

@@ -41,6 +41,13 @@ def properties(**schemas: Any) -> dict[str, Any]:
         (properties(a={"type": "any"}), properties(a={})),
         (properties(a={"type": "string", "nullable": True}), properties(a={"type": ["string", "null"]})),
         (properties(a={"type": "string", "nullable": False}), properties(a={"type": "string"})),
+        (
+            properties(a={"type": "string", "enum": ["x"], "nullable": True}),
+            properties(a={"type": ["string", "null"], "enum": ["x", None]}),
+        ),
+        ({"type": "OBJECT", "properties": {"a": {"type": "STRING"}}}, properties(a={"type": "string"})),
+        (properties(a={"type": "str"}, b={"type": ["int", "null"]}), properties(a={}, b={})),
+        (properties(a={"items": [], "additionalItems": {"type": "ANY"}}), properties(a={"items": {}})),
         (properties(a={"type": "object"}) | {"nullable": True}, properties(a={"type": "object"})),
         (properties(a={"type": "string", "required": True}), properties(a={"type": "string"}) | {"required": ["a"]}),
         (

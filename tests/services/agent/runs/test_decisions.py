@@ -16,6 +16,14 @@ from services.agent.runs.decisions import decision_in, is_unclear
         ("<@U0123ABC> yes", "approve", False),
         ("<@U0123ABC|bot>, No.", "deny", False),
         ("是的。", "approve", False),
+        *(
+            (text, "approve", False)
+            for text in ("ok!", "*Yes*", "“ok”", "(yes)", "ｙｅｓ", "\u200byes\ufe0f", "si\u0301", "yes…")
+        ),
+        *((text, "approve", False) for text in ("да", "sim", "はい。", "네", "نعم", "@bot: sure")),
+        *((text, "deny", False) for text in ("нет", "não", "いいえ", "아니요", "لا", "Nope.", "cancel")),
+        # A question decides nothing.
+        *((text, None, True) for text in ("yes?", "ok？", "yes!?", "oui👍", "yes/no", "👍🏽", "no 👎", "not ok")),
         ("yes please", None, True),
         ("ok but later", None, True),
         ("👍", None, True),

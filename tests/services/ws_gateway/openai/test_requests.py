@@ -226,6 +226,17 @@ def test_options_given_as_null_and_those_of_other_servers_change_nothing(fields:
         ),
         ([HI, {"role": "assistant", "content": None, "refusal": "no"}, HI], ["Hi"]),
         ([HI, {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, HI], ["Hi", "no"]),
+        *(
+            (
+                [
+                    HI,
+                    {"role": "assistant", "content": [{"type": type_, "text": "hm"}, {"type": "text", "text": "no"}]},
+                    HI,
+                ],
+                ["Hi", "no"],
+            )
+            for type_ in ("thinking", "redacted_thinking", "reasoning")
+        ),
         ([HI, CALLED | {"content": ""}, RESULT | {"content": ""}, HI], ["Hi", "", ""]),
         (
             [HI, CALLED | {"tool_calls": [CALL | {"index": 0}]}, RESULT | {"name": "f", "content": None}, HI],
@@ -419,6 +430,7 @@ def test_thoughts_of_another_servers_model_are_left_out() -> None:
         ("tools", [TOOL], "tools[0].name"),
         ("tools", [{"type": "function", "name": "f", "parameters": {"type": "array"}}], "tools[0].parameters.type"),
         ("tool_choice", {"type": "function", "name": "f"}, "tool_choice.name"),
+        ("reasoning", {"effort": "High\n"}, "reasoning.effort"),
         ("text", "json", "text"),
         ("previous_response_id", "resp_1", "previous_response_id"),
         ("conversation", "conv_1", "conversation"),
