@@ -53,6 +53,8 @@ class Says:
     """Only comments come, until `release`."""
     endless: bool = False
     """The text is repeated without end."""
+    drips_every: float = 0.0
+    """Seconds between two events of the stream."""
     packet: int | None = None
     """The stream is sent in pieces of this number of bytes, also through the middle of events and characters."""
 
@@ -213,6 +215,7 @@ class ModelServer:
             return
         for event in events:
             yield event
+            await asyncio.sleep(answer.drips_every)
         self._answered(asked, answer)
 
     def _answered(self, asked: Asked, answer: Says) -> None:

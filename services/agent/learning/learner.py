@@ -3,6 +3,7 @@ answer, memory gets the message itself and searches it by rules."""
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from datetime import timedelta
 from uuid import UUID
@@ -29,7 +30,7 @@ from services.agent.execution.start import context_of
 from services.agent.execution.usage import MeteredCall, usage_record
 from services.agent.learning import notes
 from services.agent.learning.notes import Said
-from services.agent.models.contract import Model, ModelFailed, Prompt
+from services.agent.models.contract import Model, ModelAnswer, ModelFailed, OnText, Prompt
 from services.agent.models.library import Models
 from services.agent.runs.content import SAID_CHARACTERS
 from services.agent.runs.metering import store_usage
@@ -38,6 +39,8 @@ from services.agent.runs.metering import store_usage
 ATTEMPTS = 3
 PAUSE = timedelta(seconds=30)
 MEMORY_SECONDS = 10.0
+# A run's own calls end with the run's time. A tenant's server could let this one drip for years.
+ANSWER_SECONDS = 300.0
 PURPOSE = "learning"
 """The kind of the usage: it is recorded as that of ``learning/<model>``, which has the model's price by default."""
 
@@ -170,7 +173,7 @@ class _Call:
             self._written_bytes += len(text.encode())
 
         try:
-            answer = await self.model.answer(self.prompt, count)
+            answer = await self._answered(count)
         except ModelFailed as error:
             if self._written_bytes:
                 self._used = lost_usage(self.resource, self.prompt, self._written_bytes)
@@ -181,6 +184,14 @@ class _Call:
             raise EffectFailed(error.reason) from error
         self._used = MeteredCall(self.resource, answer.usage, hold.id, hold.nanos)
         return answer.text
+
+    async def _answered(self, on_text: OnText) -> ModelAnswer:
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await self.model.answer(self.prompt, on_text)
+        except TimeoutError as error:
+            reason = f"{self.resource}: the answer did not end within {ANSWER_SECONDS:g} seconds"
+            raise ModelFailed(reason, transient=False) from error
 
     async def _before(self, tx: Tx, attempt: int, lost: bool) -> None:
         self._attempt = attempt

@@ -54,7 +54,8 @@ async def discover(outgoing: Outgoing, url: str, headers: Mapping[str, str]) -> 
                     raise InvalidMessage("url", f"its MCP server lists more than {MAX_ANSWER_BYTES} bytes of tools")
                 found = listed.get("tools")
                 tools += map(_mcp_tool, found if isinstance(found, list) else ())
-                if not isinstance(cursor := listed.get("nextCursor"), str):
+                cursor = listed.get("nextCursor")
+                if not isinstance(cursor, str) or not cursor:
                     break
     except EffectFailed as error:
         raise InvalidMessage("url", f"must be the address of an MCP server; it answered: {error.reason}") from error
@@ -209,6 +210,9 @@ def _converted(error: BaseException, progress: _Progress) -> Exception:
         case ValidationError() as invalid:
             fields = ", ".join(".".join(map(str, e["loc"])) or e["msg"] for e in invalid.errors()[:3])
             return EffectFailed(f"the answer of the MCP server does not follow the protocol: {fields}"[:500])
+        case RuntimeError():
+            # The library has no error of its own for a version that it does not know, and for other broken promises.
+            return EffectFailed(f"the answer of the MCP server does not follow the protocol: {error}"[:500])
         case MCPError() | httpx2.TransportError():
             reason = f"the MCP server did not answer ({type(error).__name__})"
             return Unanswered(reason) if progress.sent else Transient(reason)

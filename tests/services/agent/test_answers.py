@@ -328,9 +328,10 @@ async def test_limits_end_a_run_that_has_had_enough(world: World, tenant: Tenant
         assert (run["status"], run["error"]) == ("failed", error)
         world.models.forget(MODEL)
     agent = await tenant.agent(limits={"seconds": 1})
-    world.models.script(MODEL, Says("Long text", stalls_after=1))
-    run = await tenant.over(await tenant.say(agent, "Hi"))
-    assert (run["status"], run["error"]) == ("failed", "the limit of 1 seconds is reached")
+    for n, answer in enumerate((Says("Long text", stalls_after=1), Says("Drips. " * 1_000, drips_every=0.2))):
+        world.models.script(MODEL, answer)
+        run = await tenant.over(await tenant.say(agent, "Hi", session=str(n)))
+        assert (run["status"], run["error"]) == ("failed", "the limit of 1 seconds is reached")
 
 
 async def test_the_offline_model_answers_from_the_documents_and_calculates(world: World, tenant: Tenant) -> None:

@@ -23,6 +23,8 @@ class RawMcp:
         self.tools: list[Any] = []
         self.results: dict[str, Any] = {}
         """Tool → result of its call."""
+        self.said: dict[str, Any] = {}
+        """Method → result in place of the right one."""
         self.endless = False
         """After each page of tools there is another one."""
         self.methods: list[str] = []
@@ -34,9 +36,11 @@ class RawMcp:
         message = json.loads(await request.body())
         self.methods.append(message["method"])
         match message["method"]:
+            case method if method in self.said:
+                result: Any = self.said[method]
             case "initialize":
                 self._session += 1
-                result: Any = {
+                result = {
                     "protocolVersion": message["params"]["protocolVersion"],
                     "capabilities": {"tools": {}},
                     "serverInfo": {"name": "raw", "version": "1"},

@@ -176,3 +176,38 @@ async def test_a_server_that_lists_without_end_is_left(
         with pytest.raises(error, match=reason):
             await mcp.discover(outgoing, raw.url, {})
     await outgoing.close()
+
+
+SERVER = {"name": "raw", "version": "1"}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        None,
+        5,
+        [],
+        {},
+        {"protocolVersion": 5, "capabilities": {}, "serverInfo": SERVER},
+        {"protocolVersion": "9999-99-99", "capabilities": {}, "serverInfo": SERVER},
+        {"protocolVersion": "2025-06-18\r\nx: y", "capabilities": {}, "serverInfo": SERVER},
+        {"protocolVersion": "2025-06-18", "capabilities": 5, "serverInfo": SERVER},
+        {"protocolVersion": "2025-06-18", "capabilities": {}, "serverInfo": 5},
+    ],
+    ids=str,
+)
+async def test_a_handshake_that_is_none_is_refused_with_the_field(raw: RawMcp, said: Any) -> None:
+    raw.said["initialize"] = said
+    outgoing = Outgoing(allow_private=True)
+    async with asyncio.timeout(10):
+        with pytest.raises(InvalidMessage, match="MCP server") as caught:
+            await mcp.discover(outgoing, raw.url, {})
+    assert caught.value.field == "url"
+    await outgoing.close()
+
+
+async def test_an_empty_cursor_is_the_end_of_the_list(raw: RawMcp) -> None:
+    raw.said["tools/list"] = {"tools": [{"name": "a", "inputSchema": {}}], "nextCursor": ""}
+    outgoing = Outgoing(allow_private=True)
+    assert [tool.name for tool in await mcp.discover(outgoing, raw.url, {})] == ["a"]
+    await outgoing.close()
