@@ -145,6 +145,10 @@ async def checked_credentials(outgoing: Outgoing, vendor: Vendor[Any], given: di
         credentials: msgspec.Struct = decode_json(msgspec.json.encode(given), vendor.credentials)
     except InvalidMessage as error:
         raise InvalidMessage(f"credentials.{error.field}", error.reason) from None
+    # The signs that patterns name do not exclude a line break at the end: `$` matches before it.
+    for field, value in msgspec.structs.asdict(credentials).items():
+        if isinstance(value, str) and value != value.strip():
+            raise InvalidMessage(f"credentials.{field}", "must not begin or end with white space")
     for field in vendor.addresses:
         # An optional one may be empty.
         if address := getattr(credentials, field):

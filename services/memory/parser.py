@@ -24,6 +24,8 @@ from services.memory.domain import Chunk
 PARSE_SECONDS = 600.0
 # A hundred megabytes of text, with overlaps and headings, are less.
 MAX_PARSED_BYTES = 512 * 1024**2
+# Of a small file less: it can name one page, or one comment, a million times. Real files have ten times their size.
+MIN_PARSED_BYTES, MAX_EXPANSION = 8 * 1024**2, 100
 # A parser without output is stopped within this time after its document was deleted.
 CHECK_SECONDS = 2.0
 # The passages of one batch.
@@ -94,7 +96,9 @@ async def _parsed_once(
         chunks: list[Chunk] = []
         complete = False
         try:
-            async with aclosing(_lines(process, check)) as lines:
+            size = os.fstat(file.fileno()).st_size
+            most = min(MAX_PARSED_BYTES, MIN_PARSED_BYTES + MAX_EXPANSION * size)
+            async with aclosing(_lines(process, check, most)) as lines:
                 async for line in lines:
                     said = _understood(line)
                     if said.error is not None:
@@ -157,9 +161,9 @@ def _understood(line: bytes) -> _Said:
         raise DocumentRefused("The file cannot be read.") from None
 
 
-async def _lines(process: asyncio.subprocess.Process, check: Check) -> AsyncGenerator[bytes, None]:
+async def _lines(process: asyncio.subprocess.Process, check: Check, most: int) -> AsyncGenerator[bytes, None]:
     """The lines of a parser process. Raises NotFound. Raises DocumentRefused after PARSE_SECONDS of waiting, also
-    for a parser that sleeps between its lines, and after MAX_PARSED_BYTES."""
+    for a parser that sleeps between its lines, and after `most` bytes."""
     assert process.stdout is not None
     waited, size = 0.0, 0
     while True:
@@ -182,8 +186,8 @@ async def _lines(process: asyncio.subprocess.Process, check: Check) -> AsyncGene
         except ValueError:
             raise DocumentRefused("The file cannot be read: a part of it is too large.") from None
         size += len(line)
-        if size > MAX_PARSED_BYTES:
-            raise DocumentRefused(f"The file has more than {MAX_PARSED_BYTES // 1024**2} MiB of text.")
+        if size > most:
+            raise DocumentRefused(f"The file has more than {most // 1024**2} MiB of text, too much for its size.")
         if not line:
             return
         yield line

@@ -52,6 +52,7 @@ async def test_a_channel_is_created_shown_changed_and_deleted_and_never_shows_it
         ({"type": "telegram", "credentials": {"bot_token": "1:abc"}}, "credentials.secret_token"),
         ({"type": "telegram", "credentials": {**TELEGRAM, "secret_token": ""}}, "credentials.secret_token"),
         ({"type": "telegram", "credentials": {**TELEGRAM, "bot_token": "../x"}}, "credentials.bot_token"),
+        ({"type": "telegram", "credentials": {**TELEGRAM, "bot_token": "1:abc\n"}}, "credentials.bot_token"),
         ({"type": "telegram", "credentials": {**TELEGRAM, "more": "x"}}, "credentials.more"),
         ({"type": "telegram", "credentials": {**TELEGRAM, "bot_token": 1}}, "credentials.bot_token"),
         ({"type": "slack", "credentials": {"signing_secret": "", "bot_token": "x"}}, "credentials.signing_secret"),

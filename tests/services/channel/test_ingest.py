@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 from infra.clock import utcnow, uuid7
 from infra.errors import Transient
 from infra.observe.metrics import Metrics
-from infra.outgoing import webhooks
+from infra.outgoing import shares, webhooks
 from infra.outgoing.client import Outgoing
 from infra.postgres.database import Database
 from infra.security.crypto import Cipher
@@ -254,6 +254,38 @@ async def test_of_the_calls_of_one_turn_each_gets_its_own_answer(
             await asyncio.sleep(0.01)
     assert answers == {"forged": 401, "good": 200, "fault": 500, "no JSON": 400, "lost": 404, "good too": 200}
     assert await intake.texts() == ["good", "good too"]
+
+
+async def test_the_keys_of_a_vendor_are_read_for_the_tenant_of_the_channel(
+    intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outgoing request takes a place of the tenant's share, so it must be counted for the right one."""
+    whose: list[str] = []
+
+    async def keys(*_: object) -> dict[str, object]:
+        whose.append(shares.tenant.get())
+        raise Transient("the vendor is away")
+
+    token, answered = new_token(), asyncio.Event()
+    vendor = intake.account.vendor
+    monkeypatch.setattr(type(vendor), "publishes_keys", True)
+    monkeypatch.setattr(type(vendor), "keys", keys)
+    accounts = Accounts(intake.database, AccountSecrets(Cipher(MASTER_KEY)))
+    accounts._known[token] = time.monotonic() + 60, intake.account
+    take = Webhooks(accounts, intake.ingest, Metrics(CollectorRegistry()), Outgoing(allow_private=False), "")
+    request = SimpleNamespace(
+        method="POST",
+        scheme="http",
+        path=f"/webhooks/{intake.account.vendor.name}/{token}",
+        query="",
+        body=b"{}",
+        headers={},
+        answer=lambda _: answered.set(),
+    )
+    take(cast(RawRequest, request))
+    async with asyncio.timeout(10):
+        await answered.wait()
+    assert whose == [intake.account.tenant_id]
 
 
 async def test_the_drainer_pauses_less_the_longer_messages_have_waited(

@@ -126,6 +126,19 @@ async def test_the_findings_of_the_parser_arrive() -> None:
     assert warning.startswith("Pages without text: 2. ")
 
 
+async def test_a_small_file_that_names_one_comment_many_times_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only after the 512 MiB that a large file may have: all of it would be embedded and stored before."""
+    monkeypatch.setattr(parser, "MIN_PARSED_BYTES", 10_000)
+    monkeypatch.setattr(parser, "MAX_EXPANSION", 10)
+    comment = "<< /Type /Annot /Subtype /Text /Rect [0 0 1 1] /Contents (" + "the same words again " * 40 + ") >>"
+    page = "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 9 9] /Annots [" + "4 0 R " * 1_000 + "] >>"
+    objects = ["<< /Type /Catalog /Pages 2 0 R >>", "<< /Type /Pages /Kids [3 0 R] /Count 1 >>", page, comment]
+    with stored(files.assembled(objects)) as file, pytest.raises(parser.DocumentRefused, match="too much for its size"):
+        async for _ in parser.parsed(file, types.PDF, Findings(), never_deleted):
+            pass
+    assert not children()
+
+
 async def test_a_file_that_needs_too_much_processor_time_is_refused_once(monkeypatch: pytest.MonkeyPatch) -> None:
     class Ended:
         returncode = -signal.SIGXCPU
