@@ -71,7 +71,7 @@ class _Download(msgspec.Struct):
 class _Sent(msgspec.Struct):
     processQueryKey: str | None = None
     invalidStaffIdList: list[str] | None = None
-    """The person, if DingTalk knows nobody of this id. The status of this and the next two is 200."""
+    """The person, if DingTalk does not know the id. The status of this and the next two is 200."""
     filteredStaffIdList: list[str] | None = None
     """The person, if the robot may not write to them."""
     flowControlledStaffIdList: list[str] | None = None
