@@ -111,7 +111,7 @@ async def forget_person(event: SubjectErased, tx: Tx, conversations: Conversatio
         tx.enqueue(UTTERANCES, lane=f"embed {run_id}", item=UtteranceWork(run_id, "forget"))
 
 
-@FILLS.runner(concurrency=2)
+@FILLS.runner(concurrency=2, per_tenant=1)
 async def fill_index(item: FillWork, effects: Effects, tx: Tx, indexing: Indexing, models: Models) -> None:
     model = await models.of(item.model)
     if model is None:

@@ -28,6 +28,8 @@ _LEFT_OUT = frozenset(("$schema", "patternProperties", "$dynamicRef", "$dynamicA
 _DATA = frozenset(("const", "default", "enum", "examples"))
 """Keywords whose value is data, in which null means null and not a missing keyword."""
 _TYPES = frozenset(("string", "number", "integer", "boolean", "array", "object", "null"))
+# Of draft 3 and of programming languages, as libraries that build schemas write them.
+_FOREIGN_TYPES = frozenset(("any", "str", "int", "float", "double", "bool", "dict", "map", "list", "tuple", "none"))
 
 
 def adapted(field: str, schema: Any) -> dict[str, Any]:
@@ -90,7 +92,8 @@ def _adapted(schema: Any) -> Any:
 def _adapt_types(new: dict[str, Any]) -> None:
     """Draft 3 has the type ``any``, and schemas in a list of types. OpenAPI 3.0 has ``nullable``.
 
-    Google's libraries write types in capitals, others have types of their own, as ``str``: these are not checked.
+    Google's libraries write types in capitals, others those of their language, as ``str``: these are not checked. Any
+    other type is a mistake, which the validator names.
     """
     types = new.get("type")
     if isinstance(types, str) and types.lower() in _TYPES:
@@ -99,8 +102,8 @@ def _adapt_types(new: dict[str, Any]) -> None:
         new["type"] = [types, "null"]
         if isinstance(values := new.get("enum"), list) and None not in values:
             new["enum"] = [*values, None]
-    elif isinstance(types, str | list) and not all(
-        isinstance(one, str) and one in _TYPES for one in (types if isinstance(types, list) else [types])
+    elif (isinstance(types, str) and types.lower() in _FOREIGN_TYPES) or (
+        isinstance(types, list) and not all(isinstance(one, str) and one in _TYPES for one in types)
     ):
         del new["type"]
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from infra.clock import utcnow, uuid7
@@ -13,6 +14,7 @@ from infra.outgoing.client import Outgoing
 from services.channel.routing import Route, is_for_the_bot, routed
 from services.channel.vendors.base import Groups, Request
 from services.channel.vendors.items import Inbound
+from services.channel.vendors.teams import _Key
 from tests.services.channel.conftest import Desk
 from tests.services.channel.vendors.conftest import Adapter, Call
 from tooling.testing.vendors import (
@@ -156,7 +158,7 @@ async def test_adapters_tell_groups_mentions_and_replies(name: str, call: Call, 
 
 def _with_keys(call: Call) -> Request:
     body, headers = call
-    return Request("POST", "", headers, body, keys=published(TEAMS))
+    return Request("POST", "", headers, body, keys=msgspec.convert(published(TEAMS), dict[str, _Key]))
 
 
 async def change(desk: Desk, channel: dict[str, Any], **body: Any) -> httpx.Response:
