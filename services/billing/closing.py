@@ -5,6 +5,7 @@ A period is closed once, under the lock of the tenant's account; its draft has a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 
 import msgspec
@@ -34,12 +35,10 @@ async def _draft(tx: Tx, tenant_id: str, currency: str, period: Period, seller_c
     plan = await plans.version(tx, period.plan_id, period.plan_version)
     usage = await metered(tx, tenant_id, period.period)
     lines = plans.lines(plan, usage, period.seconds, period.full_seconds)
-    lines += await _commitments(tx, tenant_id, period, plan, sum(line.amount_nanos for line in lines))
-    subtotal = sum(line.amount_nanos for line in lines)
-    if max(subtotal, *(line.amount_nanos for line in lines), 0) > MAX_CREDIT_NANOS:
-        raise Conflict(
-            f"the invoice of the period from {period.begins.isoformat()} is above {MAX_CREDIT_NANOS} nano-units"
-        )
+    # Also before the sum is stored: the database would refuse it without the period.
+    subtotal = _subtotal(period, lines)
+    lines += await _commitments(tx, tenant_id, period, plan, subtotal)
+    subtotal = _subtotal(period, lines)
     invoice_id = uuid7()
     taxed = await tax.due(tx, tenant_id, subtotal, seller_country)
     await tx.sql(
@@ -83,6 +82,16 @@ async def _draft(tx: Tx, tenant_id: str, currency: str, period: Period, seller_c
         "UPDATE period SET closed_at = clock_timestamp() WHERE tenant_id = $1 AND period = $2", tenant_id, period.period
     )
     return await invoices.get(tx, tenant_id, invoice_id)
+
+
+def _subtotal(period: Period, lines: Sequence[DraftLine]) -> int:
+    """The sum of the lines. Raises Conflict if it, or one of them, is above what the books can hold."""
+    amounts = [line.amount_nanos for line in lines]
+    if max(sum(amounts), *amounts, 0) > MAX_CREDIT_NANOS:
+        raise Conflict(
+            f"the invoice of the period from {period.begins.isoformat()} is above {MAX_CREDIT_NANOS} nano-units"
+        )
+    return sum(amounts)
 
 
 async def _commitments(tx: Tx, tenant_id: str, period: Period, plan: Plan, amount_nanos: int) -> list[DraftLine]:

@@ -21,7 +21,7 @@ from services.memory.learning import Learning
 from services.memory.memories import Memories
 from services.memory.milvus import MilvusIndex
 from services.memory.model_change import ModelChange
-from services.memory.models import Models
+from services.memory.models import EmbeddingModels
 from services.memory.pgvector import PgvectorIndex
 from services.memory.reranking import Reranker
 from services.memory.retrieval import Retrieval
@@ -41,7 +41,7 @@ def objects(runtime: Runtime) -> Objects:
 
 
 @cache
-def models(runtime: Runtime) -> Models:
+def models(runtime: Runtime) -> EmbeddingModels:
     settings = runtime.settings
     wanted = LOCAL
     if settings.embedding_base_url:
@@ -53,7 +53,7 @@ def models(runtime: Runtime) -> Models:
             return LocalEmbedder(key)
         return RemoteEmbedder(runtime.outgoing, place.base_url, place.name, place.api_key, key)
 
-    return Models(runtime.worker, runtime.cipher, wanted, make)
+    return EmbeddingModels(runtime.worker, runtime.cipher, wanted, make)
 
 
 @cache

@@ -22,7 +22,7 @@ from services.memory.credit import Credit
 from services.memory.embeddings import Embedded, Embedder
 from services.memory.engines import Engines
 from services.memory.index import VectorRow
-from services.memory.models import Models
+from services.memory.models import EmbeddingModels
 from services.memory.readable import Found
 from services.memory.usage import record_usage
 
@@ -38,7 +38,7 @@ def session_scope(session_key: str) -> str:
 
 
 class Conversations:
-    def __init__(self, cipher: Cipher, models: Models, index: Engines, credit: Credit) -> None:
+    def __init__(self, cipher: Cipher, models: EmbeddingModels, index: Engines, credit: Credit) -> None:
         self._cipher = cipher
         self._subjects = SubjectKeys(cipher)
         self._models = models

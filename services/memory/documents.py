@@ -58,7 +58,7 @@ class StoredDocument(NamedTuple):
     """The person."""
 
 
-class Origin(NamedTuple):
+class DocumentOrigin(NamedTuple):
     """The message with which a person sent a file."""
 
     channel_id: UUID
@@ -75,7 +75,7 @@ async def add(
     audience: Sequence[str] = (ALL,),
     tags: Sequence[str] = (),
     created_by: str = "",
-    origin: Origin | None = None,
+    origin: DocumentOrigin | None = None,
 ) -> StoredDocument:
     await tx.sql(
         """

@@ -22,13 +22,13 @@ _MISSING = "NOT indexed_in @> $1::text[]"
 _NOT_EMBEDDED = f"{vectors.of('$2', 'm')} IS NULL"
 
 
-class Waiting(NamedTuple):
+class Unfilled(NamedTuple):
     total: int
     waiting: int
     """Of the total, those that are missing."""
 
 
-async def waiting_for(tx: Tx, model: str, names: Sequence[str], tenant_id: str | None = None) -> Waiting:
+async def waiting_for(tx: Tx, model: str, names: Sequence[str], tenant_id: str | None = None) -> Unfilled:
     """The indexed documents and replies that the indexes of these names must have, and the memories that the model must
     have embedded; of one tenant or of all."""
     [counts] = await tx.sql(
@@ -49,7 +49,7 @@ async def waiting_for(tx: Tx, model: str, names: Sequence[str], tenant_id: str |
         model,
         tenant_id,
     )
-    return Waiting(*counts)
+    return Unfilled(*counts)
 
 
 async def fill_missing(database: Database, model: str, names: Sequence[str], *, only: str | None = None) -> None:

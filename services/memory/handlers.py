@@ -24,7 +24,7 @@ from services.memory.forgetting import erase
 from services.memory.indexing import Indexing
 from services.memory.keeping import Keeping
 from services.memory.learning import FinishedRun, Learning
-from services.memory.models import Models
+from services.memory.models import EmbeddingModels
 from services.memory.versions import OldVersion
 
 
@@ -112,7 +112,7 @@ async def forget_person(event: SubjectErased, tx: Tx, conversations: Conversatio
 
 
 @FILLS.runner(concurrency=2, per_tenant=1)
-async def fill_index(item: FillWork, effects: Effects, tx: Tx, indexing: Indexing, models: Models) -> None:
+async def fill_index(item: FillWork, effects: Effects, tx: Tx, indexing: Indexing, models: EmbeddingModels) -> None:
     model = await models.of(item.model)
     if model is None:
         return
@@ -131,7 +131,9 @@ async def fill_index(item: FillWork, effects: Effects, tx: Tx, indexing: Indexin
 # One document per tenant at a time, so that a tenant's large or hostile files keep no other tenant waiting. Parsing and
 # embedding use all processors: more documents at once would only make each of them slower.
 @DOCUMENTS.runner(concurrency=3, per_tenant=1)
-async def work_on_document(item: DocumentWork, effects: Effects, tx: Tx, indexing: Indexing, models: Models) -> None:
+async def work_on_document(
+    item: DocumentWork, effects: Effects, tx: Tx, indexing: Indexing, models: EmbeddingModels
+) -> None:
     match item.act:
         case "index":
             if replaced := await indexing.index(item.document_id, effects, tx):

@@ -30,7 +30,7 @@ from services.memory.domain import count_tokens, embedded_text
 from services.memory.embeddings import BATCH, Embedder
 from services.memory.engines import Engines
 from services.memory.index import INSERT_ROWS, VectorRow
-from services.memory.models import Models
+from services.memory.models import EmbeddingModels
 from services.memory.parser import DocumentRefused, Findings, parsed
 from services.memory.passages import StoredPassage
 from services.memory.usage import record_document, record_usage
@@ -56,7 +56,7 @@ class Replaced(NamedTuple):
 
 
 class Indexing:
-    def __init__(self, objects: Objects, models: Models, index: Engines, credit: Credit) -> None:
+    def __init__(self, objects: Objects, models: EmbeddingModels, index: Engines, credit: Credit) -> None:
         self._objects = objects
         self._models = models
         self._index = index

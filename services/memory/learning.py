@@ -18,7 +18,7 @@ from services.memory.extraction import Kind, facts
 from services.memory.forgetting import is_withdrawn
 from services.memory.keeping import Keeping, New
 from services.memory.memories import Memories
-from services.memory.models import Models
+from services.memory.models import EmbeddingModels
 from services.memory.usage import record_usage
 from services.memory.vectors import store
 
@@ -58,7 +58,7 @@ class Merged(NamedTuple):
 
 
 class Learning:
-    def __init__(self, keeping: Keeping, memories: Memories, models: Models, credit: Credit) -> None:
+    def __init__(self, keeping: Keeping, memories: Memories, models: EmbeddingModels, credit: Credit) -> None:
         self._keeping = keeping
         self._memories = memories
         self._models = models

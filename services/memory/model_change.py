@@ -22,7 +22,7 @@ from services.memory import engines, vectors
 from services.memory.engines import ENGINES, Engines
 from services.memory.filling import fill_missing, tenants_of, unmark, waiting_for
 from services.memory.migration import verified
-from services.memory.models import Models
+from services.memory.models import EmbeddingModels
 
 POLL_SECONDS = 1.0
 # Texts whose item has ended without a vector, and new ones that the target did not get, are enqueued again.
@@ -35,7 +35,7 @@ _log = get_logger("memory.model_change")
 class ModelChange:
     """Runs until stopped, in every process; one at a time works. `database`: the worker role's."""
 
-    def __init__(self, database: Database, models: Models, index: Engines) -> None:
+    def __init__(self, database: Database, models: EmbeddingModels, index: Engines) -> None:
         self._database = database
         self._models = models
         self._index = index

@@ -34,7 +34,7 @@ class Current(NamedTuple):
     """False if the target's endpoint has just given no answer."""
 
 
-class Models:
+class EmbeddingModels:
     """`database`: the worker role's. `wanted`: the model of the settings. `make`: of a key and an endpoint."""
 
     def __init__(

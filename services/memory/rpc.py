@@ -19,7 +19,7 @@ from infra.web import rpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from services.memory import rights
 from services.memory.adapters import keeping, learning, memories, objects, retrieval, sent_files
-from services.memory.documents import Origin
+from services.memory.documents import DocumentOrigin
 from services.memory.events import MAX_IMPORTANCE
 from services.memory.extraction import MAX_FACTS, MAX_TEXT, Kind, is_stated, normal
 from services.memory.handlers import enqueue_memory
@@ -147,7 +147,7 @@ class MemoryRpc(memory_pb2_grpc.MemoryServicer):
     async def KeepFile(self, request: memory_pb2.KeepFileRequest, context: Any) -> memory_pb2.KeepFileReply:
         _uuid("document_id", request.document_id)
         _attachment(request.path)
-        origin = Origin(
+        origin = DocumentOrigin(
             _uuid("channel_id", request.channel_id),
             _uuid("message_id", request.message_id),
             _person(request.subject_id),

@@ -32,7 +32,7 @@ class SentFiles:
         self._subjects = subjects
         self._credit = credit
 
-    async def keep(self, tenant_id: str, origin: documents.Origin, asked: memory_pb2.KeepFileRequest) -> None:
+    async def keep(self, tenant_id: str, origin: documents.DocumentOrigin, asked: memory_pb2.KeepFileRequest) -> None:
         """Makes a document of the file; one that was made before stays as it is. Raises InvalidMessage, NotFound,
         Conflict, NoCredit, and Transient if billing does not answer, for too many files."""
         id_, user_id = UUID(asked.document_id), asked.actor.partition(":")[2]

@@ -30,7 +30,7 @@ from services.memory.embeddings import BATCH, LOCAL, LocalEmbedder
 from services.memory.keeping import Keeping
 from services.memory.learning import FinishedRun, FoundFact, Learning
 from services.memory.memories import TOKENS, Memories, MemoryScope
-from services.memory.models import Models
+from services.memory.models import EmbeddingModels
 from services.memory.vectors import store
 from tooling.bench.fixture import Fixture
 from tooling.bench.protocol import Units
@@ -201,7 +201,7 @@ async def measure(place: Fixture, progress: Callable[[int, int], None]) -> list[
     cipher, embedder = Cipher("m" * 43 + "="), LocalEmbedder()
     subjects = SubjectKeys(cipher)
     memories = Memories(subjects)
-    models = Models(database, cipher, LOCAL, lambda *_: embedder)
+    models = EmbeddingModels(database, cipher, LOCAL, lambda *_: embedder)
     learning = Learning(Keeping(subjects), memories, models, Credit(cast(Any, HasCredit())))
     talks = [conversation(person) for person in range(PEOPLE)]
     for person, (messages, _) in enumerate(talks):

@@ -37,7 +37,7 @@ from services.memory.embeddings import BATCH, LOCAL, LocalEmbedder
 from services.memory.engines import Engines
 from services.memory.index import VectorRow
 from services.memory.memories import Memories
-from services.memory.models import Models
+from services.memory.models import EmbeddingModels
 from services.memory.pgvector import PgvectorIndex
 from services.memory.retrieval import DENSE, HYBRID, KEYWORD, Query, Retrieval
 from services.memory.rights import of_agent
@@ -137,7 +137,7 @@ async def measure(place: Fixture, progress: Callable[[int, int], None]) -> list[
     ]
     worker, request = Database(engines[0], "memory"), Database(engines[1], "memory", tenanted=True)
     embedder, cipher, credit = LocalEmbedder(), Cipher("m" * 43 + "="), Credit(cast(Any, HasCredit()))
-    index, models = PgvectorIndex(worker, embedder.key), Models(worker, cipher, LOCAL, lambda *_: embedder)
+    index, models = PgvectorIndex(worker, embedder.key), EmbeddingModels(worker, cipher, LOCAL, lambda *_: embedder)
     indexes = Engines(worker, lambda *_: index)
     conversations, memories = Conversations(cipher, models, indexes, credit), Memories(SubjectKeys(cipher))
     retrieval = Retrieval(request, worker, models.active, indexes, conversations, memories, credit)

@@ -85,7 +85,7 @@ class _Response(msgspec.Struct):
     team: str = ""
     upload_url: str = ""
     file_id: str = ""
-    file: slack_events.File | None = None
+    file: slack_events.SlackFile | None = None
 
 
 class Slack(Vendor[SlackCredentials]):

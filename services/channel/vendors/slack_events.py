@@ -53,7 +53,7 @@ class _Kind(msgspec.Struct):
     """An object in events about a person."""
 
 
-class File(msgspec.Struct):
+class SlackFile(msgspec.Struct):
     id: str | None = None
     file_access: str | None = None
     name: str | None = None
@@ -76,7 +76,7 @@ class _Attachment(msgspec.Struct):
     title: str | None = None
     fields: list[_Field] | None = None
     blocks: list[Any] | None = None
-    files: list[File] | None = None
+    files: list[SlackFile] | None = None
     is_share: bool | None = None
     """The message was forwarded."""
     is_msg_unfurl: bool | None = None
@@ -87,7 +87,7 @@ class Content(msgspec.Struct):
     """The content of a message. In `text`, ``& < >`` are entities."""
 
     text: str | None = None
-    files: list[File] | None = None
+    files: list[SlackFile] | None = None
     attachments: list[_Attachment] | None = None
     blocks: list[Any] | None = None
 
@@ -309,12 +309,12 @@ def attachments(content: Content) -> tuple[Attachment, ...]:
     )
 
 
-def _files(content: Content) -> list[File]:
+def _files(content: Content) -> list[SlackFile]:
     """Also those of forwarded messages."""
     return [*(content.files or ()), *(file for one in content.attachments or () for file in one.files or ())]
 
 
-def _ref(file: File) -> str:
+def _ref(file: SlackFile) -> str:
     by_id = f"{BY_ID}{file.id}" if file.id and file.file_access == "check_file_info" else ""
     return file.url_private or by_id
 

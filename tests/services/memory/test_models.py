@@ -16,7 +16,7 @@ from services.memory import documents, engines, model_change, vectors
 from services.memory.embeddings import Endpoint
 from services.memory.engines import Engines
 from services.memory.model_change import ModelChange
-from services.memory.models import Models
+from services.memory.models import EmbeddingModels
 from services.memory.versions import reuse_vectors
 from tooling.testing.platform import Platform
 
@@ -27,8 +27,8 @@ async def test_no_document_is_missed_that_is_indexed_during_the_switch(
     await platform.prepare("memory")
     database, cipher, tenant = platform.database("memory"), Cipher("m" * 43 + "="), "tenant-of-switch"
 
-    def models(name: str) -> Models:
-        return Models(database, cipher, Endpoint(name, "http://x", None), lambda key, _: Mock(key=key))
+    def models(name: str) -> EmbeddingModels:
+        return EmbeddingModels(database, cipher, Endpoint(name, "http://x", None), lambda key, _: Mock(key=key))
 
     async def fine(*_: object) -> None:
         pass

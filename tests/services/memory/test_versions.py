@@ -207,7 +207,7 @@ async def site() -> AsyncIterator[str]:
             case "inside":
                 return RedirectResponse("http://169.254.169.254/latest/meta-data")
             case "nowhere":
-                return Response(status_code=302, headers={"location": f"http://127.0.0.1/{'x' * 20_000}" * 4})
+                return Response(status_code=302, headers={"location": f"http://127.0.0.1/{'x' * 20_000}" * 2})
             case "loop":
                 return RedirectResponse("/loop")
             case "picture":
