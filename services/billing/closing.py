@@ -85,7 +85,7 @@ async def _draft(tx: Tx, tenant_id: str, currency: str, period: Period, seller_c
 
 
 def _subtotal(period: Period, lines: Sequence[DraftLine]) -> int:
-    """The sum of the lines. Raises Conflict if it, or one of them, is above what the books can hold."""
+    """The sum of the lines. Raises Conflict if it, or one of them, is above the largest amount of the books."""
     amounts = [line.amount_nanos for line in lines]
     if max(sum(amounts), *amounts, 0) > MAX_CREDIT_NANOS:
         raise Conflict(
