@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import httpx
-import msgspec
 import pytest
 
 from infra.clock import utcnow, uuid7
@@ -14,9 +13,8 @@ from infra.outgoing.client import Outgoing
 from services.channel.routing import Route, is_for_the_bot, routed
 from services.channel.vendors.base import Groups, Request
 from services.channel.vendors.items import Inbound
-from services.channel.vendors.teams import _Key
 from tests.services.channel.conftest import Desk
-from tests.services.channel.vendors.conftest import Adapter, Call
+from tests.services.channel.vendors.conftest import Adapter, Call, keys_of
 from tooling.testing.vendors import (
     FeishuStandIn,
     LineStandIn,
@@ -26,7 +24,6 @@ from tooling.testing.vendors import (
     WhatsAppStandIn,
 )
 from tooling.testing.vendors.server import StandIn
-from tooling.testing.vendors.teams import published
 
 DEFAULT, SALES, HELP, ROOM = (uuid7() for _ in range(4))
 ROUTES = (
@@ -158,7 +155,7 @@ async def test_adapters_tell_groups_mentions_and_replies(name: str, call: Call, 
 
 def _with_keys(call: Call) -> Request:
     body, headers = call
-    return Request("POST", "", headers, body, keys=msgspec.convert(published(TEAMS), dict[str, _Key]))
+    return Request("POST", "", headers, body, keys=keys_of(TEAMS))
 
 
 async def change(desk: Desk, channel: dict[str, Any], **body: Any) -> httpx.Response:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from infra.clock import utcnow
@@ -11,7 +12,10 @@ from infra.outgoing.client import Outgoing
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Outbound, Request
 from services.channel.vendors.items import Item, Received
+from services.channel.vendors.teams import _Key
+from tooling.testing.vendors import TeamsStandIn
 from tooling.testing.vendors.server import StandIn
+from tooling.testing.vendors.teams import published
 
 Call = tuple[bytes, dict[str, str]]
 
@@ -59,3 +63,8 @@ def assert_every_change_is_refused(call: Call, proofs: tuple[str, ...], receive:
     for forged in changed:
         with pytest.raises(Unauthenticated):
             receive(forged)
+
+
+def keys_of(fake: TeamsStandIn) -> dict[str, _Key]:
+    """The published keys of the fake as the service has read them."""
+    return msgspec.convert(published(fake), dict[str, _Key])

@@ -9,7 +9,7 @@ import msgspec
 
 from services.channel.vendors.base import Request
 from services.channel.vendors.items import Deleted, Edited, Moved, Reacted, Receipt
-from services.channel.vendors.teams import _Key
+from tests.services.channel.vendors.conftest import keys_of
 from tests.services.channel.vendors.kinds import Examples, Expected, ignored, posted
 from tooling.testing.vendors import (
     DiscordStandIn,
@@ -17,7 +17,6 @@ from tooling.testing.vendors import (
     TeamsStandIn,
     TelegramStandIn,
 )
-from tooling.testing.vendors.teams import published
 
 
 def telegram() -> Examples:
@@ -253,6 +252,6 @@ def teams() -> Examples:
         given[kind] = fake.activity(None, type=type_, **({"name": name} if name else {})), None
 
     def request(content: Any) -> Request:
-        return posted(fake.signed(content))._replace(keys=msgspec.convert(published(fake), dict[str, _Key]))
+        return posted(fake.signed(content))._replace(keys=keys_of(fake))
 
     return Examples(fake, request, given)

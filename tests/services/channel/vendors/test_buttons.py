@@ -14,8 +14,7 @@ from services.channel.events import Attachment
 from services.channel.routing import is_for_the_bot
 from services.channel.vendors.base import Request
 from services.channel.vendors.items import Ignored, Inbound, Received
-from services.channel.vendors.teams import _Key
-from tests.services.channel.vendors.conftest import Adapter
+from tests.services.channel.vendors.conftest import Adapter, keys_of
 from tooling.testing.vendors import (
     DingTalkStandIn,
     DiscordStandIn,
@@ -24,7 +23,6 @@ from tooling.testing.vendors import (
     TeamsStandIn,
     TelegramStandIn,
 )
-from tooling.testing.vendors.teams import published
 
 
 def pressed(received: Received) -> tuple[str, str, str]:
@@ -125,7 +123,7 @@ async def test_teams(outgoing: Outgoing) -> None:
     group = {"id": "19:c", "tenantId": "t1", "conversationType": "groupChat"}
     for value, text in (({"choice": "yes"}, '{"choice":"yes"}'), ("yes", "yes")):
         body, headers = fake.signed(fake.activity(None, value=value, conversation=group))
-        request = Request("POST", "", headers, body, keys=msgspec.convert(published(fake), dict[str, _Key]))
+        request = Request("POST", "", headers, body, keys=keys_of(fake))
         received = adapter.vendor.receive(request, adapter.credentials, utcnow())
         assert pressed(received) == ("19:c", "29:1", text)
 

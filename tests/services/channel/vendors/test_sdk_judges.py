@@ -11,15 +11,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from infra.clock import utcnow
 from infra.errors import InvalidMessage, Unauthenticated
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Request
-from services.channel.vendors.teams import _Key
 from tests.services.channel.vendors import kinds_of_apps, kinds_of_messengers, kinds_of_offices
+from tests.services.channel.vendors.conftest import keys_of
 from tooling.stack.own_environment import environment, made
 from tooling.testing.vendors import FeishuStandIn, LineStandIn, TeamsStandIn
 from tooling.testing.vendors.teams import published
@@ -46,7 +45,7 @@ def changed(body: bytes, headers: dict[str, str], proofs: tuple[str, ...]) -> li
 
 def ours(name: str, fake: Any, body: bytes, headers: dict[str, str]) -> bool:
     vendor = VENDORS[name]
-    keys = msgspec.convert(published(fake), dict[str, _Key]) if isinstance(fake, TeamsStandIn) else {}
+    keys = keys_of(fake) if isinstance(fake, TeamsStandIn) else {}
     try:
         vendor.receive(Request("POST", "", headers, body, keys=keys), vendor.credentials(**fake.credentials), utcnow())
     except (Unauthenticated, InvalidMessage):
