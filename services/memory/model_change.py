@@ -82,9 +82,12 @@ class ModelChange:
 
     async def _advance(self, key: str) -> None:
         """Switches to the target once it has embedded everything."""
-        if await self._is_missing(key):
+        async with self._database.begin() as tx:
+            names = engines.names((await engines.choice(tx)).filling, key)
+            waiting = (await waiting_for(tx, key, names)).waiting
+        if waiting:
             if time.monotonic() > self._fill_at:
-                await fill_missing(self._database, key, await self._names(key))
+                await fill_missing(self._database, key, names)
                 self._fill_at = time.monotonic() + AGAIN_SECONDS
             return
         for index in await self._index.filled(key):
@@ -111,15 +114,6 @@ class ModelChange:
                 )
         failpoint("after_model_switch")
         _log.info("searches use another embedding model now", model=key)
-
-    async def _names(self, key: str) -> list[str]:
-        async with self._database.begin() as tx:
-            return engines.names((await engines.choice(tx)).filling, key)
-
-    async def _is_missing(self, key: str) -> bool:
-        names = await self._names(key)
-        async with self._database.begin() as tx:
-            return (await waiting_for(tx, key, names)).waiting > 0
 
     async def _delete(self, key: str) -> None:
         """Deletes the vectors of a model that is not in use any more, then forgets the model."""

@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from statistics import median
 from time import perf_counter
 
 from tooling.bench import memory
-from tooling.bench.fixture import Fixture, running_platform_on
 from tooling.bench.http_load import flood
-from tooling.bench.overhead import SERVICES, WARM, WARM_RATE, Overhead
+from tooling.bench.overhead import WARM, WARM_RATE, Overhead
 from tooling.bench.protocol import Units, check, percentile, units
-from tooling.testing.model_server import model_server
-from tooling.testing.vendors import WebhookStandIn
 
 TIMES, SECONDS = 10, 60.0
 ROUNDS, ROUND = 3, 200
@@ -104,11 +100,3 @@ async def _watch(bench: Overhead, seen: list[float]) -> None:
     while True:
         seen.append(sum(memory.of_services(bench.platform).values()))
         await asyncio.sleep(1)
-
-
-@asynccontextmanager
-async def running(place: Fixture) -> AsyncIterator[Overhead]:
-    async with model_server() as models, WebhookStandIn() as vendor, running_platform_on(place) as platform:
-        bench = Overhead(place, platform, models, vendor, services=SERVICES)
-        await bench.prepare()
-        yield bench

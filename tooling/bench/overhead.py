@@ -198,8 +198,15 @@ class Overhead:
 
 
 @asynccontextmanager
-async def running(place: Fixture, *, traced: bool = True) -> AsyncIterator[Overhead]:
-    async with model_server() as models, TelegramStandIn() as vendor, running_platform_on(place) as platform:
-        bench = Overhead(place, platform, models, vendor, traced=traced)
+async def running(
+    place: Fixture, vendor: TelegramStandIn | WebhookStandIn | None = None, *, traced: bool = True
+) -> AsyncIterator[Overhead]:
+    """vendor: by default Telegram's."""
+    async with (
+        model_server() as models,
+        vendor or TelegramStandIn() as serving,
+        running_platform_on(place) as platform,
+    ):
+        bench = Overhead(place, platform, models, serving, traced=traced)
         await bench.prepare()
         yield bench

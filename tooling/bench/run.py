@@ -30,6 +30,7 @@ from tooling.bench import (
 from tooling.bench.fixture import Fixture, bench_fixture
 from tooling.bench.protocol import PAIRS, Anchor, Figure, run_pairs
 from tooling.testing.stack import Stack
+from tooling.testing.vendors import WebhookStandIn
 
 # Called with the number of slices that are done and the number of all slices.
 Progress = Callable[[int, int], None]
@@ -132,7 +133,7 @@ async def run_growth(place: Fixture, progress: Progress, pairs: int) -> Sequence
 
 
 async def run_burst(place: Fixture, progress: Progress, _: int) -> Sequence[Figure]:
-    async with burst.running(place) as bench:
+    async with overhead.running(place, WebhookStandIn()) as bench:
         return await burst.measure(bench, progress)
 
 

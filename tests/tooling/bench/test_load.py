@@ -9,14 +9,15 @@ import pytest
 from tooling.bench import burst, soak
 from tooling.bench.consume import TOPICS
 from tooling.bench.fixture import bench_fixture
-from tooling.bench.overhead import SERVICES, Overhead
+from tooling.bench.overhead import SERVICES, Overhead, running
 from tooling.bench.soak import Soak
 from tooling.testing.stack import Stack
+from tooling.testing.vendors import WebhookStandIn
 
 
 @pytest.fixture(scope="module")
 async def bench(stack: Stack) -> AsyncIterator[Overhead]:
-    async with bench_fixture(stack, TOPICS) as place, burst.running(place) as found:
+    async with bench_fixture(stack, TOPICS) as place, running(place, WebhookStandIn()) as found:
         yield found
 
 
