@@ -124,8 +124,10 @@ async def test_64_concurrent_spenders_with_crashes_pass_a_budget_by_at_most_one_
             expires = 1 if fate < 0.2 else 600_000
             ask = partial(reserve, tenant, step, expires, hold_id=str(hold_id), agent_id=str(agent))
             replies = [await steadily(ask) for _ in range(1 + (fate > 0.8))]
-            assert len({reply.granted for reply in replies}) == 1
-            if not replies[0].granted or fate < 0.2:
+            # A hold that was refused is decided again; one that was granted stays granted.
+            granted = [reply.granted for reply in replies]
+            assert granted == sorted(granted)
+            if not granted[-1] or fate < 0.2:
                 continue
             if fate < 0.3:
                 await steadily(partial(tenant.release, hold_id))
