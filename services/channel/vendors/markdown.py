@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from markdown_it import MarkdownIt
+from markdown_it.parser_inline import ParserInline
+from markdown_it.rules_inline import StateInline
+from markdown_it.rules_inline.state_inline import Scanned
 from markdown_it.token import Token
 
 Pair = tuple[str, str]
 _FENCE = re.compile("`{3,}")
 _SCHEMES = ("http://", "https://", "mailto:", "tel:")
+# After the scheme; marks around an address do not belong to it.
+_ADDRESS = re.compile(r"://(?:[!#-%'-);?-Z^_a-z+-:=]|&(?!amp;)|~(?!~))+")
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class Dialect:
     """Escapes plain text so that no character of it is a mark or a mention."""
     heading: Pair | None = None
     """None: as bold text."""
+    joint: str = ""
+    """Stands between a span's mark and a letter outside of it, where the vendor sees no mark next to a letter."""
 
 
 def plain_link(label: str, url: str) -> str:
@@ -82,8 +91,50 @@ def render(text: str, dialect: Dialect) -> str:
 @lru_cache(maxsize=64)
 def _parse(text: str) -> tuple[Token, ...]:
     # Cached, because the same text is measured and then sent.
-    parser = MarkdownIt("commonmark", {"html": False, "linkify": False}).enable(["table", "strikethrough"])
+    parser = MarkdownIt("commonmark", {"html": False, "linkify": False}).enable("table")
+    parser.inline = _Inline()
     return tuple(parser.parse(text))
+
+
+class _State(StateInline):
+    def scanDelims(self, start: int, canSplitWord: bool) -> Scanned:
+        """Lets a mark between a wide letter and punctuation begin or end a span, as in ``他说**“好”**了``.
+
+        CommonMark takes spaces for the ends of words; models write Chinese, Japanese and Korean without them, and
+        the marks would be shown.
+        """
+        can_open, can_close, length = super().scanDelims(start, canSplitWord)
+        before, after = self.src[start - 1 : start] or " ", self.src[start + length : start + length + 1] or " "
+        if canSplitWord and not before.isspace() and not after.isspace():
+            can_open |= unicodedata.east_asian_width(before) in "WF"
+            can_close |= unicodedata.east_asian_width(after) in "WF"
+        return Scanned(can_open, can_close, length)
+
+
+class _Inline(ParserInline):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ruler.before("strikethrough", "address", _address)
+
+    def parse(self, src: str, md: MarkdownIt, env: MutableMapping[str, Any], tokens: list[Token]) -> list[Token]:
+        """As in the base class, with the state of this module."""
+        state = _State(src, md, env, tokens)
+        self.tokenize(state)
+        for rule in self.ruler2.getRules(""):
+            rule(state)
+        return state.tokens
+
+
+def _address(state: StateInline, silent: bool) -> bool:
+    """A bare address is text: underscores in it are no marks."""
+    found = _ADDRESS.match(state.src, state.pos, state.posMax)
+    if not found or not state.src.endswith(("http", "https"), 0, state.pos):
+        return False
+    text = found[0].rstrip("_")
+    state.pos += len(text)
+    if not silent:
+        state.append_pending(text)
+    return True
 
 
 class _Renderer:
@@ -144,41 +195,53 @@ class _Renderer:
 
     def _inline(self, token: Token, within: frozenset[str] = frozenset()) -> str:
         dialect = self._dialect
-        # The rendered text of each open span, the outermost first.
-        stack: list[list[str]] = [[]]
+        # The rendered pieces of each open span, the outermost first; True: the piece stands between marks.
+        stack: list[list[tuple[str, bool]]] = [[]]
         links: list[str] = []
         pairs = {"strong": dialect.bold, "em": dialect.italic, "s": dialect.strike}
         for child in token.children or ():
             kind = child.type.removesuffix("_open").removesuffix("_close")
-            if child.type == "text":
-                stack[-1].append(self._text(child.content))
-            elif child.type in ("softbreak", "hardbreak"):
-                stack[-1].append("\n")
+            marked = False
+            if child.type in ("softbreak", "hardbreak"):
+                text = "\n"
             elif child.type == "code_inline":
                 before, after = dialect.code
                 # No dialect with this mark can show it in a code.
                 code = child.content.replace("`", "\u02cb") if before == "`" else child.content
-                stack[-1].append(f"{before}{dialect.escape(code)}{after}")
+                text, marked = f"{before}{dialect.escape(code)}{after}", True
             elif child.type == "image":
                 # A link in the label of another one would tear it.
                 url = "" if links else str(child.attrGet("src") or "")
-                stack[-1].append(self._link(self._text(child.content), url))
+                text = self._link(self._text(child.content), url)
             elif child.nesting == 1:
                 stack.append([])
                 if kind == "link":
                     links.append(str(child.attrGet("href") or ""))
+                continue
             elif child.nesting == -1:
-                text = "".join(stack.pop())
+                text = self._joined(stack.pop())
                 if kind == "link":
                     url = links.pop()
                     text = self._link(text, url) if text else ""
                 elif kind in pairs and kind not in within and text:
                     before, after = pairs[kind]
-                    text = f"{before}{text}{after}"
-                stack[-1].append(text)
+                    text, marked = f"{before}{text}{after}", True
             else:
-                stack[-1].append(self._text(child.content))
-        return "".join(stack[0])
+                text = self._text(child.content)
+            stack[-1].append((text, marked))
+        return self._joined(stack[0])
+
+    def _joined(self, pieces: list[tuple[str, bool]]) -> str:
+        if not self._dialect.joint:
+            return "".join(text for text, _ in pieces)
+        joined = ""
+        after_mark = False
+        for text, marked in pieces:
+            if (marked and joined[-1:].isalnum()) or (after_mark and text[:1].isalnum()):
+                joined += self._dialect.joint
+            joined += text
+            after_mark = marked
+        return joined
 
     def _text(self, text: str) -> str:
         escaped = self._dialect.escape(text)

@@ -248,6 +248,7 @@ MRKDWN = Dialect(
     quote=quoted_lines,
     link=_link,
     escape=_escape,
+    joint="\u200b",
 )
 
 

@@ -63,6 +63,7 @@ DIALECT = Dialect(
     quote=quoted_lines,
     link=plain_link,
     escape=unchanged,
+    joint="\u200b",
 )
 
 

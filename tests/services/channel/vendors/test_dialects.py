@@ -147,6 +147,34 @@ CHECKS: dict[str, tuple[Callable[[str], int], int]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("text", "telegram_html", "slack_marks"),
+    [
+        ("他说**“好”**了", "他说<b>“好”</b>了", "他说\u200b*“好”*\u200b了"),
+        ("**注意：**请先看", "<b>注意：</b>请先看", "*注意：*\u200b请先看"),
+        ("請看~~「舊」~~的", "請看<s>「舊」</s>的", "請看\u200b~「舊」~\u200b的"),
+        ("用`ls`看", "用<code>ls</code>看", "用\u200b`ls`\u200b看"),
+        ("un**frigging**real, **b**.", "un<b>frigging</b>real, <b>b</b>.", "un\u200b*frigging*\u200breal, *b*."),
+        ("2 ** 3 ** 4, a_b_c", "2 ** 3 ** 4, a_b_c", "2 ** 3 ** 4, a_b_c"),
+        ("https://e.example/_a_?b=_c_", "https://e.example/_a_?b=_c_", "https://e.example/_a_?b=_c_"),
+        (
+            "_https://e.example_ ~~http://e.example/~u~~",
+            "<i>https://e.example</i> <s>http://e.example/~u</s>",
+            "_https://e.example_ ~http://e.example/~u~",
+        ),
+        ("**https://e.example/a_b**。", "<b>https://e.example/a_b</b>。", "*https://e.example/a_b*。"),
+        (
+            "[https://e.example/_a_](https://e.example/_a_)",
+            '<a href="https://e.example/_a_">https://e.example/_a_</a>',
+            "<https://e.example/_a_>",
+        ),
+    ],
+)
+def test_marks_beside_wide_letters_and_in_addresses(text: str, telegram_html: str, slack_marks: str) -> None:
+    assert render(text, telegram.HTML) == telegram_html
+    assert render(text, slack.MRKDWN) == slack_marks
+
+
 def test_every_vendor_is_checked() -> None:
     assert set(CHECKS) == set(VENDORS)
 

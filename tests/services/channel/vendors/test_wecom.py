@@ -154,6 +154,13 @@ async def test_a_reply_is_plain_text_with_the_duplicate_check(fake: WeComStandIn
     assert (fake.repeats, fake.refusals, len(fake.tokens)) == (1, [], 1)
 
 
+async def test_an_equal_text_of_another_delivery_is_no_duplicate(fake: WeComStandIn, wecom: Adapter) -> None:
+    ids = {await wecom.send("Yes.", "ada", key=key) for key in ("d1", "d2", "d1")}
+    assert (fake.texts(), len(ids), fake.repeats) == (["Yes.", "Yes."], 2, 1)
+    await wecom.send(wecom.vendor.split("界" * 2_000)[0], "ada")
+    assert fake.refusals == []
+
+
 async def test_a_token_that_ran_out_is_fetched_again_once(fake: WeComStandIn, wecom: Adapter) -> None:
     await wecom.send("one", "ada")
     fake.tokens.clear()
