@@ -3,19 +3,18 @@ time has come."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from infra.clock import utcnow, wait_at_most
+from infra.clock import utcnow
 from infra.errors import describe
 from infra.observe.logs import get_logger
 from infra.postgres.database import Database
+from infra.service.periodic import Periodic
 from services.billing import accounts, booking, closing, dunning, invoice_files, invoices, pdf, retention
 from services.billing.tax import Seller
 
-TICK_SECONDS = 60.0
 # Records of a period that arrive within this time after its end are still in its invoice.
 CLOSE_AFTER = timedelta(days=2)
 # A draft can be looked at for this time.
@@ -24,31 +23,24 @@ FINALISE_AFTER = timedelta(days=1)
 MOST = 100
 
 
-class Clock:
+class Clock(Periodic):
     """Runs until stopped. Several processes may run it: each step is done once, under the lock of the account."""
 
+    pause = 60.0
+    failure = "could not close billing periods"
+
     def __init__(self, database: Database, seller: Seller) -> None:
+        super().__init__()
         self._database = database
         self._seller = seller
-        self._stopping = asyncio.Event()
-
-    async def stop(self) -> None:
-        self._stopping.set()
-
-    async def run(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                await self.tick()
-                await self.mail()
-                await self.forget()
-            except Exception as error:
-                get_logger("services.billing.clock").warning(
-                    "could not close billing periods; will retry", error=describe(error)
-                )
-            await wait_at_most(TICK_SECONDS, self._stopping)
 
     async def tick(self) -> None:
-        """Does everything that is due, at most MOST tenants of each kind."""
+        await self.close()
+        await self.mail()
+        await self.forget()
+
+    async def close(self) -> None:
+        """Ends grants and closes and finalises what is due, at most MOST tenants of each kind."""
         async with self._database.begin() as tx:
             expired = await tx.sql(
                 "SELECT tenant_id FROM account WHERE next_expiry <= clock_timestamp() ORDER BY next_expiry LIMIT $1",

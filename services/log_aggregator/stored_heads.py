@@ -7,14 +7,13 @@ hash and proof. So an object is never overwritten with another content, and a ve
 
 from __future__ import annotations
 
-import asyncio
 from typing import NamedTuple
 from urllib.parse import quote
 
-from infra.clock import wait_at_most
 from infra.errors import InvalidMessage, Transient, describe
 from infra.observe.logs import get_logger
 from infra.postgres.database import Database
+from infra.service.periodic import Periodic
 from infra.stores.objects import Objects
 from services.log_aggregator import audit
 from services.log_aggregator.audit_lines import AuditLines
@@ -75,31 +74,19 @@ class StoredHeads:
         return f"{self._prefix}{quote(tenant_id, safe='') or '-'}/"
 
 
-class Keeper:
+class Keeper(Periodic):
     """Stores the head of each chain that has grown, every hour. Runs until stopped; several processes may run it."""
 
+    failure = "could not store the heads of the audit chains"
+
     def __init__(self, database: Database, stored: StoredHeads) -> None:
+        super().__init__()
         self._database = database
         self._stored = stored
         self._last: dict[str, int] = {}
-        self._stopping = asyncio.Event()
-
-    async def stop(self) -> None:
-        self._stopping.set()
-
-    async def run(self) -> None:
-        while not self._stopping.is_set():
-            wait = STORE_SECONDS
-            try:
-                await self.tick()
-            except Exception as error:
-                get_logger("services.log_aggregator.stored_heads").warning(
-                    "could not store the heads of the audit chains; will retry", error=describe(error)
-                )
-                wait = RETRY_SECONDS
-            await wait_at_most(wait, self._stopping)
 
     async def tick(self) -> None:
+        self.pause = RETRY_SECONDS
         async with self._database.begin() as tx:
             rows = await tx.sql("SELECT tenant_id, seq, hash FROM audit_head WHERE seq > 0 ORDER BY tenant_id")
         for tenant_id, seq, hash_ in rows:
@@ -108,3 +95,4 @@ class Keeper:
             if self._last.get(tenant_id) != seq:
                 await self._stored.store(tenant_id, ChainHead(seq, bytes(hash_)))
                 self._last[tenant_id] = seq
+        self.pause = STORE_SECONDS

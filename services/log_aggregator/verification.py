@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import NamedTuple
 
-from infra.clock import wait_at_most
-from infra.errors import describe
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.postgres.database import Database
+from infra.service.periodic import Periodic
 from services.log_aggregator import audit
 from services.log_aggregator.audit import Verification
 from services.log_aggregator.stored_heads import HeadsComparison, StoredHeads
 
-TICK_SECONDS = 60.0
 PAUSE_SECONDS = 0.05
 """After each batch of 1,000 records. So the verification reads at most 20,000 records a second, one chain at a time."""
 
@@ -37,28 +34,20 @@ async def check(database: Database, heads: StoredHeads, tenant_id: str, *, pause
     return Checked(found, stored, min(breaks, default=None))
 
 
-class Verifier:
+class Verifier(Periodic):
     """Verifies each chain once a day, and reports to Prometheus. Runs until stopped; several processes share the work.
 
     A chain whose stored heads cannot be read counts as not verified, and is tried again after some minutes.
     """
 
+    pause = 60.0
+    failure = "could not verify the audit chains"
+
     def __init__(self, database: Database, heads: StoredHeads, metrics: Metrics) -> None:
+        super().__init__()
         self._database = database
         self._heads = heads
         self._metrics = metrics
-        self._stopping = asyncio.Event()
-
-    async def stop(self) -> None:
-        self._stopping.set()
-
-    async def run(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                await self.tick()
-            except Exception as error:
-                _log.warning("could not verify the audit chains; will retry", error=describe(error))
-            await wait_at_most(TICK_SECONDS, self._stopping)
 
     async def tick(self) -> None:
         """Verifies all chains that are due."""

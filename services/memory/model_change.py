@@ -6,68 +6,67 @@ texts. A process that dies leaves a state from which another one goes on.
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 import msgspec
 
-from infra.clock import wait_at_most
-from infra.errors import Conflict, describe
+from infra.errors import Conflict
 from infra.failpoint import failpoint
 from infra.observe.logs import get_logger
 from infra.postgres.database import Database
 from infra.postgres.leases import Leases
 from infra.postgres.tx import Tx
+from infra.service.periodic import Periodic
 from services.memory import engines, vectors
 from services.memory.engines import ENGINES, Engines
 from services.memory.filling import fill_missing, tenants_of, unmark, waiting_for
 from services.memory.migration import verified
 from services.memory.models import EmbeddingModels
 
-POLL_SECONDS = 1.0
 # Texts whose item has ended without a vector, and new ones that the target did not get, are enqueued again.
 AGAIN_SECONDS = 10.0
+# The pause after a turn, in times of its length.
+SHARE = 9
 # Searches that have begun before a switch use the old vectors.
 KEEP_SECONDS = 60.0
 _log = get_logger("memory.model_change")
 
 
-class ModelChange:
+class ModelChange(Periodic):
     """Runs until stopped, in every process; one at a time works. `database`: the worker role's."""
 
+    pause = 1.0
+    failure = "could not go on with the change of the embedding model"
+
     def __init__(self, database: Database, models: EmbeddingModels, index: Engines) -> None:
+        super().__init__()
         self._database = database
         self._models = models
         self._index = index
         self._leases = Leases(database.engine, "embedding model", 1)
         self._fill_at = self._pause_until = 0.0
-        self._stopping = asyncio.Event()
-
-    async def stop(self) -> None:
-        self._stopping.set()
 
     async def run(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                await self._tick()
-            except Exception as error:
-                _log.warning("the change of the embedding model waits; will retry", error=describe(error))
-            await wait_at_most(POLL_SECONDS, self._stopping)
+        await super().run()
         await self._leases.release()
 
-    async def _tick(self) -> None:
+    async def tick(self) -> None:
         # Also records the model of the settings, at the start.
         target = (await self._models.current()).target
         await self._leases.refresh()
         if not self._leases.held:
             return
         if target and time.monotonic() > self._pause_until:
+            begun, pause = time.monotonic(), 0.0
             try:
                 await self._advance(target.key)
             except Conflict as error:
                 # The comparison failed.
                 await self._models.note(target.key, error)
-                self._pause_until = time.monotonic() + AGAIN_SECONDS
+                pause = AGAIN_SECONDS
+            ended = time.monotonic()
+            # The texts of all tenants are counted: with millions of them each second would keep PostgreSQL busy.
+            self._pause_until = ended + max(pause, SHARE * (ended - begun))
         rows = await self._database.autocommit(
             """
             SELECT key

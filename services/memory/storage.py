@@ -7,19 +7,15 @@ changes nothing: the next one reports the same hours with the same ids and amoun
 
 from __future__ import annotations
 
-import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
-from infra.clock import wait_at_most
-from infra.errors import describe
-from infra.observe.logs import get_logger
 from infra.postgres.database import Database
 from infra.postgres.tx import Tx
+from infra.service.periodic import Periodic
 from protos.catalog import USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 
-SAMPLE_SECONDS = 60.0
 _HOUR = timedelta(hours=1)
 _MICROSECOND = timedelta(microseconds=1)
 _HOUR_MICROSECONDS = _HOUR // _MICROSECOND
@@ -84,25 +80,15 @@ async def change(tx: Tx, difference: int) -> None:
     )
 
 
-class Sampler:
+class Sampler(Periodic):
     """Takes a sample of each tenant after each full hour. Runs until stopped; several processes may run it."""
 
+    pause = 60.0
+    failure = "could not report stored bytes"
+
     def __init__(self, database: Database) -> None:
+        super().__init__()
         self._database = database
-        self._stopping = asyncio.Event()
-
-    async def stop(self) -> None:
-        self._stopping.set()
-
-    async def run(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                await self.tick()
-            except Exception as error:
-                get_logger("services.memory.storage").warning(
-                    "could not report stored bytes; will retry", error=describe(error)
-                )
-            await wait_at_most(SAMPLE_SECONDS, self._stopping)
 
     async def tick(self) -> None:
         async with self._database.begin() as tx:

@@ -12,6 +12,7 @@ import pytest
 from tests.e2e.test_main_job import Company, sent
 from tests.services.memory import files
 from tooling.testing.model_server import Asked, ModelServer, Says
+from tooling.testing.stack import run_claw
 from tooling.testing.system import System, until
 from tooling.testing.vendors import SlackStandIn, TelegramStandIn
 
@@ -45,8 +46,8 @@ async def test_a_question_in_chinese_is_answered_with_the_page_of_a_long_english
     system: System, models: ModelServer
 ) -> None:
     models.rules[MODEL] = quotes
-    async with system.client(await system.tenant("Norrland", credit_nanos=10_000_000_000)) as api:
-        company = Company(api)
+    async with system.company("Norrland", credit_nanos=10_000_000_000) as tenant:
+        api, company = tenant.api, Company(tenant.api)
         agent = await company.agent(models, knowledge=True)
         uploaded = await api.post("/api/v1/documents", files={"file": ("manual.pdf", manual(), "application/pdf")})
         assert uploaded.status_code == 202, uploaded.text
@@ -64,6 +65,10 @@ async def test_a_question_in_chinese_is_answered_with_the_page_of_a_long_english
         assert watched == sorted(watched, key=lambda seen: seen[0])
         # It is seen on its way, and not only before and after.
         assert len({progress for progress, _ in watched if 0 < progress < 1}) > 5
+        rebuilt = json.loads(run_claw(system.home, "memory", "rebuild", "--tenant", tenant.id, "--json"))
+        assert rebuilt == {"texts": 1}
+        [model] = json.loads(run_claw(system.home, "memory", "status", "--json"))
+        assert (model["state"], model["error"]) == ("active", None)
 
         async with TelegramStandIn() as vendor:
             path = await company.channel("telegram", agent, vendor)
