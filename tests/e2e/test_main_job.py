@@ -59,14 +59,14 @@ class Company(AnyCompany):
         items: list[dict[str, Any]] = answer.json()["items"]
         return items
 
-    async def ended(self, agent: str, count: int = 1, *, seconds: float = 60) -> list[dict[str, Any]]:
+    async def ended(self, agent: str, count: int = 1) -> list[dict[str, Any]]:
         """The agent's runs, after `count` of them have ended."""
 
         async def enough() -> list[dict[str, Any]] | None:
             found = await self.runs(agent)
             return found if sum(run["status"] in TERMINAL for run in found) >= count else None
 
-        return await until(enough, seconds=seconds)
+        return await until(enough)
 
     async def billed(self, run_id: str) -> dict[str, Any]:
         """The run, after its cost is known."""
@@ -313,7 +313,7 @@ async def test_fifty_conversations_of_five_tenants_hear_only_their_own_and_in_or
             )
             assert set(answers) == {200}
         for _, vendor in places.values():
-            await until(partial(_has, vendor, rounds * len(chats)), seconds=150)
+            await until(partial(_has, vendor, rounds * len(chats)))
         for name, (_, vendor) in places.items():
             for chat in chats:
                 own = [f"You said: canary {name}-{chat}-{n}" for n in range(rounds)]

@@ -108,7 +108,7 @@ async def test_each_query_of_the_dashboard_has_an_answer_and_each_alert_is_evalu
         async def all_have_data() -> bool:
             return not await empty()
 
-        await until(all_have_data, seconds=120)
+        await until(all_have_data)
 
         async def all_replied() -> bool:
             return len(hook.ledger) == sent

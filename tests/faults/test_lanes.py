@@ -136,7 +136,7 @@ class Couriers:
         async def as_many() -> bool:
             return all([len(await self.delivered(street)) >= count for street, count in self.sent.items()])
 
-        await until(as_many, seconds=90)
+        await until(as_many)
         for street, count in self.sent.items():
             assert [number for number, _ in await self.delivered(street)] == list(range(1, count + 1)), street
         waiting = "SELECT 1 FROM lane_item JOIN lane USING (lane_id) WHERE lane LIKE $1 || '%' AND state <> 'done'"
@@ -241,7 +241,7 @@ async def test_a_courier_stopped_beyond_its_lease_writes_nothing_when_it_wakes(c
     await couriers.start()
     couriers.office.open.clear()
     await couriers.send(3, street)
-    await until(lambda: couriers.is_called(street), seconds=60)
+    await until(lambda: couriers.is_called(street))
     couriers.services.processes["courier"].send_signal(signal.SIGSTOP)
     try:
         couriers.office.open.set()
@@ -249,7 +249,7 @@ async def test_a_courier_stopped_beyond_its_lease_writes_nothing_when_it_wakes(c
         await couriers.all_delivered()
     finally:
         couriers.services.processes["courier"].send_signal(signal.SIGCONT)
-    await until(lambda: couriers.has_lost_its_lane("courier"), seconds=60)
+    await until(lambda: couriers.has_lost_its_lane("courier"))
     couriers.services.processes["courier-2"].terminate()
     couriers.services.wait("courier-2")
     # The one that slept is sound, and works on.

@@ -105,7 +105,7 @@ async def ended(platform: Platform, tenant: str, agent: str) -> dict[str, Any]:
             run: dict[str, Any] = (await api.get(f"/api/v1/runs/{items[0]['id']}")).json()
             return run
 
-    return await platform.until(found, seconds=60)
+    return await platform.until(found)
 
 
 async def delivered(platform: Platform, tenant: str, run_id: str) -> dict[str, Any]:
@@ -117,7 +117,7 @@ async def delivered(platform: Platform, tenant: str, run_id: str) -> dict[str, A
         assert len(items) <= 1, items
         return items[0] if items and items[0]["state"] != "queued" else None
 
-    return await platform.until(found, seconds=60)
+    return await platform.until(found)
 
 
 async def billed(platform: Platform, tenant: str, run_id: str) -> None:
@@ -137,7 +137,7 @@ async def billed(platform: Platform, tenant: str, run_id: str) -> None:
         found = [item["data"] for item in items if item["kind"] == "charge"]
         return found if {charge["usage_id"] for charge in found} >= produced else None
 
-    found = await platform.until(charges, seconds=60)
+    found = await platform.until(charges)
     counted = [charge["usage_id"] for charge in found if charge["verdict"] == "counted"]
     assert sorted(counted) == sorted(produced)
     async with platform.client("agent", tenant) as api:

@@ -139,7 +139,7 @@ async def test_a_storm_of_repeats_over_two_instances_with_a_kill_is_one_run_and_
                 except httpx.TransportError:
                     return False
 
-            await platform.until(ready, seconds=60)
+            await platform.until(ready)
             agent, path = await connected(platform, tenant, "line", line)
             calls = [line.call(line.event(QUESTION, source={"type": "user", "userId": f"U{n}"})) for n in range(CHATS)]
             answered: Counter[int] = Counter()
@@ -157,7 +157,7 @@ async def test_a_storm_of_repeats_over_two_instances_with_a_kill_is_one_run_and_
                     except httpx.TransportError:
                         return False
 
-                await platform.until(told, seconds=60)
+                await platform.until(told)
                 answered[n] += 1
                 if sum(answered.values()) == CHATS * TIMES // 2:
                     second.kill()
@@ -172,7 +172,7 @@ async def test_a_storm_of_repeats_over_two_instances_with_a_kill_is_one_run_and_
                 over = [run for run in items if run["status"] not in ("queued", "running", "waiting")]
                 return items if len(over) >= CHATS else None
 
-            runs = await platform.until(all_ended, seconds=120)
+            runs = await platform.until(all_ended)
             assert [run["status"] for run in runs] == ["completed"] * CHATS
             for run in runs:
                 assert (await delivered(platform, tenant, run["id"]))["state"] == "sent"

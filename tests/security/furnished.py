@@ -45,7 +45,7 @@ async def asked(
     return answer.json() if answer.content else None
 
 
-async def dead_letter(system: Platform, tenant: str, person: str, text: str, *, seconds: float = 60) -> str:
+async def dead_letter(system: Platform, tenant: str, person: str, text: str, *, seconds: float = 150) -> str:
     """The id of a dead letter with the text: a reply to a conversation that does not exist."""
     message = SendMessage(
         delivery_id=uuid7(),
@@ -64,7 +64,7 @@ async def dead_letter(system: Platform, tenant: str, person: str, text: str, *, 
     return str(await system.until(stored, seconds=seconds))
 
 
-async def furnish(system: Platform, word: str = CANARY, *, seconds: float = 60) -> Furnished:
+async def furnish(system: Platform, word: str = CANARY, *, seconds: float = 150) -> Furnished:
     """A new tenant with one of everything. word: in all its things. seconds: the limit of each wait."""
     tenant = (await asked(system, "user", "", "POST", "/api/v1/tenants", {"name": word}))["id"]
 

@@ -55,7 +55,7 @@ async def test_a_read_of_personal_content_is_audited_and_the_table_names_the_rou
             return any(act["object_kind"] == kind for act in acts["items"])
 
         try:
-            await system.until(recorded, seconds=30)
+            await system.until(recorded)
         except TimeoutError:
             return [f"{op}: marked, but no read of a {kind} is in the audit trail"]
         return []

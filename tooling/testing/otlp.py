@@ -74,7 +74,7 @@ class OtlpReceiver:
         """The spans of one trace, in the order of their start."""
         return sorted((s for s in self.spans if s.trace_id == trace_id), key=lambda span: span.start_ns)
 
-    async def wait_for(self, complete: Callable[[Sequence[ReceivedSpan]], bool], seconds: float = 15) -> None:
+    async def wait_for(self, complete: Callable[[Sequence[ReceivedSpan]], bool], seconds: float = 60) -> None:
         """Returns when `complete` is true of the received spans. Raises TimeoutError naming those that came."""
         try:
             async with asyncio.timeout(seconds), self._arrived:

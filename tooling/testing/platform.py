@@ -252,7 +252,7 @@ class Platform:
             )
         return [(json.loads(headers), json.loads(body)) for headers, body in rows]
 
-    async def until(self, ask: Callable[[], Awaitable[T | None]], *, seconds: float = 60) -> T:
+    async def until(self, ask: Callable[[], Awaitable[T | None]], *, seconds: float = 150) -> T:
         """Calls `ask` until its answer is true and returns it. Raises TimeoutError with the last answer."""
         deadline = time.monotonic() + seconds
         while not (answer := await ask()):

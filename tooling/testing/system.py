@@ -90,7 +90,7 @@ class Company:
             params["cursor"] = page["next"]
 
 
-async def until(ask: Callable[[], Awaitable[T | None]], *, seconds: float = 60) -> T:
+async def until(ask: Callable[[], Awaitable[T | None]], *, seconds: float = 150) -> T:
     """Calls `ask` until its answer is true and returns it. Raises TimeoutError with the last answer."""
     deadline = time.monotonic() + seconds
     while not (answer := await ask()):

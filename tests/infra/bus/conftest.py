@@ -25,7 +25,7 @@ from tooling.testing.sample.catalog import SAMPLE
 from tooling.testing.stack import Stack
 
 
-async def until(condition: Callable[[], Awaitable[Any]], *, seconds: float = 60) -> Any:
+async def until(condition: Callable[[], Awaitable[Any]], *, seconds: float = 150) -> Any:
     """Asks until the answer is true, and returns it; a deadline, not a measure of time."""
     async with asyncio.timeout(seconds):
         while not (answer := await condition()):

@@ -255,7 +255,7 @@ async def test_a_worker_that_gets_no_answer_while_it_connects_tries_again(
         try:
             first = set(proxy._connections)
             proxy.blackhole()
-            await until(lambda: asyncio.sleep(0, len(proxy._connections - first) >= 3), seconds=30)
+            await until(lambda: asyncio.sleep(0, len(proxy._connections - first) >= 3))
         finally:
             proxy.heal()
             await running.stop()

@@ -76,7 +76,7 @@ async def heard(listener: Listener, *texts: str) -> None:
     async def all_of_them() -> bool:
         return set(texts) <= set(listener.texts)
 
-    await until(all_of_them, seconds=30)
+    await until(all_of_them)
 
 
 async def test_every_process_hears_what_is_new_on_all_partitions_once(buses: Buses, producer: AIOKafkaProducer) -> None:
@@ -106,16 +106,16 @@ async def test_a_topic_that_grows_or_is_made_anew_is_heard_on_and_the_break_is_t
 
         before = listener.begun
         await admin.create_partitions({name: NewPartitions(SAMPLE_EVENTS.partitions + 1)})
-        await until(begun_again, seconds=30)
+        await until(begun_again)
         await send(producer, buses, "on the new one", partition=SAMPLE_EVENTS.partitions)
         await heard(listener, "on the new one")
 
         before = listener.begun
         await admin.delete_topics([name])
-        await until(begun_again, seconds=30)
+        await until(begun_again)
         before = listener.begun
         await buses.provision(stack, Catalog(topics=SAMPLE.topics, queues=()))
-        await until(begun_again, seconds=30)
+        await until(begun_again)
         await send(producer, buses, "in the new log")
         await heard(listener, "in the new log")
     await admin.close()

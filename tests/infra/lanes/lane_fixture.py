@@ -72,7 +72,7 @@ class Notes:
         async def enough() -> bool:
             return len(self.got) >= count
 
-        await until(enough, seconds=30)
+        await until(enough)
 
 
 @dataclass
@@ -135,7 +135,7 @@ async def all_over(database: Database, kind: Lane[Parcel]) -> None:
     async def nothing_waits() -> bool:
         return ("waiting",) not in await items(database, kind, "state")
 
-    await until(nothing_waits, seconds=30)
+    await until(nothing_waits)
 
 
 async def steal(database: Database, kind: Lane[Parcel], *, seconds: float = 60.0) -> None:

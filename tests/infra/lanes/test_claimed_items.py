@@ -40,7 +40,7 @@ async def ready(database: Database, kind: Lane[Parcel]) -> None:
             return True
         return False
 
-    await until(has_place, seconds=30)
+    await until(has_place)
 
 
 async def owned(database: Database, kind: Lane[Parcel]) -> list[tuple[str, bool, int]]:

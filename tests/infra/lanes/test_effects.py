@@ -309,7 +309,7 @@ async def test_a_transaction_begun_by_effects_commits_by_itself_and_only_with_th
         async def was_refused() -> bool:
             return bool(refused)
 
-        await until(was_refused, seconds=30)
+        await until(was_refused)
         assert await items(database, log, "convert_from(body, 'UTF8')") == [('{"number":1}',)]
 
 
@@ -341,7 +341,7 @@ async def test_no_start_and_no_end_is_recorded_once_another_process_has_the_lane
         async def was_refused() -> bool:
             return bool(refused)
 
-        await until(was_refused, seconds=30)
+        await until(was_refused)
         expected = [] if moment == "before the call" else [("started",)]
         assert await recorded(database, kind, "state") == expected
         assert len(office.calls) == len(expected)

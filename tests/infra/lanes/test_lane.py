@@ -101,7 +101,7 @@ async def test_an_item_that_commits_later_stands_behind(desk: Database) -> None:
         first.enqueue(kind, lane="a", item=Parcel(1))
         await first.flush()
         second = asyncio.create_task(put(desk, kind, "a", 2))
-        await until(lambda: sql(desk, WAITS), seconds=30)
+        await until(lambda: sql(desk, WAITS))
         assert not second.done()
     await second
     rows = await items(desk, kind, "seq", "convert_from(body, 'UTF8')")
@@ -127,7 +127,7 @@ async def test_an_id_that_two_transactions_enqueue_in_different_lanes_is_enqueue
         first.enqueue(kind, lane="a", item=Parcel(1), item_id=id_)
         await first.flush()
         second = asyncio.create_task(put(desk, kind, "b", 2, item_id=id_))
-        await until(lambda: sql(desk, WAITS), seconds=30)
+        await until(lambda: sql(desk, WAITS))
     await second
     assert await items(desk, kind, "lane") == [("a",)]
 
@@ -340,7 +340,7 @@ async def test_a_commit_wakes_the_runner_of_its_process(
     monkeypatch.setattr(lane_runner, "SWEEP_SECONDS", 3600.0)
     kind = new_lane()
     async with world.process(kind.runner(concurrency=1)(notes.note)) as database:
-        await until(lambda: listening(database), seconds=30)
+        await until(lambda: listening(database))
         for number in range(3):
             await put(database, kind, "a", number)
             await notes.has(number + 1)
@@ -353,12 +353,12 @@ async def test_a_process_that_is_full_calls_another_one(
     kind = new_lane()
     idle = Notes()
     async with world.process(kind.runner(concurrency=1)(notes.hold), lease_seconds=60) as full:
-        await until(lambda: listening(full), seconds=30)
+        await until(lambda: listening(full))
         await put(full, kind, "a", 1)
         await notes.begun.wait()
         # The leases are long: nothing is due, and only the call can tell of it.
         async with world.process(kind.runner(concurrency=1)(idle.note), lease_seconds=60) as other:
-            await until(lambda: listening(other, 2), seconds=30)
+            await until(lambda: listening(other, 2))
             await put(full, kind, "b", 2)
             await idle.has(1)
             notes.go_on.set()
@@ -424,7 +424,7 @@ async def test_a_lane_that_is_claimed_again_before_the_task_of_its_last_claim_ha
         assert tasks() == 2
         await renewals(database, kind, 2)  # the first claim is not taken for one that was lost
         may_end.set()
-        await until(lambda: asyncio.sleep(0, tasks() == 1), seconds=30)
+        await until(lambda: asyncio.sleep(0, tasks() == 1))
         await renewals(database, kind, 3)
         notes.go_on.set()
         await all_over(database, kind)
@@ -509,7 +509,7 @@ async def test_a_handler_whose_lane_is_lost_is_cancelled(world: World, notes: No
         async def cancelled() -> bool:
             return not any(task.get_name() == f"lane {kind.name}" for task in asyncio.all_tasks())
 
-        await until(cancelled, seconds=30)
+        await until(cancelled)
         assert f'claw_lane_items_total{{kind="{kind.name}",outcome="lost"}} 1.0' in metrics_of(world)
 
 
@@ -546,7 +546,7 @@ async def test_a_handler_that_cleans_up_after_its_lane_was_lost_is_left_to_it(wo
             async def renewed(before: Any = before) -> bool:
                 return bool(await renewed_until() > before)
 
-            await until(renewed, seconds=30)
+            await until(renewed)
         may_end.set()
         async with asyncio.timeout(30):
             await cleaned.wait()
@@ -572,7 +572,7 @@ async def test_nothing_is_written_for_a_lane_in_other_hands(world: World, notes:
             await notes.begun.wait()
             await steal(database, kind)
             notes.go_on.set()
-            await until(lambda n=number: said(world, kind.name, "lost", n), seconds=30)  # type: ignore[misc]
+            await until(lambda n=number: said(world, kind.name, "lost", n))  # type: ignore[misc]
         assert await items(database, kind, "state", "attempts") == [("waiting", 0)] * 2
         assert await items(database, after, "seq") == []
         assert await letters(database, kind.name) == []
@@ -752,7 +752,7 @@ async def test_a_lane_that_gets_an_item_while_it_would_be_forgotten_stays(
         tx.enqueue(kind, lane="a", item=Parcel(2))
         await tx.flush()
         forgetting = asyncio.create_task(forget(desk))
-        await until(lambda: sql(desk, WAITS), seconds=30)
+        await until(lambda: sql(desk, WAITS))
     await forgetting
     assert await items(desk, kind, "seq", "state") == [(2, "waiting")]
 

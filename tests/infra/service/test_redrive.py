@@ -90,7 +90,7 @@ async def states(database: Database, key: str) -> list[str]:
 
 async def waits_for_a_lock(database: Database) -> None:
     async with database.engine.connect() as connection:
-        await until(lambda: sql(connection, "SELECT 1 FROM pg_locks WHERE NOT granted"), seconds=30)
+        await until(lambda: sql(connection, "SELECT 1 FROM pg_locks WHERE NOT granted"))
 
 
 async def test_a_locked_head_is_waited_for_and_not_skipped(

@@ -143,14 +143,14 @@ class Tenant:
         found: dict[str, Any] = await self.call("GET", f"/api/v1/runs/{run_id}")
         return found
 
-    async def over(self, run_id: str, *, seconds: float = 30) -> dict[str, Any]:
+    async def over(self, run_id: str) -> dict[str, Any]:
         """The run once it has ended."""
 
         async def ended() -> dict[str, Any] | None:
             found = await self.run(run_id)
             return found if found["status"] in OVER else None
 
-        found = await self.world.platform.until(ended, seconds=seconds)
+        found = await self.world.platform.until(ended)
         assert found
         return found
 

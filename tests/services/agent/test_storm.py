@@ -146,14 +146,14 @@ class Storm:
         async def still() -> bool:
             return bool(psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
 
-        await platform.until(still, seconds=120)
+        await platform.until(still)
         owned = await self._rows("SELECT lane_id, epoch FROM lane WHERE owner IS NOT NULL")
 
         async def taken() -> bool:
             now = await self._rows("SELECT lane_id, epoch FROM lane WHERE owner IS NOT NULL")
             return not set(owned) & set(now)
 
-        await platform.until(taken, seconds=90)
+        await platform.until(taken)
         process.send_signal(signal.SIGCONT)
         process.terminate()
         assert await asyncio.to_thread(process.wait, 60) == 0
@@ -164,7 +164,7 @@ class Storm:
             self.asked += 1
             question = f"Question {self.asked}"
             await self.tenant.receive(agent, question, chat=chat)
-            await self.world.platform.until(partial(self._is_answered, question), seconds=120)
+            await self.world.platform.until(partial(self._is_answered, question))
 
     async def _is_answered(self, question: str) -> bool:
         ended = "SELECT id, status, error FROM run WHERE status NOT IN ('queued', 'running', 'waiting', 'completed')"

@@ -113,7 +113,7 @@ async def test_64_concurrent_spenders_with_crashes_pass_a_budget_by_at_most_one_
             except Transient:
                 return None
 
-        [found] = await tenant.platform.until(answer, seconds=150)
+        [found] = await tenant.platform.until(answer)
         return found
 
     async def spender(n: int) -> None:

@@ -119,14 +119,14 @@ class Desk:
 
         await self.platform.until(ask)
 
-    async def settled(self, id_: UUID, *, seconds: float = 30) -> dict[str, Any]:
+    async def settled(self, id_: UUID) -> dict[str, Any]:
         """Returns the delivery once it has ended."""
 
         async def ask() -> dict[str, Any] | None:
             found = await self.delivery(id_)
             return found if found.get("state", "queued") != "queued" else None
 
-        found = await self.platform.until(ask, seconds=seconds)
+        found = await self.platform.until(ask)
         assert found is not None
         return found
 

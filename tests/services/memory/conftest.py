@@ -51,7 +51,7 @@ class Client:
             document: dict[str, Any] = answer.raise_for_status().json()
             return document if document["status"] in ("indexed", "failed") else None
 
-        found = await self.platform.until(ended, seconds=150)
+        found = await self.platform.until(ended)
         assert found is not None
         return found
 

@@ -30,7 +30,7 @@ def text(n: int) -> bytes:
     return "\n\n".join(f"# Note {k}\n\nCrate crate{n} {part}." for k, part in enumerate(parts)).encode()
 
 
-@pytest.mark.timeout(300 + 10 * DOCUMENTS)
+@pytest.mark.timeout(600 + 10 * DOCUMENTS)
 async def test_documents_under_kills_are_indexed_once_and_never_seen_by_halves(
     platform: Platform, vectors: Vectors, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,7 +71,7 @@ async def test_documents_under_kills_are_indexed_once_and_never_seen_by_halves(
             await look()
             return await count("indexed") >= enough
 
-        await platform.until(reached, seconds=60 + 5 * DOCUMENTS)
+        await platform.until(reached, seconds=150 + 5 * DOCUMENTS)
         progress.show(f"documents indexed, kill {kill + 1}", enough, DOCUMENTS)
         platform.processes["memory"].kill()
         await asyncio.to_thread(platform.processes["memory"].wait)
@@ -81,7 +81,7 @@ async def test_documents_under_kills_are_indexed_once_and_never_seen_by_halves(
         await look()
         return await count("indexed") == DOCUMENTS
 
-    await platform.until(complete, seconds=60 + 5 * DOCUMENTS)
+    await platform.until(complete, seconds=150 + 5 * DOCUMENTS)
     for _ in range(10):
         await look()
     assert seen <= {0, whole}

@@ -107,7 +107,7 @@ async def known(memory: Platform, subject_id: str, texts: list[str]) -> list[dic
             items = [item for item in await listed(http, scope="user") if item["replaced_by"] is None]
         return (items,) if sorted(item["text"] for item in items) == sorted(texts) else None
 
-    answer = await memory.until(found, seconds=60)
+    answer = await memory.until(found)
     assert answer is not None
     return answer[0]
 
@@ -148,7 +148,7 @@ async def test_the_same_fact_twice_is_one_memory_and_a_newer_one_replaces_the_ol
         async def repeated() -> bool:
             return [item["uses"] for item in await listed(http, scope="user")] == [1, 1]
 
-        await memory.until(repeated, seconds=60)
+        await memory.until(repeated)
         await say(memory, "person-3", "I moved to Bergen. I do not like tea.")
         new = await known(memory, "person-3", ["I moved to Bergen.", "I do not like tea."])
         by_text = {item["text"]: item for item in await listed(http, scope="user")}
@@ -241,7 +241,7 @@ async def test_people_put_memories_away_and_undo_a_replacement(memory: Platform,
         async def back() -> bool:
             return (await http.get(paths[1])).json()["archived_at"] is None
 
-        await memory.until(back, seconds=60)
+        await memory.until(back)
     async with memory.database("memory").begin() as tx:
         rows = await tx.sql("SELECT type FROM event WHERE stream_id LIKE '%' || $1 ORDER BY version", bergen["id"])
     assert [type_ for (type_,) in rows] == ["MemoryLearned", "MemoryArchived", "MemoryRepeated"]
@@ -318,7 +318,7 @@ async def test_erasure_takes_what_was_learned_and_a_late_run_brings_nothing_back
         async with memory.database("memory").begin() as tx:
             return not await tx.sql("SELECT 1 FROM utterance WHERE subject_id = 'person-8'")
 
-    await memory.until(forgotten, seconds=60)
+    await memory.until(forgotten)
     late = await say(memory, "person-8", "I live in Oslo.")
     await say(memory, "person-9", "I live in Oslo.")
     # Both runs are on one partition or not; the dead letters and the rows show that the first left nothing.
@@ -328,7 +328,7 @@ async def test_erasure_takes_what_was_learned_and_a_late_run_brings_nothing_back
         async with memory.database("memory").begin() as tx:
             return bool(await tx.sql("SELECT 1 FROM utterance WHERE subject_id = 'person-9'"))
 
-    await memory.until(handled, seconds=60)
+    await memory.until(handled)
     async with memory.database("memory").begin() as tx:
         assert not await tx.sql("SELECT 1 FROM memory WHERE subject_id = 'person-8'")
         assert not await tx.sql("SELECT 1 FROM utterance WHERE run_id = $1", late.run_id)

@@ -115,7 +115,7 @@ async def test_a_version_that_was_uploaded_belongs_to_no_message(client: Client)
     async def switched() -> bool:
         return bool((await client.http.get(f"/api/v1/documents/{id_}")).json()["indexed_version"] == 2)
 
-    await client.platform.until(switched, seconds=150)
+    await client.platform.until(switched)
     await forget(client, message_id)
     assert not await is_gone(client, id_)
 
@@ -128,7 +128,7 @@ async def test_the_erasure_of_the_person_deletes_the_document(client: Client) ->
     async def gone() -> bool:
         return await is_gone(client, id_)
 
-    await client.platform.until(gone, seconds=60)
+    await client.platform.until(gone)
     assert not await is_gone(client, other)
     with pytest.raises(NotFound):
         await keep(client, subject_id="bob")

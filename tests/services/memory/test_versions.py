@@ -117,7 +117,7 @@ async def test_the_newest_of_several_versions_wins_and_nothing_is_left_of_the_ot
         assert shown["status"] != "failed"
         return bool(shown["indexed_version"] == 4)
 
-    await memory.until(settled, seconds=150)
+    await memory.until(settled)
     assert all("fourth" in text for text in await texts(client, document_id, "hybrid"))
 
     async def cleaned() -> bool:
@@ -133,7 +133,7 @@ async def test_the_newest_of_several_versions_wins_and_nothing_is_left_of_the_ot
         assert len(await asyncio.to_thread(vectors.ids, str(owner))) == 3
         return not await asyncio.to_thread(vectors.ids, document_id)
 
-    await memory.until(cleaned, seconds=150)
+    await memory.until(cleaned)
     assert (await client.http.delete(f"/api/v1/documents/{document_id}")).status_code == 204
     assert (await client.http.put(f"/api/v1/documents/{document_id}", files={"file": ("a", b"a")})).status_code == 404
 
@@ -151,7 +151,7 @@ async def test_a_search_waits_for_the_document_that_its_caller_has_written(clien
         assert document_id in [item["source"]["document_id"] for item in answer.json()["items"]]
         return True
 
-    await client.platform.until(found, seconds=150)
+    await client.platform.until(found)
     assert (await stranger.http.post("/api/v1/memory/search", json=body)).status_code == 404
     failed = await client.upload("blank.txt", b" ")
     await client.done(failed)
@@ -172,7 +172,7 @@ async def test_a_call_waits_for_the_document_of_its_caller(client: Client, stran
         assert document_id in [passage.source.document_id for passage in passages]
         return True
 
-    await client.platform.until(found, seconds=150)
+    await client.platform.until(found)
     given: dict[str, Any] = {"files": {"file": ("hidden.txt", b"For one agent.")}, "data": {"audience": "agent:one"}}
     hidden = (await client.http.post("/api/v1/documents", **given)).json()["id"]
     failed = await client.upload("blank.txt", b" ")

@@ -99,14 +99,14 @@ class World:
         assert response.status_code == 200, response.text
         return response.json()
 
-    async def ended(self, tenant_id: str, id_: UUID, seconds: float = 60) -> dict[str, Any]:
+    async def ended(self, tenant_id: str, id_: UUID) -> dict[str, Any]:
         """Waits until the notification is no longer queued, and returns it as the API shows it."""
 
         async def found() -> dict[str, Any] | None:
             items = (await self.listed(tenant_id))["items"]
             return next((item for item in items if item["id"] == str(id_) and item["state"] != "queued"), None)
 
-        item = await self.platform.until(found, seconds=seconds)
+        item = await self.platform.until(found)
         assert item is not None
         return item
 

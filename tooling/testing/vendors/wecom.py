@@ -124,5 +124,7 @@ class WeComStandIn(StandIn):
             self.repeats += 1
         else:
             self._seen[known] = f"m{next(self._ids)}"
-            self.record(send.touser, send.text.content.rstrip("\u200b\u200c"), self._seen[known], msgspec.to_builtins(send))
+            self.record(
+                send.touser, send.text.content.rstrip("\u200b\u200c"), self._seen[known], msgspec.to_builtins(send)
+            )
         return Reply(200, {"errcode": 0, "errmsg": "ok", "msgid": self._seen[known]})
