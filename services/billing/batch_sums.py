@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import sha256
 from typing import NamedTuple
+from uuid import UUID
 
 from protos.messages.billing import UsageRecorded
 from services.billing.aggregates import SESSIONS
@@ -19,6 +20,10 @@ from services.billing.labels import Labels
 from services.billing.subscriptions import Place
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+_Group = tuple[str, int, int, str, UUID | None, UUID | None, str, bool, Labels]
+"""Tenant, period, hour since 1970, resource, agent, channel, price version, late, labels."""
 
 
 class Counted(NamedTuple):
@@ -51,7 +56,7 @@ class _Sum:
 
 def columns(counted: Iterable[Counted]) -> list[list[str]]:
     """Returns the columns of the buckets, as text, in the order of `aggregates.KEY` and `aggregates.COLUMNS`."""
-    found: dict[tuple[str, ...], dict[str, _Sum]] = {}
+    found: dict[_Group, dict[str, _Sum]] = {}
     for record, session_key, amount, version, place, labels, arrival in counted:
         since = record.occurred_at - _EPOCH
         seconds = since.days * 86_400 + since.seconds
@@ -63,14 +68,14 @@ def columns(counted: Iterable[Counted]) -> list[list[str]]:
         session = _digest(session_key) & (2**63 - 1) if session_key else None
         group = (
             record.tenant_id,
-            str(place.period),
-            str(seconds // 3600 * 3600),
+            place.period,
+            seconds // 3600,
             resource,
-            str(record.agent_id) if record.agent_id else "",
-            str(record.channel_id) if record.channel_id else "",
+            record.agent_id,
+            record.channel_id,
             version,
-            "t" if place.late else "f",
-            *labels,
+            place.late,
+            labels,
         )
         if (meters := found.get(group)) is None:
             meters = found[group] = {}
@@ -92,11 +97,19 @@ def columns(counted: Iterable[Counted]) -> list[list[str]]:
             if session is not None:
                 total.sessions.add(session)
     rows = [
-        (*group[:3], _meter(unit, group[3]), *group[3:], *_values(total))
+        (*key, _meter(unit, group[3]), *rest, *_values(total))
         for group, meters in found.items()
+        for key, rest in [_texts(group)]
         for unit, total in meters.items()
     ]
     return list(map(list, zip(*rows, strict=True)))
+
+
+def _texts(group: _Group) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The columns before the meter, and those behind it."""
+    tenant_id, period, hour, resource, agent_id, channel_id, version, late, labels = group
+    rest = resource, str(agent_id or ""), str(channel_id or ""), version, "t" if late else "f", *labels
+    return (tenant_id, str(period), str(hour * 3600)), rest
 
 
 def _values(total: _Sum) -> tuple[str, ...]:

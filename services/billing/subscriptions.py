@@ -78,6 +78,9 @@ class Place(NamedTuple):
     late: bool
 
 
+NOWHERE = Place(0, False)
+
+
 class _Open(NamedTuple):
     """A subscription with one of its open periods, or that has ended and has none."""
 
@@ -110,7 +113,10 @@ async def place(tx: Tx, records: Sequence[tuple[str, datetime]]) -> list[Place]:
             found |= await _open_periods(tx, [tenant_id], now)
     places = []
     for tenant_id, at in records:
-        place, ended = _place(found.get(tenant_id, ()), min(at, now))
+        if tenant_id not in found:
+            places.append(NOWHERE)
+            continue
+        place, ended = _place(found[tenant_id], min(at, now))
         if ended:
             await _add_supplement(tx, tenant_id, ended, now)
             found |= await _open_periods(tx, [tenant_id], now)
@@ -128,7 +134,7 @@ def _place(periods: Sequence[_Open], at: datetime) -> tuple[Place, UUID | None]:
     for period in periods:
         if period.contains(at):
             return (Place(period.period, True), None) if period.period else (Place(0, False), period.subscription_id)
-    return Place(0, False), None
+    return NOWHERE, None
 
 
 async def _open_periods(tx: Tx, tenants: Iterable[str], now: datetime) -> dict[str, list[_Open]]:

@@ -18,7 +18,7 @@ from services.billing import labels as usage_labels
 from services.billing.accounts import Entry
 from services.billing.batch_sums import Counted
 from services.billing.domain import Account, UsageContent, Verdict, judge, settle
-from services.billing.subscriptions import Place
+from services.billing.subscriptions import NOWHERE, Place
 
 # Reads only, in one round trip. OFFSET keeps one look-up by key for each record, as in `aggregates.ADDED`.
 _RATE = f"""
@@ -37,7 +37,6 @@ _RECORD = Path(__file__).with_name("record_usage.sql").read_text()
 # Separates the values of a column in a parameter. JSON text never contains it unescaped.
 _SEPARATOR = "\x1f"
 _UNSTORABLE = str.maketrans({"\x00": "\\x00", _SEPARATOR: "\\x1f"})
-_NOWHERE = Place(0, False)
 _encoder = msgspec.json.Encoder(order="sorted")
 
 
@@ -136,7 +135,7 @@ async def _places(tx: Tx, records: Sequence[UsageRecorded], verdicts: Sequence[V
             tx, [(item.tenant_id, item.occurred_at) for item, counts in zip(records, counted, strict=True) if counts]
         )
     )
-    return [next(found) if counts else _NOWHERE for counts in counted]
+    return [next(found) if counts else NOWHERE for counts in counted]
 
 
 def _column(name: str, values: Sequence[str]) -> str:

@@ -143,9 +143,9 @@ class ModelServer:
         """The scripted answers of `model` that are not used yet. The caller may change them."""
         return self._scripts[model]
 
-    def forget(self, model: str) -> None:
-        """Removes the scripted answers of `model` that are not used yet."""
-        self._scripts[model].clear()
+    def forget(self) -> None:
+        """Removes the scripted answers that are not used yet."""
+        self._scripts.clear()
 
     def asked(self, model: str) -> list[Asked]:
         return [request for request in self.requests if request.model == model]

@@ -326,7 +326,7 @@ async def test_limits_end_a_run_that_has_had_enough(world: World, tenant: Tenant
         world.models.script(MODEL, call, call)
         run = await tenant.over(await tenant.say(agent, "Weather?"))
         assert (run["status"], run["error"]) == ("failed", error)
-        world.models.forget(MODEL)
+        world.models.forget()
     agent = await tenant.agent(limits={"seconds": 1})
     for n, answer in enumerate((Says("Long text", stalls_after=1), Says("Drips. " * 1_000, drips_every=0.2))):
         world.models.script(MODEL, answer)

@@ -483,7 +483,7 @@ async def test_an_operator_gives_the_result_of_an_uncertain_call(world: World, t
 async def test_an_operator_lets_an_uncertain_run_fail(world: World, tenant: Tenant) -> None:
     run_id = await indeterminate(world, tenant)
     await tenant.call("POST", f"/api/v1/runs/{run_id}/resolution", json={"action": "fail"})
-    world.models.forget(MODEL)
+    world.models.forget()
     run = await tenant.run(run_id)
     assert (run["status"], run["error"]) == ("failed", f"given up by an operator: {WEATHER}: it did not answer")
     await tenant.call("POST", f"/api/v1/runs/{run_id}/resolution", expect=409, json={"action": "retry"})

@@ -44,7 +44,7 @@ async def test_a_killed_worker_is_replaced_and_the_run_ends_once(world: World, t
 async def _die(world: World, tenant: Tenant, agent: str, marker: Path, moment: Moment) -> None:
     """Sends a question and arms the failpoint at that moment of the answer."""
     models, plugin = world.models, world.peers.plugin
-    models.forget(MODEL)
+    models.forget()
     models.requests.clear()
     plugin.effects.clear()
     gates = {name: asyncio.Event() for name in ("in model 1", "in tool", "in model 2")}
@@ -121,7 +121,7 @@ async def test_a_call_of_the_callers_tool_is_on_record_before_the_run_ends_with_
     world: World, tmp_path: Path
 ) -> None:
     platform, marker, tenant = world.platform, tmp_path / "armed", world.tenant()
-    world.models.forget(MODEL)
+    world.models.forget()
     await asyncio.to_thread(platform.stop, "agent")
     for place in ("after_effect_commit", "before_lane_commit"):
         environment = {"CLAW_FAILPOINT": place, "CLAW_FAILPOINT_ONCE": str(marker), "CLAW_LEASE_SECONDS": "3"}

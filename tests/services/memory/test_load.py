@@ -32,12 +32,10 @@ def text(n: int) -> bytes:
 
 @pytest.mark.timeout(600 + 10 * DOCUMENTS)
 async def test_documents_under_kills_are_indexed_once_and_never_seen_by_halves(
-    platform: Platform, vectors: Vectors, capfd: pytest.CaptureFixture[str]
+    memory: Platform, vectors: Vectors, capfd: pytest.CaptureFixture[str]
 ) -> None:
     progress = Progress(capfd)
-    await platform.prepare("memory")
-    await platform.start("memory")
-    client = Client(platform, "tenant-crates")
+    client = Client(memory, "tenant-crates")
     chance = random.Random(7)
     waiting = asyncio.Semaphore(UPLOADS_AT_ONCE)
     ids: dict[int, str] = {}
@@ -60,7 +58,7 @@ async def test_documents_under_kills_are_indexed_once_and_never_seen_by_halves(
             seen.add(len(answer.json()["items"]))
 
     async def count(status: str) -> int:
-        async with platform.database("memory").begin() as tx:
+        async with memory.database("memory").begin() as tx:
             [(found,)] = await tx.sql("SELECT count(*) FROM document WHERE status = $1", status)
         return int(found)
 
@@ -71,23 +69,23 @@ async def test_documents_under_kills_are_indexed_once_and_never_seen_by_halves(
             await look()
             return await count("indexed") >= enough
 
-        await platform.until(reached, seconds=150 + 5 * DOCUMENTS)
+        await memory.until(reached, seconds=150 + 5 * DOCUMENTS)
         progress.show(f"documents indexed, kill {kill + 1}", enough, DOCUMENTS)
-        platform.processes["memory"].kill()
-        await asyncio.to_thread(platform.processes["memory"].wait)
-        await platform.start("memory")
+        memory.processes["memory"].kill()
+        await asyncio.to_thread(memory.processes["memory"].wait)
+        await memory.start("memory")
 
     async def complete() -> bool:
         await look()
         return await count("indexed") == DOCUMENTS
 
-    await platform.until(complete, seconds=150 + 5 * DOCUMENTS)
+    await memory.until(complete, seconds=150 + 5 * DOCUMENTS)
     for _ in range(10):
         await look()
     assert seen <= {0, whole}
     assert whole in seen
 
-    async with platform.database("memory").begin() as tx:
+    async with memory.database("memory").begin() as tx:
         passages = await tx.sql("SELECT document_id::text, array_agg(id::text) FROM passage GROUP BY 1")
     stored = {document_id: sorted(found) for document_id, found in passages}
     assert set(stored) == set(ids.values())
