@@ -16,7 +16,7 @@ class Periodic(ABC):
     pause: float
     """Seconds between two turns."""
     failure: str
-    """What the log says of a turn that failed."""
+    """The log line of a turn that failed."""
 
     def __init__(self) -> None:
         self._stopping = asyncio.Event()

@@ -40,7 +40,7 @@ class Clock(Periodic):
         await self.forget()
 
     async def close(self) -> None:
-        """Ends grants and closes and finalises what is due, at most MOST tenants of each kind."""
+        """Ends grants, closes periods and finalises drafts that are due, at most MOST tenants of each kind."""
         async with self._database.begin() as tx:
             expired = await tx.sql(
                 "SELECT tenant_id FROM account WHERE next_expiry <= clock_timestamp() ORDER BY next_expiry LIMIT $1",

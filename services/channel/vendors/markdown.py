@@ -41,7 +41,7 @@ class Dialect:
     heading: Pair | None = None
     """None: as bold text."""
     joint: str = ""
-    """Stands between a span's mark and a letter outside of it, where the vendor sees no mark next to a letter."""
+    """Stands between a span's mark and a letter outside of it, for vendors that see no mark next to a letter."""
 
 
 def plain_link(label: str, url: str) -> str:
@@ -126,7 +126,7 @@ class _Inline(ParserInline):
 
 
 def _address(state: StateInline, silent: bool) -> bool:
-    """A bare address is text: underscores in it are no marks."""
+    """A bare address is text: an underscore in it is not a mark."""
     found = _ADDRESS.match(state.src, state.pos, state.posMax)
     if not found or not state.src.endswith(("http", "https"), 0, state.pos):
         return False

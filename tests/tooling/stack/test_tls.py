@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import aio_pika
 import asyncpg
 import pytest
+from aio_pika.connection import make_url
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import (
@@ -86,8 +87,12 @@ async def kafka(servers: str) -> None:
 
 
 async def rabbitmq(url: str) -> None:
-    connection = await aio_pika.connect(url, timeout=20)
-    await connection.close()
+    connection = aio_pika.Connection(make_url(url))
+    try:
+        await connection.connect(timeout=20)
+    finally:
+        # Also if it failed: an open one would be found in another test.
+        await connection.close()
 
 
 async def opensearch(url: str) -> None:
