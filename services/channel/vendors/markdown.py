@@ -18,6 +18,7 @@ from markdown_it.token import Token
 Pair = tuple[str, str]
 _FENCE = re.compile("`{3,}")
 _SCHEMES = ("http://", "https://", "mailto:", "tel:")
+_BREAK = re.compile(r"<br ?/?>", re.IGNORECASE)
 # After the scheme; marks around an address do not belong to it.
 _ADDRESS = re.compile(r"://(?:[!#-%'-);?-Z^_a-z+-:=]|&(?!amp;)|~(?!~))+")
 
@@ -115,6 +116,7 @@ class _Inline(ParserInline):
     def __init__(self) -> None:
         super().__init__()
         self.ruler.before("strikethrough", "address", _address)
+        self.ruler.before("strikethrough", "break", _break)
 
     def parse(self, src: str, md: MarkdownIt, env: MutableMapping[str, Any], tokens: list[Token]) -> list[Token]:
         """As in the base class, with the state of this module."""
@@ -134,6 +136,17 @@ def _address(state: StateInline, silent: bool) -> bool:
     state.pos += len(text)
     if not silent:
         state.append_pending(text)
+    return True
+
+
+def _break(state: StateInline, silent: bool) -> bool:
+    """Models write ``<br>``, above all in tables, although other HTML is text."""
+    found = _BREAK.match(state.src, state.pos, state.posMax)
+    if not found:
+        return False
+    state.pos = found.end()
+    if not silent:
+        state.push("hardbreak", "br", 0)
     return True
 
 
@@ -274,7 +287,7 @@ def _table(tokens: Sequence[Token]) -> str:
         if token.type == "tr_open":
             rows.append([])
         elif token.type == "inline":
-            rows[-1].append(_Renderer(PLAIN)._inline(token))
+            rows[-1].append(_Renderer(PLAIN)._inline(token).replace("\n", " "))
     widths = [max(len(row[n]) for row in rows if n < len(row)) for n in range(max(map(len, rows)))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

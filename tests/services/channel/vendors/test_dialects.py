@@ -155,6 +155,8 @@ CHECKS: dict[str, tuple[Callable[[str], int], int]] = {
         ("請看~~「舊」~~的", "請看<s>「舊」</s>的", "請看\u200b~「舊」~\u200b的"),
         ("用`ls`看", "用<code>ls</code>看", "用\u200b`ls`\u200b看"),
         ("un**frigging**real, **b**.", "un<b>frigging</b>real, <b>b</b>.", "un\u200b*frigging*\u200breal, *b*."),
+        ("one<br>two<BR />three `<br>`", "one\ntwo\nthree <code>&lt;br&gt;</code>", "one\ntwo\nthree `&lt;br&gt;`"),
+        ("|a|\n|-|\n|b<br>c|", "<pre>a\n---\nb c</pre>", "```\na\n---\nb c\n```"),
         ("2 ** 3 ** 4, a_b_c", "2 ** 3 ** 4, a_b_c", "2 ** 3 ** 4, a_b_c"),
         ("https://e.example/_a_?b=_c_", "https://e.example/_a_?b=_c_", "https://e.example/_a_?b=_c_"),
         (
