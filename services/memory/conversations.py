@@ -11,20 +11,20 @@ from uuid import UUID
 import numpy as np
 
 from infra.clock import utcnow
-from infra.errors import EffectFailed, Transient, Unanswered
-from infra.lanes.effects import Effects, Outcome
+from infra.errors import EffectFailed
+from infra.lanes.effects import Effects
 from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.rewrap import SealedColumn
 from infra.security.subjects import Erased, SubjectKeys
 from services.memory import vectors
 from services.memory.credit import Credit
-from services.memory.embeddings import Embedded, Embedder
+from services.memory.embed_text import embed_text
+from services.memory.embeddings import Embedder
 from services.memory.engines import Engines
 from services.memory.index import VectorRow
 from services.memory.models import EmbeddingModels
 from services.memory.readable import Found
-from services.memory.usage import record_usage
 
 # Within this time a reply is erased with its person. Replies from before their events named the person only expire.
 KEEP = timedelta(days=30)
@@ -113,7 +113,7 @@ class Conversations:
         if text is None:
             return
         if vector is None:
-            vector = await self._vector(tenant_id, run_id, model, text, effects, credit)
+            vector = await embed_text(effects, self._models, model, "utterance", run_id, text, tenant_id, credit)
         row = VectorRow(run_id, np.frombuffer(vector, dtype="<f4").tolist())
         names = await self._index.replace(model.key, tenant_id, run_id, session_scope(session_key), lambda: _one(row))
         async with effects.begin() as begun:
@@ -126,39 +126,6 @@ class Conversations:
                 run_id,
                 names,
             )
-
-    async def _vector(
-        self, tenant_id: str, run_id: UUID, model: Embedder, text: str, effects: Effects, credit: Credit | None
-    ) -> bytes:
-        made: Embedded | None = None
-        hold_id: UUID | None = None
-
-        async def call(_: str) -> int:
-            nonlocal made, hold_id
-            # The tenant did not ask for this work, so it is billed only if the platform pays for it.
-            if model.paid and credit:
-                hold_id = await credit.hold_embedding(tenant_id, run_id, model.model, [text])
-            try:
-                made = await model.passages([text])
-            except Unanswered as error:
-                raise Transient(str(error)) from error
-            return made.tokens
-
-        async def keep(tx: Tx, outcome: Outcome[int]) -> None:
-            if made is None or outcome.result is None:
-                return
-            kept = await self._models.keep(tx, model.key)
-            await vectors.store(tx, "utterance", model.key, kept, {run_id: made.vectors[0].tobytes()})
-            if model.paid:
-                usage_id = f"conversation/{effects.item_id}/{model.key}/{outcome.attempt}"
-                record_usage(tx, model.model, usage_id, outcome.result, hold_id)
-
-        key = f"embed/{effects.item_id}/{model.key}"
-        outcome = await effects.run(key, call, kind="repeatable", result=int, after=keep)
-        if made is None:
-            raise EffectFailed(str(outcome.error))
-        vector: bytes = made.vectors[0].tobytes()
-        return vector
 
     async def forget(self, run_id: UUID, effects: Effects, tx: Tx) -> None:
         """Removes the reply from the index and from the table."""

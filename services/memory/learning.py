@@ -8,19 +8,18 @@ from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from infra.errors import Conflict, EffectFailed, InvalidMessage, Transient, Unanswered
-from infra.lanes.effects import Effects, Outcome
+from infra.errors import Conflict, EffectFailed, InvalidMessage
+from infra.lanes.effects import Effects
 from infra.postgres.tx import Tx, derived_id
 from infra.security.subjects import Erased
 from services.memory.credit import Credit
-from services.memory.embeddings import Embedded, Embedder
+from services.memory.embed_text import embed_text
+from services.memory.embeddings import Embedder
 from services.memory.extraction import Kind, facts
 from services.memory.forgetting import is_withdrawn
 from services.memory.keeping import Keeping, New
 from services.memory.memories import Memories
 from services.memory.models import EmbeddingModels
-from services.memory.usage import record_usage
-from services.memory.vectors import store
 
 # Of a fact that a rule found in the person's own words.
 RULE_CONFIDENCE = 0.8
@@ -137,33 +136,7 @@ class Learning:
             text = await self._memories.text(begun, memory_id, model.key)
         if text is None:
             return
-        made: Embedded | None = None
-        hold_id: UUID | None = None
-
-        async def call(_: str) -> int:
-            nonlocal made, hold_id
-            # The tenant did not ask for this work, so it is billed only if the platform pays for it.
-            if model.paid and credit:
-                hold_id = await credit.hold_embedding(tenant_id, memory_id, model.model, [text])
-            try:
-                made = await model.passages([text])
-            except Unanswered as error:
-                raise Transient(str(error)) from error
-            return made.tokens
-
-        async def keep(tx: Tx, outcome: Outcome[int]) -> None:
-            if made is None or outcome.result is None:
-                return
-            kept = await self._models.keep(tx, model.key)
-            await store(tx, "memory", model.key, kept, {memory_id: made.vectors[0].tobytes()})
-            if model.paid:
-                usage_id = f"memory/{effects.item_id}/{model.key}/{outcome.attempt}"
-                record_usage(tx, model.model, usage_id, outcome.result, hold_id)
-
-        key = f"embed/{effects.item_id}/{model.key}"
-        outcome = await effects.run(key, call, kind="repeatable", result=int, after=keep)
-        if outcome.state == "failed":
-            raise EffectFailed(str(outcome.error))
+        await embed_text(effects, self._models, model, "memory", memory_id, text, tenant_id, credit)
 
 
 async def _is_withdrawn(tx: Tx, run: FinishedRun, learned: Sequence[object]) -> bool:

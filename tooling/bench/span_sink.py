@@ -5,6 +5,8 @@ It is a process of its own, as a collector is, so that the benches measure the s
 
 from __future__ import annotations
 
+import sys
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -24,4 +26,6 @@ class _Sink(BaseHTTPRequestHandler):
 if __name__ == "__main__":
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Sink)
     print(f"http://127.0.0.1:{server.server_port}", flush=True)  # noqa: T201
-    server.serve_forever()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    # Until the pipe from the bench ends, also because the bench was killed.
+    sys.stdin.read()
