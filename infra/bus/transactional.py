@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.errors import CommitFailedError, CorruptRecordException, IllegalStateError
+from aiokafka.errors import CommitFailedError, CorruptRecordException, IllegalStateError, KafkaTimeoutError
 
 from infra.bus.batch import SAVE_SECONDS, Batches, Fenced, OffsetNotInLog, Position
 from infra.bus.kafka import topic_ids
@@ -48,6 +48,8 @@ class TransactionalReader(GroupReader, ConsumerRebalanceListener):  # type: igno
     """Reads all topics of one group until stopped."""
 
     _consumer: AIOKafkaConsumer | None = None
+    # The client got no answer about a partition within its time.
+    _is_lost = False
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -59,7 +61,13 @@ class TransactionalReader(GroupReader, ConsumerRebalanceListener):  # type: igno
 
     def _new_consumer(self) -> AIOKafkaConsumer:
         self._consumer = super()._new_consumer()
+        self._is_lost = False
         return self._consumer
+
+    def connect_again(self) -> None:
+        """The reader goes on with a new client. Once, after a power cut of the broker, a client waited for its metadata
+        twice as long as it may, while the broker answered other clients."""
+        self._is_lost = True
 
     async def _read(self, consumer: AIOKafkaConsumer) -> None:
         committed = time.monotonic()
@@ -77,6 +85,8 @@ class TransactionalReader(GroupReader, ConsumerRebalanceListener):  # type: igno
             if time.monotonic() - committed > COMMIT_SECONDS:
                 committed = time.monotonic()
                 await self._commit_for_monitoring(consumer)
+            if self._is_lost:
+                raise KafkaTimeoutError("the broker does not tell the offsets of a partition")
 
     async def _leave(self) -> None:
         # First: a rebalance during the drain must not add partitions, which would outlive their consumer.
@@ -179,6 +189,8 @@ class _Partition:
             except Exception as error:
                 # Nothing of the batch was committed. It is read again from the stored offset.
                 failures += 1
+                if isinstance(error, KafkaTimeoutError):
+                    self._reader.connect_again()
                 self._log.warning(
                     "could not process a batch; will read it again",
                     failures=failures,

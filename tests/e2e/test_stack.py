@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pwd
-import re
 from typing import Any
 
 import psutil
 import pytest
 
 from tooling.stack.engines import ENGINES
-from tooling.stack.home import SERVICES
 from tooling.stack.isolated import is_isolated
 from tooling.stack.supervisor import orphans
 from tooling.testing.stack import Stack, private_home, run_claw
@@ -108,16 +106,6 @@ def test_a_port_that_another_process_holds_is_named_with_that_process(full: Stac
             match=r"valkey needs port \d+, which process \d+ of user \w+, valkey-server \(it speaks Redis or Valkey\)",
         ):
             run_claw(home, "up", "--only", "valkey")
-
-
-def test_down_ends_the_services_before_the_engines(full: Stack) -> None:
-    log = full.home / "log" / "supervisord.log"
-    before = log.stat().st_size
-    run_claw(full.home, "down")
-    stopped = re.findall(r"(?:stopped|exited): (\w+) \((.*?)[;)]", log.read_text()[before:])
-    assert [what for what in stopped if what[0] in SERVICES] == stopped[: len(SERVICES)]
-    assert {how for _, how in stopped[: len(SERVICES)]} == {"exit status 0"}
-    run_claw(full.home, "up")
 
 
 def test_the_stack_runs_as_its_own_user_where_root_starts_it(full: Stack) -> None:

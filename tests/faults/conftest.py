@@ -21,7 +21,7 @@ from tooling.testing.platform import Platform, running_platform
 from tooling.testing.sample.run import Engines, SampleServices
 from tooling.testing.stack import Stack
 
-DEADLINE_SECONDS = 90
+DEADLINE_SECONDS = 120
 # On the way of a message from its webhook to the bill.
 SERVICES_ON_THE_WAY = ("channel", "agent", "billing", "plugin")
 

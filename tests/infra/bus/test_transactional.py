@@ -10,7 +10,7 @@ from uuid import UUID
 import msgspec
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import KafkaConnectionError, KafkaTimeoutError
 
 from infra.bus import transactional
 from infra.bus.at_least_once import AtLeastOnceReader
@@ -115,6 +115,30 @@ async def test_a_repeat_has_no_second_effect(reading: Database, producer: AIOKaf
     await send(producer, buses, note("repeat", 3))
     await until(lambda: _reaches(reading, "repeat", 3))
     assert await effects(reading, "repeat") == [1, 2, 3]
+
+
+async def test_a_client_that_gets_no_answer_is_replaced(
+    buses: Buses,
+    ledger_database: Database,
+    ledger: Ledger,
+    producer: AIOKafkaProducer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clients: list[AIOKafkaConsumer] = []
+    asked = AIOKafkaConsumer.beginning_offsets
+
+    async def answered(client: AIOKafkaConsumer, partitions: list[TopicPartition]) -> Any:
+        if client not in clients:
+            clients.append(client)
+        if client is clients[0]:
+            raise KafkaTimeoutError
+        return await asked(client, partitions)
+
+    monkeypatch.setattr(AIOKafkaConsumer, "beginning_offsets", answered)
+    async with buses.reader(ledger_database, SAMPLE_EVENTS.batch(group="sample_ledger")(ledger.count)):
+        await send(producer, buses, note("lost", 1))
+        await until(lambda: _reaches(ledger_database, "lost", 1))
+    assert len(clients) == 2
 
 
 async def _reaches(database: Database, book: str, number: int) -> bool:
