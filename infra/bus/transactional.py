@@ -65,8 +65,10 @@ class TransactionalReader(GroupReader, ConsumerRebalanceListener):  # type: igno
         return self._consumer
 
     def connect_again(self) -> None:
-        """The reader goes on with a new client. Once, after a power cut of the broker, a client waited for its metadata
-        twice as long as it may, while the broker answered other clients."""
+        """Replaces the reader's Kafka client with a new one.
+
+        After a power cut of the broker, one client got no metadata for 80 s. The broker answered other clients then.
+        """
         self._is_lost = True
 
     async def _read(self, consumer: AIOKafkaConsumer) -> None:

@@ -133,7 +133,7 @@ def _place(periods: Sequence[_Open], at: datetime) -> tuple[Place, UUID | None]:
     # Its period is closed. The oldest open period of the same subscription takes it.
     for period in periods:
         if period.contains(at):
-            return (Place(period.period, True), None) if period.period else (Place(0, False), period.subscription_id)
+            return (Place(period.period, True), None) if period.period else (NOWHERE, period.subscription_id)
     return NOWHERE, None
 
 

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from markdown_it import MarkdownIt
@@ -20,7 +20,7 @@ _FENCE = re.compile("`{3,}")
 _SCHEMES = ("http://", "https://", "mailto:", "tel:")
 _BREAK = re.compile(r"<br ?/?>", re.IGNORECASE)
 # After the scheme; marks around an address do not belong to it.
-_ADDRESS = re.compile(r"://(?:[!#-%'-);?-Z^_a-z+-:=]|&(?!amp;)|~(?!~))+")
+_ADDRESS = re.compile(r"://(?:[^\x00-\x20\"&*<>\[\\\]`{|}~\x7f-\U0010ffff]|&(?!amp;)|~(?!~))+")
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,14 @@ def render(text: str, dialect: Dialect) -> str:
 @lru_cache(maxsize=64)
 def _parse(text: str) -> tuple[Token, ...]:
     # Cached, because the same text is measured and then sent.
+    return tuple(_parser().parse(text))
+
+
+@cache
+def _parser() -> MarkdownIt:
     parser = MarkdownIt("commonmark", {"html": False, "linkify": False}).enable("table")
     parser.inline = _Inline()
-    return tuple(parser.parse(text))
+    return parser
 
 
 class _State(StateInline):
@@ -105,7 +110,8 @@ class _State(StateInline):
         the marks would be shown.
         """
         can_open, can_close, length = super().scanDelims(start, canSplitWord)
-        before, after = self.src[start - 1 : start] or " ", self.src[start + length : start + length + 1] or " "
+        end = start + length
+        before, after = self.src[start - 1 : start] or " ", self.src[end : min(end + 1, self.posMax)] or " "
         if canSplitWord and not before.isspace() and not after.isspace():
             can_open |= unicodedata.east_asian_width(before) in "WF"
             can_close |= unicodedata.east_asian_width(after) in "WF"
@@ -245,8 +251,6 @@ class _Renderer:
         return self._joined(stack[0])
 
     def _joined(self, pieces: list[tuple[str, bool]]) -> str:
-        if not self._dialect.joint:
-            return "".join(text for text, _ in pieces)
         joined = ""
         after_mark = False
         for text, marked in pieces:

@@ -116,7 +116,7 @@ class Collector:
                 return poison <= {letter["message_id"] for letter in await operator.all("/api/v1/deadletters")}
 
             # Those that are missing now are found by the judge.
-            await self._try("poison is not parked", until(all_there))
+            await self._try("poison is not parked", until(all_there, seconds=30))
             found = []
             for letter in await operator.all("/api/v1/deadletters"):
                 if _unix(letter["first_failed_at"]) < self._since:

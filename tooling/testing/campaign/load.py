@@ -140,7 +140,7 @@ class Load:
             assert found["status"] != "failed", found
             return bool(found["status"] == "indexed")
 
-        await until(indexed)
+        await until(indexed, seconds=120)
 
     async def _connect(self, tenant: Tenant, vendor: Vendor) -> None:
         tenant.vendor = vendor
