@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 import urllib.request
 import uuid
 from collections.abc import Iterator
@@ -51,6 +52,13 @@ class ByWhatIsShared(LoadScopeScheduling):  # type: ignore[misc]
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByWhatIsShared:
     return ByWhatIsShared(config, log)
+
+
+@pytest.fixture(autouse=True)
+def logging_stays_enabled() -> Iterator[None]:
+    """A command that a test calls may disable logging for its process. A later test would then miss its lines."""
+    yield
+    assert logging.root.manager.disable == 0, "the test left logging disabled"
 
 
 @pytest.fixture(scope="session")

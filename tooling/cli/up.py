@@ -55,8 +55,6 @@ def up(
             "./claw down --wipe"
         )
     place = home.place()
-    # The clients would log every refused connection, which is normal while an engine starts.
-    logging.disable()
     with alone(home.path):
         if tls and not certificates.in_use(place) and Supervisor(home.path).running():
             raise EngineError("--tls: this stack runs without TLS: stop it first: ./claw down")
@@ -64,6 +62,8 @@ def up(
             certificates.issue(place, _owners(known))
         if archive:
             _archive(home, place, archive)
+        # The clients would log every refused connection, which is normal while an engine starts.
+        logging.disable()
         asyncio.run(_start_all(home, place, [known[name] for name in names]))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from infra.clock import uuid7
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tooling.testing.model_server import Fails, Says
@@ -10,27 +12,33 @@ from tooling.testing.service_fakes import WEATHER
 BERN = (WEATHER, '{"city":"Bern"}')
 
 
+def begun_seconds(run: dict[str, Any]) -> int:
+    """The seconds that the run's steps took, which were made one after the other. A begun second counts."""
+    return -(-sum(step["ms"] or 0 for step in run["steps"]) // 1000)
+
+
 async def test_a_run_that_answers_has_one_record_and_its_cost_waits_for_it(world: World, tenant: Tenant) -> None:
     agent = await tenant.agent(tools=[WEATHER])
     world.models.script(MODEL, Says(calls=(BERN,)), Says("Rain."))
     run = await tenant.over(await tenant.say(agent, "Weather?"))
-    # The calls of the stand-ins take milliseconds. A begun second counts.
-    assert await tenant.seconds() == {run["id"]: 1}
+    seconds = begun_seconds(run)
+    assert await tenant.seconds() == {run["id"]: seconds}
     [record] = [record for record in await tenant.sent("usage.records") if record["usage_id"].endswith("/seconds")]
     assert (record["resource"], record["agent_id"], record["session_key"]) == ("agent/run", agent, run["session_key"])
     story = (await tenant.call("GET", f"/api/v1/runs/{run['id']}/timeline"))["items"]
-    assert [item["data"]["quantities"] for item in story if item["kind"] == "usage"][-1] == {"run_seconds": 1}
+    assert [item["data"]["quantities"] for item in story if item["kind"] == "usage"][-1] == {"run_seconds": seconds}
 
 
 async def test_a_failed_run_and_its_fork_have_a_record_each(world: World, tenant: Tenant) -> None:
     agent = await tenant.agent(tools=[WEATHER])
     world.models.script(MODEL, Says(calls=(BERN,)), Fails(400))
     failed = await tenant.over(await tenant.say(agent, "Weather?"))
-    assert (failed["status"], await tenant.seconds()) == ("failed", {failed["id"]: 1})
+    first = {failed["id"]: begun_seconds(failed)}
+    assert (failed["status"], await tenant.seconds()) == ("failed", first)
     world.models.script(MODEL, Says("It rains."))
     made = await tenant.call("POST", f"/api/v1/runs/{failed['id']}/fork", json={})
-    await tenant.over(made["id"])
-    assert await tenant.seconds() == {failed["id"]: 1, made["id"]: 1}
+    fork = await tenant.over(made["id"])
+    assert await tenant.seconds() == {**first, fork["id"]: begun_seconds(fork)}
 
 
 async def test_a_run_that_is_cancelled_pays_for_its_steps_and_one_that_only_waited_pays_nothing(
@@ -64,7 +72,7 @@ async def test_a_run_that_waited_for_a_person_has_one_record(world: World, tenan
     await world.platform.until(waits)
     assert await tenant.seconds() == {}
     await tenant.call("POST", f"/api/v1/runs/{run_id}/cancel")
-    assert await tenant.seconds() == {run_id: 1}
+    assert await tenant.seconds() == {run_id: begun_seconds(await tenant.over(run_id))}
 
 
 async def test_the_seconds_are_held_with_the_first_call_and_the_record_names_the_hold(
