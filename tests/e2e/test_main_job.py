@@ -15,7 +15,8 @@ import pytest
 
 from tooling.testing.model_server import KEY, Fails, ModelServer, Says
 from tooling.testing.system import Company as AnyCompany
-from tooling.testing.system import System, until
+from tooling.testing.system import System
+from tooling.testing.until import until
 from tooling.testing.vendors import SlackStandIn, TelegramStandIn, WebhookStandIn
 from tooling.testing.vendors.server import StandIn
 

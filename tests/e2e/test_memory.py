@@ -13,7 +13,8 @@ from tests.e2e.test_main_job import Company, sent
 from tests.services.memory import files
 from tooling.testing.model_server import Asked, ModelServer, Says
 from tooling.testing.stack import run_claw
-from tooling.testing.system import System, until
+from tooling.testing.system import System
+from tooling.testing.until import until
 from tooling.testing.vendors import SlackStandIn, TelegramStandIn
 
 MODEL = "gpt-4o-mini"

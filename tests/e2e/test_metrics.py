@@ -18,7 +18,8 @@ from tooling.stack.checkout import CHECKOUT
 from tooling.stack.home import SERVICES
 from tooling.testing.model_server import ModelServer, Says
 from tooling.testing.stack import free_port, run_claw
-from tooling.testing.system import System, until
+from tooling.testing.system import System
+from tooling.testing.until import until
 from tooling.testing.vendors import WebhookStandIn
 
 DEPLOY = CHECKOUT / "infra" / "deploy"

@@ -10,7 +10,8 @@ import pytest
 from openai import AsyncOpenAI
 
 from tooling.testing.model_server import KEY, ModelServer, Says
-from tooling.testing.system import System, until
+from tooling.testing.system import System
+from tooling.testing.until import until
 
 MODEL = "gpt-4o-mini"
 

@@ -18,7 +18,8 @@ from tooling.stack.backup.database import archive_now
 from tooling.stack.backup.take import known_archive
 from tooling.testing.model_server import ModelServer, Says
 from tooling.testing.stack import Stack, private_home, run_claw
-from tooling.testing.system import System, until
+from tooling.testing.system import System
+from tooling.testing.until import until
 from tooling.testing.vendors import WebhookStandIn
 
 # The stack's own object store: a restore in place keeps it.

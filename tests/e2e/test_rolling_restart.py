@@ -12,7 +12,8 @@ import pytest
 
 from tests.e2e.test_main_job import Company
 from tooling.testing.stack import Stack, run_claw
-from tooling.testing.system import System, until
+from tooling.testing.system import System
+from tooling.testing.until import until
 from tooling.testing.vendors import WebhookStandIn
 
 SERVICES = ("user", "channel", "agent")

@@ -14,7 +14,8 @@ from tooling.stack.engines import ENGINES
 from tooling.stack.isolated import is_isolated
 from tooling.stack.supervisor import orphans
 from tooling.testing.stack import Stack, private_home, run_claw
-from tooling.testing.system import System, until
+from tooling.testing.system import System
+from tooling.testing.until import until
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,12 @@ from infra.clock import uuid7
 from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import migrate, prepare_database
-from tests.infra.bus.conftest import until
 from tests.infra.conftest import PASSWORDS
 from tooling.testing.sample import courier
 from tooling.testing.sample.courier.handlers import PARCELS, Parcel
 from tooling.testing.sample.run import Engines, SampleServices
 from tooling.testing.stack import Stack, free_port
+from tooling.testing.until import until
 
 STREETS = ("repeatable", "keyed", "once")
 BOUNDARIES = (

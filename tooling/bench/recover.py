@@ -18,7 +18,8 @@ import httpx
 from tooling.bench.protocol import Units, median_units
 from tooling.testing.model_server import KEY, ModelServer, model_server
 from tooling.testing.stack import Stack, run_claw
-from tooling.testing.system import Company, System, until
+from tooling.testing.system import Company, System
+from tooling.testing.until import until
 from tooling.testing.vendors import TelegramStandIn
 
 # Half of the times before the hot paths were rebuilt: 5 s and 9 s on two quiet cores.

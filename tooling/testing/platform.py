@@ -9,10 +9,10 @@ import signal
 import ssl
 import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 import aio_pika
@@ -38,8 +38,7 @@ from tooling.stack.provision import provision_brokers
 from tooling.testing import keys
 from tooling.testing.processes import Process
 from tooling.testing.stack import Stack, free_ports
-
-T = TypeVar("T")
+from tooling.testing.until import until
 
 # Roles belong to the whole PostgreSQL server, so all modules that share a stack must use the same passwords.
 PASSWORDS = Passwords("owner-pw", "request-pw", "worker-pw")
@@ -252,14 +251,7 @@ class Platform:
             )
         return [(json.loads(headers), json.loads(body)) for headers, body in rows]
 
-    async def until(self, ask: Callable[[], Awaitable[T | None]], *, seconds: float = 150) -> T:
-        """Calls `ask` until its answer is true and returns it. Raises TimeoutError with the last answer."""
-        deadline = time.monotonic() + seconds
-        while not (answer := await ask()):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"still {answer!r} after {seconds} s")
-            await asyncio.sleep(0.05)
-        return answer
+    until = staticmethod(until)
 
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
         self.processes[name].send_signal(number)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -88,13 +84,3 @@ class Company:
             if not page["next"]:
                 return items
             params["cursor"] = page["next"]
-
-
-async def until(ask: Callable[[], Awaitable[T | None]], *, seconds: float = 150) -> T:
-    """Calls `ask` until its answer is true and returns it. Raises TimeoutError with the last answer."""
-    deadline = time.monotonic() + seconds
-    while not (answer := await ask()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"still {answer!r} after {seconds} s")
-        await asyncio.sleep(0.05)
-    return answer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,14 +23,6 @@ from protos.catalog import AUDIT_LOGS
 from protos.topology import Catalog, Subscription
 from tooling.testing.sample.catalog import SAMPLE
 from tooling.testing.stack import Stack
-
-
-async def until(condition: Callable[[], Awaitable[Any]], *, seconds: float = 150) -> Any:
-    """Asks until the answer is true, and returns it; a deadline, not a measure of time."""
-    async with asyncio.timeout(seconds):
-        while not (answer := await condition()):
-            await asyncio.sleep(0.05)
-    return answer
 
 
 @dataclass

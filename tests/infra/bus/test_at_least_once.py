@@ -21,9 +21,10 @@ from infra.service.redrive import Redriver, request_redrive
 from protos.envelope import Envelope
 from protos.messages.sample import NoteTaken
 from protos.topology import Catalog
-from tests.infra.bus.conftest import Buses, until
+from tests.infra.bus.conftest import Buses
 from tooling.testing.sample.catalog import SAMPLE, SAMPLE_EVENTS
 from tooling.testing.stack import Stack
+from tooling.testing.until import until
 
 GROUP = "outside"
 

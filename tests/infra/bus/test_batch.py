@@ -21,8 +21,8 @@ from infra.postgres.inbox import mark_handled
 from infra.postgres.tx import Tx
 from protos.envelope import Envelope, Message
 from protos.messages.sample import NoteTaken, TakeNote
-from tests.infra.bus.conftest import until
 from tooling.testing.sample.catalog import SAMPLE_EVENTS
+from tooling.testing.until import until
 
 TOPIC_ID = UUID(int=1)
 

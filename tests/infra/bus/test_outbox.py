@@ -27,11 +27,12 @@ from infra.postgres.dead_letters import list_dead_letters
 from protos.catalog import AUDIT_LOGS
 from protos.messages.sample import NoteTaken, TakeNote
 from protos.topology import Catalog, Topic
-from tests.infra.bus.conftest import Buses, until
+from tests.infra.bus.conftest import Buses
 from tooling.testing.sample.catalog import SAMPLE_EVENTS, SAMPLE_WORK
 from tooling.testing.sample.desk.domain import WriteNote
 from tooling.testing.sample.desk.publishing import NOTEBOOK
 from tooling.testing.stack import Stack
+from tooling.testing.until import until
 
 LATER = replace(SAMPLE_EVENTS, name="sample.later", partitions=1)
 UNROUTED = replace(SAMPLE_WORK, name="sample.unrouted", routing_key="sample.unrouted")

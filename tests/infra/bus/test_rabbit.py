@@ -29,9 +29,10 @@ from infra.postgres.tx import Tx
 from infra.service.redrive import request_redrive
 from protos.envelope import Envelope
 from protos.messages.sample import TakeNote
-from tests.infra.bus.conftest import Buses, until
+from tests.infra.bus.conftest import Buses
 from tooling.testing.proxy import FaultProxy
 from tooling.testing.sample.catalog import SAMPLE_WORK
+from tooling.testing.until import until
 
 
 class Desk:

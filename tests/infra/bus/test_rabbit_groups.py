@@ -14,9 +14,10 @@ from infra.errors import InvalidMessage
 from infra.postgres.database import Database
 from infra.postgres.tx import Tx
 from protos.messages.sample import TakeNote
-from tests.infra.bus.conftest import Buses, until
+from tests.infra.bus.conftest import Buses
 from tests.infra.bus.test_rabbit import effects, letter, send
 from tooling.testing.sample.catalog import SAMPLE_WORK
+from tooling.testing.until import until
 
 
 class Desk:

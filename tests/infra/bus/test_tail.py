@@ -18,9 +18,10 @@ from infra.clock import utcnow, uuid7
 from protos.envelope import Envelope
 from protos.messages.sample import NoteTaken
 from protos.topology import Catalog, Subscription
-from tests.infra.bus.conftest import Buses, until
+from tests.infra.bus.conftest import Buses
 from tooling.testing.sample.catalog import SAMPLE, SAMPLE_EVENTS
 from tooling.testing.stack import Stack
+from tooling.testing.until import until
 
 
 @dataclass

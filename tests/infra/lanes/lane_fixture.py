@@ -24,8 +24,8 @@ from infra.outgoing import shares
 from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.tx import Tx
-from tests.infra.bus.conftest import until
 from tests.infra.conftest import SampleDatabase
+from tooling.testing.until import until
 
 TENANT = "tenant-1"
 

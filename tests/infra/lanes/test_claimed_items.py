@@ -12,10 +12,10 @@ from infra.lanes.claims import Claims
 from infra.lanes.lane import Lane
 from infra.postgres.database import Database
 from protos.messages.sample import NoteTaken
-from tests.infra.bus.conftest import until
 from tests.infra.conftest import SampleDatabase
 from tests.infra.lanes.lane_fixture import TENANT, Notes, Parcel, World, all_over, items, log_lines, new_lane, put
 from tooling.testing.sample.catalog import SAMPLE_EVENTS
+from tooling.testing.until import until
 
 
 @pytest.fixture

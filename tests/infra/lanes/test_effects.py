@@ -17,9 +17,9 @@ from infra.lanes.claims import LaneLost
 from infra.lanes.effects import Effects, Outcome
 from infra.lanes.lane import Work
 from infra.postgres.tx import Tx
-from tests.infra.bus.conftest import until
 from tests.infra.conftest import SampleDatabase
 from tests.infra.lanes.lane_fixture import TENANT, Parcel, World, all_over, items, log_lines, new_lane, put, steal
+from tooling.testing.until import until
 
 Kind = Literal["repeatable", "keyed", "once"]
 KINDS: list[Kind] = ["repeatable", "keyed", "once"]

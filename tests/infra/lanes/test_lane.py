@@ -30,7 +30,6 @@ from infra.postgres.db import create_engine
 from infra.postgres.tx import Tx
 from infra.service.maintenance import Maintenance
 from infra.service.redrive import Redriver, request_redrive
-from tests.infra.bus.conftest import until
 from tests.infra.conftest import SampleDatabase
 from tests.infra.lanes.lane_fixture import (
     TENANT,
@@ -44,6 +43,7 @@ from tests.infra.lanes.lane_fixture import (
     put,
     steal,
 )
+from tooling.testing.until import until
 
 # A transaction of this test's database waits for a lock of another.
 WAITS = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"

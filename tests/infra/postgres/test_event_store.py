@@ -15,10 +15,10 @@ from infra.postgres.db import sql
 from infra.postgres.event_store import NewEvent
 from infra.postgres.tx import Tx
 from infra.postgres.upcasting import EventTypes
-from tests.infra.bus.conftest import until
 from tests.infra.lanes.lane_fixture import TENANT, Parcel, items, new_lane, put
 from tooling.testing.sample.desk.domain import Notebook, NoteWritten, WriteNote
 from tooling.testing.sample.desk.publishing import NOTEBOOK
+from tooling.testing.until import until
 
 
 async def versions(desk: Database, notebook: str) -> list[int]:

@@ -15,13 +15,14 @@ from infra.postgres.tx import Tx
 from infra.service.replay import Replay, ReplayResult
 from protos.messages.sample import NoteTaken
 from protos.topology import Subscription
-from tests.infra.bus.conftest import Buses, until
+from tests.infra.bus.conftest import Buses
 from tests.infra.bus.conftest import buses as buses
 from tests.infra.conftest import SampleDatabase
 from tooling.testing.sample.catalog import SAMPLE_EVENTS
 from tooling.testing.sample.desk.domain import WriteNote
 from tooling.testing.sample.desk.publishing import NOTEBOOK
 from tooling.testing.sample.ledger.handlers import count_notes
+from tooling.testing.until import until
 
 
 class _Front:

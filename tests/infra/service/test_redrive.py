@@ -21,8 +21,8 @@ from infra.security import subjects
 from infra.service.redrive import Redriver, discard, discard_expired, request_redrive
 from protos.envelope import Envelope
 from protos.messages.sample import NoteTaken
-from tests.infra.bus.conftest import until
 from tooling.testing.sample.catalog import SAMPLE_EVENTS
+from tooling.testing.until import until
 
 GROUP = "sample_ledger"
 

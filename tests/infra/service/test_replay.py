@@ -24,13 +24,13 @@ from infra.service.replay import Replay, ReplayResult
 from protos.catalog import AUDIT_LOGS
 from protos.messages.audit import ActAudited
 from protos.messages.sample import NoteTaken
-from tests.infra.bus.conftest import until
 from tests.infra.conftest import SampleDatabase
 from tests.infra.service.conftest import History
 from tooling.stack.checkout import CHECKOUT
 from tooling.testing.sample.catalog import SAMPLE_EVENTS, SAMPLE_WORK
 from tooling.testing.sample.desk.domain import NoteWritten
 from tooling.testing.sample.desk.publishing import NOTEBOOK
+from tooling.testing.until import until
 
 SHAPE = {
     "grants": "SELECT grantee, privilege_type FROM information_schema.role_table_grants "

@@ -15,12 +15,12 @@ from infra.errors import Conflict
 from infra.postgres.database import Database
 from infra.postgres.event_store import NewEvent, append
 from infra.service.redrive import discard
-from tests.infra.bus.conftest import until
 from tests.infra.service.conftest import History
 from tests.infra.service.test_replay import book, equal
 from tooling.testing.sample.catalog import SAMPLE_EVENTS
 from tooling.testing.sample.desk.domain import NoteWritten
 from tooling.testing.sample.desk.publishing import NOTEBOOK
+from tooling.testing.until import until
 
 
 async def test_it_equals_the_live_tables_though_the_topic_lost_its_beginning(history: History) -> None:

@@ -25,10 +25,10 @@ from infra.postgres.read_models import ReadModel, RowDifference
 from infra.service import verification
 from infra.service.maintenance import Maintenance, last_time
 from infra.service.verification import VerificationResult, verify
-from tests.infra.bus.conftest import until
 from tests.infra.conftest import SampleDatabase
 from tests.infra.service.books import BOOKS, TABLE, write
 from tooling.stack.checkout import CHECKOUT
+from tooling.testing.until import until
 
 # A busy machine may take longer to reach the lock than a transaction may be idle.
 UNHURRIED = "SET LOCAL idle_in_transaction_session_timeout = 0"

@@ -23,7 +23,8 @@ from tooling.testing.campaign.rig import LEASES, ROUTED, TWINS, Rig
 from tooling.testing.campaign.wires import Wires
 from tooling.testing.model_server import ModelServer
 from tooling.testing.stack import Stack
-from tooling.testing.system import System, until
+from tooling.testing.system import System
+from tooling.testing.until import until
 
 # The campaign gives up if no reply has come for this long after the last fault.
 STALL_SECONDS = 120.0

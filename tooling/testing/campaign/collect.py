@@ -31,7 +31,8 @@ from tooling.testing.campaign.evidence import (
 )
 from tooling.testing.campaign.load import Load, Tenant
 from tooling.testing.stack import Stack, run_claw
-from tooling.testing.system import Company, System, until
+from tooling.testing.system import Company, System
+from tooling.testing.until import until
 
 T = TypeVar("T")
 # The state must settle within this time after the last reply.

@@ -22,7 +22,8 @@ import httpx
 from tooling.testing.campaign.evidence import TOOL_WORD, ModelCall, Reply, Sent
 from tooling.testing.campaign.wires import Wires
 from tooling.testing.model_server import KEY, Asked, ModelServer, Says
-from tooling.testing.system import Company, System, until
+from tooling.testing.system import Company, System
+from tooling.testing.until import until
 from tooling.testing.vendors import TelegramStandIn, WebhookStandIn
 
 MODEL = "gpt-4o-mini"
