@@ -148,16 +148,18 @@ async def add_credit(
     rollover_until: datetime | None = None,
     rollover_nanos: int | None = None,
     source: JournalAccount | None = None,
+    field: str = "amount_nanos",
 ) -> UUID:
     """Adds a grant to an account and, if the account has a limit, raises the limit by it. Returns the grant's id.
 
-    Raises NotFound if there is no account, and InvalidMessage if the credit would exceed MAX_CREDIT_NANOS.
+    Raises NotFound if there is no account, and InvalidMessage if the credit would exceed MAX_CREDIT_NANOS. `field`:
+    the name of the amount in the request.
     """
     _, account = await lock_one(tx, tenant_id)
     await grants.settle(tx, tenant_id)
     if account.credit_nanos is not None:
         if account.credit_nanos + amount_nanos > MAX_CREDIT_NANOS:
-            raise InvalidMessage("amount_nanos", f"the credit would exceed {MAX_CREDIT_NANOS}")
+            raise InvalidMessage(field, f"the credit would exceed {MAX_CREDIT_NANOS}")
         await tx.sql(
             "UPDATE account SET credit_nanos = credit_nanos + $2 WHERE tenant_id = $1", tenant_id, amount_nanos
         )

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import msgspec
 from fastapi import APIRouter, Query
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.routing import BaseRoute
 
 from infra.clock import utcnow
@@ -17,6 +17,7 @@ from infra.errors import InvalidMessage, NotFound, RetryLater
 from infra.security.audit import audit
 from infra.service.api import Operator, Paging, Reader, Viewer, api, bad_cursor, page
 from infra.service.service import Runtime
+from infra.web.times import Time
 from services.billing import (
     accounts,
     aggregates,
@@ -36,16 +37,16 @@ from services.billing.payments import api as payments
 from services.billing.reconciliation import UsageReconciliation, reconcile
 from services.billing.reports import Balance, Grouping, UsageFilter, UsageList, UsageSummary
 
-Since = Annotated[AwareDatetime | None, Query(description="only usage that occurred at or after this time")]
-From = Annotated[AwareDatetime | None, Query(alias="from", description="with group_by: first hour")]
-To = Annotated[AwareDatetime | None, Query(description="with group_by: the hour after the last one")]
-Until = Annotated[AwareDatetime | None, Query(description="only usage that occurred before this time")]
+Since = Annotated[Time | None, Query(description="only usage that occurred at or after this time")]
+From = Annotated[Time | None, Query(alias="from", description="with group_by: first hour")]
+To = Annotated[Time | None, Query(description="with group_by: the hour after the last one")]
+Until = Annotated[Time | None, Query(description="only usage that occurred before this time")]
 
 
 class RerateRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    from_: AwareDatetime = Field(alias="from")
-    to: AwareDatetime
+    from_: Time = Field(alias="from")
+    to: Time
     tenant_id: str | None = None
     """Null: all tenants."""
     dry_run: bool

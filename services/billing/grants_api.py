@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from infra.clock import utcnow
@@ -15,6 +15,7 @@ from infra.security.audit import audit
 from infra.service.api import Operator, Paging, Viewer, id_cursor, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
+from infra.web.times import Time
 from services.billing import accounts, grants
 from services.billing.accounts import MAX_CREDIT_NANOS
 from services.billing.grants import Grant
@@ -29,8 +30,8 @@ class NewGrant(BaseModel):
     """prepaid: the tenant has paid for it."""
     priority: int = Field(grants.DEFAULT_PRIORITY, ge=0, le=1000)
     """Low numbers are burned first."""
-    expires_at: AwareDatetime | None = None
-    rollover_until: AwareDatetime | None = None
+    expires_at: Time | None = None
+    rollover_until: Time | None = None
     """The rest at `expires_at` stays until then. Null: nothing does."""
     rollover_nanos: int | None = Field(None, gt=0, le=MAX_CREDIT_NANOS)
     """The largest amount that is rolled over. Null: the whole rest."""
@@ -63,6 +64,7 @@ def router(runtime: Runtime) -> APIRouter:
                 expires_at=body.expires_at,
                 rollover_until=body.rollover_until,
                 rollover_nanos=body.rollover_nanos,
+                field="nanos",
             )
             audit(tx, who.actor, "billing.grant", "grant", str(grant_id), nanos=str(body.nanos))
             [made] = await grants.listed(tx, body.tenant_id, after=None, limit=1, grant_id=grant_id)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Query, Request
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from infra.errors import Conflict, InvalidMessage
@@ -15,6 +15,7 @@ from infra.security.audit import audit
 from infra.service.api import Operator, Paging, Viewer, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
+from infra.web.times import Time
 from services.billing import accounts, reports, usage
 from services.billing.accounts import MAX_CREDIT_NANOS, Entry
 from services.billing.domain import MAX_AMOUNT_NANOS, MAX_QUANTITY, Verdict, implausible
@@ -46,7 +47,7 @@ class UsageResolution(_Body):
     quantities: dict[str, Annotated[int, Field(ge=0, le=MAX_QUANTITY)]] = {}
     """Quantities of the units that the record did not report. If the reported quantities are implausible or all 0, they
     may be replaced."""
-    occurred_at: AwareDatetime | None = None
+    occurred_at: Time | None = None
     """Replaces an implausible time of use."""
     reject: Text | None = None
     """The reason why the record will never be charged. Null: rate it again."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.responses import Response
 
 from infra.errors import InvalidMessage, NotFound
@@ -18,6 +18,7 @@ from infra.security.auth import Identity
 from infra.service.api import Operator, Paging, Viewer, bad_cursor, id_cursor, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
+from infra.web.times import Time
 from services.billing import plans, schemes, subscriptions
 from services.billing.aggregates import METERS
 from services.billing.currencies import DIGITS
@@ -114,7 +115,7 @@ class PlanView(NewPlan):
 class NewSubscription(_Body):
     tenant_id: Text
     plan_id: UUID
-    starts_at: AwareDatetime | None = None
+    starts_at: Time | None = None
     anchor_day: int | None = Field(None, ge=1, le=31)
     """The day of the month on which periods begin, or the last day of a shorter month. Null: the day of the start."""
     time_zone: str = Field("UTC", max_length=64)

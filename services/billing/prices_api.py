@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from infra.errors import InvalidMessage
@@ -16,6 +16,7 @@ from infra.security.audit import audit
 from infra.service.api import Operator, Paging, Viewer, bad_cursor, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
+from infra.web.times import Time
 from services.billing import price_book
 from services.billing.currencies import DIGITS
 from services.billing.domain import UNITS, Price, Tier
@@ -43,7 +44,7 @@ class NewPrice(BaseModel):
     nanos_per_unit: dict[str, Nanos] = Field(min_length=1)
     """Unit → nano-units (10⁻⁹) of `currency` per one unit, as a decimal string."""
     tiers: list[PriceTier] = Field([], max_length=MAX_TIERS)
-    valid_from: AwareDatetime | None = None
+    valid_from: Time | None = None
     """Null: from now on, or since 1970 if the resource has no price in this currency yet, also not under a more general
     name. Earlier usage keeps its price; a time in the past is for corrections, which re-rating books."""
 

@@ -6,11 +6,12 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
-from pydantic import AwareDatetime, BaseModel
+from pydantic import BaseModel
 
 from infra.errors import InvalidMessage
 from infra.service.api import Paging, page
 from infra.service.service import Runtime
+from infra.web.times import Time
 from services.log_aggregator import adapters, audit, verification
 from services.log_aggregator.access import RequestedTenant
 from services.log_aggregator.audit_lines import AuditLines
@@ -80,7 +81,7 @@ def router(runtime: Runtime) -> APIRouter:
         action: _Text = None,
         object_id: _Text = None,
         actor: _Text = None,
-        since: AwareDatetime | None = None,
+        since: Time | None = None,
     ) -> dict[str, Any]:
         """Lists audit records, newest first. The operator gets the system's chain, or with `tenant_id` a tenant's."""
         wanted = {"action": action, "object_id": object_id, "actor": actor}

@@ -8,7 +8,7 @@ from typing import Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Request
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 from starlette.responses import Response
 
@@ -22,6 +22,7 @@ from infra.security.subjects import Erased
 from infra.service.api import Paging, Reader, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
+from infra.web.times import Time
 from services.memory import adapters
 from services.memory.events import Scope
 from services.memory.extraction import MAX_TEXT, Kind
@@ -64,7 +65,7 @@ class NewMemory(BaseModel):
     importance: int = Field(default=5, ge=1, le=10)
     confidence: float = Field(default=1.0, ge=0, le=1)
     source: MemoryOrigin = MemoryOrigin()
-    expires_at: AwareDatetime | None = None
+    expires_at: Time | None = None
     parts: list[UUID] = Field(default=[], max_length=MAX_PARTS)
     """Memories of the same scope that become this one: it is as important as the most important of them and as certain
     as the least certain. Agents do not get them any more. `…/split` undoes it."""
@@ -78,7 +79,7 @@ class MemoryChange(BaseModel):
     text: str | None = Field(default=None, min_length=1, max_length=MAX_TEXT)
     importance: int | None = Field(default=None, ge=1, le=10)
     confidence: float | None = Field(default=None, ge=0, le=1)
-    expires_at: AwareDatetime | None = None
+    expires_at: Time | None = None
     """null removes the end."""
     archived: bool | None = None
     """true: agents do not get the memory any more, until the person says it again. false: they get it again, also if a

@@ -7,12 +7,13 @@ from typing import Literal
 from uuid import UUID
 
 from fastapi import APIRouter
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from infra.security.auth import Identity
 from infra.security.reads import record_reads
 from infra.service.api import Reader
 from infra.service.service import Runtime
+from infra.web.times import Time
 from services.memory import adapters, documents, memories_api, rights
 from services.memory.filling import waiting_for
 from services.memory.models import error_of
@@ -31,7 +32,7 @@ class SearchFilters(BaseModel):
     document_ids: list[UUID] | None = Field(default=None, max_length=1000)
     tags: list[str] | None = None
     """The documents that have all of these tags."""
-    since: AwareDatetime | None = None
+    since: Time | None = None
     """The documents that were uploaded then or later."""
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Request, Response
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 
 from infra.clock import utcnow, uuid7
 from infra.errors import Forbidden, InvalidMessage, NotFound
@@ -18,6 +18,7 @@ from infra.security.audit import audit
 from infra.service.api import Admin, Paging, id_cursor, page
 from infra.service.idempotency import ShownOnce, once
 from infra.service.service import Runtime
+from infra.web.times import Time
 from services.user import domain
 from services.user.domain import Scope
 from services.user.fields import Body, Name, View
@@ -29,7 +30,7 @@ class NewApiKey(Body):
     name: Name
     scopes: list[Scope] | None = Field(default=None, min_length=1)
     """By default all scopes that both the creator and the member's role have."""
-    expires_at: AwareDatetime | None = None
+    expires_at: Time | None = None
     member_id: UUID | None = None
     """The member who owns the key. The key never has more scopes than the member's role, and is deleted with the
     member."""

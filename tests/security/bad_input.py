@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from tests.security.pages import Operation, example, filled
+from tests.security.pages import Operation, example, filled, resolved
 
 NUL, SURROGATE = "a\0b", "a\ud800b"
 TIMES = (
@@ -21,6 +21,7 @@ TIMES = (
     "2026-01-01T00:00:00",
     "99999999999999999999",
 )
+NO_TIMES_IN_UTC = ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00")
 TEXTS = ("", " ", NUL, SURROGATE, "é\u202e\U0001f600", "x" * 300_000, "../../x", "%00", *TIMES)
 NUMBERS = (-1, 0, 2**31, 2**63, -(2**63) - 1, 10**400, 1.5, 1e308, True)
 WRONG: tuple[Any, ...] = (None, [], {}, [[]], "x", -1)
@@ -105,6 +106,38 @@ def requests(op: Operation, things: Mapping[str, str]) -> list[Bad]:
     if op.body is not None:
         found += [Bad(path, body=_encoded(value)) for value in _values(op.body, op.schemas)]
     return found
+
+
+def times(op: Operation, path: str) -> Iterator[tuple[str, Bad]]:
+    """(field, request) for each place of a time in a query or a body: the time is none in UTC."""
+    for time in NO_TIMES_IN_UTC:
+        for parameter in op.parameters:
+            if parameter["in"] == "query" and _is_time(resolved(parameter["schema"], op.schemas)):
+                yield parameter["name"], Bad(path, f"{parameter['name']}={quote(time)}")
+        if op.body is not None:
+            for field, value in _with_time(op.body, op.schemas, time):
+                yield field, Bad(path, body=_encoded(value))
+
+
+def _is_time(schema: Mapping[str, Any]) -> bool:
+    return schema.get("format") == "date-time"
+
+
+def _with_time(
+    schema: Mapping[str, Any], schemas: Mapping[str, Any], time: str, depth: int = 0
+) -> Iterator[tuple[str, Any]]:
+    """(field, value) for each time within the schema: a good value, but for the time."""
+    schema = resolved(schema, schemas)
+    if _is_time(schema):
+        yield "", time
+    elif depth < 4:
+        if schema.get("type") == "array":
+            for field, value in _with_time(schema.get("items", {}), schemas, time, depth + 1):
+                yield f"[0]{field}", [value]
+        good = example(schema, schemas)
+        for name, part in schema.get("properties", {}).items():
+            for field, value in _with_time(part, schemas, time, depth + 1):
+                yield f"{name}{'.' if field[:1].isalpha() else ''}{field}", {**good, name: value}
 
 
 def _encoded(value: Any) -> bytes:

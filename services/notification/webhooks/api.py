@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage, NotFound, Transient
@@ -17,6 +17,7 @@ from infra.security.audit import audit
 from infra.service.api import Paging, Reader, Writer, page
 from infra.service.idempotency import ShownOnce, once
 from infra.service.service import Runtime
+from infra.web.times import Time
 from services.notification.webhooks import endpoints
 from services.notification.webhooks.endpoints import EndpointSecrets, new_secret
 from services.notification.webhooks.events import EVENT_TYPES, EventType
@@ -110,7 +111,7 @@ class WebhookDeliveryPage(BaseModel):
 class Since(BaseModel):
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"since": "2026-01-01T12:00:00Z"}]})
 
-    since: AwareDatetime
+    since: Time
 
 
 class Resent(BaseModel):
