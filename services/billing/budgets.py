@@ -34,6 +34,11 @@ _WINDOW = """
     END
 """
 _SPENT = f"CASE WHEN b.window_starts = {_WINDOW} THEN b.spent_nanos ELSE 0 END"
+_TOLD = f"CASE WHEN b.window_starts = {_WINDOW} THEN b.told_percent ELSE '{{}}' END"
+# What `notify` reads of a budget whose window is the running one.
+_STATE = (
+    "b.tenant_id, b.budget_id, b.scope, b.scope_id, b.nanos, b.period, b.soft_percent, b.spent_nanos, b.told_percent"
+)
 
 
 def _concerns(row: str) -> str:
@@ -67,7 +72,8 @@ class Budget(BaseModel):
     """Minutes begin at second 0, days and months at midnight UTC."""
     nanos: int
     soft_percent: list[int]
-    """At each of these parts, and at 100, the tenant gets a mail and an event, once in a period. Empty for a rate."""
+    """At each of these parts, and at 100, the tenant gets a mail and an event, once in a period, also if the limit
+    changes. Empty for a rate."""
     spent_nanos: int
     held_nanos: int
     made_at: datetime
@@ -153,22 +159,29 @@ GROUP BY b.tenant_id, b.budget_id
 # Adds the costs `used` to the budgets. The caller has locked the accounts.
 SPENT = f"""
 UPDATE budget AS b
-SET spent_nanos = {_SPENT} + used.nanos, window_starts = {_WINDOW}
+SET spent_nanos = {_SPENT} + used.nanos, told_percent = {_TOLD}, window_starts = {_WINDOW}
 FROM used
 WHERE b.tenant_id = used.tenant_id AND b.budget_id = used.budget_id
-RETURNING b.tenant_id, b.budget_id, b.scope, b.scope_id, b.nanos, b.period, b.soft_percent, b.spent_nanos, used.nanos
+RETURNING {_STATE}
 """
 
 
-def notify(tx: Tx, rows: Iterable[tuple[Any, ...]]) -> None:
-    """Notifies each tenant whose spending passes a threshold. `rows` are from `SPENT`."""
-    for tenant_id, budget_id, scope, scope_id, nanos, period, soft, spent, used in rows:
-        if period == "minute":
+async def notify(tx: Tx, rows: Iterable[tuple[Any, ...]]) -> None:
+    """Notifies each tenant of the thresholds that it has passed and was not told of in this window. `rows` are
+    `_STATE`, and the accounts are locked."""
+    for tenant_id, budget_id, scope, scope_id, nanos, period, soft, spent, told in rows:
+        if period == "minute" or not spent:
             continue
-        # The spent amount only grows within a window, so each threshold is passed once.
-        for percent in sorted({*soft, 100}):
-            if not (spent - used) * 100 < nanos * percent <= spent * 100:
-                continue
+        reached = [percent for percent in sorted({*soft, 100} - {*told}) if nanos * percent <= spent * 100]
+        if not reached:
+            continue
+        await tx.sql(
+            "UPDATE budget SET told_percent = told_percent || $3::int[] WHERE tenant_id = $1 AND budget_id = $2",
+            tenant_id,
+            budget_id,
+            reached,
+        )
+        for percent in reached:
             text = f"The budget ({_name(scope, nanos, period)}) is spent by {percent} %.\n"
             accounts.send_mail(tx, tenant_id, f"{percent} % of a budget is spent", text)
             passed = BudgetThresholdPassed(
@@ -192,12 +205,13 @@ async def set_budget(
     tx: Tx, tenant_id: str, scope: Scope, scope_id: str, period: Window, nanos: int, soft: Sequence[int]
 ) -> Budget:
     """Makes a budget, or changes the limit of the one with the same scope, id and period. Usage so far counts: the sum
-    of the running window is taken from the records, and from the sums of deleted ones, which name no session or key."""
+    of the running window is taken from the records, and from the sums of deleted ones, which name no session or key.
+    Thresholds that it has passed alert at once."""
     await accounts.lock_one(tx, tenant_id)
-    [(budget_id,)] = await tx.sql(
+    rows = await tx.sql(
         f"""
-        INSERT INTO budget AS old (tenant_id, budget_id, scope, scope_id, period, nanos, soft_percent, window_starts,
-                                   spent_nanos)
+        INSERT INTO budget AS b (tenant_id, budget_id, scope, scope_id, period, nanos, soft_percent, window_starts,
+                                 spent_nanos)
         SELECT b.tenant_id, $2, b.scope, b.scope_id, b.period, $6, $7, {_WINDOW}, coalesce((
             SELECT sum(u.amount_nanos)
             FROM usage AS u
@@ -209,8 +223,9 @@ async def set_budget(
         ), 0)::bigint
         FROM (SELECT $1::text, $3::text, $4::text, $5::text) AS b(tenant_id, scope, scope_id, period)
         ON CONFLICT (tenant_id, scope, scope_id, period) DO UPDATE
-        SET nanos = excluded.nanos, soft_percent = excluded.soft_percent
-        RETURNING budget_id
+        SET nanos = excluded.nanos, soft_percent = excluded.soft_percent, spent_nanos = {_SPENT},
+            told_percent = {_TOLD}, window_starts = {_WINDOW}
+        RETURNING {_STATE}
         """,
         tenant_id,
         uuid7(),
@@ -220,7 +235,8 @@ async def set_budget(
         nanos,
         sorted(set(soft)),
     )
-    [made] = await listed(tx, tenant_id, after=None, limit=1, budget_id=budget_id)
+    await notify(tx, rows)
+    [made] = await listed(tx, tenant_id, after=None, limit=1, budget_id=rows[0][1])
     return made
 
 

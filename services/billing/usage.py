@@ -108,7 +108,7 @@ async def record(
     ]:
         keys = [item.record.tenant_id for item in counted], [item.record.usage_id for item in counted]
         sums = batch_sums.columns(counted)
-        budgets.notify(tx, await tx.sql(_ADD_BATCH, *map(_SEPARATOR.join, (*keys, *sums))))
+        await budgets.notify(tx, await tx.sql(_ADD_BATCH, *map(_SEPARATOR.join, (*keys, *sums))))
     return [(currency, amount_nanos) for _, currency, _, _, amount_nanos in debited]
 
 
@@ -154,7 +154,7 @@ async def _charge(tx: Tx, record: UsageRecorded, verdict: Verdict, period: int) 
         record.tenant_id, "charge", -verdict.amount_nanos, record.usage_id, verdict.price_version, period=period
     )
     await accounts.debit(tx, [entry])
-    budgets.notify(tx, await tx.sql(_ADD, record.tenant_id, record.usage_id))
+    await budgets.notify(tx, await tx.sql(_ADD, record.tenant_id, record.usage_id))
     if record.hold_id:
         await holds.close(tx, [(record.tenant_id, record.hold_id)])
 

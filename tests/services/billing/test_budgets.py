@@ -159,6 +159,17 @@ async def test_64_concurrent_spenders_with_crashes_pass_a_budget_by_at_most_one_
     assert (await tenant.get("balance"))["held_nanos"] == 0
 
 
+async def subjects(tenant: Tenant) -> list[str]:
+    mails = await tenant.platform.outbox("billing", "notification")
+    return [body["subject"] for headers, body in mails if headers.get("tenant_id") == tenant.id]
+
+
+async def events(tenant: Tenant) -> list[tuple[Any, ...]]:
+    found = await tenant.platform.outbox("billing", "platform.events")
+    fields = ("scope", "scope_id", "period", "percent", "nanos", "spent_nanos")
+    return [tuple(b[field] for field in fields) for h, b in found if h.get("tenant_id") == tenant.id]
+
+
 async def test_each_threshold_alerts_once_in_a_period(billing: Billing) -> None:
     tenant = await billing.tenant()
     await limit(tenant, "tenant", "", 100 * TOKEN, soft_percent=[50, 80])
@@ -167,18 +178,9 @@ async def test_each_threshold_alerts_once_in_a_period(billing: Billing) -> None:
         await use(tenant, f"a/{n}", tokens)
         await tenant.verdict(f"a/{n}")
 
-    async def subjects() -> list[str]:
-        mails = await billing.platform.outbox("billing", "notification")
-        return [body["subject"] for headers, body in mails if headers.get("tenant_id") == tenant.id]
-
-    async def events() -> list[tuple[Any, ...]]:
-        found = await billing.platform.outbox("billing", "platform.events")
-        fields = ("scope", "scope_id", "period", "percent", "nanos", "spent_nanos")
-        return [tuple(b[field] for field in fields) for h, b in found if h.get("tenant_id") == tenant.id]
-
-    assert await subjects() == [f"{percent} % of a budget is spent" for percent in (50, 80, 100)]
+    assert await subjects(tenant) == [f"{percent} % of a budget is spent" for percent in (50, 80, 100)]
     spends = ((50, 50), (80, 85), (100, 105))
-    assert await events() == [("tenant", "", "month", n, 100 * TOKEN, spent * TOKEN) for n, spent in spends]
+    assert await events(tenant) == [("tenant", "", "month", n, 100 * TOKEN, spent * TOKEN) for n, spent in spends]
     # A new period begins with nothing spent, and may alert again.
     await tenant.sql(
         "UPDATE budget SET window_starts = window_starts - interval '2 months' WHERE tenant_id = $1", tenant.id
@@ -187,8 +189,45 @@ async def test_each_threshold_alerts_once_in_a_period(billing: Billing) -> None:
     await use(tenant, "b", 60)
     await tenant.verdict("b")
     assert await spent(tenant) == {"tenant": (60 * TOKEN, 0)}
-    assert (await subjects())[3:] == ["50 % of a budget is spent"]
-    assert [event[3] for event in (await events())[3:]] == [50]
+    assert (await subjects(tenant))[3:] == ["50 % of a budget is spent"]
+    assert [event[3] for event in (await events(tenant))[3:]] == [50]
+
+
+async def test_another_limit_misses_no_alert_and_repeats_none(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    told: list[tuple[int, int, int]] = []
+
+    async def alerts(*expected: tuple[int, int, int]) -> None:
+        told.extend(expected)
+        assert [event[3:] for event in await events(tenant)] == [(n, a * TOKEN, b * TOKEN) for n, a, b in told]
+        assert await subjects(tenant) == [f"{n} % of a budget is spent" for n, _, _ in told]
+
+    await limit(tenant, "tenant", "", 200 * TOKEN, soft_percent=[80])
+    await use(tenant, "a", 90)
+    await tenant.verdict("a")
+    await alerts()
+    for _ in range(2):
+        await limit(tenant, "tenant", "", 100 * TOKEN, soft_percent=[80])
+    await alerts((80, 100, 90))
+    await limit(tenant, "tenant", "", 200 * TOKEN, soft_percent=[80])
+    await use(tenant, "b", 75)
+    await tenant.verdict("b")
+    await alerts()
+    await limit(tenant, "tenant", "", 150 * TOKEN, soft_percent=[80])
+    await alerts((100, 150, 165))
+    # A new one is above its thresholds already, one is not, and nothing may be spent of the last one, but nothing is.
+    await limit(tenant, "tenant", "", 200 * TOKEN, period="total", soft_percent=[50, 90])
+    await limit(tenant, "agent", "x", 0, soft_percent=[50])
+    await alerts((50, 200, 165))
+    # A limit that is changed in the next period counts that period.
+    await tenant.sql(
+        "UPDATE budget SET window_starts = window_starts - interval '2 months' WHERE tenant_id = $1", tenant.id
+    )
+    await limit(tenant, "tenant", "", 50 * TOKEN, soft_percent=[80])
+    await alerts()
+    await use(tenant, "c", 40)
+    await tenant.verdict("c")
+    await alerts((80, 50, 40))
 
 
 async def test_a_rate_refuses_what_does_not_fit_into_a_minute_and_sends_no_alerts(billing: Billing) -> None:
