@@ -116,9 +116,9 @@ async def receive(tx: Tx, tenant_id: str, invoice_id: UUID, minor: int, *, refer
 async def add_paid(tx: Tx, tenant_id: str, invoice_id: UUID, minor: int) -> None:
     """Adds a paid amount (below zero: taken back), and marks the invoice as paid or as open again.
 
-    Money for an invoice that was written off takes the write-off back.
+    Money for an invoice that was written off takes the write-off back, and what is above it is owed as elsewhere.
     """
-    [(status, currency)] = await tx.sql(
+    [(status, currency, rest)] = await tx.sql(
         """
         UPDATE invoice
         SET paid_minor = paid_minor + $3,
@@ -128,14 +128,14 @@ async def add_paid(tx: Tx, tenant_id: str, invoice_id: UUID, minor: int) -> None
                 ELSE 'finalised'
             END
         WHERE tenant_id = $1 AND invoice_id = $2
-        RETURNING status, currency
+        RETURNING status, currency, total_minor - applied_minor - credited_minor - paid_minor
         """,
         tenant_id,
         invoice_id,
         minor,
     )
     if status == "uncollectible":
-        nanos = minor * nanos_per_minor(currency)
+        nanos = (max(0, rest + minor) - max(0, rest)) * nanos_per_minor(currency)
         await journal.post(
             tx,
             tenant_id,

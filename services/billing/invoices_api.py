@@ -6,19 +6,30 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from infra.clock import utcnow
-from infra.errors import Conflict, InvalidMessage, NotFound
+from infra.errors import Conflict, NotFound
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.security.auth import Identity
 from infra.service.api import Admin, Operator, Paging, Viewer, bad_cursor, id_cursor, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
-from services.billing import accounts, booking, closing, countries, einvoice, invoice_files, invoices, journal, pdf, tax
-from services.billing.currencies import nanos_per_minor
+from infra.web.times import Time
+from services.billing import (
+    booking,
+    closing,
+    countries,
+    einvoice,
+    invoice_files,
+    invoices,
+    journal,
+    pdf,
+    tax,
+    transfers,
+)
 from services.billing.invoices import CreditNote, Invoice
 from services.billing.tax import Buyer
 
@@ -32,7 +43,7 @@ class _Body(BaseModel):
 
 class CloseRequest(_Body):
     tenant_id: Text
-    until: AwareDatetime | None = None
+    until: Time | None = None
     """Closes the periods that have ended by then. Null: by now."""
 
 
@@ -56,6 +67,11 @@ class ManualPayment(_Body):
     """The bank's reference. The same one is booked once."""
 
 
+class Reversal(_Body):
+    reference: Text
+    """As the payment was booked with."""
+
+
 class BuyerBody(_Body):
     name: str = Field("", max_length=200)
     country: str = Field(pattern=r"^[A-Z]{2}$")
@@ -65,7 +81,7 @@ class BuyerBody(_Body):
 class TaxRate(_Body):
     country: str = Field(pattern=r"^[A-Z]{2}$")
     percent: Percent
-    valid_from: AwareDatetime | None = None
+    valid_from: Time | None = None
 
 
 class JournalView(BaseModel):
@@ -208,26 +224,27 @@ def router(runtime: Runtime) -> APIRouter:
 
     @router.post("/invoices/{invoice_id}/received", response_model=Invoice)
     async def receive(invoice_id: UUID, body: ManualPayment, who: Operator, request: Request) -> Response:
-        """Books money that arrived outside of a payment provider. One reference is booked once."""
+        """Books money that arrived outside of a payment provider. One reference is booked once. Money above the amount
+        that is due is owed to the tenant."""
 
         async def work(tx: Tx) -> tuple[int, Invoice]:
             tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
-            await accounts.lock_one(tx, tenant_id)
-            invoice = await invoices.get(tx, tenant_id, invoice_id)
-            reference = f"bank {body.reference}"
-            received = (f"invoice {invoice.number}", body.amount_minor * nanos_per_minor(invoice.currency))
-            booked = await journal.cash_entries(tx, tenant_id, reference)
-            if booked and booked != [received]:
-                raise Conflict(f"reference {body.reference}: was booked for another invoice or amount")
-            if not booked:
-                if invoice.status not in ("finalised", "uncollectible"):
-                    raise Conflict(f"the invoice is {invoice.status}; only an unpaid one takes a payment")
-                if body.amount_minor > invoice.open_minor:
-                    raise InvalidMessage("amount_minor", f"must be at most {invoice.open_minor}, the amount due")
-                await booking.receive(
-                    tx, tenant_id, invoice_id, body.amount_minor, reference=reference, actor=who.actor
-                )
-                audit(tx, who.actor, "billing.receive", "invoice", str(invoice_id), minor=str(body.amount_minor))
+            minor = body.amount_minor
+            if await transfers.receive(tx, tenant_id, invoice_id, minor, reference=body.reference, actor=who.actor):
+                audit(tx, who.actor, "billing.receive", "invoice", str(invoice_id), minor=str(minor))
+            return 200, await invoices.get(tx, tenant_id, invoice_id)
+
+        return await once(request, runtime, who, work)
+
+    @router.post("/invoices/{invoice_id}/received/reverse", response_model=Invoice)
+    async def reverse_received(invoice_id: UUID, body: Reversal, who: Operator, request: Request) -> Response:
+        """Takes a payment that `received` has booked back: the bank returned it, or it was booked wrongly. Its
+        reference may then be booked for another invoice or amount."""
+
+        async def work(tx: Tx) -> tuple[int, Invoice]:
+            tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
+            if minor := await transfers.reverse(tx, tenant_id, invoice_id, reference=body.reference, actor=who.actor):
+                audit(tx, who.actor, "billing.reverse", "invoice", str(invoice_id), minor=str(minor))
             return 200, await invoices.get(tx, tenant_id, invoice_id)
 
         return await once(request, runtime, who, work)

@@ -65,6 +65,7 @@ billing
     POST   /api/v1/invoices/{invoice_id}/credit-notes                   operator
     GET    /api/v1/invoices/{invoice_id}/credit-notes                   read operator
     POST   /api/v1/invoices/{invoice_id}/received                       operator
+    POST   /api/v1/invoices/{invoice_id}/received/reverse               operator
     GET    /api/v1/billing/buyer                                        admin
     PUT    /api/v1/billing/buyer                                        admin
     GET    /api/v1/billing/payment-terms                                read operator

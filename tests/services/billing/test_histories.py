@@ -267,6 +267,8 @@ async def agree(history: History) -> None:
         assert one.total_minor == to_minor(one.subtotal_nanos + one.tax_nanos, history.currency)
         if one.status in ("finalised", "paid") and one.total_minor > 0:
             asked += one.total_minor - one.applied_minor - one.credited_minor - one.paid_minor
+        if one.status == "uncollectible":
+            asked -= one.owed_minor
         if one.status == "paid" and one.total_minor > 0:
             assert one.applied_minor + one.credited_minor + one.paid_minor >= one.total_minor
     assert balances.get("receivable", 0) == asked * unit

@@ -271,8 +271,6 @@ async def test_tax_follows_the_country_and_a_credit_note_takes_its_share_back(bi
         "revenue": -90 * UNIT,
         "tax": -17_100_000_000,
     }
-    over = await billing.operator.post(f"/api/v1/{path}/received", json={"amount_minor": 10711, "reference": "SEPA 1"})
-    assert field_of(over) == "amount_minor"
     for _ in range(2):
         paid = await post(billing, f"{path}/received", {"amount_minor": 10710, "reference": "SEPA 1"}, status=200)
     assert (paid["status"], paid["due_minor"]) == ("paid", 0)
@@ -345,9 +343,80 @@ async def test_void_and_write_off_book_the_receivable_back(billing: Billing) -> 
         answer = await billing.operator.post(f"/api/v1/invoices/{made['id']}/received", json=late)
         assert answer.status_code == (409 if status == "void" else 200)
         assert await journal(tenant) == ({} if status == "void" else {"cash": 30 * UNIT, "revenue": -30 * UNIT})
-        again = late | {"reference": f"bank {made['id']} 2", "amount_minor": 1}
-        answer = await billing.operator.post(f"/api/v1/invoices/{made['id']}/received", json=again)
-        assert answer.status_code == (409 if status == "void" else 422)
+        if status == "uncollectible":
+            more = {"reference": f"bank {made['id']} 2", "amount_minor": 1}
+            await post(billing, f"invoices/{made['id']}/received", more, status=200)
+            assert await journal(tenant) == {
+                "cash": 30 * UNIT + UNIT // 100,
+                "receivable": -UNIT // 100,
+                "revenue": -30 * UNIT,
+            }
+
+
+async def test_a_transfer_of_any_amount_is_booked_and_what_is_above_the_amount_due_is_owed(billing: Billing) -> None:
+    tenant, _ = await subscribed(billing, charges=[], included=[], usage_markup_percent=None)
+    made = await draft(billing, tenant)
+    path = f"invoices/{made['id']}/received"
+    early = await billing.operator.post(f"/api/v1/{path}", json={"amount_minor": 1, "reference": "a"})
+    assert early.status_code == 409
+    await post(billing, f"invoices/{made['id']}/finalise", status=200)
+    states = []
+    for reference, minor in (("a", 2000), ("b", 1500), ("c", 3000)):
+        shown = await post(billing, path, {"amount_minor": minor, "reference": reference}, status=200)
+        states.append((shown["status"], shown["due_minor"], shown["paid_minor"]))
+    assert states == [("finalised", 1000, 2000), ("paid", 0, 3500), ("paid", 0, 6500)]
+    assert await journal(tenant) == {"cash": 65 * UNIT, "receivable": -35 * UNIT, "revenue": -30 * UNIT}
+    for minor in (0, -1, 10**11 + 1, 10**30):
+        answer = await billing.operator.post(f"/api/v1/{path}", json={"amount_minor": minor, "reference": "d"})
+        assert field_of(answer) == "amount_minor"
+
+
+async def test_a_transfer_that_came_back_is_reversed_once_and_its_reference_is_free_for_another_invoice(
+    billing: Billing,
+) -> None:
+    tenant, subscription = await subscribed(billing, charges=[], included=[], usage_markup_percent=None)
+    first = await draft(billing, tenant)
+    ended = await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
+    assert ended.status_code == 200, ended.text
+    second = await draft(billing, tenant)
+    for made in (first, second):
+        await post(billing, f"invoices/{made['id']}/finalise", status=200)
+    before = await journal(tenant)
+    body = {"amount_minor": 3500, "reference": "SEPA 9"}
+    paid = await post(billing, f"invoices/{first['id']}/received", body, status=200)
+    assert (paid["status"], paid["paid_minor"]) == ("paid", 3500)
+
+    async def reverse(invoice: dict[str, Any], reference: str = "SEPA 9") -> httpx.Response:
+        path = f"/api/v1/invoices/{invoice['id']}/received/reverse"
+        return await billing.operator.post(path, json={"reference": reference})
+
+    assert field_of(await reverse(second)) == "reference"
+    assert field_of(await reverse(first, "SEPA 8")) == "reference"
+    for _ in range(2):
+        open_again = (await reverse(first)).json()
+        assert (open_again["status"], open_again["due_minor"], open_again["paid_minor"]) == ("finalised", 3000, 0)
+        assert await journal(tenant) == before
+    again = await billing.operator.post(f"/api/v1/invoices/{first['id']}/received", json=body)
+    assert (again.status_code, "was reversed" in again.text) == (409, True), "a late repeat of the request"
+    await post(billing, f"invoices/{second['id']}/received", body, status=200)
+    found = await journal(tenant)
+    assert found["cash"] == 35 * UNIT
+    assert (await reverse(first)).json()["paid_minor"] == 0
+    assert await journal(tenant) == found
+    assert (await reverse(second)).json()["paid_minor"] == 0
+    assert await journal(tenant) == before
+    # The right amount.
+    paid = await post(billing, f"invoices/{first['id']}/received", body | {"amount_minor": 3000}, status=200)
+    assert (paid["status"], paid["paid_minor"]) == ("paid", 3000)
+    acts = [b for _, b in await billing.platform.outbox("billing", "audit.logs") if b["tenant_id"] == tenant.id]
+    moved = [(act["action"], act["details"]["minor"]) for act in acts if act["action"].startswith("billing.re")]
+    assert moved == [
+        ("billing.receive", "3500"),
+        ("billing.reverse", "3500"),
+        ("billing.receive", "3500"),
+        ("billing.reverse", "3500"),
+        ("billing.receive", "3000"),
+    ]
 
 
 async def test_grants_are_burned_by_priority_then_expiry_then_age_and_the_rest_is_booked(billing: Billing) -> None:
