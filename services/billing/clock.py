@@ -12,7 +12,17 @@ from infra.errors import describe
 from infra.observe.logs import get_logger
 from infra.postgres.database import Database
 from infra.service.periodic import Periodic
-from services.billing import accounts, booking, closing, dunning, invoice_files, invoices, pdf, retention
+from services.billing import (
+    accounts,
+    booking,
+    closing,
+    credit_notes,
+    dunning,
+    invoice_files,
+    invoices,
+    pdf,
+    retention,
+)
 from services.billing.tax import Seller
 
 # Records of a period that arrive within this time after its end are still in its invoice.
@@ -77,11 +87,14 @@ class Clock(Periodic):
             await self._try(tenant_id, self._finalise(tenant_id, invoice_id))
 
     async def mail(self) -> None:
-        """Sends the invoices and reminders that are due, at most MOST."""
+        """Sends the invoices and reminders that are due, at most MOST, and as many credit notes."""
         async with self._database.begin() as tx:
             due = await dunning.due(tx, utcnow(), MOST)
+            notes = await credit_notes.due(tx, MOST)
         for tenant_id, invoice_id, first in due:
             await self._try(tenant_id, self._mail(tenant_id, invoice_id, first))
+        for tenant_id, invoice_id, note_id in notes:
+            await self._try(tenant_id, self._mail_note(tenant_id, invoice_id, note_id))
 
     async def forget(self) -> None:
         """Deletes a page of old holds, and a page of the old records of usage of at most MOST tenants."""
@@ -105,6 +118,13 @@ class Clock(Periodic):
             document = await pdf.document(page)
         async with self._database.begin(tenant_id=tenant_id) as tx:
             await dunning.step(tx, tenant_id, invoice_id, document, utcnow())
+
+    async def _mail_note(self, tenant_id: str, invoice_id: UUID, note_id: UUID) -> None:
+        async with self._database.begin(tenant_id=tenant_id) as tx:
+            note, invoice = await invoices.credit_note(tx, tenant_id, invoice_id, note_id)
+        document = await pdf.document(invoice_files.note_page(note, invoice))
+        async with self._database.begin(tenant_id=tenant_id) as tx:
+            await credit_notes.send(tx, tenant_id, invoice_id, note_id, document)
 
     async def _end_expired(self, tenant_id: str) -> None:
         async with self._database.begin(tenant_id=tenant_id) as tx:

@@ -107,14 +107,18 @@ async def _is_being_paid(tx: Tx, tenant_id: str, invoice_id: UUID) -> bool:
 
 
 def _send_invoice(tx: Tx, tenant_id: str, invoice: Invoice, document: bytes) -> None:
-    attachment = None
-    where = f"GET /api/v1/invoices/{invoice.id}/pdf has the document."
-    if len(document) <= MAX_ATTACHMENT_BYTES:
-        attachment = Attachment(f"{invoice.number}.pdf", "application/pdf", document)
-        where = "The document is attached."
+    where, attachment = attached(str(invoice.number), document, str(invoice.id))
     period = f"{invoice.period.begins:%Y-%m-%d} to {invoice.period.ends:%Y-%m-%d}"
-    text = f"Invoice {invoice.number} for {period}: {_amount(invoice, invoice.total_minor)}. {where}\n\n{_due(invoice)}"
+    text = f"Invoice {invoice.number} for {period}: {amount(invoice, invoice.total_minor)}. {where}\n\n{_due(invoice)}"
     accounts.send_mail(tx, tenant_id, f"Invoice {invoice.number}", text, attachment)
+
+
+def attached(number: str, document: bytes, path: str) -> tuple[str, Attachment | None]:
+    """A sentence that says where the document is, and the attachment unless the document is too large for a mail.
+    `path`: of the document, below the invoices."""
+    if len(document) > MAX_ATTACHMENT_BYTES:
+        return f"GET /api/v1/invoices/{path}/pdf has the document.", None
+    return "The document is attached.", Attachment(f"{number}.pdf", "application/pdf", document)
 
 
 def _remind(tx: Tx, tenant_id: str, invoice: Invoice, number: int) -> None:
@@ -125,8 +129,8 @@ def _remind(tx: Tx, tenant_id: str, invoice: Invoice, number: int) -> None:
 def _due(invoice: Invoice) -> str:
     if invoice.due_minor == 0:
         return "Nothing is to be paid.\n"
-    return f"{_amount(invoice, invoice.due_minor)} is due by {invoice.due_at:%Y-%m-%d} (UTC).\n"
+    return f"{amount(invoice, invoice.due_minor)} is due by {invoice.due_at:%Y-%m-%d} (UTC).\n"
 
 
-def _amount(invoice: Invoice, minor: int) -> str:
+def amount(invoice: Invoice, minor: int) -> str:
     return f"{format_minor(minor, invoice.currency)} {invoice.currency}"

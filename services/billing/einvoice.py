@@ -26,6 +26,7 @@ _NAMESPACES = {
     "ram": "urn:un:unece:uncefact:data:standard:ReusableAggregateBusinessInformationEntity:100",
     "udt": "urn:un:unece:uncefact:data:standard:UnqualifiedDataType:100",
 }
+_QUALIFIED = "urn:un:unece:uncefact:data:standard:QualifiedDataType:100"
 _PROFILE = "urn:cen.eu:en16931:2017"
 # The note of a rate is the rate and its country: ``19 % DE``.
 _RATE = re.compile(r"([\d.]+) % [A-Z]{2}")
@@ -49,12 +50,14 @@ class LinePrice(NamedTuple):
     base: int = 1
 
 
-def document(invoice: Invoice, lines: Sequence[InvoiceLine]) -> bytes:
-    """Raises Conflict for an invoice that the standard cannot express, and names the missing part."""
+def document(invoice: Invoice, lines: Sequence[InvoiceLine], credited: Invoice | None = None) -> bytes:
+    """Raises Conflict for an invoice that the standard cannot express, and names the missing part.
+
+    `credited`: `invoice` is a credit note, and this is the invoice of which it takes a part back.
+    """
     if fault := obstacle(invoice, lines):
         raise Conflict(fault)
     assert invoice.finalised_at
-    assert invoice.due_at
     tax = _tax(invoice)
     net = to_minor(invoice.subtotal_nanos, invoice.currency)
 
@@ -66,7 +69,7 @@ def document(invoice: Invoice, lines: Sequence[InvoiceLine]) -> bytes:
     _add(_add(context, "ram:GuidelineSpecifiedDocumentContextParameter"), "ram:ID", _PROFILE)
     head = _add(root, "rsm:ExchangedDocument")
     _add(head, "ram:ID", invoice.number)
-    _add(head, "ram:TypeCode", "380")
+    _add(head, "ram:TypeCode", "381" if credited else "380")
     _date(_add(head, "ram:IssueDateTime"), invoice.finalised_at)
 
     deal = _add(root, "rsm:SupplyChainTradeTransaction")
@@ -94,7 +97,12 @@ def document(invoice: Invoice, lines: Sequence[InvoiceLine]) -> bytes:
     period = _add(settlement, "ram:BillingSpecifiedPeriod")
     _date(_add(period, "ram:StartDateTime"), invoice.period.begins)
     _date(_add(period, "ram:EndDateTime"), last)
-    _date(_add(_add(settlement, "ram:SpecifiedTradePaymentTerms"), "ram:DueDateDateTime"), invoice.due_at)
+    terms = _add(settlement, "ram:SpecifiedTradePaymentTerms")
+    if credited:
+        _add(terms, "ram:Description", f"It reduces the amount due of invoice {credited.number}.")
+    else:
+        assert invoice.due_at
+        _date(_add(terms, "ram:DueDateDateTime"), invoice.due_at)
     sums = _add(settlement, "ram:SpecifiedTradeSettlementHeaderMonetarySummation")
     _add(sums, "ram:LineTotalAmount", money(net))
     _add(sums, "ram:TaxBasisTotalAmount", money(net))
@@ -102,6 +110,18 @@ def document(invoice: Invoice, lines: Sequence[InvoiceLine]) -> bytes:
     _add(sums, "ram:GrandTotalAmount", money(invoice.total_minor))
     _add(sums, "ram:TotalPrepaidAmount", money(invoice.applied_minor))
     _add(sums, "ram:DuePayableAmount", money(invoice.total_minor - invoice.applied_minor))
+    if credited:
+        assert credited.finalised_at
+        preceding = _add(settlement, "ram:InvoiceReferencedDocument")
+        _add(preceding, "ram:IssuerAssignedID", credited.number)
+        # Its namespace stands here, because the bytes of invoices stay the same.
+        date = etree.SubElement(
+            _add(preceding, "ram:FormattedIssueDateTime"),
+            f"{{{_QUALIFIED}}}DateTimeString",
+            nsmap={"qdt": _QUALIFIED},
+            format="102",
+        )
+        date.text = f"{credited.finalised_at:%Y%m%d}"
     return bytes(etree.tostring(root, xml_declaration=True, encoding="UTF-8", pretty_print=True))
 
 

@@ -1,4 +1,4 @@
-"""The contents of an invoice's files: the page of the PDF, and the CSV. Pure."""
+"""The contents of the files of invoices and credit notes: the page of the PDF, and the CSV. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from services.billing import einvoice, pdf
 from services.billing.currencies import format_minor
-from services.billing.invoices import Invoice, InvoiceLine
+from services.billing.invoices import CreditNote, Invoice, InvoiceLine
 from services.billing.tax import Buyer, Seller
 
 
@@ -27,13 +27,23 @@ MOST_CHARACTERS = 120
 def page(invoice: Invoice, lines: Sequence[InvoiceLine]) -> pdf.Page:
     """The texts of an invoice, and its e-invoice if there can be one. Its state is left out, because a payment must not
     change the document."""
+    return _page(f"Invoice {invoice.number}" if invoice.number else "Draft of an invoice", invoice, lines, None)
+
+
+def note_page(note: CreditNote, invoice: Invoice) -> pdf.Page:
+    """The texts of a credit note, and its e-invoice if there can be one."""
+    return _page(f"Credit note {note.number}", *as_invoice(note, invoice), invoice)
+
+
+def _page(title: str, invoice: Invoice, lines: Sequence[InvoiceLine], credited: Invoice | None) -> pdf.Page:
     period, day = invoice.period, invoice.finalised_at or invoice.made_at
     return pdf.Page(
-        f"Invoice {invoice.number}" if invoice.number else "Draft of an invoice",
+        title,
         [
             *_party("From", invoice.seller),
             *_party("To", invoice.buyer),
             f"Date: {day:%Y-%m-%d}",
+            *([f"For invoice {credited.number} of {credited.finalised_at or day:%Y-%m-%d}"] if credited else []),
             f"Period: {period.begins:%Y-%m-%d %H:%M} to {period.ends:%Y-%m-%d %H:%M} UTC",
             f"Amounts in {invoice.currency}",
             *([f"Due: {invoice.due_at:%Y-%m-%d}"] if invoice.due_at else []),
@@ -49,8 +59,32 @@ def page(invoice: Invoice, lines: Sequence[InvoiceLine]) -> pdf.Page:
         ],
         f"Total {format_minor(invoice.total_minor, invoice.currency)} {invoice.currency}",
         day.strftime("%Y-%m-%d"),
-        "" if einvoice.obstacle(invoice, lines) else einvoice.document(invoice, lines).decode(),
+        "" if einvoice.obstacle(invoice, lines) else einvoice.document(invoice, lines, credited).decode(),
     )
+
+
+def as_invoice(note: CreditNote, invoice: Invoice) -> tuple[Invoice, list[InvoiceLine]]:
+    """Returns a credit note in the shape of an invoice: with one line, and the parties, the tax and the period of its
+    invoice. Its amounts are above zero, because the kind of the document says that they are taken back."""
+    changes = {
+        "number": note.number,
+        "subtotal_nanos": note.subtotal_nanos,
+        "tax_nanos": note.tax_nanos,
+        "total_minor": note.amount_minor,
+        "applied_minor": 0,
+        "due_at": None,
+        "finalised_at": note.made_at,
+    }
+    line = InvoiceLine(
+        id=note.id,
+        description=f"Credit for invoice {invoice.number}: {note.reason}",
+        quantity=1,
+        unit_nanos=note.subtotal_nanos,
+        amount_nanos=note.subtotal_nanos,
+        from_=invoice.period.begins,
+        to=invoice.period.ends,
+    )
+    return invoice.model_copy(update=changes), [line]
 
 
 def _more(lines: Sequence[InvoiceLine]) -> list[tuple[str, str]]:

@@ -85,11 +85,19 @@ class InvoiceLine(BaseModel):
     to: datetime
 
 
+class WholeInvoice(Invoice):
+    lines: list[InvoiceLine]
+
+
 class CreditNote(BaseModel):
     id: UUID
     number: str
     invoice_id: UUID
     amount_minor: int
+    """In minor units of the invoice's currency (cents), tax included."""
+    subtotal_nanos: int
+    tax_nanos: int
+    """Its part of the invoice's tax, as it was booked."""
     reason: str
     made_at: datetime
 
@@ -178,16 +186,45 @@ async def whole(tx: Tx, tenant_id: str, invoice_id: UUID) -> tuple[Invoice, list
     return invoice, [line for _, line in await lines(tx, tenant_id, invoice_id, after=0, limit=None)]
 
 
+_CREDIT_NOTE = """
+    SELECT n.credit_note_id, n.number, n.invoice_id, n.amount_minor, b.subtotal, b.tax, n.reason, n.made_at
+    FROM credit_note AS n
+    CROSS JOIN LATERAL (
+        SELECT coalesce(sum(l.amount_nanos) FILTER (WHERE l.account = 'revenue'), 0)::bigint AS subtotal,
+               coalesce(sum(l.amount_nanos) FILTER (WHERE l.account = 'tax'), 0)::bigint AS tax
+        FROM journal_entry AS e
+        JOIN journal_line AS l USING (tenant_id, entry)
+        WHERE e.tenant_id = n.tenant_id AND e.kind = 'credit_note' AND e.reference = n.credit_note_id::text
+    ) AS b
+"""
+
+
 async def credit_notes(tx: Tx, tenant_id: str, invoice_id: UUID, number: str | None = None) -> list[CreditNote]:
     rows = await tx.sql(
-        """
-        SELECT credit_note_id, number, invoice_id, amount_minor, reason, made_at
-        FROM credit_note
-        WHERE tenant_id = $1 AND invoice_id = $2 AND ($3::text IS NULL OR number = $3)
-        ORDER BY number
+        f"""
+        {_CREDIT_NOTE}
+        WHERE n.tenant_id = $1 AND n.invoice_id = $2 AND ($3::text IS NULL OR n.number = $3)
+        ORDER BY n.number
         """,
         tenant_id,
         invoice_id,
         number,
     )
-    return [CreditNote(**dict(zip(CreditNote.model_fields, row, strict=True))) for row in rows]
+    return [_credit_note(row) for row in rows]
+
+
+async def credit_note(tx: Tx, tenant_id: str, invoice_id: UUID, credit_note_id: UUID) -> tuple[CreditNote, Invoice]:
+    """Returns a credit note and its invoice. Raises NotFound."""
+    rows = await tx.sql(
+        f"{_CREDIT_NOTE} WHERE n.tenant_id = $1 AND n.invoice_id = $2 AND n.credit_note_id = $3",
+        tenant_id,
+        invoice_id,
+        credit_note_id,
+    )
+    if not rows:
+        raise NotFound(f"credit note {credit_note_id}: not found")
+    return _credit_note(rows[0]), await get(tx, tenant_id, invoice_id)
+
+
+def _credit_note(row: tuple[Any, ...]) -> CreditNote:
+    return CreditNote(**dict(zip(CreditNote.model_fields, row, strict=True)))

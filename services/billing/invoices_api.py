@@ -30,7 +30,7 @@ from services.billing import (
     tax,
     transfers,
 )
-from services.billing.invoices import CreditNote, Invoice
+from services.billing.invoices import CreditNote, Invoice, WholeInvoice
 from services.billing.tax import Buyer
 
 Text = Annotated[str, Field(min_length=1, max_length=500)]
@@ -121,9 +121,10 @@ def router(runtime: Runtime) -> APIRouter:
         return page(found, paging, lambda invoice: str(invoice.id))
 
     @router.get("/invoices/{invoice_id}")
-    async def get_invoice(invoice_id: UUID, who: Viewer) -> Invoice:
+    async def get_invoice(invoice_id: UUID, who: Viewer) -> WholeInvoice:
         async with runtime.worker.begin() as tx:
-            return await invoices.get(tx, await owner(tx, invoice_id, who), invoice_id)
+            invoice, lines = await invoices.whole(tx, await owner(tx, invoice_id, who), invoice_id)
+        return WholeInvoice(**dict(invoice), lines=lines)
 
     @router.get("/invoices/{invoice_id}/lines")
     async def list_lines(invoice_id: UUID, who: Viewer, paging: Paging) -> dict[str, Any]:
@@ -142,31 +143,21 @@ def router(runtime: Runtime) -> APIRouter:
         """The lines as comma-separated values (RFC 4180), amounts in units of the currency."""
         async with runtime.worker.begin() as tx:
             invoice, lines = await invoices.whole(tx, await owner(tx, invoice_id, who), invoice_id)
-        name = f"attachment; filename={invoice.number or invoice.id}.csv"
-        return Response(
-            invoice_files.as_csv(invoice, lines),
-            media_type="text/csv; charset=utf-8",
-            headers={"content-disposition": name},
-        )
+        return _csv(str(invoice.number or invoice.id), invoice_files.as_csv(invoice, lines))
 
     @router.get("/invoices/{invoice_id}/pdf", response_class=Response)
     async def get_pdf(invoice_id: UUID, who: Viewer) -> Response:
         """The invoice as PDF. The same invoice gives the same bytes. 429 while another PDF of the tenant is printed."""
         async with runtime.worker.begin() as tx:
             invoice, lines = await invoices.whole(tx, await owner(tx, invoice_id, who), invoice_id)
-        name = f"inline; filename={invoice.number or invoice.id}.pdf"
-        with pdf.alone(who.tenant_id):
-            content = await pdf.document(invoice_files.page(invoice, lines))
-        return Response(content, media_type="application/pdf", headers={"content-disposition": name})
+        return await _pdf(str(invoice.number or invoice.id), invoice_files.page(invoice, lines), who)
 
     @router.get("/invoices/{invoice_id}/xml", response_class=Response)
     async def get_xml(invoice_id: UUID, who: Viewer) -> Response:
         """The finalised invoice as XML of EN 16931 (Cross Industry Invoice, as in Factur-X)."""
         async with runtime.worker.begin() as tx:
             invoice, lines = await invoices.whole(tx, await owner(tx, invoice_id, who), invoice_id)
-        name = f"attachment; filename={invoice.number or invoice.id}.xml"
-        content = einvoice.document(invoice, lines)
-        return Response(content, media_type="application/xml", headers={"content-disposition": name})
+        return _xml(str(invoice.number or invoice.id), einvoice.document(invoice, lines))
 
     @router.post("/invoices/{invoice_id}/finalise", response_model=Invoice)
     async def finalise(invoice_id: UUID, who: Operator, request: Request) -> Response:
@@ -221,6 +212,29 @@ def router(runtime: Runtime) -> APIRouter:
             found = await invoices.credit_notes(tx, await owner(tx, invoice_id, who), invoice_id)
         after = [note for note in found if paging.after is None or note.number > paging.after]
         return page(after[: paging.limit + 1], paging, lambda note: note.number)
+
+    async def _note(invoice_id: UUID, credit_note_id: UUID, who: Identity) -> tuple[CreditNote, Invoice]:
+        async with runtime.worker.begin() as tx:
+            return await invoices.credit_note(tx, await owner(tx, invoice_id, who), invoice_id, credit_note_id)
+
+    @router.get("/invoices/{invoice_id}/credit-notes/{credit_note_id}/csv", response_class=Response)
+    async def get_note_csv(invoice_id: UUID, credit_note_id: UUID, who: Viewer) -> Response:
+        """The credit note as comma-separated values, with the columns of an invoice's."""
+        note, invoice = await _note(invoice_id, credit_note_id, who)
+        return _csv(note.number, invoice_files.as_csv(*invoice_files.as_invoice(note, invoice)))
+
+    @router.get("/invoices/{invoice_id}/credit-notes/{credit_note_id}/pdf", response_class=Response)
+    async def get_note_pdf(invoice_id: UUID, credit_note_id: UUID, who: Viewer) -> Response:
+        """The credit note as PDF. The same note gives the same bytes. 429 while another PDF of the tenant is
+        printed."""
+        note, invoice = await _note(invoice_id, credit_note_id, who)
+        return await _pdf(note.number, invoice_files.note_page(note, invoice), who)
+
+    @router.get("/invoices/{invoice_id}/credit-notes/{credit_note_id}/xml", response_class=Response)
+    async def get_note_xml(invoice_id: UUID, credit_note_id: UUID, who: Viewer) -> Response:
+        """The credit note as XML of EN 16931 (type 381). It names its invoice."""
+        note, invoice = await _note(invoice_id, credit_note_id, who)
+        return _xml(note.number, einvoice.document(*invoice_files.as_invoice(note, invoice), invoice))
 
     @router.post("/invoices/{invoice_id}/received", response_model=Invoice)
     async def receive(invoice_id: UUID, body: ManualPayment, who: Operator, request: Request) -> Response:
@@ -308,6 +322,23 @@ def router(runtime: Runtime) -> APIRouter:
         return JournalView(balances=found, difference=sum(found.values()))
 
     return router
+
+
+def _csv(name: str, content: str) -> Response:
+    headers = {"content-disposition": f"attachment; filename={name}.csv"}
+    return Response(content, media_type="text/csv; charset=utf-8", headers=headers)
+
+
+async def _pdf(name: str, page: pdf.Page, who: Identity) -> Response:
+    with pdf.alone(who.tenant_id):
+        content = await pdf.document(page)
+    headers = {"content-disposition": f"inline; filename={name}.pdf"}
+    return Response(content, media_type="application/pdf", headers=headers)
+
+
+def _xml(name: str, content: bytes) -> Response:
+    headers = {"content-disposition": f"attachment; filename={name}.xml"}
+    return Response(content, media_type="application/xml", headers=headers)
 
 
 async def owner(tx: Tx, invoice_id: UUID, who: Identity) -> str:

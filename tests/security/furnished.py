@@ -179,8 +179,20 @@ async def _billed(system: Platform, tenant: str, word: str, seconds: float) -> d
             payment,
             invoice,
         )
+        note = uuid7()
+        await tx.sql(
+            """
+            INSERT INTO credit_note (tenant_id, credit_note_id, invoice_id, number, amount_minor, reason, actor)
+            VALUES ($1, $2, $3, 'CN-000001', 1, $4, 'operator')
+            """,
+            tenant,
+            note,
+            invoice,
+            word,
+        )
     return {
         "budgets": budget["id"],
+        "credit-notes": str(note),
         "verdicts": usage,
         "held": usage,
         "subscriptions": subscription["id"],

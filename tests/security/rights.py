@@ -64,6 +64,9 @@ billing
     POST   /api/v1/invoices/{invoice_id}/uncollectible                  operator
     POST   /api/v1/invoices/{invoice_id}/credit-notes                   operator
     GET    /api/v1/invoices/{invoice_id}/credit-notes                   read operator
+    GET    /api/v1/invoices/{invoice_id}/credit-notes/{credit_note_id}/csv read operator
+    GET    /api/v1/invoices/{invoice_id}/credit-notes/{credit_note_id}/pdf read operator
+    GET    /api/v1/invoices/{invoice_id}/credit-notes/{credit_note_id}/xml read operator
     POST   /api/v1/invoices/{invoice_id}/received                       operator
     POST   /api/v1/invoices/{invoice_id}/received/reverse               operator
     GET    /api/v1/billing/buyer                                        admin

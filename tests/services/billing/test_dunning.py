@@ -10,7 +10,9 @@ from uuid import UUID
 
 from infra.clock import utcnow
 from infra.security import subjects
-from services.billing import dunning, invoice_files, invoices, pdf
+from services.billing import credit_notes, dunning, invoice_files, invoices, pdf
+from services.billing.clock import Clock
+from services.billing.tax import Seller
 from tests.services.billing.conftest import Billing, Tenant, pdf_pages
 from tests.services.billing.test_invoices import UNIT, draft, field_of, journal, post, subscribed
 
@@ -67,6 +69,28 @@ async def test_an_invoice_is_sent_and_reminded_of_once_at_each_step(billing: Bil
     assert (await shown(tenant, invoice))["status"] == "finalised"
 
 
+async def test_a_credit_note_is_mailed_once_with_its_document(billing: Billing) -> None:
+    tenant, invoice = await finalised(billing)
+    await step(tenant, invoice)
+    note = await post(billing, f"invoices/{invoice['id']}/credit-notes", {"amount_minor": 1000, "reason": "an outage"})
+    database = tenant.platform.database("billing")
+    await asyncio.gather(*(Clock(database, Seller()).mail() for _ in range(2)))
+    [mail] = (await mails(tenant))[1:]
+    assert (mail["to"], mail["subject"]) == ("", "Credit note CN-000001")
+    assert mail["text"].startswith("Credit note CN-000001 for invoice INV-000001: 10.00 USD. The document is attached.")
+    assert mail["text"].endswith("an outage\n")
+    [page] = pdf_pages(base64.b64decode(mail["attachment"]["content"]))
+    assert "Total 10.00 USD" in page
+    # A large one is not attached.
+    await tenant.sql("UPDATE credit_note SET mailed = false WHERE tenant_id = $1", tenant.id)
+    async with database.begin(tenant_id=tenant.id) as tx:
+        content = b"x" * (dunning.MAX_ATTACHMENT_BYTES + 1)
+        await credit_notes.send(tx, tenant.id, UUID(invoice["id"]), UUID(note["id"]), content)
+    large = (await mails(tenant))[2]
+    assert large["attachment"] is None
+    assert f"GET /api/v1/invoices/{invoice['id']}/credit-notes/{note['id']}/pdf has" in large["text"]
+
+
 async def test_a_paid_invoice_is_not_reminded_of(billing: Billing) -> None:
     tenant, invoice = await finalised(billing, due_days=0, reminder_days=[1])
     assert (await shown(tenant, invoice))["overdue"] is True
@@ -105,10 +129,17 @@ async def test_an_erased_tenant_gets_no_mails(billing: Billing) -> None:
             found = await dunning.due(tx, utcnow() + timedelta(days=300), 10_000)
         return UUID(invoice["id"]) in {id_ for _, id_, _ in found}
 
+    async def note_is_due() -> bool:
+        async with tenant.platform.database("billing").begin() as tx:
+            return tenant.id in {tenant_id for tenant_id, _, _ in await credit_notes.due(tx, 10_000)}
+
+    await post(billing, f"invoices/{invoice['id']}/credit-notes", {"amount_minor": 1000, "reason": "an outage"})
     assert await is_due()
+    assert await note_is_due()
     async with tenant.platform.database("billing").begin() as tx:
         await subjects.destroy_all(tx, tenant.id)
     assert not await is_due()
+    assert not await note_is_due()
 
 
 async def test_new_terms_move_the_next_step(billing: Billing) -> None:

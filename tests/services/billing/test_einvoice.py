@@ -18,11 +18,11 @@ from lxml import etree  # type: ignore[import-untyped]
 from saxonche import PySaxonProcessor
 
 from infra.errors import Conflict
-from services.billing import pdf
+from services.billing import pdf, schemes
 from services.billing.currencies import to_minor
 from services.billing.einvoice import document, price, rounded
-from services.billing.invoice_files import MOST_PRINTED, as_csv, page
-from services.billing.invoices import Invoice, InvoiceLine, InvoicePeriod
+from services.billing.invoice_files import MOST_PRINTED, as_csv, as_invoice, note_page, page
+from services.billing.invoices import CreditNote, Invoice, InvoiceLine, InvoicePeriod
 from services.billing.tax import Buyer, Seller
 
 UNIT = 10**9
@@ -139,6 +139,49 @@ def test_an_e_invoice_fits_the_schema_and_the_rules_and_adds_up(
     # BR-CO-17 allows for the rounding of the exact tax. It is at most one minor unit here.
     assert abs(tax - net * Decimal(percent) / 100) <= (1 if made.currency == "JPY" else Decimal("0.01"))
     assert document(made, lines) == content
+
+
+def credit_note(made: Invoice, minor: int) -> CreditNote:
+    return CreditNote(
+        id=UUID(int=3),
+        number="CN-000001",
+        invoice_id=made.id,
+        amount_minor=minor,
+        subtotal_nanos=schemes.part(made.subtotal_nanos, minor, made.total_minor),
+        tax_nanos=schemes.part(made.tax_nanos, minor, made.total_minor),
+        reason="a day <without> service",
+        made_at=datetime(2026, 12, 5, tzinfo=UTC),
+    )
+
+
+@pytest.mark.parametrize(("changes", "category", "percent"), CASES[:6])
+@pytest.mark.parametrize("percents", [100, 37, 0])
+def test_a_credit_note_fits_the_schema_and_the_rules_and_names_its_invoice(
+    changes: dict[str, Any], category: str, percent: str, percents: int
+) -> None:
+    made = invoice(**changes)
+    note = credit_note(made, made.total_minor * percents // 100 or 1)
+    content = document(*as_invoice(note, made), made)
+    assert xml_check_xsd(content, flavor="factur-x", level="en16931")
+    assert rules()(content) == []
+    assert texts(content, "TypeCode")[0] == "381"
+    assert texts(content, "IssuerAssignedID") == ["INV-000001"]
+    assert [date[:4] for date in texts(content, "DateTimeString")].count("2026") == 5
+    assert set(texts(content, "CategoryCode")) == {category}
+    [net] = map(Decimal, texts(content, "TaxBasisTotalAmount"))
+    [tax] = map(Decimal, texts(content, "TaxTotalAmount"))
+    [total] = map(Decimal, texts(content, "GrandTotalAmount"))
+    [due] = map(Decimal, texts(content, "DuePayableAmount"))
+    digits = 0 if made.currency == "JPY" else 2
+    assert net + tax == total == due == Decimal(note.amount_minor).scaleb(-digits)
+    assert abs(tax - net * Decimal(percent) / 100) <= Decimal(1).scaleb(-digits)
+
+
+async def test_the_pdf_of_a_credit_note_has_its_e_invoice() -> None:
+    made = invoice()
+    note = credit_note(made, 1190)
+    content = await pdf.document(note_page(note, made))
+    assert get_facturx_xml_from_pdf(content) == ("factur-x.xml", document(*as_invoice(note, made), made))
 
 
 async def test_the_pdf_of_an_invoice_has_its_e_invoice_and_is_factur_x() -> None:

@@ -88,6 +88,7 @@ async def test_a_month_of_usage_becomes_lines_that_were_computed_by_hand(billing
     made = await draft(billing, tenant)
     assert (made["status"], made["number"], made["currency"]) == ("draft", None, "USD")
     lines = (await tenant.http.get(f"/api/v1/invoices/{made['id']}/lines")).json()["items"]
+    assert (await tenant.http.get(f"/api/v1/invoices/{made['id']}")).json() == made | {"lines": lines}
     # 1600 tokens, 1000 included: 600 = 500 × 0.01 + 100 × 0.005. The model's list price: 150 and 600 per token, + 10 %.
     cost = 1600 * 150 + 15 * 600
     assert [line["amount_nanos"] for line in lines] == [
@@ -266,6 +267,22 @@ async def test_tax_follows_the_country_and_a_credit_note_takes_its_share_back(bi
     assert field_of(too_much) == "amount_minor"
     note = await post(billing, f"{path}/credit-notes", {"amount_minor": 1190, "reason": "a day without service"})
     assert note["number"] == "CN-000001"
+    assert (note["subtotal_nanos"], note["tax_nanos"]) == (10 * UNIT, 1_900_000_000)
+    assert (await tenant.http.get(f"/api/v1/{path}/credit-notes")).json()["items"] == [note]
+    files = {
+        kind: await tenant.http.get(f"/api/v1/{path}/credit-notes/{note['id']}/{kind}")
+        for kind in ("pdf", "csv", "xml")
+    }
+    [shown] = pdf_pages(files["pdf"].content)
+    for text in ("Credit note CN-000001", "For invoice INV-000001", "Tax: 19 % DE", "1.900000000", "Total 11.90 USD"):
+        assert text in shown
+    assert (
+        files["csv"]
+        .text.splitlines()[1]
+        .startswith("1,Credit for invoice INV-000001: a day without service,1,10.000000000,USD,")
+    )
+    assert files["csv"].headers["content-disposition"] == "attachment; filename=CN-000001.csv"
+    assert (files["xml"].status_code, "the seller had no name" in files["xml"].text) == (409, True)
     assert await journal(tenant) == {
         "receivable": 119 * UNIT - 119 * UNIT // 10,
         "revenue": -90 * UNIT,

@@ -72,6 +72,12 @@ async def test_an_e_invoice_names_the_seller_and_the_buyer(billing: Billing) -> 
     assert answers[0].content == answers[1].content
     for text in ("INV-000001", "Clawbus", "DE123456789", "Acme", "ATU33864707", ">AE<", ">30.00<"):
         assert text in answers[0].text
+    path = f"invoices/{made['id']}/credit-notes"
+    note = await post(billing, path, {"amount_minor": 1000, "reason": "an outage"})
+    answer = await tenant.http.get(f"/api/v1/{path}/{note['id']}/xml")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/xml")
+    for text in ("CN-000001", ">381<", "INV-000001", "an outage", "DE123456789", "ATU33864707", ">AE<", ">10.00<"):
+        assert text in answer.text
 
 
 async def pay(tenant: Tenant, invoice_id: str, **body: Any) -> httpx.Response:
