@@ -50,8 +50,7 @@ async def reverse(tx: Tx, tenant_id: str, invoice_id: UUID, *, reference: str, a
     if not own:
         raise InvalidMessage("reference", "is not of a transfer that was booked for this invoice")
     minor = sum(own) // nanos_per_minor(invoice.currency)
-    if minor:
-        await booking.receive(tx, tenant_id, invoice_id, -minor, reference=_reference(reference), actor=actor)
+    await booking.receive(tx, tenant_id, invoice_id, -minor, reference=_reference(reference), actor=actor)
     return minor
 
 
