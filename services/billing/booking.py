@@ -116,7 +116,7 @@ async def receive(tx: Tx, tenant_id: str, invoice_id: UUID, minor: int, *, refer
 async def add_paid(tx: Tx, tenant_id: str, invoice_id: UUID, minor: int) -> None:
     """Adds a paid amount (below zero: taken back), and marks the invoice as paid or as open again.
 
-    Money for an invoice that was written off takes the write-off back, and what is above it is owed as elsewhere.
+    Money for an invoice that was written off takes the write-off back; money above it is owed as elsewhere.
     """
     [(status, currency, rest)] = await tx.sql(
         """

@@ -35,7 +35,7 @@ _WINDOW = """
 """
 _SPENT = f"CASE WHEN b.window_starts = {_WINDOW} THEN b.spent_nanos ELSE 0 END"
 _TOLD = f"CASE WHEN b.window_starts = {_WINDOW} THEN b.told_percent ELSE '{{}}' END"
-# What `notify` reads of a budget whose window is the running one.
+# The columns that `notify` reads. The window is the running one.
 _STATE = (
     "b.tenant_id, b.budget_id, b.scope, b.scope_id, b.nanos, b.period, b.soft_percent, b.spent_nanos, b.told_percent"
 )

@@ -114,7 +114,7 @@ def _send_invoice(tx: Tx, tenant_id: str, invoice: Invoice, document: bytes) -> 
 
 
 def attached(number: str, document: bytes, path: str) -> tuple[str, Attachment | None]:
-    """A sentence that says where the document is, and the attachment unless the document is too large for a mail.
+    """A sentence about the place of the document, and the attachment unless the document is too large for a mail.
     `path`: of the document, below the invoices."""
     if len(document) > MAX_ATTACHMENT_BYTES:
         return f"GET /api/v1/invoices/{path}/pdf has the document.", None

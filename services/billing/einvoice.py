@@ -53,7 +53,7 @@ class LinePrice(NamedTuple):
 def document(invoice: Invoice, lines: Sequence[InvoiceLine], credited: Invoice | None = None) -> bytes:
     """Raises Conflict for an invoice that the standard cannot express, and names the missing part.
 
-    `credited`: `invoice` is a credit note, and this is the invoice of which it takes a part back.
+    `credited`: the invoice that is credited by `invoice`, which is a credit note then.
     """
     if fault := obstacle(invoice, lines):
         raise Conflict(fault)
