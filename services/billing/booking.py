@@ -249,7 +249,14 @@ async def credit(
     paid = (invoice.paid_minor - invoice.owed_minor) * unit + burned.prepaid
     for kind, nanos in grants.given_back(over * unit, paid, burned.promotional):
         await accounts.add_credit(
-            tx, tenant_id, nanos, kind=kind, reason=f"credit note {number}", actor=actor, source="receivable"
+            tx,
+            tenant_id,
+            nanos,
+            kind=kind,
+            reason=f"credit note {number}",
+            actor=actor,
+            source="receivable",
+            field="amount_minor",
         )
     [made] = await invoices.credit_notes(tx, tenant_id, invoice_id, number)
     return made

@@ -129,9 +129,9 @@ class Agent:
         attributes: dict[str, telemetry.Value] = {"http.request.method": method, "url.template": template}
         with telemetry.span(f"{method} {template}", SpanKind.CLIENT, attributes=attributes) as span:
             try:
-                answer = await self._http.request(
-                    method, path, headers={**headers, **telemetry.carrier()}, content=body
-                )
+                # As the client has sent them: the agent refuses a wrong one, and names it.
+                sent = httpx.Headers({**headers, **telemetry.carrier()}, encoding="latin-1")
+                answer = await self._http.request(method, path, headers=sent, content=body)
             except httpx.TransportError as error:
                 raise Transient(f"agent: {type(error).__name__}") from error
             span.set_attribute("http.response.status_code", answer.status_code)

@@ -243,7 +243,7 @@ async def test_a_posted_message_is_handed_on_and_its_run_is_shown(gateway: Platf
     run_id = agent.new_run("acme")
     agent.answer = 202, {"run_id": str(run_id)}
     path = f"/api/v1/agents/{uuid7()}/sessions/web%2F42/messages"
-    headers = {"accept": "text/event-stream", "idempotency-key": "k1"}
+    headers = httpx.Headers({"accept": "text/event-stream", "idempotency-key": "k\xe9"}, encoding="latin-1")
     async with gateway.client("ws_gateway", "acme", scopes=("run",)) as client:
         body = b'{"text": "hello"}'
         headers["content-type"] = "application/json"
@@ -252,7 +252,7 @@ async def test_a_posted_message_is_handed_on_and_its_run_is_shown(gateway: Platf
             await happen(gateway, agent, *run_facts(run_id))
             assert names(await rest(events(answer))) == WHOLE
         [(posted, sent, content)] = agent.posted
-        assert (posted, sent["idempotency-key"], content) == (path, "k1", body)
+        assert (posted, sent["idempotency-key"], content) == (path, "k\xe9", body)
 
         agent.answer = 503, {"detail": "later"}
         refused = await client.post(path, headers=headers, content=body)
