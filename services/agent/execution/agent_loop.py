@@ -25,7 +25,6 @@ from services.agent.execution.steps import StepFailed, Steps, StepSpec, digest
 from services.agent.execution.tools import Tools
 from services.agent.models.contract import (
     AssistantTurn,
-    Image,
     ModelAnswer,
     Passage,
     Prompt,
@@ -188,27 +187,28 @@ class AgentLoop:
         The journal keeps the place: a worker that resumes the run takes the same messages at the same step.
         """
         if not self.steps.next_has_begun():
-            texts: Sequence[str] = ()
+            taken: Sequence[UserTurn] = ()
             if self.context.messages > self._messages:
-                texts = await self.context.later_messages(self._messages)
-            if texts:
-                await self.steps.record_messages(self._messages + len(texts))
+                taken = await self.context.later_messages(self._messages)
+            if taken:
+                await self.steps.record_messages(self._messages + len(taken))
         else:
             known = messages_at(self.context.state, self.context.last_step + 1) - self._messages
-            texts = (await self.context.later_messages(self._messages))[:known] if known else ()
-        self._messages += len(texts)
-        text = "\n".join(filter(None, texts))
+            taken = (await self.context.later_messages(self._messages))[:known] if known else ()
+        self._messages += len(taken)
+        text = "\n".join(turn.text for turn in taken if turn.text)
+        images = tuple(image for turn in taken for image in turn.images)
+        if not text and not images:
+            return False
         step = self.context.last_step + 1
-        images: tuple[Image, ...] = ()
-        if text and self._taken_before == step:
+        if self._taken_before == step:
             # One turn for each step: a worker that resumes the run takes all messages of a step at once.
             earlier = turns.pop()
             assert isinstance(earlier, UserTurn)
-            text, images = f"{earlier.text}\n{text}", earlier.images
-        if text:
-            turns.append(UserTurn(text, images))
-            self._taken_before = step
-        return bool(text)
+            text, images = f"{earlier.text}\n{text}", earlier.images + images
+        turns.append(UserTurn(text, images))
+        self._taken_before = step
+        return True
 
     async def _retrieve(self, text: str) -> tuple[Passage, ...]:
         async def call(_: str, attempt: int) -> tuple[tuple[Passage, ...], None]:

@@ -24,6 +24,7 @@ from protos.plugin.v1 import plugin_pb2_grpc
 from services.agent.execution import conversation
 from services.agent.execution.outcome import Reply
 from services.agent.execution.progress import ProgressReporter
+from services.agent.models.contract import UserTurn
 from services.agent.runs import family
 from services.agent.runs.content import SAID_CHARACTERS
 from services.agent.runs.domain import Complete, Run
@@ -135,8 +136,8 @@ class RunContext:
 
     # Nothing is written by these reads, so they need no fence.
 
-    async def later_messages(self, skip: int) -> Sequence[str]:
-        """The texts of the run's messages that exist now, without the first `skip`."""
+    async def later_messages(self, skip: int) -> Sequence[UserTurn]:
+        """The run's messages that exist now, without the first `skip`."""
         async with self.database.read_only(tenant_id=self.tenant_id) as tx:
             return await conversation.later_messages(tx, self.subjects, self.run_id, skip)
 

@@ -89,12 +89,12 @@ class Conversation:
         return own if asked is None or (asked == {"type": "object"} and own is not None) else asked
 
 
-async def later_messages(tx: Tx, subjects: SubjectKeys, run_id: UUID, skip: int) -> list[str]:
-    """The texts of the run's messages after the first `skip`. The text of an erased person is empty."""
+async def later_messages(tx: Tx, subjects: SubjectKeys, run_id: UUID, skip: int) -> list[UserTurn]:
+    """The run's messages after the first `skip`, with their images. The text of an erased person is empty."""
     unsealer = Unsealer(tx, subjects)
     rows = await tx.sql(
         """
-        SELECT message_id, subject_id, text
+        SELECT message_id, subject_id, text, context
         FROM message
         WHERE run_id = $1 AND NOT decides
         ORDER BY seq
@@ -103,7 +103,12 @@ async def later_messages(tx: Tx, subjects: SubjectKeys, run_id: UUID, skip: int)
         run_id,
         skip,
     )
-    return [await unsealer.open(text, subject, str(id_), "text") or "" for id_, subject, text in rows]
+    turns = []
+    for id_, subject, sealed, context in rows:
+        text = await unsealer.open(sealed, subject, str(id_), "text") or ""
+        given = await unsealer.open(context, subject, str(id_), "context") if context else None
+        turns.append(UserTurn(text, msgspec.json.decode(given, type=Context).images if given else ()))
+    return turns
 
 
 class MessageRow(NamedTuple):

@@ -73,7 +73,7 @@ class Chat:
             message |= {"content": reply.text or None, **self._called(reply.calls)}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self._finish}
         answer = {**self._base, "object": "chat.completion", "choices": [choice]}
-        return answer | ({"usage": found} if (found := _usage(usage, "prompt_tokens", "completion_tokens")) else {})
+        return answer | ({"usage": found} if (found := _chat_usage(usage)) else {})
 
     def begin(self) -> bytes:
         return self._chunk({"role": "assistant", "content": ""})
@@ -96,7 +96,7 @@ class Chat:
         return {"function_call": told[0]["function"]} if self._old else {"tool_calls": told}
 
     def end(self, usage: Usage, *, is_cut: bool = False) -> bytes:
-        found = _usage(usage, "prompt_tokens", "completion_tokens") if self.wants_usage else None
+        found = _chat_usage(usage) if self.wants_usage else None
         last = _data(self._with_usage([], found)) if found else b""
         finish = "length" if is_cut and self._finish == "stop" else self._finish
         return self._chunk({}, finish) + last + b"data: [DONE]\n\n"
@@ -141,7 +141,7 @@ class Responses:
         status = "incomplete" if is_cut else "completed"
         said = [self._item(status, reply.text)] if reply.text or not reply.calls else []
         called = [self._call(n, call) for n, call in enumerate(reply.calls)]
-        return self._response(status, [*said, *called], usage=_usage(usage, "input_tokens", "output_tokens"))
+        return self._response(status, [*said, *called], usage=_response_usage(usage))
 
     def begin(self) -> bytes:
         names = ("response.created", "response.in_progress")
@@ -174,7 +174,7 @@ class Responses:
     def end(self, usage: Usage, *, is_cut: bool = False) -> bytes:
         status = "incomplete" if is_cut else "completed"
         last = self._close(status)
-        response = self._response(status, self._done, usage=_usage(usage, "input_tokens", "output_tokens"))
+        response = self._response(status, self._done, usage=_response_usage(usage))
         return last + self._event(f"response.{status}", response=response)
 
     def failed(self, failure: CompletionError) -> bytes:
@@ -252,14 +252,27 @@ def _data(data: dict[str, Any]) -> bytes:
     return b"data: %b\n\n" % msgspec.json.encode(data)
 
 
-def _usage(usage: Usage, read: str, written: str) -> dict[str, Any] | None:
-    """The usage in OpenAI's shape; None if the model has not reported it."""
+def _chat_usage(usage: Usage) -> dict[str, Any] | None:
+    """The usage of a chat completion; None if the model has not reported it."""
+    found, cached = _tokens(usage, "prompt_tokens", "completion_tokens"), usage.cached_tokens
+    return found if found is None or cached is None else found | {"prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def _response_usage(usage: Usage) -> dict[str, Any] | None:
+    """The usage of a response; None if the model has not reported it.
+
+    Clients read all parts without asking whether they are there. Runs count neither tokens of thoughts nor writes of a
+    cache.
+    """
+    found = _tokens(usage, "input_tokens", "output_tokens")
+    return found and found | {
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens or 0, "cache_write_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": 0},
+    }
+
+
+def _tokens(usage: Usage, read: str, written: str) -> dict[str, Any] | None:
     if usage.input_tokens is None or usage.output_tokens is None:
         return None
-    found: dict[str, Any] = {
-        read: usage.input_tokens,
-        written: usage.output_tokens,
-        "total_tokens": usage.input_tokens + usage.output_tokens,
-    }
-    cached = usage.cached_tokens
-    return found | ({} if cached is None else {f"{read}_details": {"cached_tokens": cached}})
+    total = usage.input_tokens + usage.output_tokens
+    return {read: usage.input_tokens, written: usage.output_tokens, "total_tokens": total}

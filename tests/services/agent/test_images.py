@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from typing import Any
 from uuid import UUID
@@ -65,6 +66,28 @@ async def test_an_image_is_an_image_part_and_the_history_stays(world: World, ten
     assert (image["type"], image["image_url"]["url"]) == ("image_url", url)
     [*_, last] = [request for request in world.models.asked(MODEL) if tenant.id in request.system]
     assert last.body["messages"][1]["content"] == "hello"
+
+
+async def test_an_image_that_comes_during_a_run_reaches_the_model(world: World, tenant: Tenant, stored: str) -> None:
+    agent = await tenant.agent(system_prompt=tenant.id, queue_mode="steer")
+    go = asyncio.Event()
+    world.models.script(MODEL, Says("A cat.", waits=go), Says("Two cats."))
+    await tenant.receive(agent, "hello")
+
+    async def has_begun() -> bool:
+        return bool(asked(world, tenant))
+
+    async def joined() -> bool:
+        async with world.platform.database("agent").begin() as tx:
+            return await tx.sql("SELECT count(*) FROM message WHERE tenant_id = $1", tenant.id) == [(2,)]
+
+    await world.platform.until(has_begun)
+    await show(tenant, agent, stored)
+    await world.platform.until(joined)
+    go.set()
+    [run] = await tenant.runs(1)
+    assert run["reply"] == "Two cats."
+    assert [part["type"] for part in asked(world, tenant)[-1]] == ["text", "image_url"]
 
 
 async def test_a_model_that_takes_no_images_is_told_of_them(world: World, tenant: Tenant, stored: str) -> None:

@@ -10,10 +10,12 @@ import msgspec
 
 from infra.clock import uuid7
 from infra.stores.cache import Cache
+from protos.messages.agent import RunMessageDeleted
 from protos.pubsub import RUN_DELTAS
 from services.ws_gateway.clients import Clients
 from services.ws_gateway.domain import Delta
 from services.ws_gateway.feed import Room
+from services.ws_gateway.handlers import pass_on
 from services.ws_gateway.hub import Hub
 
 ROOM = Room(lambda: None)
@@ -66,3 +68,11 @@ async def test_a_listener_that_lingers_hands_nothing_on_a_second_time() -> None:
         assert await live.next(5) == Delta(1, 1, 2, "after it")
     while hub._ending:
         await asyncio.wait(hub._ending)
+
+
+async def test_a_deleted_message_is_no_fact_of_a_stream() -> None:
+    hub = Hub(cast(Cache, None), cast(Clients, None))
+    deleted = RunMessageDeleted(
+        run_id=uuid7(), session_key="s", message_id=uuid7(), subject_id="person-1", channel_id=uuid7(), said=""
+    )
+    await pass_on.handler(deleted, {"ce_time": "2026-12-01T00:00:00Z"}, hub=hub)
