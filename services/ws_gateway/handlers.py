@@ -21,6 +21,6 @@ async def note_gap(hub: Hub) -> None:
 @AGENT_EVENTS.tail(group="ws_gateway", begins=note_gap)
 async def pass_on(message: Message, headers: Mapping[str, str], hub: Hub) -> None:
     if isinstance(message, RunMessageDeleted):
-        return  # It is no event of a run's journal, so it has no number there.
+        return  # Not an event of a run's journal: it has no number there.
     data = msgspec.to_builtins(message)
     hub.fact(Fact(data["n"], message.wire_name(), headers["ce_time"], data))
