@@ -187,7 +187,7 @@ def _recovered(home: Home, backup: _Backup, at: datetime, where: str) -> Iterato
     live = take.known_archive(home.path)
     if live and live.to == to and Supervisor(home.path).running():
         operator.run(database.archive_now(operator.engines_access()["postgres"]["url"]))
-    owner = stack_user().pw_uid if os.geteuid() == 0 else os.geteuid()
+    owner = stack_user(home.path).pw_uid if os.geteuid() == 0 else os.geteuid()
     folder = home.path.with_name(f"{home.path.name}.recovery")
     with progress() as bars, opened(backup.file) as stream, reaching(backup.file):
         tell = teller(bars)

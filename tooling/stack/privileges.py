@@ -1,4 +1,4 @@
-"""Root only prepares the machine; the stack and every command about it run as the user `clawbus`."""
+"""Root only prepares the machine; the stack and every command about it run as the owner of the state folder."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from tooling.stack.machine import USER
 
 
 def leave_root() -> None:
-    """For root, runs this command again as the user `clawbus`; for any other user, does nothing.
+    """For root, runs this command again as the owner of the stack; for any other user, does nothing.
 
-    PostgreSQL refuses root, and no program that listens on a port should run as root. Makes the user if it is missing,
-    and gives it the state folder. If the checkout is closed to other users, the command runs from a copy of the code.
-    Raises EngineError if `clawbus` cannot enter a folder that it needs.
+    PostgreSQL refuses root, and no program that listens on a port should run as root. The user `clawbus` gets a state
+    folder that is missing or belongs to root; a folder of another user stays theirs. If the checkout is closed to other
+    users, the command runs from a copy of the code.
+    Raises EngineError if the owner cannot enter a folder that the command needs.
     """
     if os.geteuid() != 0:
         return
     home = home_folder()
-    user = stack_user()
+    user = stack_user(home)
     # The user's own folder is made again after a person or a program has deleted it.
-    for folder in (Path(user.pw_dir), home):
+    for folder in (Path(user.pw_dir), home) if user.pw_name == USER else ():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid != user.pw_uid:
+        if folder.stat().st_uid == 0:
             subprocess.run(["chown", "-R", f"{USER}:{USER}", str(folder)], check=True)
     code = readable_code()
-    _check_reach([home, code / "infra" / "__init__.py", Path(sys.executable), Path(os.__file__)])
-    command = [*_as_user(), sys.executable, "-m", "tooling.cli", *sys.argv[1:]]
+    _check_reach(user.pw_name, [home, code / "infra" / "__init__.py", Path(sys.executable), Path(os.__file__)])
+    command = [*_as(user.pw_name), sys.executable, "-m", "tooling.cli", *sys.argv[1:]]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("XDG_")}
-    environment |= {"HOME": user.pw_dir, "USER": USER, "CLAW_HOME": str(home), "PYTHONPATH": str(code)}
+    environment |= {"HOME": user.pw_dir, "USER": user.pw_name, "CLAW_HOME": str(home), "PYTHONPATH": str(code)}
     environment |= {"PYTHONDONTWRITEBYTECODE": "1"}
     # The current folder may be one that the user cannot enter.
     os.chdir(code)
@@ -43,28 +44,39 @@ def leave_root() -> None:
     os.execvpe(command[0], command, environment)
 
 
-def _as_user() -> list[str]:
-    """The words before a command that make it run as `clawbus`."""
+def _as(user: str) -> list[str]:
+    """The words before a command that make it run as this user."""
     if not (setpriv := shutil.which("setpriv")):
         raise EngineError("setpriv is missing: install util-linux, or run ./claw as an ordinary user")
-    return [setpriv, f"--reuid={USER}", f"--regid={USER}", "--init-groups"]
+    return [setpriv, f"--reuid={user}", f"--regid={pwd.getpwnam(user).pw_gid}", "--init-groups"]
 
 
-def _check_reach(paths: list[Path]) -> None:
-    """Raises EngineError for the first path that `clawbus` cannot read."""
+def _check_reach(user: str, paths: list[Path]) -> None:
+    """Raises EngineError for the first path that the user cannot read."""
     script = 'for path; do test -r "$path" || { echo "$path"; exit; }; done'
-    probe = [*_as_user(), "sh", "-c", script, "sh", *map(str, paths)]
+    probe = [*_as(user), "sh", "-c", script, "sh", *map(str, paths)]
     if closed := subprocess.run(probe, capture_output=True, text=True, check=True).stdout.strip():
         advice = (
             "set CLAW_HOME to a folder that this user can enter, or leave it unset"
             if closed == str(home_folder())
             else "open it (chmod a+rX) together with each folder above it, or run ./claw as an ordinary user"
         )
-        raise EngineError(f"the user {USER}, who runs the engines, cannot read {closed}: {advice}")
+        raise EngineError(f"the user {user}, who runs the engines, cannot read {closed}: {advice}")
 
 
-def stack_user() -> pwd.struct_passwd:
-    """The user who runs root's stack; made if it is missing."""
+def stack_user(home: Path) -> pwd.struct_passwd:
+    """The user who runs the stack of this state folder, if root asks: its owner, or `clawbus`, made if it is missing.
+
+    Raises EngineError if the owner is not a user of this machine.
+    """
+    if home.exists() and (owner := home.stat().st_uid) != 0:
+        try:
+            return pwd.getpwuid(owner)
+        except KeyError:
+            raise EngineError(
+                f"{home} belongs to the user number {owner}, who is not a user of this machine: give it to one with "
+                "chown -R, or set CLAW_HOME to another folder"
+            ) from None
     try:
         return pwd.getpwnam(USER)
     except KeyError:

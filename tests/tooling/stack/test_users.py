@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 
 from tooling.stack.checkout import CHECKOUT
-from tooling.stack.engines.base import cache_path
-from tooling.stack.home import usual_ports
+from tooling.stack.engines.base import EngineError, cache_path
+from tooling.stack.home import Home, usual_ports
 from tooling.stack.machine import USER, user_name
+from tooling.stack.privileges import stack_user
 from tooling.stack.supervisor import end_all, orphans
 from tooling.testing.stack import free_ports
 
@@ -109,8 +110,40 @@ def test_a_user_without_sudo_starts_a_stack_in_a_clone() -> None:
         assert {path.owner() for path in someone.home.iterdir()} == {someone.name}
         findings = json.loads(someone.claw("doctor", "--json"))
         assert not [finding for finding in findings if finding["level"] == "problem"]
+        if ROOT:
+            before = owners(someone.home)
+            by_root = [str(someone.clone / "claw"), "status", "--json"]
+            done = subprocess.run(by_root, env=someone.environment(HOME="/root"), stdout=subprocess.PIPE, check=False)
+            states = {part["name"]: part["state"] for part in json.loads(done.stdout)}
+            assert {name for name, state in states.items() if state == "ready"} == {"postgres", "valkey"}
+            assert owners(someone.home) == before
         someone.claw("down", "--wipe")
         assert orphans(someone.home) == []
+
+
+def owners(folder: Path) -> dict[Path, str]:
+    """The owner of each folder in it. The database makes and deletes files all the time."""
+    return {path: path.owner() for path in (folder, *folder.rglob("*/"))}
+
+
+@pytest.mark.skipif(not ROOT, reason="only root acts for another user")
+def test_root_gives_clawbus_a_state_folder_only_if_it_is_its_own(tmp_path: Path) -> None:
+    assert stack_user(tmp_path).pw_name == stack_user(tmp_path / "missing").pw_name == USER
+    os.chown(tmp_path, pwd.getpwnam(NAMES[0]).pw_uid, -1)
+    assert stack_user(tmp_path).pw_name == NAMES[0]
+    # Of a user who was deleted, or of a container.
+    os.chown(tmp_path, 3_999_999, -1)
+    with pytest.raises(EngineError, match="user number 3999999, who is not a user of this machine"):
+        stack_user(tmp_path)
+
+
+@pytest.mark.skipif(not ROOT, reason="only root acts for another user")
+def test_files_that_root_writes_into_a_state_folder_belong_to_its_owner(tmp_path: Path) -> None:
+    os.chown(tmp_path, pwd.getpwnam(NAMES[0]).pw_uid, -1)
+    Home(tmp_path).place().secret("postgres.admin")
+    assert {path.name: path.owner() for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("ports.json", "secrets.json"), NAMES[0]
+    )
 
 
 def test_up_and_doctor_say_in_one_sentence_that_a_state_folder_is_of_another_user() -> None:
@@ -181,6 +214,13 @@ def test_for_a_user_with_sudo_rabbitmq_is_installed_by_root_and_the_stack_runs_a
     assert "claw: installing rabbitmq-server with apt\n" in output
     assert calls == "0 install --yes -qq -o Dpkg::Use-Pty=0 --no-install-recommends rabbitmq-server\n"
     assert {process.username() for process in orphans(someone.home)} == {someone.name}
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can hide RabbitMQ from a command")
+@pytest.mark.parametrize("command", ["install", "start", "restore"])
+def test_each_command_that_starts_a_stack_installs_rabbitmq(someone: Person, command: str) -> None:
+    _, _, calls = on_a_machine_without_rabbitmq(someone, command, "--help", sudo=True)
+    assert calls.endswith(" rabbitmq-server\n")
 
 
 @pytest.mark.skipif(not ROOT, reason="only root can hide RabbitMQ from a command")

@@ -76,4 +76,3 @@ def restore(files: list[KeyFile], folder: Path, home: Path | None) -> None:
             parent.mkdir(mode=0o700)
             os.chown(parent, owner.st_uid, owner.st_gid)
         write_atomically(path, file.text, file.mode)
-        os.chown(path, owner.st_uid, owner.st_gid)

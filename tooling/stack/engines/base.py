@@ -126,10 +126,16 @@ def package_folder(name: str) -> Path:
 
 
 def write_atomically(path: Path, text: str | bytes, mode: int = 0o600) -> None:
-    """Writes the file whole or not at all: if the process is killed in the middle, the old file stays."""
+    """Writes the file whole or not at all: if the process is killed in the middle, the old file stays.
+
+    The file belongs to the owner of its folder: root may write it, and the stack's user must be able to read it.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with os.fdopen(descriptor, "wb") as file:
+        if os.geteuid() == 0:
+            owner = path.parent.stat()
+            os.fchown(descriptor, owner.st_uid, owner.st_gid)
         file.write(text.encode() if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
