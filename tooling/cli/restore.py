@@ -171,7 +171,7 @@ def _into_home(
             (home.path / "postgres").mkdir(mode=0o700)
             shutil.chown(home.path / "postgres", data.stat().st_uid)
             shutil.move(data, home.path / "postgres" / "data")
-    _claw("up", "--only", "postgres,s3")
+    _claw("up", "--only", "postgres,s3", *(["--tls"] if backup.manifest.tls else []))
     done = operator.run(_restore(home, backup, at))
     (home.path / UNFINISHED).unlink()
     return done

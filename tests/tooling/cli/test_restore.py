@@ -110,6 +110,19 @@ def test_the_backup_and_its_key_must_lie_outside_the_folder_that_is_made_empty(
     assert key.exists()
 
 
+@pytest.mark.parametrize(("tls", "option"), [(True, ["--tls"]), (False, [])])
+def test_a_stack_that_used_tls_uses_it_again(
+    claw: typer.Typer, backup: Path, monkeypatch: pytest.MonkeyPatch, tls: bool, option: list[str]
+) -> None:
+    backup.write_bytes(written(PARTS, tls=tls))
+
+    def start(*arguments: str) -> None:
+        raise EngineError(" ".join(arguments))
+
+    monkeypatch.setattr("tooling.cli.restore._claw", start)
+    assert refused(claw, str(backup)).split() == ["up", "--only", "postgres,s3", *option]
+
+
 @pytest.mark.parametrize(
     ("at", "archive", "reason"),
     [

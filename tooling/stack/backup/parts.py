@@ -60,6 +60,8 @@ class Manifest(msgspec.Struct, frozen=True):
     parts: list[Part]
     archive: str = ""
     """The folder or URL of the archive of the WAL; empty: the backup has no part `BASE`."""
+    tls: bool = False
+    """The local stack used TLS between its parts. Backups from before this field do not know it."""
 
 
 class BackupWriter:

@@ -18,7 +18,7 @@ from tooling.stack.backup import database, keys, objects
 from tooling.stack.backup.parts import BASE, FORMAT, KEYS, BackupWriter, Manifest
 from tooling.stack.backup.targets import reaching
 from tooling.stack.backup.wal import Archive
-from tooling.stack.engines import postgres
+from tooling.stack.engines import certificates, postgres
 from tooling.stack.engines.base import EngineError
 from tooling.stack.home import Home, home_folder
 from tooling.stack.services import KEYS_FOLDER
@@ -53,6 +53,8 @@ class Source:
     """The folder of the database's socket, if the programs of PostgreSQL cannot use its port."""
     archive: Archive | None
     """The archive of the WAL, if there is one."""
+    tls: bool
+    """The parts of a local stack use TLS. That of containers is in their files."""
 
 
 def source() -> Source:
@@ -63,15 +65,16 @@ def source() -> Source:
     if url := os.environ.get("CLAW_ADMIN_DATABASE_URL"):
         try:
             names = {name: os.environ[f"CLAW_S3_{name.upper()}"] for name in ("endpoint", "access_key", "secret_key")}
-            return Source(url, names, Path(os.environ["CLAW_KEYS_FOLDER"]), None, None, None)
+            return Source(url, names, Path(os.environ["CLAW_KEYS_FOLDER"]), None, None, None, False)
         except KeyError as error:
             raise EngineError(f"{error.args[0]}: must be set in the environment") from None
     home = Home(home_folder())
     access = operator.engines_access()
     if "s3" not in access or "postgres" not in access:
         raise EngineError(f"{home.path}: the stack was never started completely. Start it with ./claw up")
-    url, socket = access["postgres"]["url"], postgres.socket_folder(home.place())
-    return Source(url, access["s3"], home.path / KEYS_FOLDER, home.path, socket, known_archive(home.path))
+    place, keys_folder, archive = home.place(), home.path / KEYS_FOLDER, known_archive(home.path)
+    url, socket, tls = access["postgres"]["url"], postgres.socket_folder(place), certificates.in_use(place)
+    return Source(url, access["s3"], keys_folder, home.path, socket, archive, tls)
 
 
 def known_archive(home: Path) -> Archive | None:
@@ -130,6 +133,7 @@ async def take(found: Source, writer: BackupWriter, engines: dict[str, str | Non
         rebuilt=REBUILT,
         parts=writer.parts,
         archive=found.archive.to if found.archive else "",
+        tls=found.tls,
     )
     writer.finish(manifest)
     return manifest
