@@ -3,44 +3,67 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
 import time
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from tooling.cli.up import alone, console, wait_ready
+from tooling.stack.engines import nginx
 from tooling.stack.engines.base import EngineError, Place
 from tooling.stack.home import SERVICES, Home, home_folder
 from tooling.stack.provision import provision
 from tooling.stack.services import LocalService
 from tooling.stack.supervisor import Supervisor
 
+# The gateway is last: it leads clients to a new route when the services have it.
+_NAMES = (*SERVICES, nginx.NAME)
+
 
 def rolling_restart(
-    service: Annotated[str, typer.Argument(help="The service. Default: all, one after the other.")] = "",
+    service: Annotated[str, typer.Argument(help="The service, or nginx. Default: all, one after the other.")] = "",
 ) -> None:
     """Restart services without a refused request: a second process serves while the first one is replaced.
 
-    Migrates the database first, so that after a change of the code the services run the new code.
+    Migrates the database first, so that after a change of the code the services run the new code. The gateway reads its
+    new configuration and does not restart.
     """
-    if service and service not in SERVICES:
-        raise EngineError(f"SERVICE: {service!r} must be one of {', '.join(SERVICES)}")
+    if service and service not in _NAMES:
+        raise EngineError(f"SERVICE: {service!r} must be one of {', '.join(_NAMES)}")
     home = Home(home_folder())
     supervisor = Supervisor(home.path)
-    names = [service] if service else SERVICES
+    names = [service] if service else _NAMES
     running = supervisor.processes()
     if stopped := [name for name in names if name not in running or not running[name].pid]:
         raise EngineError(f"{', '.join(stopped)}: not running. Start the stack with ./claw up")
     with alone(home.path):
-        asyncio.run(_replace_all(supervisor, home.place(), [LocalService(name) for name in names]))
+        asyncio.run(_replace_all(supervisor, home.place(), names))
 
 
-async def _replace_all(supervisor: Supervisor, place: Place, services: list[LocalService]) -> None:
-    await provision(place)
-    for service in services:
+async def _replace_all(supervisor: Supervisor, place: Place, names: Sequence[str]) -> None:
+    if set(names) & set(SERVICES):
+        await provision(place)
+    for name in names:
         began = time.monotonic()
-        await replace(supervisor, place, service)
-        console.print(f"[green]✓[/] {service.NAME:<14} replaced after {time.monotonic() - began:.1f} s")
+        if name == nginx.NAME:
+            _reload_gateway(supervisor, place)
+            console.print(f"[green]✓[/] {name:<14} has its new configuration")
+            continue
+        await replace(supervisor, place, LocalService(name))
+        console.print(f"[green]✓[/] {name:<14} replaced after {time.monotonic() - began:.1f} s")
+
+
+def _reload_gateway(supervisor: Supervisor, place: Place) -> None:
+    """Writes the gateway's configuration, and lets its running process read it. Raises EngineError if it is wrong."""
+    nginx.prepare(place)
+    tested = subprocess.run([*nginx.program(place).command, "-t"], capture_output=True, text=True, check=False)
+    if tested.returncode:
+        raise EngineError(f"the gateway goes on with its old configuration, the new one has an error: {tested.stderr}")
+    os.kill(supervisor.processes()[nginx.NAME].pid, signal.SIGHUP)
 
 
 async def replace(supervisor: Supervisor, place: Place, service: LocalService) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import signal
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
 import httpx
 import httpx2
 import openai
+import psutil
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -130,6 +134,38 @@ async def until(ask: Callable[[], Awaitable[bool]], what: str) -> None:
     async with asyncio.timeout(WAIT_SECONDS):
         while not await ask():
             await asyncio.sleep(0.05)
+
+
+async def test_a_connection_that_was_just_used_stays_while_the_configuration_is_read_again(services: StandIns) -> None:
+    """Its client may be sending the next request, which would get no answer."""
+    others = psutil.Process().children()
+    async with running(services) as client:
+        [gateway] = [process for process in psutil.Process().children() if process not in others]
+        reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+
+        async def ask() -> bool:
+            writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            head = await reader.readuntil(b"\r\n\r\n")
+            size = int(re.search(rb"Content-Length: (\d+)", head)[1])  # type: ignore[index]
+            return bool(await reader.readexactly(size))
+
+        async def old_workers_end() -> bool:
+            return all(ends(process) for process in before)
+
+        def ends(process: psutil.Process) -> bool:
+            try:
+                return "is shutting down" in " ".join(process.cmdline())
+            except psutil.Error:
+                return True
+
+        assert await ask()
+        used, before = time.monotonic(), gateway.children()
+        gateway.send_signal(signal.SIGHUP)
+        await until(old_workers_end, "the end of the old workers")
+        # The server's limit, in which a busy machine may not come this far.
+        with suppress(EOFError) if time.monotonic() - used > 4 else nullcontext():
+            assert await ask()
+        writer.close()
 
 
 @pytest.fixture(scope="module")
