@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tooling.stack.engines import ENGINES, postgres
+from tooling.stack.engines import ENGINES, certificates, postgres
 from tooling.stack.engines.base import ANSWER_SECONDS, Engine, Place
 from tooling.stack.home import Home, home_folder
 from tooling.stack.services import parts
@@ -79,7 +79,9 @@ async def collect(place: Place, supervisor: Supervisor) -> list[Status]:
         if version := await ask(part, place):
             versions[part.NAME] = version
             latencies[part.NAME] = round((time.perf_counter() - began) * 1000, 1)
-    problem = await postgres.problem(place) if versions.get(postgres.NAME) else None
+    problems = {name: certificates.problem(place, name) for name in processes}
+    if versions.get(postgres.NAME) and (problem := await postgres.problem(place)):
+        problems[postgres.NAME] = problem
     return [
         _status(
             part,
@@ -87,7 +89,7 @@ async def collect(place: Place, supervisor: Supervisor) -> list[Status]:
             processes.get(name),
             versions.get(name),
             latencies.get(name),
-            problem if name == postgres.NAME else None,
+            problems.get(name),
         )
         for name, part in parts().items()
     ]

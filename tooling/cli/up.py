@@ -59,7 +59,7 @@ def up(
         if tls and not certificates.in_use(place) and Supervisor(home.path).running():
             raise EngineError("--tls: this stack runs without TLS: stop it first: ./claw down")
         if tls or certificates.in_use(place):
-            certificates.issue(place, _owners(known))
+            certificates.issue(place, _owners(known), renew=not Supervisor(home.path).running())
         if archive:
             _archive(home, place, archive)
         # The clients would log every refused connection, which is normal while an engine starts.

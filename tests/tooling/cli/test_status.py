@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from infra.clock import utcnow
 from tooling.cli import status
+from tooling.stack.engines import certificates
 from tooling.stack.engines.base import Engine, Place, Program, Secrets
 from tooling.stack.supervisor import Process, Supervisor
 
@@ -92,3 +95,15 @@ async def test_a_part_has_failed_only_if_it_was_silent_twice_while_status_listen
     [found] = await status.collect(place, Running(place.home))
     assert found.state == state
     assert found.version == ("1.0" if state == "ready" else None)
+
+
+async def test_a_certificate_that_ends_soon_is_a_problem(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    part: Engine = Part(works)
+    monkeypatch.setattr(status, "parts", lambda: {"part": part})
+    certificates.issue(place, ["part"])
+    [found] = await status.collect(place, Running(place.home))
+    assert found.problem is None
+    later = utcnow() + timedelta(days=80)
+    monkeypatch.setattr(certificates, "utcnow", lambda: later)
+    [found] = await status.collect(place, Running(place.home))
+    assert (found.problem or "").startswith("its certificate ends in")

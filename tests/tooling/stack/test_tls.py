@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from unittest.mock import AsyncMock
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -39,8 +40,9 @@ from infra.stores.objects import Objects
 from services.log_aggregator.index import SearchIndex
 from services.memory.milvus import MilvusIndex
 from tests.conftest import fresh_database
+from tooling.cli.up import up
 from tooling.stack import engines, tls_front
-from tooling.stack.backup import database
+from tooling.stack.backup import database, take
 from tooling.stack.engines import certificates
 from tooling.stack.engines.base import EngineError, Place, Secrets, write_atomically
 from tooling.stack.home import Home
@@ -141,9 +143,15 @@ def empty(stack: Stack) -> Iterator[str]:
         yield url
 
 
-async def test_a_backup_reads_and_restores_the_database(stack: Stack, empty: str) -> None:
+async def test_a_backup_reads_and_restores_the_database(
+    stack: Stack, empty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """PostgreSQL's own programs know no TLS here, so they use the server's socket."""
-    url, socket = stack.postgres_url, engines.postgres.socket_folder(Home(stack.home).place())
+    monkeypatch.setenv("CLAW_HOME", str(stack.home))
+    found = take.source()
+    assert found.tls
+    url, socket = found.database_url, found.socket
+    assert socket == engines.postgres.socket_folder(Home(stack.home).place())
     connection = await asyncpg.connect(url)
     await connection.execute("CREATE TABLE kept AS SELECT 7 AS n")
     await connection.close()
@@ -216,20 +224,66 @@ def test_only_the_owner_can_read_the_keys_and_nothing_listens_without_tls(stack:
     assert (stack.home / "valkey" / "valkey.conf").read_text().count("port 0") == 1
 
 
-def test_a_certificate_is_replaced_in_its_last_third_and_no_earlier(tmp_path: Path) -> None:
-    place = Place(tmp_path, {}, Secrets(tmp_path / "secrets.json"))
-    certificates.issue(place, ["agent"])
-    file = certificates.folder(place, "agent") / "certificate.pem"
-    first = file.read_text()
-    certificates.issue(place, ["agent"])
-    assert file.read_text() == first
-    left = x509.load_pem_x509_certificate(first.encode()).not_valid_after_utc - utcnow()
-    assert left <= certificates.LIFE
-    short = pytest.MonkeyPatch()
-    short.setattr(certificates, "RENEWED", left + timedelta(days=1))
-    certificates.issue(place, ["agent"])
-    short.undo()
-    assert file.read_text() != first
+def test_a_stack_that_runs_keeps_the_files_of_its_certificates(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes have read them; `status` tells from the files when they end."""
+    file = certificates.folder(Home(stack.home).place(), "valkey") / "certificate.pem"
+    before = file.read_text()
+    monkeypatch.setenv("CLAW_HOME", str(stack.home))
+    monkeypatch.setattr(certificates, "RENEWED", certificates.LIFE)
+    up(only="valkey")
+    logging.disable(logging.NOTSET)
+    assert file.read_text() == before
+
+
+class Calendar:
+    """The days of a stack with one certificate."""
+
+    def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.place = Place(home, {}, Secrets(home / "secrets.json"))
+        self.now = utcnow()
+        monkeypatch.setattr(certificates, "utcnow", lambda: self.now)
+
+    def end(self) -> datetime:
+        """Of the certificate that is in the file."""
+        file = certificates.folder(self.place, "agent") / "certificate.pem"
+        return x509.load_pem_x509_certificate(file.read_bytes()).not_valid_after_utc
+
+
+@pytest.fixture
+def calendar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calendar:
+    return Calendar(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("days", range(30, 61, 2))
+def test_no_certificate_ends_in_a_stack_that_is_restarted_once_in_60_days(calendar: Calendar, days: int) -> None:
+    for _ in range(5):
+        certificates.issue(calendar.place, ["agent"])
+        calendar.now += timedelta(days=days)
+        assert calendar.end() > calendar.now
+
+
+def test_a_certificate_is_replaced_only_at_a_start_and_if_it_does_not_last(calendar: Calendar) -> None:
+    certificates.issue(calendar.place, ["agent"])
+    first = calendar.end()
+    assert first <= calendar.now + certificates.LIFE
+    calendar.now += timedelta(days=29)
+    certificates.issue(calendar.place, ["agent"])
+    calendar.now += timedelta(days=60)
+    certificates.issue(calendar.place, ["agent"], renew=False)
+    assert calendar.end() == first
+    certificates.issue(calendar.place, ["agent"])
+    assert calendar.end() > first
+
+
+def test_status_warns_before_a_certificate_ends(calendar: Calendar) -> None:
+    assert certificates.problem(calendar.place, "agent") is None
+    certificates.issue(calendar.place, ["agent"])
+    found = []
+    for day in (0, 75, 77, 91):
+        calendar.now = calendar.end() - timedelta(days=90 - day)
+        found.append(certificates.problem(calendar.place, "agent"))
+    advice = "restart the stack with ./claw down and ./claw up"
+    assert found == [None, None, f"its certificate ends in 13 days: {advice}", f"its certificate has ended: {advice}"]
 
 
 async def test_an_account_of_kafka_has_the_rights_to_its_own_topics_and_groups_only(stack: Stack) -> None:

@@ -1,8 +1,8 @@
 """The local stack's own certificate authority: a short-lived certificate for each part and the administrator.
 
-A stack with this folder uses mutual TLS: ``./claw up --tls`` makes it. `up` renews certificates in their last third;
-processes read their files at their start. So a stack needs ``./claw down`` and ``./claw up`` once in 60 days. Only the
-owner of the stack can read the keys.
+A stack with this folder uses mutual TLS: ``./claw up --tls`` makes it. Processes read their files at their start, so
+`up` of a stopped stack renews the certificates that have less than 60 days left. So a stack needs ``./claw down`` and
+``./claw up`` once in 60 days. Only the owner of the stack can read the keys.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ if TYPE_CHECKING:
 ADMIN = "admin"
 """The owner of the administrators' certificate."""
 LIFE = timedelta(days=90)
-RENEWED = timedelta(days=30)
-"""A certificate with less than this left is replaced."""
+RENEWED = timedelta(days=60)
+"""A certificate with less than this left is replaced at a start: the next one may be so much later."""
+_WARNED = timedelta(days=14)
+"""With less than this left, a certificate is a problem that a person must remove."""
 _AUTHORITY_LIFE = timedelta(days=3650)
 # By the driver's name of each file: authority, certificate, key.
 _PARAMETERS = {
@@ -111,8 +113,11 @@ def front(place: Place, engine: str, socket: Path) -> tuple[str, ...]:
     return (sys.executable, "-m", "tooling.stack.tls_front", port, str(socket), str(folder(place, engine)))
 
 
-def issue(place: Place, owners: Sequence[str]) -> None:
-    """Makes the authority, and the certificates that are missing or in their last third."""
+def issue(place: Place, owners: Sequence[str], *, renew: bool = True) -> None:
+    """Makes the authority and the certificates that are missing. Replaces those that do not last until `RENEWED`.
+
+    renew: False if the stack runs: its processes would go on with the old certificates, and the files hide their age.
+    """
     home = place.home / "tls"
     home.mkdir(mode=0o700, exist_ok=True)
     authority = _authority(home)
@@ -120,14 +125,25 @@ def issue(place: Place, owners: Sequence[str]) -> None:
         own = folder(place, owner)
         own.mkdir(mode=0o700, exist_ok=True)
         ca, certificate, key = (own / name for name in TLS_FILES)
-        if certificate.exists() and ca.exists():
-            known = x509.load_pem_x509_certificate(certificate.read_bytes())
-            if known.not_valid_after_utc - utcnow() > RENEWED:
-                continue
+        if certificate.exists() and ca.exists() and (not renew or _left(certificate) > RENEWED):
+            continue
         made, private = _issued(authority, owner)
         write_atomically(ca, _pem(authority[0]))
         write_atomically(key, _private_pem(private))
         write_atomically(certificate, _pem(made))
+
+
+def problem(place: Place, owner: str) -> str | None:
+    """A sentence about the owner's certificate if it ends soon or has ended."""
+    certificate = folder(place, owner) / TLS_FILES[1]
+    if not certificate.exists() or (left := _left(certificate)) > _WARNED:
+        return None
+    when = f"ends in {left.days} days" if left > timedelta() else "has ended"
+    return f"its certificate {when}: restart the stack with ./claw down and ./claw up"
+
+
+def _left(certificate: Path) -> timedelta:
+    return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc - utcnow()
 
 
 Authority = tuple[x509.Certificate, ec.EllipticCurvePrivateKey]
