@@ -30,7 +30,7 @@ from protos.catalog import CATALOG
 from protos.topology import Catalog
 from services.log_aggregator.stored_heads import BUCKET as HEADS
 from tooling.cli import compose
-from tooling.stack import provision
+from tooling.stack import operator, provision
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines.base import sha256
 from tooling.stack.home import SERVICE_PORTS, SERVICES
@@ -101,10 +101,10 @@ def test_only_the_gateway_is_published_and_stores_are_on_the_backend_alone() -> 
     [
         # etcd asks for no password.
         ("metadata", {"etcd", "milvus"}),
-        ("vectors", {"memory", "milvus", "milvus-users"}),
+        ("vectors", {"memory", "milvus", "milvus-users", "operator"}),
         ("objects", {"agent", "channel", "memory", "milvus", "minio", "minio-users"}),
         ("audit", {"log_aggregator", "minio", "backup"}),
-        ("search", {"log_aggregator", "elasticsearch", "elasticsearch-users", "kibana", "kibana-objects"}),
+        ("search", {"log_aggregator", "elasticsearch", "elasticsearch-users", "kibana", "kibana-objects", "operator"}),
     ],
 )
 def test_a_store_is_reached_only_by_the_containers_that_need_it(network: str, members: set[str]) -> None:
@@ -127,6 +127,32 @@ def test_every_container_has_a_memory_limit_and_services_do_not_run_as_root_and_
         assert CONTAINERS[name]["read_only"]
         assert CONTAINERS[name]["cap_drop"] == ["ALL"]
     assert re.search(r"^USER (?!root)\w+", (DEPLOY / "docker" / "Dockerfile").read_text(), re.MULTILINE)
+
+
+def test_the_log_of_a_container_does_not_grow_without_limit() -> None:
+    containers = CONTAINERS | yaml.safe_load((CHECKOUT / "compose.tls.yml").read_text())["services"]
+    limits = {name: container.get("logging") for name, container in CONTAINERS.items()}
+    limits["certificates"] = containers["certificates"].get("logging")
+    limit = {"driver": "local", "options": {"max-size": "10m", "max-file": "3"}}
+    assert {name: found for name, found in limits.items() if found != limit} == {}
+
+
+def test_the_operators_commands_have_what_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    container = CONTAINERS["operator"]
+    assert container["entrypoint"] == ["python", "-m", "tooling.cli"]
+    # It is for the times when something does not run.
+    assert not container["depends_on"]
+    for variable, value in container["environment"].items():
+        monkeypatch.setenv(variable, value.replace(":?", ""))
+    access = operator.access()
+    assert access["base_url"] == "${CLAW_TLS_URL:-http://nginx:8080}"
+    assert access["admin_token"] == "${CLAW_ADMIN_TOKEN}"
+    folder = operator.keys_folder()
+    assert set(container["volumes"]) == {f"keys_{name}:{master_file(folder, name).parent}:ro" for name in SERVICES}
+    hosts = {engine: urlsplit(*found.values()).hostname for engine, found in access["engines"].items()}
+    assert hosts == {"postgres": "postgres", "kafka": "kafka", "milvus": "milvus", "opensearch": "elasticsearch"}
+    for host in (*hosts.values(), "nginx"):
+        assert set(CONTAINERS[host]["networks"]) & set(container["networks"]), host
 
 
 def run_script(container: str, program: str, folder: Path) -> list[list[str]]:
@@ -264,7 +290,7 @@ def test_a_service_has_its_own_private_key_only() -> None:
         assert own["CLAW_PRIVATE_KEY_FILE"] == str(private_file(Path("/keys"), "own"))
         assert own["CLAW_MASTER_KEY_FILE"] == str(master_file(Path("/keys"), "own"))
         assert own["CLAW_PUBLIC_KEYS_FILE"] == str(public_file(Path("/keys")))
-    others = [name for name in CONTAINERS if name not in (*SERVICES, "provision", "backup")]
+    others = [name for name in CONTAINERS if name not in (*SERVICES, "provision", "backup", "operator")]
     assert not [name for name in others if "keys_" in json.dumps(CONTAINERS[name].get("volumes", []))]
 
 

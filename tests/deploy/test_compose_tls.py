@@ -67,7 +67,9 @@ def test_each_part_gets_its_own_key_and_no_other(issued: Path) -> None:
     assert made == {"tls_authority", *(f"tls_{owner}" for owner in owners)}
     for name, mounted in volumes.items():
         own = {volume.partition(":")[0] for volume in mounted if volume.startswith("tls_")}
-        wanted = name if (issued / name).exists() else "admin" if name in ("provision", "backup") else "public"
+        wanted = (
+            name if (issued / name).exists() else "admin" if name in ("provision", "backup", "operator") else "public"
+        )
         assert own <= {f"tls_{wanted}"}, name
         assert all(volume.endswith(":ro") for volume in mounted), name
     assert [path.name for path in (issued / "public").iterdir()] == ["ca.pem"]

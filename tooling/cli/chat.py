@@ -14,6 +14,7 @@ from rich.console import Console
 
 from tooling.cli.client import Gateway, gateway
 from tooling.cli.run import money
+from tooling.stack import operator
 from tooling.stack.engines.base import EngineError
 from tooling.stack.home import Home, home_folder
 from tooling.stack.operator import printable
@@ -26,13 +27,12 @@ def chat(
     key: Annotated[str, typer.Option(envvar="CLAW_API_KEY", help="A tenant's API key. Default: the demo's.")] = "",
 ) -> None:
     """Talk to an agent. Ctrl-C cancels a running answer. Ctrl-C or Ctrl-D at the prompt ends the chat."""
-    home = Home(home_folder())
-    demo = home.demo()
+    demo = Home(home_folder()).demo()
     agent, key = agent or demo.get("agent_id", ""), key or demo.get("api_key", "")
     if not agent or not key:
         raise EngineError("no agent to talk to: run ./claw demo first, or give --agent and --key")
     try:
-        asyncio.run(_talk(home.credentials()["base_url"], key, agent))
+        asyncio.run(_talk(operator.access()["base_url"], key, agent))
     except KeyboardInterrupt:
         console.print()
 

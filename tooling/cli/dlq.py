@@ -22,10 +22,8 @@ from infra.security.sealed_letters import SealedLetters
 from infra.service import bulk_redrive, redrive
 from infra.service.bulk_redrive import DeadLetterGroup, RedriveCounts
 from tooling.stack import operator
-from tooling.stack.home import Home, home_folder
 from tooling.stack.keys import master_file
 from tooling.stack.operator import printable
-from tooling.stack.services import keys_folder
 
 app = typer.Typer(no_args_is_help=True, help="List, show, redrive and discard messages that could not be processed.")
 out = Console(highlight=False)
@@ -259,7 +257,7 @@ def _database() -> str:
 
 
 def _sealing(service: str) -> Sealing:
-    return SealedLetters(Cipher(master_file(keys_folder(Home(home_folder()).place()), service)))
+    return SealedLetters(Cipher(master_file(operator.keys_folder(), service)))
 
 
 def _line(text: str, style: str = "") -> None:

@@ -15,8 +15,9 @@ from rich.text import Text
 
 from services.log_aggregator import searches
 from tooling.cli.client import gateway
+from tooling.stack import operator
 from tooling.stack.engines.base import EngineError
-from tooling.stack.home import Home, home_folder
+from tooling.stack.home import home_folder
 from tooling.stack.operator import printable
 from tooling.stack.services import parts
 from tooling.stack.supervisor import Supervisor
@@ -53,7 +54,7 @@ def logs(
 
 async def _search(params: dict[str, str]) -> list[dict[str, Any]]:
     """The lines that match, the newest first."""
-    access = Home(home_folder()).credentials()
+    access = operator.access()
     async with gateway(access["base_url"], access["admin_token"]) as api:
         found: list[dict[str, Any]] = (await api.get("/api/v1/logs", **params))["items"]
     return found

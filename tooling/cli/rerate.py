@@ -10,7 +10,6 @@ from rich.console import Console
 
 from tooling.cli.client import gateway
 from tooling.stack import operator
-from tooling.stack.home import Home, home_folder
 
 FORMATS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]
 
@@ -35,7 +34,7 @@ def rerate(
 
 
 async def _call(since: datetime, until: datetime, tenant: str, *, book: bool) -> dict[str, Any]:
-    access = Home(home_folder()).credentials()
+    access = operator.access()
     async with gateway(access["base_url"], access["admin_token"]) as api:
         body = {
             "from": since.replace(tzinfo=UTC).isoformat(),

@@ -17,9 +17,7 @@ from infra.security.crypto import Cipher
 from infra.security.keys import LEEWAY_SECONDS, LIFETIME_SECONDS
 from infra.security.rewrap import SealedColumn, count_old, rewrap
 from tooling.stack import keys, operator
-from tooling.stack.engines.base import EngineError
-from tooling.stack.home import SERVICES, Home, home_folder
-from tooling.stack.services import keys_folder
+from tooling.stack.home import SERVICES
 
 app = typer.Typer(no_args_is_help=True, help="Give the services new keys while they run.")
 console = Console(stderr=True, highlight=False)
@@ -33,7 +31,7 @@ Wait = Callable[[float], Awaitable[None]]
 @app.command()
 def internal() -> None:
     """Replace the key pairs with which services sign. Takes about a minute; no call is refused."""
-    asyncio.run(rotate_internal(_folder(), SERVICES))
+    asyncio.run(rotate_internal(operator.keys_folder(), SERVICES))
     console.print("The services sign with new keys. The old keys are no longer accepted.")
 
 
@@ -41,9 +39,10 @@ def internal() -> None:
 def master() -> None:
     """Replace the master keys, and seal all stored values under the new ones. If interrupted, call it again."""
     began = time.monotonic()
-    count = operator.run(rotate_master(_folder(), _database(), SERVICES))
+    folder = operator.keys_folder()
+    count = operator.run(rotate_master(folder, _database(), SERVICES))
     console.print(f"{count} values are sealed under new keys, after {time.monotonic() - began:.0f} s.")
-    console.print(f"Old backups need the old keys: keep or destroy the files {keys.retired_file(_folder(), '*')}")
+    console.print(f"Old backups need the old keys: keep or destroy the files {keys.retired_file(folder, '*')}")
 
 
 async def rotate_internal(folder: Path, services: Sequence[str], settle: Wait = asyncio.sleep) -> None:
@@ -98,16 +97,6 @@ async def _reseal(folder: Path, url: str, service: str, *, until_none: bool = Fa
     finally:
         await engine.dispose()
     return done
-
-
-def _folder() -> Path:
-    """The folder of keys of this stack, or the one of the containers."""
-    if named := os.environ.get("CLAW_KEYS_FOLDER"):
-        return Path(named)
-    folder = keys_folder(Home(home_folder()).place())
-    if not keys.public_file(folder).exists():
-        raise EngineError(f"{folder}: has no keys. Start a stack with ./claw up")
-    return folder
 
 
 def _database() -> str:

@@ -19,7 +19,6 @@ from rich.text import Text
 from infra.errors import NotFound
 from tooling.cli.client import Gateway, gateway
 from tooling.stack import operator
-from tooling.stack.home import Home, home_folder
 from tooling.stack.operator import printable
 
 app = typer.Typer(no_args_is_help=True, help="Show the runs of agents.")
@@ -146,7 +145,7 @@ async def _state(id_: UUID, at: int) -> dict[str, Any]:
 @asynccontextmanager
 async def _gateway(id_: UUID) -> AsyncIterator[Gateway]:
     """The gateway, as the administrator who acts for the run's tenant. Raises NotFound."""
-    access = Home(home_folder()).credentials()
+    access = operator.access()
     connection = await asyncpg.connect(access["engines"]["postgres"]["url"])
     try:
         tenant_id = await connection.fetchval("SELECT tenant_id FROM agent.run WHERE id = $1", id_)

@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 from aiokafka.errors import KafkaError
@@ -19,8 +20,17 @@ from infra.postgres.db import create_engine, is_transient, sql
 from infra.security.audit import audit
 from tooling.stack.engines.base import EngineError
 from tooling.stack.home import Home, home_folder
+from tooling.stack.keys import public_file
+from tooling.stack.services import KEYS_FOLDER
 
 T = TypeVar("T")
+# In containers: engine → the name of its address, and the variable that has it.
+_VARIABLES = {
+    "postgres": ("url", "CLAW_ADMIN_DATABASE_URL"),
+    "kafka": ("bootstrap_servers", "CLAW_KAFKA_BOOTSTRAP_SERVERS"),
+    "milvus": ("url", "CLAW_MILVUS_URL"),
+    "opensearch": ("url", "CLAW_OPENSEARCH_URL"),
+}
 
 
 def actor() -> str:
@@ -28,10 +38,45 @@ def actor() -> str:
     return f"cli:{os.environ.get('SUDO_USER') or os.environ.get('USER') or os.getuid()}"
 
 
+def in_containers() -> bool:
+    """True in a container of compose.yml: the environment names the system's parts, and there is no state folder."""
+    return "CLAW_ADMIN_DATABASE_URL" in os.environ
+
+
+def access() -> dict[str, Any]:
+    """The operator's access: `base_url` and `admin_token` of the gateway, and that to each engine in `engines`.
+
+    Raises EngineError if no stack was ever started here, or if the container is not the one for operators.
+    """
+    if not in_containers():
+        return Home(home_folder()).credentials()
+    try:
+        return {
+            "base_url": os.environ["CLAW_GATEWAY_URL"],
+            "admin_token": os.environ["CLAW_ADMIN_TOKEN"],
+            "engines": {engine: {name: os.environ[variable]} for engine, (name, variable) in _VARIABLES.items()},
+        }
+    except KeyError as error:
+        raise EngineError(
+            f"{error.args[0]}: must be set in the environment, as in the container operator: docker compose run --rm "
+            "operator"
+        ) from None
+
+
 def engines_access() -> dict[str, dict[str, str]]:
-    """The administrator's access to each engine. Raises EngineError if no stack was ever started."""
-    access: dict[str, dict[str, str]] = Home(home_folder()).credentials()["engines"]
-    return access
+    """The administrator's access to each engine. Raises EngineError as `access`."""
+    engines: dict[str, dict[str, str]] = access()["engines"]
+    return engines
+
+
+def keys_folder() -> Path:
+    """The folder of keys of this stack, or the one of the containers. Raises EngineError if there are no keys."""
+    if named := os.environ.get("CLAW_KEYS_FOLDER"):
+        return Path(named)
+    folder = home_folder() / KEYS_FOLDER
+    if not public_file(folder).exists():
+        raise EngineError(f"{folder}: has no keys. Start a stack with ./claw up")
+    return folder
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
@@ -46,7 +91,9 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         if not is_transient(error) and not isinstance(error, KafkaError):
             raise
         reason = f"an engine does not answer ({describe(error)})"
-        raise EngineError(f"{reason}. ./claw status shows which; ./claw up starts it") from error
+        shown = "docker compose ps" if in_containers() else "./claw status"
+        start = "docker compose up -d" if in_containers() else "./claw up"
+        raise EngineError(f"{reason}. {shown} shows which; {start} starts it") from error
     finally:
         kafka.setLevel(level)
 

@@ -254,6 +254,24 @@ def test_without_a_stack_each_command_names_the_command_that_starts_one(home: Pa
         assert "no stack was started here. Start one with ./claw up" in refused(command, *words)
 
 
+def test_in_containers_the_environment_names_the_stack(
+    home: Path, stack: Stack, sample: SampleDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [id_] = dead("sample_ledger", "k", "failed")
+    (home / "credentials.json").unlink()
+    monkeypatch.setenv("CLAW_ADMIN_DATABASE_URL", sample.admin_url)
+    assert refused(dlq.app, "list").startswith("CLAW_GATEWAY_URL: must be set in the environment, as in the container")
+    for variable in ("CLAW_GATEWAY_URL", "CLAW_ADMIN_TOKEN", "CLAW_MILVUS_URL", "CLAW_OPENSEARCH_URL"):
+        monkeypatch.setenv(variable, "")
+    monkeypatch.setenv("CLAW_KAFKA_BOOTSTRAP_SERVERS", stack.kafka_bootstrap_servers)
+    monkeypatch.setenv("CLAW_KEYS_FOLDER", str((home / "keys").rename(home / "keys of containers")))
+    assert id_ in told(dlq.app, "list")
+    assert json.loads(told(dlq.app, "show", id_, "--json"))["payload"]
+    assert "no kept messages to 'x'" in refused(outbox.app, "resend", "x")
+    monkeypatch.setenv("CLAW_ADMIN_DATABASE_URL", "postgresql://a:b@127.0.0.1:1/c")
+    assert "docker compose ps shows which" in refused(dlq.app, "list")
+
+
 def only(function: Callable[..., None]) -> typer.Typer:
     """A command line with this one command."""
     command = typer.Typer()
