@@ -17,6 +17,9 @@ from services.billing.invoices import Invoice
 
 # A message may have a megabyte, and base64 makes four bytes of three.
 MAX_ATTACHMENT_BYTES = 700_000
+PAYMENT_DAYS = timedelta(days=14)
+"""So long a payment that is not decided delays the write-off. Payers abandon payments in their browsers, and the
+provider reports nothing then. Debits of bank accounts are decided within it."""
 _OPEN = "(status = 'finalised' OR (status = 'paid' AND dunning_step = 0))"
 
 
@@ -72,7 +75,7 @@ async def step(tx: Tx, tenant_id: str, invoice_id: UUID, document: bytes | None,
             number = max(n for n in range(number, reminders + 1) if times[n - 1] <= now)
             _remind(tx, tenant_id, invoice, number)
             number += 1
-        elif await _is_being_paid(tx, tenant_id, invoice_id):
+        elif await _is_being_paid(tx, tenant_id, invoice_id, pending=now < times[number - 1] + PAYMENT_DAYS):
             times[number - 1] = now + timedelta(days=1)
         else:
             await booking.end(tx, tenant_id, invoice_id, "uncollectible", "billing")
@@ -90,11 +93,12 @@ async def step(tx: Tx, tenant_id: str, invoice_id: UUID, document: bytes | None,
     )
 
 
-async def _is_being_paid(tx: Tx, tenant_id: str, invoice_id: UUID) -> bool:
+async def _is_being_paid(tx: Tx, tenant_id: str, invoice_id: UUID, *, pending: bool) -> bool:
+    """Whether a dispute is open or, with `pending`, a payment is not decided."""
     [(found,)] = await tx.sql(
         """
         SELECT EXISTS (
-            SELECT FROM payment WHERE tenant_id = $1 AND invoice_id = $2 AND status = 'pending'
+            SELECT FROM payment WHERE tenant_id = $1 AND invoice_id = $2 AND status = 'pending' AND $3
             UNION ALL
             SELECT FROM dispute JOIN payment USING (tenant_id, payment_id)
             WHERE tenant_id = $1 AND invoice_id = $2 AND state = 'open'
@@ -102,6 +106,7 @@ async def _is_being_paid(tx: Tx, tenant_id: str, invoice_id: UUID) -> bool:
         """,
         tenant_id,
         invoice_id,
+        pending,
     )
     return bool(found)
 

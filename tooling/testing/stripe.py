@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import secrets
 import time
+from copy import deepcopy
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl
 
@@ -24,8 +25,6 @@ _INTENT_FIELDS = {
     "metadata[payment_id]",
     "customer",
     "payment_method",
-    "off_session",
-    "confirm",
 }
 
 
@@ -50,6 +49,10 @@ class StripeStandIn(StandIn):
         """The sum of all payments in minor units, refunds not taken off."""
         return sum(intent["amount_received"] for intent in self.intents.values())
 
+    def forget_keys(self) -> None:
+        """A day passes: the keys of requests may be used again."""
+        self._answers.clear()
+
     def signed(self, event: dict[str, Any], *, at: float | None = None) -> tuple[bytes, dict[str, str]]:
         """Body and headers of a webhook call (https://docs.stripe.com/webhooks/signature)."""
         body = msgspec.json.encode(event)
@@ -71,6 +74,7 @@ class StripeStandIn(StandIn):
     def succeeded(self, intent_id: str) -> dict[str, Any]:
         """The payer has completed the payment: the event of it."""
         intent = self.intents[intent_id]
+        assert intent["status"] != "canceled", "a payer cannot complete a cancelled payment"
         intent |= {"status": "succeeded", "amount_received": intent["amount"]}
         return self.event("payment_intent.succeeded", intent)
 
@@ -129,6 +133,8 @@ class StripeStandIn(StandIn):
         except Refused as refused:
             reply = refused.reply
             self.refusals.append(f"{reply.status} {reply.body}")
+        # A repeated request gets the first answer, also if the intent has changed since.
+        reply = reply._replace(body=deepcopy(reply.body))
         self._answers[key] = (content, reply)
         return reply
 
@@ -149,6 +155,8 @@ class StripeStandIn(StandIn):
                 return Reply(200, {"id": method, "object": "payment_method", "customer": fields["customer"]})
             case ["v1", "payment_intents"]:
                 return self._intent(fields)
+            case ["v1", "payment_intents", intent_id, "confirm" | "cancel" as act] if intent_id in self.intents:
+                return self._confirm(intent_id, fields) if act == "confirm" else self._cancel(intent_id, fields)
             case ["v1", "refunds"]:
                 return self._refund(fields)
         _refuse(404, f"Unrecognized request URL ({call.method}: {call.path})")
@@ -172,16 +180,31 @@ class StripeStandIn(StandIn):
             "last_payment_error": None,
         }
         intent["client_secret"] = f"{intent['id']}_secret_{secrets.token_hex(8)}"
-        self.intents[intent["id"]] = intent
-        if fields.get("confirm") == "true":
-            method = fields.get("payment_method", "")
+        if method := fields.get("payment_method"):
             if self.methods.get(method) != fields.get("customer"):
                 _refuse(400, "The payment method does not belong to the customer")
-            if method == DECLINED:
-                error = {"type": "card_error", "code": "card_declined", "message": "Your card was declined."}
-                intent["last_payment_error"] = error
-                raise Refused(Reply(402, {"error": error | {"payment_intent": intent}}))
-            intent |= {"status": "succeeded", "amount_received": amount}
+            intent |= {"status": "requires_confirmation", "payment_method": method}
+        self.intents[intent["id"]] = intent
+        return Reply(200, intent)
+
+    def _confirm(self, intent_id: str, fields: dict[str, str]) -> Reply:
+        _only(fields, {"off_session"})
+        intent = self.intents[intent_id]
+        if intent["status"] != "requires_confirmation":
+            _unexpected("confirm", intent)
+        if intent["payment_method"] == DECLINED:
+            error = {"type": "card_error", "code": "card_declined", "message": "Your card was declined."}
+            intent |= {"status": "requires_payment_method", "payment_method": None, "last_payment_error": error}
+            raise Refused(Reply(402, {"error": error | {"payment_intent": intent}}))
+        intent |= {"status": "succeeded", "amount_received": intent["amount"]}
+        return Reply(200, intent)
+
+    def _cancel(self, intent_id: str, fields: dict[str, str]) -> Reply:
+        _only(fields, set())
+        intent = self.intents[intent_id]
+        if intent["status"] in ("succeeded", "canceled", "processing"):
+            _unexpected("cancel", intent)
+        intent |= {"status": "canceled", "canceled_at": int(time.time())}
         return Reply(200, intent)
 
     def _refund(self, fields: dict[str, str]) -> Reply:
@@ -220,6 +243,12 @@ class StripeStandIn(StandIn):
 def _only(fields: dict[str, str], known: set[str]) -> None:
     if unknown := sorted(fields.keys() - known):
         _refuse(400, f"Received unknown parameter: {unknown[0]}")
+
+
+def _unexpected(act: str, intent: dict[str, Any]) -> NoReturn:
+    message = f"You cannot {act} this PaymentIntent because it has a status of {intent['status']}."
+    error = {"type": "invalid_request_error", "code": "payment_intent_unexpected_state", "message": message}
+    raise Refused(Reply(400, {"error": error | {"payment_intent": intent}}))
 
 
 def _refuse(status: int, message: str, type_: str = "invalid_request_error") -> NoReturn:

@@ -100,18 +100,32 @@ def router(runtime: Runtime) -> APIRouter:
 
     @router.post("/api/v1/invoices/{invoice_id}/pay")
     async def pay(invoice_id: UUID, body: Pay, who: Manager) -> Paying:
-        """Pays a finalised invoice. A repeated call asks for the same payment, so it is charged once."""
+        """Pays a finalised invoice. A repeated call asks for the same payment, so it is charged once. A payment that is
+        not decided yet is cancelled first if another amount is due by now, or if it is by another method."""
         async with runtime.worker.begin() as tx:
             tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
+            outdated = await store.outdated(tx, tenant_id, invoice_id, body.payment_method_id)
+        if outdated:
+            intent = await provider(outdated.provider).cancel(outdated.reference)
+            async with runtime.worker.begin(tenant_id=tenant_id) as tx:
+                await store.keep_answer(tx, outdated, intent)
+        async with runtime.worker.begin(tenant_id=tenant_id) as tx:
             payment = await store.begin(tx, tenant_id, invoice_id, provider("stripe").name, body.payment_method_id)
-            charge = await store.request_for(tx, payment)
+            wanted = await store.request_for(tx, payment)
             audit(tx, who.actor, "billing.pay", "invoice", str(invoice_id), payment=str(payment.id))
         # Outside of any transaction. If the process dies here, the next call asks again with the same key.
         # A payment whose id is known is looked up: the provider forgets keys after a day.
         asked = provider(payment.provider)
-        intent = await (asked.look(payment.reference) if payment.reference else asked.charge(charge))
+        intent = await (asked.look(payment.reference) if payment.reference else asked.prepare(wanted))
         async with runtime.worker.begin(tenant_id=tenant_id) as tx:
-            return Paying(payment=await store.keep_answer(tx, payment, intent), client_secret=intent.client_secret)
+            payment = await store.keep_answer(tx, payment, intent)
+        # The id is stored before money is taken: a payment whose answer is lost can be looked up and cancelled.
+        if payment.status == "pending" and wanted.method:
+            intent = await asked.charge(payment.reference, wanted)
+            async with runtime.worker.begin(tenant_id=tenant_id) as tx:
+                payment = await store.keep_answer(tx, payment, intent)
+        secret = intent.client_secret if payment.status == "pending" else ""
+        return Paying(payment=payment, client_secret=secret)
 
     @router.get("/api/v1/payments")
     async def list_payments(

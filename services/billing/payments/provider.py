@@ -7,6 +7,9 @@ from datetime import datetime
 from typing import Literal, NamedTuple, Protocol
 from uuid import UUID
 
+CANCELLED = "it was cancelled"
+"""The failure of a payment that was ended before it took money."""
+
 EventKind = Literal[
     "succeeded",
     "failed",
@@ -34,7 +37,7 @@ class PaymentRequest(NamedTuple):
 
 
 class Intent(NamedTuple):
-    """The provider's answer to a charge."""
+    """The state of a payment at its provider."""
 
     reference: str
     status: Literal["pending", "succeeded", "failed"]
@@ -72,11 +75,21 @@ class PaymentProvider(Protocol):
         Raises InvalidMessage (field ``token``) if the provider refuses it.
         """
 
-    async def charge(self, charge: PaymentRequest) -> Intent:
-        """Raises Transient or Unanswered if the provider does not answer; it may be asked again."""
+    async def prepare(self, request: PaymentRequest) -> Intent:
+        """Makes a payment that takes no money yet.
+
+        Raises Transient or Unanswered if the provider does not answer, as the next three do; it may be asked again.
+        """
+
+    async def charge(self, reference: str, request: PaymentRequest) -> Intent:
+        """Takes the money of a payment by its saved method."""
 
     async def look(self, reference: str) -> Intent:
-        """The state of a payment that was asked for before."""
+        """The state of a payment that was prepared before."""
+
+    async def cancel(self, reference: str) -> Intent:
+        """Ends a payment, so that it takes no money any more. Returns its state: it may have succeeded before, and one
+        that is being processed stays pending."""
 
     async def refund(self, reference: str, minor: int, currency: str, key: UUID) -> None:
         """Gives a part of a payment back, once for a key. Raises Conflict if the provider refuses."""

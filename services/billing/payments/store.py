@@ -19,8 +19,9 @@ from infra.postgres.tx import Tx
 from infra.service.idempotency import HEADER
 from services.billing import accounts, booking, invoices, journal
 from services.billing.currencies import nanos_per_minor
+from services.billing.invoices import Invoice
 from services.billing.journal import JournalAccount
-from services.billing.payments.provider import Intent, PaymentRequest, ProviderEvent
+from services.billing.payments.provider import CANCELLED, Intent, PaymentRequest, ProviderEvent
 
 
 class Payment(BaseModel):
@@ -81,15 +82,33 @@ def balance_of(payment: Payment) -> PaymentBalance:
     return PaymentBalance(kept - payment.disputed_minor, payment.disputed_minor, kept)
 
 
+async def outdated(tx: Tx, tenant_id: str, invoice_id: UUID, method_id: UUID | None) -> Payment | None:
+    """Returns the payment of an invoice that is not decided yet, if it is not for the amount that is due or not by this
+    method. The provider must cancel it before another one can begin.
+
+    One without the provider's id was never charged, and no payer can complete it: it is ended here.
+    """
+    await accounts.lock_one(tx, tenant_id)
+    found = await _pending(tx, tenant_id, invoice_id)
+    if found is None or _is_current(found, await invoices.get(tx, tenant_id, invoice_id), method_id):
+        return None
+    if found.reference:
+        return found
+    await _apply(tx, found.id, ProviderEvent("", "failed", "", "", 0, found.currency, CANCELLED))
+    return None
+
+
 async def begin(tx: Tx, tenant_id: str, invoice_id: UUID, provider: str, method_id: UUID | None) -> Payment:
-    """Returns the payment of an invoice that is not decided yet, or makes it for the amount that is due."""
+    """Returns the payment of an invoice that is not decided yet, or makes it for the amount that is due.
+
+    Raises Conflict for an invoice that is not to be paid, and while an outdated payment is not decided.
+    """
     await accounts.lock_one(tx, tenant_id)
     invoice = await invoices.get(tx, tenant_id, invoice_id)
-    pending = await tx.sql(
-        f"{_PAYMENT} WHERE tenant_id = $1 AND invoice_id = $2 AND status = 'pending'", tenant_id, invoice_id
-    )
-    if pending:
-        return _payment(pending[0])
+    if pending := await _pending(tx, tenant_id, invoice_id):
+        if _is_current(pending, invoice, method_id):
+            return pending
+        raise Conflict(f"payment {pending.id} of the invoice is being processed; ask again when it is decided")
     if invoice.status != "finalised":
         raise Conflict(f"the invoice is {invoice.status}; only a finalised one can be paid")
     payment_id = uuid7()
@@ -107,6 +126,17 @@ async def begin(tx: Tx, tenant_id: str, invoice_id: UUID, provider: str, method_
         invoice.currency,
     )
     return await get(tx, payment_id)
+
+
+async def _pending(tx: Tx, tenant_id: str, invoice_id: UUID) -> Payment | None:
+    rows = await tx.sql(
+        f"{_PAYMENT} WHERE tenant_id = $1 AND invoice_id = $2 AND status = 'pending'", tenant_id, invoice_id
+    )
+    return _payment(rows[0]) if rows else None
+
+
+def _is_current(payment: Payment, invoice: Invoice, method_id: UUID | None) -> bool:
+    return (payment.amount_minor, payment.method_id) == (invoice.due_minor, method_id)
 
 
 async def request_for(tx: Tx, payment: Payment) -> PaymentRequest:

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 
 from infra.errors import Conflict, InvalidMessage, Transient, Unauthenticated
 from infra.outgoing.client import Answer, Outgoing
-from services.billing.payments.provider import EventKind, Intent, PaymentRequest, ProviderEvent
+from services.billing.payments.provider import CANCELLED, EventKind, Intent, PaymentRequest, ProviderEvent
 
 # Stripe's own limit. An older call could be a recorded one.
 TOLERANCE_SECONDS = 300
@@ -71,36 +71,45 @@ class Stripe:
             raise InvalidMessage("token", f"was refused by stripe: {_reason(answer)}")
         return customer, str(_ok(answer)["id"])
 
-    async def charge(self, charge: PaymentRequest) -> Intent:
+    async def prepare(self, request: PaymentRequest) -> Intent:
         try:
-            amount = amount_of(charge.amount_minor, charge.currency)
+            amount = amount_of(request.amount_minor, request.currency)
         except Conflict as error:
             return Intent("", "failed", 0, str(error), "")
         fields = {
             "amount": str(amount),
-            "currency": charge.currency.lower(),
-            "description": charge.description,
-            "metadata[payment_id]": str(charge.payment_id),
+            "currency": request.currency.lower(),
+            "description": request.description,
+            "metadata[payment_id]": str(request.payment_id),
         }
-        if charge.method:
-            fields |= {
-                "customer": charge.customer,
-                "payment_method": charge.method,
-                "off_session": "true",
-                "confirm": "true",
-            }
-        answer = await self._call("payment_intents", fields, str(charge.payment_id))
-        if answer.status == 402:
-            # A declined card: the error contains the intent.
-            body = msgspec.json.decode(answer.body)["error"]
-            return Intent(str(body["payment_intent"]["id"]), "failed", 0, str(body["message"]), "")
+        if request.method:
+            fields |= {"customer": request.customer, "payment_method": request.method}
+        answer = await self._call("payment_intents", fields, str(request.payment_id))
         if answer.status == 400:
             # Such as an amount below its least. A payment that it has made before is answered again with 200.
-            return Intent("", "failed", 0, f"refused by stripe: {_reason(answer)}", "")
+            return Intent("", "failed", 0, _refusal(answer), "")
+        return _intent(_ok(answer))
+
+    async def charge(self, reference: str, request: PaymentRequest) -> Intent:
+        key = f"{request.payment_id} confirm"
+        answer = await self._call(f"payment_intents/{reference}/confirm", {"off_session": "true"}, key)
+        if answer.status == 402:
+            return Intent(reference, "failed", 0, _reason(answer), "")
+        if answer.status == 400:
+            # It was charged more than a day ago, when Stripe has forgotten the key, or cannot be charged.
+            ended = await self.cancel(reference)
+            return ended._replace(failure=_refusal(answer)) if ended.status == "failed" else ended
         return _intent(_ok(answer))
 
     async def look(self, reference: str) -> Intent:
         return _intent(_ok(await self._call(f"payment_intents/{reference}", None, None)))
+
+    async def cancel(self, reference: str) -> Intent:
+        answer = await self._call(f"payment_intents/{reference}/cancel", {}, None)
+        if answer.status == 400:
+            # It has succeeded, was cancelled before, or is being processed.
+            return await self.look(reference)
+        return _intent(_ok(answer))
 
     async def refund(self, reference: str, minor: int, currency: str, key: UUID) -> None:
         fields = {
@@ -154,14 +163,14 @@ class Stripe:
 
 
 def _intent(made: dict[str, Any]) -> Intent:
-    done = made["status"] == "succeeded"
-    return Intent(
-        str(made["id"]),
-        "succeeded" if done else "pending",
-        minor_of(int(made["amount_received"]), str(made["currency"]).upper()) if done else 0,
-        "",
-        "" if done else str(made.get("client_secret") or ""),
-    )
+    reference = str(made["id"])
+    match made["status"]:
+        case "succeeded":
+            received = minor_of(int(made["amount_received"]), str(made["currency"]).upper())
+            return Intent(reference, "succeeded", received, "", "")
+        case "canceled":
+            return Intent(reference, "failed", 0, CANCELLED, "")
+    return Intent(reference, "pending", 0, "", str(made.get("client_secret") or ""))
 
 
 def _ok(answer: Answer) -> dict[str, Any]:
@@ -169,6 +178,10 @@ def _ok(answer: Answer) -> dict[str, Any]:
         raise Conflict(f"stripe answered {answer.status}: {_reason(answer)}")
     body: dict[str, Any] = msgspec.json.decode(answer.body)
     return body
+
+
+def _refusal(answer: Answer) -> str:
+    return f"refused by stripe: {_reason(answer)}"
 
 
 def _reason(answer: Answer) -> str:
@@ -187,6 +200,8 @@ def _read(id_: str, type_: str, thing: dict[str, Any]) -> ProviderEvent:
         case "payment_intent.payment_failed":
             kind, reference = "failed", str(thing["id"])
             detail = str((thing.get("last_payment_error") or {}).get("message") or "the payment failed")
+        case "payment_intent.canceled":
+            kind, reference, detail = "failed", str(thing["id"]), CANCELLED
         case "charge.refunded":
             kind, minor = "refunded", int(thing["amount_refunded"])
         case "refund.created" | "refund.updated" | "refund.failed" | "charge.refund.updated":

@@ -8,6 +8,8 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+import pytest
+
 from infra.clock import utcnow
 from infra.security import subjects
 from services.billing import credit_notes, dunning, invoice_files, invoices, pdf
@@ -101,7 +103,10 @@ async def test_a_paid_invoice_is_not_reminded_of(billing: Billing) -> None:
     assert len(await mails(tenant)) == 1
 
 
-async def test_an_invoice_that_is_not_paid_in_time_is_written_off_and_not_during_a_payment(billing: Billing) -> None:
+@pytest.mark.parametrize("abandoned", [False, True])
+async def test_an_invoice_that_is_not_paid_in_time_is_written_off_and_for_two_weeks_not_during_a_payment(
+    billing: Billing, abandoned: bool
+) -> None:
     tenant, invoice = await finalised(billing, due_days=0, reminder_days=[1], write_off_days=30)
     for days in (0, 2):
         await step(tenant, invoice, days=days)
@@ -113,10 +118,11 @@ async def test_an_invoice_that_is_not_paid_in_time_is_written_off_and_not_during
         tenant.id,
         UUID(invoice["id"]),
     )
-    await step(tenant, invoice, days=31)
+    await step(tenant, invoice, days=43)
     assert (await shown(tenant, invoice))["status"] == "finalised"
-    await tenant.sql("UPDATE payment SET status = 'failed' WHERE tenant_id = $1", tenant.id)
-    await step(tenant, invoice, days=33)
+    if not abandoned:
+        await tenant.sql("UPDATE payment SET status = 'failed' WHERE tenant_id = $1", tenant.id)
+    await step(tenant, invoice, days=45 if abandoned else 43)
     assert (await shown(tenant, invoice))["status"] == "uncollectible"
     assert await journal(tenant) == {"revenue": -30 * UNIT, "write_off": 30 * UNIT}
 

@@ -18,7 +18,7 @@ from tests.services.billing.conftest import Billing, Tenant
 from tests.services.billing.test_invoices import ANCHOR, START, UNIT, draft, field_of, journal, plan, post, subscribed
 from tooling.testing.platform import Platform
 from tooling.testing.stripe import DECLINED, StripeStandIn
-from tooling.testing.vendors.server import cut
+from tooling.testing.vendors.server import Fault, Reply, cut, hold
 
 WEBHOOK = "/webhooks/payments/stripe"
 
@@ -84,6 +84,17 @@ async def pay(tenant: Tenant, invoice_id: str, **body: Any) -> httpx.Response:
     return await tenant.http.post(f"/api/v1/invoices/{invoice_id}/pay", json=body)
 
 
+async def saved(tenant: Tenant, token: str = "") -> str:
+    """A saved method."""
+    answer = await tenant.http.post("/api/v1/payment-methods", json={"token": token or f"pm_{uuid4().hex}"})
+    assert answer.status_code == 201, answer.text
+    return str(answer.json()["id"])
+
+
+async def payments(tenant: Tenant) -> list[dict[str, Any]]:
+    return list((await tenant.http.get("/api/v1/payments")).json()["items"])
+
+
 async def send(billing: Billing, stripe: StripeStandIn, event: dict[str, Any], **more: Any) -> str:
     body, headers = stripe.signed(event, **more)
     async with httpx.AsyncClient(base_url=billing.platform.url("billing"), trust_env=False, timeout=30) as client:
@@ -107,14 +118,13 @@ async def test_a_saved_method_pays_an_invoice_once_however_often_it_is_asked(
     billing: Billing, stripe: StripeStandIn
 ) -> None:
     tenant, invoice_id = await invoiced(billing)
-    method = await tenant.http.post("/api/v1/payment-methods", json={"token": f"pm_{uuid4().hex}"})
-    assert method.status_code == 201, method.text
+    method = await saved(tenant)
     before = stripe.received
-    answers = await asyncio.gather(*(pay(tenant, invoice_id, payment_method_id=method.json()["id"]) for _ in range(5)))
+    answers = await asyncio.gather(*(pay(tenant, invoice_id, payment_method_id=method) for _ in range(5)))
     assert {answer.status_code for answer in answers} <= {200, 409}
     assert stripe.received == before + 3000
     assert await status(tenant, invoice_id) == ("paid", 0)
-    [payment] = (await tenant.http.get("/api/v1/payments")).json()["items"]
+    [payment] = await payments(tenant)
     assert (payment["status"], payment["received_minor"]) == ("succeeded", 3000)
     assert await send(billing, stripe, stripe.event("payment_intent.succeeded", stripe.intents[payment["reference"]]))
     assert await journal(tenant) == {"cash": 30 * UNIT, "revenue": -30 * UNIT}
@@ -162,23 +172,145 @@ async def test_kronur_are_charged_and_given_back_in_hundredths(billing: Billing,
     await reconciled(billing)
 
 
-async def test_an_answer_that_is_lost_does_not_charge_twice(billing: Billing, stripe: StripeStandIn) -> None:
+# The first call of a payment makes it, the second one charges it.
+LOST = {"made": [cut(accept=True)], "charged": [Fault(late=True), cut(accept=True)]}
+
+
+@pytest.mark.parametrize("lost", LOST)
+async def test_an_answer_that_is_lost_does_not_charge_twice(billing: Billing, stripe: StripeStandIn, lost: str) -> None:
     tenant, invoice_id = await invoiced(billing)
-    method = (await tenant.http.post("/api/v1/payment-methods", json={"token": f"pm_{uuid4().hex}"})).json()["id"]
+    method = await saved(tenant)
     before = stripe.received
-    stripe.faults.append(cut(accept=True))
-    lost = await pay(tenant, invoice_id, payment_method_id=method)
-    assert lost.status_code >= 500
+    stripe.faults.extend(LOST[lost])
+    assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code >= 500
     assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code == 200
     assert stripe.received == before + 3000
     assert await status(tenant, invoice_id) == ("paid", 0)
+
+
+@pytest.mark.parametrize("change", ["void", "received", "credit-notes"])
+async def test_a_payment_whose_answer_was_lost_takes_no_more_than_is_due_by_now(
+    billing: Billing, stripe: StripeStandIn, change: str
+) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    method = await saved(tenant)
+    before = stripe.received
+    stripe.faults.append(cut(accept=True))
+    assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code >= 500
+    body: dict[str, Any] = {
+        "void": {},
+        "received": {"amount_minor": 3000, "reference": f"bank {invoice_id}"},
+        "credit-notes": {"amount_minor": 2000, "reason": "r"},
+    }[change]
+    await post(billing, f"invoices/{invoice_id}/{change}", body, status=201 if change == "credit-notes" else 200)
+    answer = await pay(tenant, invoice_id, payment_method_id=method)
+    left = 1000 if change == "credit-notes" else 0
+    assert answer.status_code == (200 if left else 409), answer.text
+    assert stripe.received == before + left
+    assert [payment["status"] for payment in await payments(tenant)] == ["failed"] + ["succeeded"] * bool(left)
+    await reconciled(billing)
+
+
+async def test_a_charge_whose_answer_was_lost_is_booked_although_the_invoice_was_voided(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    method = await saved(tenant)
+    stripe.faults.extend(LOST["charged"])
+    assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code >= 500
+    await post(billing, f"invoices/{invoice_id}/void", status=200)
+    before = stripe.received
+    assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code == 409
+    assert stripe.received == before
+    # The tenant is owed the money until it is refunded.
+    assert await journal(tenant) == {"cash": 30 * UNIT, "receivable": -30 * UNIT}
+    await reconciled(billing)
+
+
+async def test_a_payment_for_another_amount_or_by_another_method_is_replaced(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    first = (await pay(tenant, invoice_id)).json()
+    await post(billing, f"invoices/{invoice_id}/credit-notes", {"amount_minor": 2000, "reason": "r"})
+    second = (await pay(tenant, invoice_id)).json()
+    assert second["payment"]["amount_minor"] == 1000
+    references = [each["payment"]["reference"] for each in (first, second)]
+    assert [stripe.intents[each]["status"] for each in references] == ["canceled", "requires_payment_method"]
+
+    method = await saved(tenant)
+    # A debit of a bank account takes days, and nothing can stop it.
+    stripe.intents[references[1]]["status"] = "processing"
+    assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code == 409
+    stripe.intents[references[1]]["status"] = "requires_payment_method"
+    third = (await pay(tenant, invoice_id, payment_method_id=method)).json()
+    assert (third["payment"]["status"], third["payment"]["received_minor"]) == ("succeeded", 1000)
+    assert stripe.intents[references[1]]["status"] == "canceled"
+    assert await status(tenant, invoice_id) == ("paid", 0)
+    assert [payment["status"] for payment in await payments(tenant)] == ["failed", "failed", "succeeded"]
+
+
+@pytest.mark.parametrize("held", ["made", "charged"])
+async def test_a_payment_that_is_replaced_during_its_request_takes_no_money(
+    billing: Billing, stripe: StripeStandIn, held: str
+) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    methods = [await saved(tenant) for _ in range(2)]
+    before, calls = stripe.received, stripe.calls + (held == "charged")
+    released = asyncio.Event()
+    stripe.faults.extend([Fault(late=True)] * (held == "charged") + [hold(released)])
+    slow = asyncio.create_task(pay(tenant, invoice_id, payment_method_id=methods[0]))
+
+    async def called() -> bool:
+        return stripe.calls > calls
+
+    await billing.platform.until(called)
+    fast = await pay(tenant, invoice_id, payment_method_id=methods[1])
+    released.set()
+    answers = [(await slow).json(), fast.json()]
+    assert [answer["payment"]["status"] for answer in answers] == ["failed", "succeeded"]
+    assert answers[0]["client_secret"] == ""
+    assert stripe.received == before + 3000
+    await reconciled(billing)
+
+
+@pytest.mark.parametrize("told", [True, False])
+async def test_a_payment_that_was_cancelled_at_the_provider_is_failed(
+    billing: Billing, stripe: StripeStandIn, told: bool
+) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    first = (await pay(tenant, invoice_id)).json()
+    intent = stripe.intents[first["payment"]["reference"]]
+    intent["status"] = "canceled"
+    if told:
+        assert await send(billing, stripe, stripe.event("payment_intent.canceled", intent)) == "applied"
+    else:
+        assert (await pay(tenant, invoice_id)).json()["client_secret"] == ""
+    [payment] = await payments(tenant)
+    assert (payment["status"], payment["failure"]) == ("failed", "it was cancelled")
+    assert (await pay(tenant, invoice_id)).json()["client_secret"] not in ("", first["client_secret"])
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+async def test_a_declined_charge_whose_answer_was_lost_is_failed(
+    billing: Billing, stripe: StripeStandIn, forgotten: bool
+) -> None:
+    """The provider forgets the key of a charge after a day."""
+    tenant, invoice_id = await invoiced(billing)
+    method = await saved(tenant, DECLINED)
+    stripe.faults.extend(LOST["charged"])
+    assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code >= 500
+    if forgotten:
+        stripe.forget_keys()
+    payment = (await pay(tenant, invoice_id, payment_method_id=method)).json()["payment"]
+    assert (payment["status"], "You cannot confirm" in payment["failure"]) == ("failed", forgotten)
 
 
 async def test_a_declined_card_leaves_the_invoice_open_for_another_payment(
     billing: Billing, stripe: StripeStandIn
 ) -> None:
     tenant, invoice_id = await invoiced(billing)
-    bad = (await tenant.http.post("/api/v1/payment-methods", json={"token": DECLINED})).json()["id"]
+    bad = await saved(tenant, DECLINED)
     answer = (await pay(tenant, invoice_id, payment_method_id=bad)).json()
     assert (answer["payment"]["status"], answer["payment"]["failure"]) == ("failed", "Your card was declined.")
     assert await status(tenant, invoice_id) == ("finalised", 3000)
@@ -266,7 +398,8 @@ async def test_events_about_a_payment_whose_answer_was_lost_are_applied(
         if order == "disputed, then paid":
             assert await send(billing, stripe, paid) == "applied"
         else:
-            assert (await pay(tenant, invoice_id)).status_code == 200
+            for _ in range(2):
+                assert (await pay(tenant, invoice_id)).status_code == 200
         assert (await reconciled(billing))["unmatched"] == before
     assert await status(tenant, invoice_id) == ("finalised", 3000)
     assert await journal(tenant) == {"receivable": 30 * UNIT, "revenue": -30 * UNIT}
@@ -429,10 +562,11 @@ async def test_killed_between_the_answer_and_the_books_a_repeated_call_pays_once
 ) -> None:
     tenant, invoice_id = await invoiced(billing)
     before = stripe.received
-    method = (await tenant.http.post("/api/v1/payment-methods", json={"token": f"pm_{uuid4().hex}"})).json()["id"]
+    method = await saved(tenant)
     released = asyncio.Event()
-    calls = stripe.calls
-    stripe.faults.append(_held(released))
+    calls = stripe.calls + 1
+    # The answer to the charge is held.
+    stripe.faults.extend([Fault(late=True), Fault(Reply(200, {}), accept=True, wait=released)])
     asking = asyncio.create_task(pay(tenant, invoice_id, payment_method_id=method))
 
     async def called() -> bool:
@@ -448,10 +582,3 @@ async def test_killed_between_the_answer_and_the_books_a_repeated_call_pays_once
     assert stripe.received == before + 3000
     assert await status(tenant, invoice_id) == ("paid", 0)
     await reconciled(billing)
-
-
-def _held(until: asyncio.Event) -> Any:
-    """The provider makes the payment at once, and answers after the event."""
-    from tooling.testing.vendors.server import Fault, Reply
-
-    return Fault(Reply(200, {}), accept=True, wait=until)

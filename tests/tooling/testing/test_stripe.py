@@ -43,11 +43,19 @@ async def test_the_client_saves_a_method_pays_and_refunds(server: StripeStandIn,
             "metadata": {"payment_id": "p"},
             "customer": customer.id,
             "payment_method": method.id,
-            "off_session": True,
-            "confirm": True,
         }
-        made, again = (client.v1.payment_intents.create(params, {"idempotency_key": "p"}) for _ in range(2))
-        assert (made.status, made.amount_received, again.id) == ("succeeded", 3000, made.id)
+        intents = client.v1.payment_intents
+        made, again = (intents.create(params, {"idempotency_key": "p"}) for _ in range(2))
+        assert (made.status, made.amount_received, again.id) == ("requires_confirmation", 0, made.id)
+        off: stripe.params.PaymentIntentConfirmParams = {"off_session": True}
+        paid, same = (intents.confirm(made.id, off, {"idempotency_key": "p confirm"}) for _ in range(2))
+        assert (paid.status, paid.amount_received, same.amount_received) == ("succeeded", 3000, 3000)
+        with pytest.raises(stripe.InvalidRequestError) as unexpected:
+            intents.confirm(made.id, off)
+        assert unexpected.value.code == "payment_intent_unexpected_state"
+        with pytest.raises(stripe.InvalidRequestError, match="cannot cancel"):
+            intents.cancel(made.id)
+        assert intents.create(params, {"idempotency_key": "p"}).status == "requires_confirmation"
         with pytest.raises(stripe.IdempotencyError):
             client.v1.payment_intents.create(params | {"amount": 1}, {"idempotency_key": "p"})
         assert client.v1.payment_intents.retrieve(made.id).metadata["payment_id"] == "p"
@@ -57,9 +65,13 @@ async def test_the_client_saves_a_method_pays_and_refunds(server: StripeStandIn,
             client.v1.refunds.create({"payment_intent": made.id, "amount": 2001})
 
         client.v1.payment_methods.attach(DECLINED, {"customer": customer.id})
+        other = intents.create(params | {"payment_method": DECLINED}, {"idempotency_key": "q"})
         with pytest.raises(stripe.CardError) as declined:
-            client.v1.payment_intents.create(params | {"payment_method": DECLINED}, {"idempotency_key": "q"})
+            intents.confirm(other.id, off)
         assert declined.value.code == "card_declined"
+        assert intents.cancel(other.id).status == "canceled"
+        with pytest.raises(stripe.InvalidRequestError, match="status of canceled"):
+            intents.confirm(other.id, off)
 
     await asyncio.to_thread(pay)
     assert server.received == 3000
@@ -76,7 +88,7 @@ async def test_the_client_gets_an_error_for_a_wrong_key_and_an_unknown_intent(
 
 
 async def test_the_client_verifies_the_events_and_refuses_forged_and_old_ones(server: StripeStandIn) -> None:
-    server.intents["pi_1"] = {"id": "pi_1", "object": "payment_intent", "amount": 3000, "currency": "usd"}
+    server.intents["pi_1"] = {"id": "pi_1", "object": "payment_intent", "amount": 3000, "currency": "usd", "status": ""}
     for event in (server.succeeded("pi_1"), server.refund_event("pi_1"), server.dispute_event("pi_1", "lost")):
         body, headers = server.signed(event)
         signature = headers["stripe-signature"]
