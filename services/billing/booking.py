@@ -268,7 +268,7 @@ async def _refundable(tx: Tx, invoice: Invoice) -> int:
         """
         SELECT coalesce(sum(received_minor - refunded_minor - coalesce((
             SELECT sum(minor) FROM dispute AS d
-            WHERE d.tenant_id = p.tenant_id AND d.payment_id = p.payment_id AND d.state <> 'won'
+            WHERE d.tenant_id = p.tenant_id AND d.payment_id = p.payment_id
         ), 0)), 0)::bigint
         FROM payment AS p
         WHERE invoice_id = $1

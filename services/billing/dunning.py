@@ -94,14 +94,14 @@ async def step(tx: Tx, tenant_id: str, invoice_id: UUID, document: bytes | None,
 
 
 async def _is_being_paid(tx: Tx, tenant_id: str, invoice_id: UUID, *, pending: bool) -> bool:
-    """Whether a dispute is open or, with `pending`, a payment is not decided."""
+    """Whether a bank has money of a dispute that is not lost or, with `pending`, a payment is not decided."""
     [(found,)] = await tx.sql(
         """
         SELECT EXISTS (
             SELECT FROM payment WHERE tenant_id = $1 AND invoice_id = $2 AND status = 'pending' AND $3
             UNION ALL
             SELECT FROM dispute JOIN payment USING (tenant_id, payment_id)
-            WHERE tenant_id = $1 AND invoice_id = $2 AND state = 'open'
+            WHERE tenant_id = $1 AND invoice_id = $2 AND state <> 'lost' AND minor <> 0
         )
         """,
         tenant_id,

@@ -42,6 +42,8 @@ class StripeStandIn(StandIn):
         self.refunded: dict[str, int] = {}
         """Intent → sum of its refunds."""
         self.refunds: dict[str, dict[str, Any]] = {}
+        self.disputes: dict[str, dict[str, Any]] = {}
+        """Intent → its dispute."""
         self._answers: dict[str, tuple[str, Reply]] = {}
 
     @property
@@ -91,19 +93,33 @@ class StripeStandIn(StandIn):
         }
         return self.event("charge.refunded", charge)
 
-    def dispute_event(self, intent_id: str, state: str, amount: int | None = None) -> dict[str, Any]:
-        """`state`: needs_response, won or lost."""
+    def dispute_event(self, intent_id: str, status: str, amount: int | None = None) -> dict[str, Any]:
+        """A step of a dispute, whose first one withdraws the money. `status`: needs_response, under_review, won, lost
+        or prevented."""
         intent = self.intents[intent_id]
-        dispute = {
-            "id": f"dp_{intent_id[3:]}",
-            "object": "dispute",
-            "payment_intent": intent_id,
-            "amount": intent["amount"] if amount is None else amount,
-            "currency": intent["currency"],
-            "status": state,
-            "metadata": {},
-        }
-        return self.event("charge.dispute.created" if state == "needs_response" else "charge.dispute.closed", dispute)
+        dispute = self.disputes.setdefault(
+            intent_id,
+            {
+                "id": f"dp_{intent_id[3:]}",
+                "object": "dispute",
+                "payment_intent": intent_id,
+                "amount": intent["amount"] if amount is None else amount,
+                "currency": intent["currency"],
+                "metadata": {},
+                "balance_transactions": [],
+            },
+        )
+        dispute["status"] = status
+        if not dispute["balance_transactions"]:
+            _move(dispute, -dispute["amount"])
+        kind = "created" if status == "needs_response" else "updated" if status == "under_review" else "closed"
+        return self.event(f"charge.dispute.{kind}", deepcopy(dispute))
+
+    def reinstated(self, intent_id: str, amount: int | None = None) -> dict[str, Any]:
+        """The event of money of a dispute that comes back. It may have any status."""
+        dispute = self.disputes[intent_id]
+        _move(dispute, dispute["amount"] if amount is None else amount)
+        return self.event("charge.dispute.funds_reinstated", deepcopy(dispute))
 
     def handle(self, call: Call) -> Reply:
         if call.headers.get("authorization") != f"Bearer {self.key}":
@@ -238,6 +254,18 @@ class StripeStandIn(StandIn):
         self.refunded[refund["payment_intent"]] -= refund["amount"]
         refund |= {"status": "failed", "failure_reason": "expired_or_canceled_card"}
         return self.event("refund.failed", refund)
+
+
+def _move(dispute: dict[str, Any], amount: int) -> None:
+    movement = {
+        "id": f"txn_{secrets.token_hex(8)}",
+        "object": "balance_transaction",
+        "amount": amount,
+        "currency": dispute["currency"],
+        "fee": 1500 if amount < 0 else 0,
+        "type": "adjustment",
+    }
+    dispute["balance_transactions"].append(movement)
 
 
 def _only(fields: dict[str, str], known: set[str]) -> None:

@@ -57,13 +57,15 @@ class ProviderEvent(NamedTuple):
     payment_id: str
     """Ours, if the provider repeats it."""
     minor: int
-    """succeeded: received. refunded: the sum of all refunds. refund: the amount of this one. dispute: the disputed
-    amount."""
+    """succeeded: received. refunded: the sum of all refunds. refund: the amount of this one. dispute: the money that is
+    withdrawn for it."""
     currency: str
     detail: str
     """failed: the reason. refund, dispute: the provider's id of it."""
     refund_id: str = ""
     """refund: ours, if it was asked for here."""
+    movements: int = 0
+    """dispute: how often money was withdrawn or reinstated. It only grows."""
 
 
 class PaymentProvider(Protocol):

@@ -1,8 +1,8 @@
 """Payments and their money, in the tables ``payment``, ``dispute``, ``refund`` and ``payment_event``.
 
-A payment's state is made of figures that only grow and of disputes that are decided once, so events may come in any
-order and any number of times. After each event the difference between the balance that follows from the state and
-the one that the journal has is booked.
+A payment's state is made of figures that only grow and, of each dispute, of the report with the most movements of
+money, so events may come in any order and any number of times. After each event the difference between the balance that
+follows from the state and the one that the journal has is booked.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Payment(BaseModel):
     failed_refund_minor: int
     """Refunds that the provider reported and that failed later: the tenant did not get this money."""
     disputed_minor: int
-    """Taken back by a bank until it decides."""
+    """Taken back by a bank until it decides and gives it back."""
     lost_minor: int
     """Taken back for good."""
     made_at: datetime
@@ -66,7 +66,7 @@ _PAYMENT = """
     SELECT payment_id, tenant_id, invoice_id, provider, reference, method_id, amount_minor, currency, status, failure,
            received_minor, refunded_minor, failed_refund_minor,
            coalesce((SELECT sum(minor) FROM dispute AS d
-                     WHERE d.tenant_id = p.tenant_id AND d.payment_id = p.payment_id AND state = 'open'), 0)::bigint,
+                     WHERE d.tenant_id = p.tenant_id AND d.payment_id = p.payment_id AND state <> 'lost'), 0)::bigint,
            coalesce((SELECT sum(minor) FROM dispute AS d
                      WHERE d.tenant_id = p.tenant_id AND d.payment_id = p.payment_id AND state = 'lost'), 0)::bigint,
            made_at
@@ -199,8 +199,8 @@ async def handle(tx: Tx, provider: str, event: ProviderEvent) -> str:
     # Locks the event's row: a second delivery at the same time waits, and is then a repeat.
     if not await tx.sql(
         """
-        INSERT INTO payment_event (provider, event_id, kind, reference, minor, outcome, currency, detail)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+        INSERT INTO payment_event (provider, event_id, kind, reference, minor, outcome, currency, detail, movements)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
         ON CONFLICT DO NOTHING
         RETURNING event_id
         """,
@@ -212,6 +212,7 @@ async def handle(tx: Tx, provider: str, event: ProviderEvent) -> str:
         outcome,
         event.currency,
         event.detail,
+        event.movements,
     ):
         return "repeated"
     if found:
@@ -241,12 +242,13 @@ async def _keep_reference(tx: Tx, payment_id: UUID, reference: str) -> None:
         FROM payment AS p
         WHERE p.payment_id = $1 AND e.provider = p.provider AND e.reference = p.reference AND e.currency = p.currency
           AND e.outcome = 'unmatched'
-        RETURNING e.event_id, e.kind, e.minor, e.currency, e.detail
+        RETURNING e.event_id, e.kind, e.minor, e.currency, e.detail, e.movements
         """,
         payment_id,
     )
-    for id_, kind, minor, currency, detail in rows:
-        await _apply(tx, payment_id, ProviderEvent(id_, kind, reference, "", minor, currency, detail))
+    for id_, kind, minor, currency, detail, movements in rows:
+        event = ProviderEvent(id_, kind, reference, "", minor, currency, detail, movements=movements)
+        await _apply(tx, payment_id, event)
 
 
 async def _apply(tx: Tx, payment_id: UUID, event: ProviderEvent) -> None:
@@ -312,16 +314,18 @@ async def _apply(tx: Tx, payment_id: UUID, event: ProviderEvent) -> None:
         case "dispute_open" | "dispute_won" | "dispute_lost":
             await tx.sql(
                 """
-                INSERT INTO dispute AS d (tenant_id, payment_id, reference, minor, state)
-                VALUES ($1, $2, $3, $4, $5)
+                -- Of two reports with as many movements the one that is decided is the later one.
+                INSERT INTO dispute AS d (tenant_id, payment_id, reference, minor, state, movements)
+                VALUES ($1, $2, $3, $4, $5, $6)
                 ON CONFLICT (tenant_id, payment_id, reference) DO UPDATE
-                SET state = excluded.state
-                WHERE d.state = 'open'
+                SET minor = excluded.minor, state = excluded.state, movements = excluded.movements
+                WHERE (excluded.movements, excluded.state <> 'open') > (d.movements, d.state <> 'open')
                 """,
                 *place,
                 event.detail,
                 event.minor,
                 event.kind.removeprefix("dispute_"),
+                event.movements,
             )
     await _book(tx, before, await get(tx, payment_id), event)
 

@@ -19,7 +19,7 @@ from services.billing.payments.provider import CANCELLED, EventKind, Intent, Pay
 
 # Stripe's own limit. An older call could be a recorded one.
 TOLERANCE_SECONDS = 300
-_DISPUTES: dict[str, EventKind] = {"won": "dispute_won", "lost": "dispute_lost"}
+_DISPUTES: dict[str, EventKind] = {"won": "dispute_won", "lost": "dispute_lost", "prevented": "dispute_lost"}
 
 
 # docs.stripe.com/currencies, special cases: ISK and UGX have two digits there and none in ISO 4217; MGA the reverse.
@@ -193,7 +193,7 @@ def _reason(answer: Answer) -> str:
 
 def _read(id_: str, type_: str, thing: dict[str, Any]) -> ProviderEvent:
     kind: EventKind = "ignored"
-    reference, minor, detail = str(thing.get("payment_intent") or ""), 0, ""
+    reference, minor, detail, movements = str(thing.get("payment_intent") or ""), 0, "", 0
     match type_:
         case "payment_intent.succeeded":
             kind, reference, minor = "succeeded", str(thing["id"]), int(thing["amount_received"])
@@ -207,11 +207,26 @@ def _read(id_: str, type_: str, thing: dict[str, Any]) -> ProviderEvent:
         case "refund.created" | "refund.updated" | "refund.failed" | "charge.refund.updated":
             kind = "refund_failed" if thing["status"] in ("failed", "canceled") else "refund"
             minor, detail = int(thing["amount"]), str(thing["id"])
-        case "charge.dispute.created" | "charge.dispute.updated" | "charge.dispute.closed":
+        case _ if type_.startswith("charge.dispute."):
             # An inquiry (warning_…) takes no money. If it becomes a dispute, that is an update.
             if not (state := str(thing["status"])).startswith("warning_"):
-                kind, minor, detail = _DISPUTES.get(state, "dispute_open"), int(thing["amount"]), str(thing["id"])
+                kind, detail = _DISPUTES.get(state, "dispute_open"), str(thing["id"])
+                minor, movements = _withdrawn(thing), len(thing["balance_transactions"])
     metadata = thing.get("metadata") or {}
     payment_id, refund_id = (str(metadata.get(name) or "") for name in ("payment_id", "refund_id"))
     currency = str(thing.get("currency") or "").upper()
-    return ProviderEvent(id_, kind, reference, payment_id, minor_of(minor, currency), currency, detail, refund_id)
+    return ProviderEvent(
+        id_, kind, reference, payment_id, minor_of(minor, currency), currency, detail, refund_id, movements
+    )
+
+
+def _withdrawn(dispute: dict[str, Any]) -> int:
+    """The amount that is withdrawn for a dispute now, fees not included."""
+    total = 0
+    for movement in dispute["balance_transactions"]:
+        amount, whole = int(movement["amount"]), int(dispute["amount"])
+        # An account in another currency than the payment's: each movement was converted by the rate of its day.
+        if movement["currency"] != dispute["currency"]:
+            amount = whole if amount > 0 else -whole
+        total -= amount
+    return total

@@ -103,9 +103,9 @@ async def test_a_paid_invoice_is_not_reminded_of(billing: Billing) -> None:
     assert len(await mails(tenant)) == 1
 
 
-@pytest.mark.parametrize("abandoned", [False, True])
-async def test_an_invoice_that_is_not_paid_in_time_is_written_off_and_for_two_weeks_not_during_a_payment(
-    billing: Billing, abandoned: bool
+@pytest.mark.parametrize("during", ["a payment", "an abandoned payment", "a dispute"])
+async def test_an_invoice_that_is_not_paid_in_time_is_written_off_and_not_during_a_payment_or_dispute(
+    billing: Billing, during: str
 ) -> None:
     tenant, invoice = await finalised(billing, due_days=0, reminder_days=[1], write_off_days=30)
     for days in (0, 2):
@@ -118,11 +118,25 @@ async def test_an_invoice_that_is_not_paid_in_time_is_written_off_and_for_two_we
         tenant.id,
         UUID(invoice["id"]),
     )
-    await step(tenant, invoice, days=43)
+    days = 43
+    if during == "a dispute":
+        # It may take longer than a payment.
+        days = 60
+        await tenant.sql(
+            """
+            INSERT INTO dispute (tenant_id, payment_id, reference, minor, movements, state)
+            SELECT tenant_id, payment_id, 'dp_1', 3000, 1, 'open' FROM payment WHERE tenant_id = $1
+            """,
+            tenant.id,
+        )
+    await step(tenant, invoice, days=days)
     assert (await shown(tenant, invoice))["status"] == "finalised"
-    if not abandoned:
-        await tenant.sql("UPDATE payment SET status = 'failed' WHERE tenant_id = $1", tenant.id)
-    await step(tenant, invoice, days=45 if abandoned else 43)
+    match during:
+        case "a payment":
+            await tenant.sql("UPDATE payment SET status = 'failed' WHERE tenant_id = $1", tenant.id)
+        case "a dispute":
+            await tenant.sql("UPDATE dispute SET minor = 0 WHERE tenant_id = $1", tenant.id)
+    await step(tenant, invoice, days=45 if during == "an abandoned payment" else days)
     assert (await shown(tenant, invoice))["status"] == "uncollectible"
     assert await journal(tenant) == {"revenue": -30 * UNIT, "write_off": 30 * UNIT}
 

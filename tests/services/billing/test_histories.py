@@ -161,7 +161,8 @@ class History:
                 minor = payment.amount_minor if kind != "refunded" else rng.randrange(1, payment.amount_minor + 1)
                 reference = f"pi_{payment.id}"
                 event = ProviderEvent(
-                    str(uuid7()), kind, reference, str(payment.id), minor, self.currency, "dp_1"
+                    str(uuid7()), kind, reference, str(payment.id), minor, self.currency, "dp_1",
+                    movements=rng.randrange(3),
                 )  # fmt: skip
                 await payments.handle(tx, "stripe", event)
             case 15:

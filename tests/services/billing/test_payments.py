@@ -325,22 +325,21 @@ async def test_a_declined_card_leaves_the_invoice_open_for_another_payment(
 
 async def test_events_in_any_order_and_number_end_in_the_same_books(billing: Billing, stripe: StripeStandIn) -> None:
     rng = random.Random(1)
-    for order in (rng.sample(range(8), 8) for _ in range(4)):
+    for order in (rng.sample(range(10), 10) for _ in range(4)):
         tenant, invoice_id = await invoiced(billing)
         reference = (await pay(tenant, invoice_id)).json()["payment"]["reference"]
         succeeded = stripe.succeeded(reference)
-        events = [succeeded, stripe.dispute_event(reference, "lost", 300)]
+        # The order in which Stripe sends them; 100 of 400 come back, and the dispute is lost.
+        disputed = [stripe.dispute_event(reference, "needs_response", 400), stripe.reinstated(reference, 100)]
+        events = [succeeded, *disputed, stripe.dispute_event(reference, "lost")]
         refunds = [stripe.give_back(reference, minor) for minor in (500, 700)]
         events += [stripe.event("refund.created", dict(refund)) for refund in refunds]
         # The sum with the refund that fails and, later, without it.
         events += [stripe.refund_event(reference), stripe.fail_refund(refunds[0]), stripe.refund_event(reference)]
         events.append(stripe.event("refund.updated", dict(refunds[0])))
-        late = stripe.dispute_event(reference, "needs_response", 300)
         for n in order:
             assert await send(billing, stripe, events[n]) == "applied"
             assert await send(billing, stripe, events[n]) == "repeated"
-        # The dispute's opening is reported after its end.
-        assert await send(billing, stripe, late) == "applied"
         assert await status(tenant, invoice_id) == ("finalised", 1000)
         assert await journal(tenant) == {
             "cash": 20 * UNIT,
@@ -390,19 +389,20 @@ async def test_events_about_a_payment_whose_answer_was_lost_are_applied(
     reference = list(stripe.intents)[-1]
     paid = stripe.succeeded(reference)
     events = [paid, stripe.dispute_event(reference, "needs_response"), stripe.dispute_event(reference, "lost")]
+    events.append(stripe.reinstated(reference, 1000))
     if order == "paid, then disputed":
-        assert [await send(billing, stripe, event) for event in events] == ["applied"] * 3
+        assert [await send(billing, stripe, event) for event in events] == ["applied"] * 4
     else:
         before = (await reconciled(billing))["unmatched"]
-        assert [await send(billing, stripe, event) for event in events[1:]] == ["unmatched"] * 2
+        assert [await send(billing, stripe, event) for event in events[1:]] == ["unmatched"] * 3
         if order == "disputed, then paid":
             assert await send(billing, stripe, paid) == "applied"
         else:
             for _ in range(2):
                 assert (await pay(tenant, invoice_id)).status_code == 200
         assert (await reconciled(billing))["unmatched"] == before
-    assert await status(tenant, invoice_id) == ("finalised", 3000)
-    assert await journal(tenant) == {"receivable": 30 * UNIT, "revenue": -30 * UNIT}
+    assert await status(tenant, invoice_id) == ("finalised", 2000)
+    assert await journal(tenant) == {"cash": 10 * UNIT, "receivable": 20 * UNIT, "revenue": -30 * UNIT}
     await reconciled(billing)
 
 
@@ -427,7 +427,8 @@ async def test_an_inquiry_takes_no_money_until_it_is_a_dispute(billing: Billing,
     await send(billing, stripe, stripe.succeeded(reference))
     dispute = stripe.dispute_event(reference, "needs_response")["data"]["object"]
     for kind, state in (("created", "warning_needs_response"), ("closed", "warning_closed")):
-        event = stripe.event(f"charge.dispute.{kind}", dispute | {"status": state})
+        inquiry = dispute | {"status": state, "balance_transactions": []}
+        event = stripe.event(f"charge.dispute.{kind}", inquiry)
         assert await send(billing, stripe, event) == "ignored"
     assert await journal(tenant) == {"cash": 30 * UNIT, "revenue": -30 * UNIT}
     assert await send(billing, stripe, stripe.event("charge.dispute.updated", dispute)) == "applied"
@@ -443,6 +444,44 @@ async def test_a_dispute_takes_the_money_away_until_it_is_won(billing: Billing, 
     assert await status(tenant, invoice_id) == ("paid", 0)
     await reconciled(billing)
     await send(billing, stripe, stripe.dispute_event(reference, "won"))
+    assert await journal(tenant) == {"disputed": 30 * UNIT, "revenue": -30 * UNIT}
+    note = {"amount_minor": 1000, "reason": "r", "refund": True}
+    early = await billing.operator.post(f"/api/v1/invoices/{invoice_id}/credit-notes", json=note)
+    assert field_of(early) == "refund", "the money is not back yet"
+    await send(billing, stripe, stripe.reinstated(reference))
+    assert await journal(tenant) == {"cash": 30 * UNIT, "revenue": -30 * UNIT}
+
+
+@pytest.mark.parametrize("state", ["lost", "prevented"])
+async def test_money_of_a_dispute_that_was_not_won_is_due_again_until_it_is_reinstated(
+    billing: Billing, stripe: StripeStandIn, state: str
+) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    reference = (await pay(tenant, invoice_id)).json()["payment"]["reference"]
+    await send(billing, stripe, stripe.succeeded(reference))
+    await send(billing, stripe, stripe.dispute_event(reference, state, 1000))
+    assert await journal(tenant) == {"cash": 20 * UNIT, "receivable": 10 * UNIT, "revenue": -30 * UNIT}
+    back = stripe.reinstated(reference, 400)
+    assert await send(billing, stripe, back) == "applied"
+    assert await status(tenant, invoice_id) == ("finalised", 600)
+    assert await journal(tenant) == {"cash": 24 * UNIT, "receivable": 6 * UNIT, "revenue": -30 * UNIT}
+    await reconciled(billing)
+
+
+async def test_a_dispute_in_an_account_of_another_currency_counts_in_the_currency_of_the_payment(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    """Each movement was converted by the rate of its day."""
+    tenant, invoice_id = await invoiced(billing)
+    reference = (await pay(tenant, invoice_id)).json()["payment"]["reference"]
+    await send(billing, stripe, stripe.succeeded(reference))
+    events = [stripe.dispute_event(reference, "needs_response", 1000), stripe.reinstated(reference)]
+    for event in events:
+        for movement, cents in zip(event["data"]["object"]["balance_transactions"], (-930, 941), strict=False):
+            movement |= {"currency": "eur", "amount": cents}
+    await send(billing, stripe, events[0])
+    assert await journal(tenant) == {"cash": 20 * UNIT, "disputed": 10 * UNIT, "revenue": -30 * UNIT}
+    await send(billing, stripe, events[1])
     assert await journal(tenant) == {"cash": 30 * UNIT, "revenue": -30 * UNIT}
 
 

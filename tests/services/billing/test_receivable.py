@@ -61,7 +61,10 @@ async def act(tx: Tx, rng: random.Random, tenant_id: str, invoice_id: UUID, paym
             await payments.handle(tx, "stripe", event("refunded", min(minor, payment.amount_minor)))
         case 2:
             kind = rng.choice(["dispute_open", "dispute_won", "dispute_lost"])
-            await payments.handle(tx, "stripe", event(kind, payment.amount_minor, rng.choice(["dp_1", "dp_2"])))
+            # The money is withdrawn, reinstated, and withdrawn again.
+            movements = rng.randrange(4)
+            one = event(kind, payment.amount_minor * (movements % 2), rng.choice(["dp_1", "dp_2"]))
+            await payments.handle(tx, "stripe", one._replace(movements=movements))
         case 3 | 4:
             refund = rng.random() < 0.5
             await booking.credit(tx, tenant_id, invoice_id, minor, reason="r", actor="test", refund=refund)

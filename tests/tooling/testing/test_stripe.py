@@ -88,8 +88,15 @@ async def test_the_client_gets_an_error_for_a_wrong_key_and_an_unknown_intent(
 
 
 async def test_the_client_verifies_the_events_and_refuses_forged_and_old_ones(server: StripeStandIn) -> None:
-    server.intents["pi_1"] = {"id": "pi_1", "object": "payment_intent", "amount": 3000, "currency": "usd", "status": ""}
-    for event in (server.succeeded("pi_1"), server.refund_event("pi_1"), server.dispute_event("pi_1", "lost")):
+    server.intents["pi_1"] = {
+        "id": "pi_1",
+        "object": "payment_intent",
+        "amount": 3000,
+        "currency": "usd",
+        "status": "requires_payment_method",
+    }
+    disputed, back = server.dispute_event("pi_1", "lost"), server.reinstated("pi_1")
+    for event in (server.succeeded("pi_1"), server.refund_event("pi_1"), disputed, back):
         body, headers = server.signed(event)
         signature = headers["stripe-signature"]
         read = stripe.Webhook.construct_event(body, signature, server.webhook_secret)
@@ -100,6 +107,7 @@ async def test_the_client_verifies_the_events_and_refuses_forged_and_old_ones(se
         )
         with pytest.raises(stripe.SignatureVerificationError):
             stripe.Webhook.construct_event(body.replace(b"usd", b"eur"), signature, server.webhook_secret)
+    assert [each.amount for each in read.data.object["balance_transactions"]] == [-3000, 3000]
     body, headers = server.signed(event, at=time.time() - 301)
     with pytest.raises(stripe.SignatureVerificationError, match="tolerance"):
         stripe.Webhook.construct_event(body, headers["stripe-signature"], server.webhook_secret)
