@@ -27,7 +27,7 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
     draft = await invoices.get(tx, tenant_id, invoice_id)
     if draft.status != "draft":
         return draft
-    taxed = await tax.due(tx, tenant_id, draft.subtotal_nanos, seller.country)
+    taxed = await tax.due(tx, tenant_id, draft.subtotal_nanos, seller.country, draft.period.ends)
     total = to_minor(draft.subtotal_nanos + taxed[0], draft.currency)
     unit = nanos_per_minor(draft.currency)
     now = utcnow()

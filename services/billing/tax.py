@@ -6,6 +6,7 @@ The rates are data of the operator, because they change by law. A country with o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ class Buyer(BaseModel):
 
     name: str = ""
     country: str = ""
-    """ISO 3166, two letters. Empty: unknown, and no tax is charged."""
+    """ISO 3166, two letters. Empty: unknown, and the tax is that of the seller's country."""
     vat_id: str = ""
 
 
@@ -38,16 +39,28 @@ class Tax(NamedTuple):
     note: str
 
 
+_EU = "AT BE BG CY CZ DE DK EE ES FI FR GR HR HU IE IT LT LU LV MC MT NL PL PT RO SE SI SK"
+EU = frozenset(_EU.split())
+"""The countries of the EU's tax union. Monaco counts as a part of France (directive 2006/112/EC, article 7)."""
+
+
 def standard(buyer: Buyer, seller_country: str, rates: Mapping[str, Decimal]) -> Tax:
-    """The rate of the buyer's country, and none for a business in another country than the seller's."""
-    if not buyer.country:
-        return Tax(Decimal(0), "no tax: the buyer's country is not known")
-    if buyer.vat_id and buyer.country != seller_country:
+    """The rate of the buyer's country, and none for a business in another country than the seller's.
+
+    A buyer without a country is taxed as at home. So is one of the EU whose rate is not stored, if the seller is in the
+    EU.
+    """
+    country = buyer.country or seller_country
+    # Again at each invoice: an id may have been stored before its rule was known here.
+    if seller_country not in ("", country) and buyer.vat_id and not vat_ids.fault(buyer.vat_id, country):
         return Tax(Decimal(0), f"reverse charge: the buyer accounts for the tax under {buyer.vat_id}")
-    if buyer.country not in rates:
-        return Tax(Decimal(0), f"no tax: no rate is known for {buyer.country}")
-    percent = rates[buyer.country]
-    return Tax(percent, f"{percent.normalize():f} % {buyer.country}")
+    if country not in rates and country in EU and seller_country in EU:
+        country = seller_country
+    if country in rates:
+        return Tax(rates[country], f"{rates[country].normalize():f} % {country}")
+    if not country:
+        return Tax(Decimal(0), "no tax: the countries of the buyer and the seller are not known")
+    return Tax(Decimal(0), f"no tax: no rate is known for {country}")
 
 
 RULES: dict[str, Callable[[Buyer, str, Mapping[str, Decimal]], Tax]] = {}
@@ -58,9 +71,10 @@ def tax_of(buyer: Buyer, seller_country: str, rates: Mapping[str, Decimal]) -> T
     return RULES.get(buyer.country, standard)(buyer, seller_country, rates)
 
 
-async def due(tx: Tx, tenant_id: str, subtotal: int, seller_country: str) -> tuple[int, str]:
-    """Returns the tax on `subtotal` in nano-units, and its note."""
-    found = tax_of(await buyer(tx, tenant_id), seller_country, await rates(tx))
+async def due(tx: Tx, tenant_id: str, subtotal: int, seller_country: str, ends: datetime) -> tuple[int, str]:
+    """Returns the tax on `subtotal` in nano-units, and its note. `ends`: the end of the period, which decides about the
+    rate, whenever the invoice is made."""
+    found = tax_of(await buyer(tx, tenant_id), seller_country, await rates(tx, ends))
     return plans.with_markup(subtotal, found.percent) - subtotal, found.note
 
 
@@ -90,14 +104,15 @@ async def set_buyer(tx: Tx, tenant_id: str, new: Buyer) -> None:
     )
 
 
-async def rates(tx: Tx) -> dict[str, Decimal]:
-    """Returns country → percent, as valid now."""
+async def rates(tx: Tx, ends: datetime) -> dict[str, Decimal]:
+    """Returns country → percent, as valid just before a time."""
     rows = await tx.sql(
         """
         SELECT DISTINCT ON (country) country, percent
         FROM tax_rate
-        WHERE valid_from <= clock_timestamp()
+        WHERE valid_from < $1
         ORDER BY country, valid_from DESC
-        """
+        """,
+        ends,
     )
     return {country: Decimal(percent) for country, percent in rows}

@@ -340,12 +340,15 @@ async def test_a_credit_note_gives_promotional_credit_back_as_such(billing: Bill
     assert owed == [(-7 * UNIT, 0), (-10 * UNIT, -4 * UNIT), (-10 * UNIT, -11 * UNIT)]
 
 
-async def test_reverse_charge_for_a_business_in_another_country(billing: Billing) -> None:
+async def test_the_rate_at_the_end_of_the_period_is_used_also_after_it_has_changed(billing: Billing) -> None:
+    for percent, valid_from in (("16", START), ("17", MIDNIGHT)):
+        rate = {"country": "LU", "percent": percent, "valid_from": valid_from.isoformat()}
+        await post(billing, "tax-rates", rate)
     tenant, _ = await subscribed(billing)
-    await tenant.http.put("/api/v1/billing/buyer", json={"country": "AT", "vat_id": "ATU33864707"})
+    assert (await tenant.http.put("/api/v1/billing/buyer", json={"country": "LU"})).status_code == 200
     made = await draft(billing, tenant)
-    assert made["tax_nanos"] == 0
-    assert "reverse charge" in made["tax_note"]
+    done = await post(billing, f"invoices/{made['id']}/finalise", status=200)
+    assert [one["tax_note"] for one in (made, done)] == ["16 % LU"] * 2
 
 
 async def test_void_and_write_off_book_the_receivable_back(billing: Billing) -> None:

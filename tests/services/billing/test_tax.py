@@ -1,0 +1,60 @@
+"""Taxes: a buyer without a known rate is taxed as at home, and reverse charge needs a VAT id with a known rule."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+
+from infra.errors import InvalidMessage
+from services.billing import tax
+from services.billing.tax import Buyer
+
+RATES = {country: Decimal(percent) for country, percent in (("DE", "19"), ("AT", "20"), ("GB", "20"), ("CH", "8.1"))}
+AUSTRIAN, BRITISH, GERMAN = "ATU33864707", "GB980780684", "DE129273398"
+
+
+@pytest.mark.parametrize(
+    ("country", "vat_id", "seller", "note"),
+    [
+        ("DE", "", "DE", "19 % DE"),
+        ("DE", GERMAN, "DE", "19 % DE"),
+        ("AT", "", "DE", "20 % AT"),
+        ("CH", "", "DE", "8.1 % CH"),
+        # Not known: as at home.
+        ("", "", "DE", "19 % DE"),
+        ("FR", "", "DE", "19 % DE"),
+        ("MC", "", "DE", "19 % DE"),
+        # Outside of the tax union of the seller.
+        ("AQ", "", "DE", "no rate is known for AQ"),
+        ("US", "", "DE", "no rate is known for US"),
+        ("FR", "", "GB", "no rate is known for FR"),
+        ("", "", "", "not known"),
+        # A business in another country.
+        ("AT", AUSTRIAN, "DE", "reverse charge"),
+        ("GB", BRITISH, "DE", "reverse charge"),
+        ("AT", AUSTRIAN, "", "20 % AT"),
+        ("DE", GERMAN, "", "19 % DE"),
+        # Ids that were stored before they were checked.
+        ("GB", "GBXX", "DE", "20 % GB"),
+        ("CH", "CH00", "DE", "8.1 % CH"),
+        ("US", "US123456789", "DE", "no rate is known for US"),
+        ("", AUSTRIAN, "DE", "19 % DE"),
+    ],
+)
+def test_the_tax_follows_the_countries_and_the_vat_id(country: str, vat_id: str, seller: str, note: str) -> None:
+    found = tax.tax_of(Buyer(country=country, vat_id=vat_id), seller, RATES)
+    assert note in found.note
+    assert found.percent == (Decimal(note.partition(" %")[0]) if "%" in note else 0)
+
+
+@pytest.mark.parametrize(("country", "vat_id"), [("", ""), ("DE", ""), ("FR", ""), ("AT", AUSTRIAN), ("US", "")])
+def test_without_any_stored_rate_there_is_no_tax(country: str, vat_id: str) -> None:
+    assert tax.tax_of(Buyer(country=country, vat_id=vat_id), "DE", {}).percent == 0
+
+
+@pytest.mark.parametrize(("country", "vat_id"), [("GB", "GBXX"), ("CH", "CH00"), ("US", "US123456789"), ("AQ", "AQ12")])
+def test_a_vat_id_without_a_rule_or_against_it_is_refused(country: str, vat_id: str) -> None:
+    with pytest.raises(InvalidMessage) as refused:
+        tax.check(Buyer(country=country, vat_id=vat_id))
+    assert refused.value.field == "vat_id"
