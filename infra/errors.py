@@ -74,6 +74,10 @@ class Unanswered(Exception):
     """
 
 
+class InDoubt(Transient):
+    """As `Transient`, but the request may have had its effect. For what is asked again under the same key."""
+
+
 class EffectFailed(Exception):
     """The other side refused permanently: a retry changes nothing. `reason` is stored and shown to operators."""
 

@@ -11,12 +11,13 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from uuid import NAMESPACE_OID, UUID, uuid5
 
 import msgspec
 
-from infra.errors import Conflict, EffectFailed, Transient, describe
+from infra.errors import Conflict, EffectFailed, InDoubt, Transient, describe
 from infra.failpoint import failpoint
 from infra.lanes.claims import LaneHead, Lease
 from infra.observe.metrics import Metrics
@@ -45,6 +46,14 @@ class Outcome(Generic[R]):
     error: str | None
     attempt: int
     saved: bool
+
+
+class _Begun(NamedTuple):
+    """An attempt that was recorded."""
+
+    attempt: int
+    in_doubt: bool
+    """An attempt before may have had its effect."""
 
 
 class ItemEnded(NamedTuple):
@@ -109,6 +118,7 @@ class Effects:
         call: Callable[[str], Awaitable[R]],
         *,
         kind: Kind,
+        key_known: timedelta | None = None,
         result: type[R] | None = None,
         before: Before | None = None,
         after: Callable[[Tx, Outcome[R]], Awaitable[None]] | None = None,
@@ -124,12 +134,17 @@ class Effects:
         as `Unanswered`, the end is not known: with kind once the outcome is ``unknown``; with the other kinds the error
         is raised, and the next attempt calls again.
 
+        key_known: how long the other side knows the key of a keyed effect; None: for as long as it is tried. If the end
+        of a call is still not known after that, a repeat could happen twice: the outcome is ``unknown``. `InDoubt` is
+        an end that is not known.
+
         Raises RuntimeError if the item's tx is in use already, and LaneLost if another process has the lane.
         """
         name = str(key)
-        begun = await self._start(name, kind, result, before, after)
-        if isinstance(begun, Outcome):
-            return begun
+        started = await self._start(name, kind, key_known, result, before, after)
+        if isinstance(started, Outcome):
+            return started
+        begun = started.attempt
         failpoint("after_effect_started")
         self._lease.check()
         body = None
@@ -139,7 +154,8 @@ class Effects:
         except EffectFailed as error:
             outcome = Outcome[R]("failed", None, _text(error.reason), begun, saved=False)
         except Transient as error:
-            await self._end(name, "undone", None, _text(describe(error)), None)
+            if not (kind == "keyed" and (started.in_doubt or isinstance(error, InDoubt))):
+                await self._end(name, "undone", None, _text(describe(error)), None)
             raise
         except Exception as error:
             if kind != "once":
@@ -166,28 +182,36 @@ class Effects:
         self,
         name: str,
         kind: Kind,
+        key_known: timedelta | None,
         result: type[R] | None,
         before: Before | None,
         after: Callable[[Tx, Outcome[R]], Awaitable[None]] | None,
-    ) -> int | Outcome[R]:
-        """Commits the start of an attempt and returns its number, or the outcome if the effect has ended already."""
+    ) -> _Begun | Outcome[R]:
+        """Commits the start of an attempt, or returns the outcome if the effect has ended already."""
         if not before and await self._start_first(name, kind):
-            return 1
+            return _Begun(1, in_doubt=False)
         async with self.begin() as tx:
             rows = await tx.sql(
                 """
-                SELECT state, kind, attempt, result, error FROM lane_effect
-                WHERE tenant_id = $1 AND key = $2 FOR UPDATE
+                SELECT state, kind, attempt, result, error,
+                    coalesce(kind = 'keyed' AND started_at < clock_timestamp() - $3::interval, false)
+                FROM lane_effect
+                WHERE tenant_id = $1 AND key = $2
+                FOR UPDATE
                 """,
                 self._lease.tenant_id,
                 name,
+                key_known,
             )
-            state, begun_as, attempt, body, error = rows[0] if rows else ("undone", kind, 0, None, None)
+            state, begun_as, attempt, body, error, forgotten = (
+                rows[0] if rows else ("undone", kind, 0, None, None, False)
+            )
             if state not in ("started", "undone"):
                 value: Any = None if body is None else msgspec.json.decode(body, type=result or Any)
                 return Outcome(state, value, error, attempt, saved=True)
-            if state == "started" and begun_as == "once":
-                outcome = Outcome[R]("unknown", None, "the process ended during the call", attempt, saved=False)
+            if state == "started" and (begun_as == "once" or forgotten):
+                why = "no answer for as long as the key is known" if forgotten else "the process ended during the call"
+                outcome = Outcome[R]("unknown", None, why, attempt, saved=False)
                 await self._write_end(tx, name, "unknown", None, outcome.error)
                 if after:
                     await after(tx, outcome)
@@ -198,7 +222,11 @@ class Effects:
                 INSERT INTO lane_effect AS e (tenant_id, key, kind, state, attempt, lane_id, epoch, started_at)
                 VALUES ($1, $2, $3, 'started', 1, $4, $5, clock_timestamp()) ON CONFLICT (tenant_id, key) DO UPDATE
                 SET kind = excluded.kind, state = 'started', attempt = e.attempt + 1, lane_id = excluded.lane_id,
-                epoch = excluded.epoch, started_at = excluded.started_at, error = NULL
+                epoch = excluded.epoch, error = NULL,
+                -- The other side may know the key since the first call whose end is not known.
+                started_at = CASE
+                    WHEN e.state = 'started' AND e.kind = 'keyed' THEN e.started_at ELSE excluded.started_at
+                END
                 """,
                 self._lease.tenant_id,
                 name,
@@ -208,7 +236,7 @@ class Effects:
             )
             if before:
                 await before(tx, attempt + 1, state == "started")
-        return int(attempt + 1)
+        return _Begun(attempt + 1, state == "started")
 
     async def _start_first(self, name: str, kind: Kind) -> bool:
         """Commits the start of the first attempt by one statement. False, and nothing is changed, if there was an

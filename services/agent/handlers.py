@@ -62,6 +62,7 @@ def _incoming(message: MessageReceived, tx: Tx, trace: Callable[[], object]) -> 
         context=Context((), images=images, approvers=message.approvers, is_complete=False)
         if images or message.approvers
         else None,
+        words=message.words,
     )
     return Incoming(envelope.tenant_id, message.position, arrival, trace)
 

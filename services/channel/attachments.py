@@ -349,6 +349,8 @@ def publish(
         subject_id=fact.subject_id,
         vendor_message_id=content.message,
         text=text,
+        # A file says something, too.
+        words="" if content.attachments else content.words,
         received_at=fact.received_at,
         position=item.position,
         parent_session_key=item.parent_session_key,

@@ -32,6 +32,8 @@ class InboundContent(msgspec.Struct, frozen=True):
     text: str
     """As the person wrote it; empty if there are only attachments."""
     attachments: tuple[Attachment, ...] = ()
+    words: str = ""
+    """The person's own, if the text also quotes a message of the bot."""
 
 
 class File(msgspec.Struct, frozen=True):

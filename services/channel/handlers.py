@@ -91,7 +91,10 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
         async def call(_: str, part: Outbound = part) -> Sent:
             return await sender.send(account, part)
 
-        outcome = await effects.run(part.key, call, kind=account.vendor.effect_of(part), result=Sent)
+        vendor = account.vendor
+        outcome = await effects.run(
+            part.key, call, kind=vendor.effect_of(part), key_known=vendor.key_known, result=Sent
+        )
         which = f"part {n} of {len(parts)}: " if len(parts) > 1 else ""
         if outcome.state == "failed":
             error = outcome.error or ""

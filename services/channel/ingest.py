@@ -286,14 +286,15 @@ def _checked_message(account: ChannelAccount, item: Inbound) -> Inbound | Ignore
         return Ignored(item.ids[:1], f"a message of a group; only {account.groups} are answered")
     text = item.text.replace("\0", "")
     most = MAX_MESSAGE_BYTES - OTHER_FIELDS_BYTES
+    words = item.words.replace("\0", "")
     # A character is at most six bytes in JSON.
-    if item.attachments or 6 * (len(text) + len(item.conversation) + len(item.message)) > most:
-        size = len(msgspec.json.encode((text, item.conversation, item.message, item.attachments)))
+    if item.attachments or 6 * (len(text) + len(words) + len(item.conversation) + len(item.message)) > most:
+        size = len(msgspec.json.encode((text, words, item.conversation, item.message, item.attachments)))
         if size > most:
             raise TooLarge(f"message: has {size} bytes; must have at most {most}")
     if not text.strip() and not item.attachments:
         return Ignored(item.ids[:1], "the text is empty")
-    return item if text == item.text else item._replace(text=text)
+    return item if (text, words) == (item.text, item.words) else item._replace(text=text, words=words)
 
 
 def _owners(arrivals: Sequence[_Arrival]) -> dict[bytes, _Arrival]:
@@ -333,7 +334,7 @@ def _message(arrival: _Arrival, now: datetime) -> AcceptedMessage:
         agent_id,
         account.pseudonyms.session(item.conversation),
         account.pseudonyms.subject(item.person),
-        InboundContent(item.conversation, item.person, item.message, text, item.attachments),
+        InboundContent(item.conversation, item.person, item.message, text, item.attachments, item.words),
         now,
         account.pseudonyms.session(item.parent) if item.parent else "",
         item.by_admin,

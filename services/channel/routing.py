@@ -11,10 +11,10 @@ import msgspec
 from services.channel.vendors.base import Groups
 from services.channel.vendors.items import Inbound
 
-# In a group, some vendors leave the mention of the bot in the text.
-_MENTION = re.compile(r"\s*@[^/\n]{1,100}?\s+(?=/)")
+# In a group, some vendors leave the mention of the bot in the text, as ``@name`` or as ``<@id>``.
+_MENTION = re.compile(r"\s*(?:<@[^<>\n]{1,100}>\s*|@[^/@\n]{1,100}?\s+)(?=[/@])")
 # ``/name`` or ``@name`` at the beginning; Telegram adds the bot's name to a command.
-_COMMAND = re.compile(r"\s*[/@]([A-Za-z0-9_-]{1,32})(?:@\w+)?(?:[\s,:]+|$)")
+_COMMAND = re.compile(r"\s*[/@]([A-Za-z0-9_-]{1,32})(?:@\w+)?(?:[\s,:，：]+|$)")
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -32,15 +32,14 @@ def routed(routes: Sequence[Route], default: UUID, item: Inbound) -> tuple[UUID,
     if not routes:
         return default, item.text
     mention = _MENTION.match(item.text) if item.mentions_bot else None
-    found = _COMMAND.match(item.text, mention.end() if mention else 0)
-    command = found[1].lower() if found else ""
+    starts = (0, mention.end()) if mention else (0,)
+    commands = {found[1].lower(): found for start in starts if (found := _COMMAND.match(item.text, start))}
     for route in routes:
         if route.conversation_id not in ("", item.conversation, item.parent):
             continue
         if not route.command:
             return route.agent_id, item.text
-        if route.command.lower() == command:
-            assert found
+        if found := commands.get(route.command.lower()):
             # A command alone is a message, too.
             return route.agent_id, item.text[found.end() :] or item.text
     return default, item.text

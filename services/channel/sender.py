@@ -14,7 +14,7 @@ from uuid import UUID
 
 import msgspec
 
-from infra.errors import EffectFailed, InvalidMessage, NotFound, NotYet, TooLarge, Transient, Unanswered
+from infra.errors import EffectFailed, InDoubt, InvalidMessage, NotFound, NotYet, TooLarge, Transient, Unanswered
 from infra.outgoing.client import Outgoing
 from infra.postgres import event_store
 from infra.postgres.tx import Tx
@@ -192,8 +192,8 @@ class Sender:
             raise EffectFailed(str(error)) from error
         except Unanswered as error:
             if account.vendor.effect_of(part) == "keyed":
-                # The vendor drops repeats by our key, so the message may be sent again until it expires.
-                raise Transient(str(error)) from error
+                # The vendor drops repeats by our key, so the message may be sent again.
+                raise InDoubt(str(error)) from error
             raise
         return Sent(sent)
 

@@ -25,7 +25,7 @@ _NO_WORDS = (
 _YES, _NO = frozenset(_YES_WORDS.split()), frozenset(_NO_WORDS.split())
 # In a group the person has to name the bot: "@bot yes", "<@U0123> yes".
 # Without another < inside: otherwise each of many would search the whole rest for its end.
-_MENTION = re.compile(r"<@[^<>\s]+>|(?<!\S)@\S+")
+_MENTION = re.compile(r"<@[^<>\n]+>|(?<!\S)@\S+")
 _PUNCTUATION = re.compile(r"[.!。,、;:…/*_`\"'“”()-]+")
 # Marks without a width and of the style of emoji. Keyboards and clients add them.
 _INVISIBLE = re.compile(r"[\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff]")

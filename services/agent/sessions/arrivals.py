@@ -73,6 +73,13 @@ class Arrival:
     """The session that this one branched off from, such as a channel's for a thread; empty if there is none."""
     names: tuple[str, ...] = ()
     """Of its author, as approvers are named."""
+    words: str = ""
+    """The author's own, if the text also quotes the agent."""
+
+    @property
+    def answer(self) -> str:
+        """The text that may answer a question of the agent."""
+        return self.words or self.text
 
 
 # One statement, so that messages cost one round trip. It locks nothing that is not locked already: the sessions and the

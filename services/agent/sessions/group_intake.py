@@ -77,7 +77,7 @@ async def take_group(
         follows_simply = not session.changed or (mode in _SIMPLE_MODES and not session.state.waits)
         # In a thread, the run that waits for a yes or no may be one of the parent session.
         may_decide = bool(one.arrival.parent) and (
-            decision_in(one.arrival.text) is not None or is_unclear(one.arrival.text)
+            decision_in(one.arrival.answer) is not None or is_unclear(one.arrival.answer)
         )
         if not (session.is_simple and in_order and key and follows_simply) or may_decide:
             # The later messages of the session have to follow this one.

@@ -224,8 +224,8 @@ async def _answered_question(tx: Tx, unfinished: Mapping[UUID, OpenRun], arrival
     Raises Forbidden if it is another person's question, and the message came by the API.
     """
     # Only a person in a chat can be asked again. A caller of the API has a call for approvals.
-    unclear = arrival.origin is not None and is_unclear(arrival.text)
-    if not unclear and not decision_in(arrival.text):
+    unclear = arrival.origin is not None and is_unclear(arrival.answer)
+    if not unclear and not decision_in(arrival.answer):
         return None
     asking = await _asking(tx, unfinished, arrival)
     if arrival.parent and not (asking and asking.may_decide):
@@ -243,7 +243,7 @@ async def _answered_question(tx: Tx, unfinished: Mapping[UUID, OpenRun], arrival
 
 async def _settle_question(tx: Tx, arrival: Arrival, subjects: SubjectKeys, asking: Asking) -> None:
     """Applies the decision in the message, or tells its author why it does not count."""
-    decision, run_id = decision_in(arrival.text), asking.run_id
+    decision, run_id = decision_in(arrival.answer), asking.run_id
     waits = await suspension(tx, run_id)
     act = f"subject:{arrival.subject_id}", f"run.{decision}", "run", str(run_id)
     about = {"step": str(waits.step), "tool": waits.name}

@@ -7,10 +7,12 @@ the vendor's documentation, which the adapter's module names.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
+import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -24,7 +26,7 @@ from infra.outgoing.client import Answer, Outgoing
 from infra.outgoing.retry_after import delay, retry_after
 from infra.recent import Recent
 from infra.web.http import MAX_BODY_BYTES
-from services.channel.vendors.items import Received
+from services.channel.vendors.items import Ignored, Item, Received
 
 C = TypeVar("C", bound=msgspec.Struct)
 T = TypeVar("T")
@@ -128,6 +130,8 @@ class Vendor(ABC, Generic[C]):
     """The fields of the credentials that are addresses."""
     effect: ClassVar[Kind]
     """``keyed`` if the vendor accepts our key and drops repeats, else ``once``."""
+    key_known: ClassVar[timedelta | None] = None
+    """How long the vendor knows the key, less the time of a call. None: for as long as a delivery is tried."""
     max_body: ClassVar[int] = MAX_BODY_BYTES
     """The largest webhook body that the vendor sends, in bytes."""
     publishes_keys: ClassVar[bool] = False
@@ -251,31 +255,66 @@ class Tokens:
             del self._tokens[account]
 
 
+# In JSON: an escaped character beyond 16 bits; half of such a one, escaped or as the bytes of UTF-8; another escape.
+_ESCAPED = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    rb"|(\\u[dD][89a-fA-F][0-9a-fA-F]{2}|\xed[\xa0-\xbf][\x80-\xbf])|\\."
+)
 # The errors of an answer that is not in the vendor's shape, or nested deeper than Python can follow.
 MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+def mended(body: bytes) -> bytes:
+    """JSON with U+FFFD in place of halves of characters.
+
+    Programs cut texts in the middle of an emoji, and vendors pass that on, in whatever field it stands.
+    """
+    return _ESCAPED.sub(lambda found: rb"\ufffd" if found[1] else found[0], body)
+
+
+def from_json(body: bytes | str | msgspec.Raw, type_: Any = Any) -> Any:
+    """JSON as `type_`, `mended` if it has to be. Raises the errors of MALFORMED."""
+    try:
+        return msgspec.json.decode(body, type=type_)
+    except msgspec.ValidationError:
+        raise
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return msgspec.json.decode(mended(body.encode() if isinstance(body, str) else bytes(body)), type=type_)
 
 
 def read_json(answer: Answer, type_: type[T]) -> T:
     """The vendor's answer to a send. Raises as `raise_for_transient`, and Unanswered if a good answer is malformed."""
     raise_for_transient(answer)
     try:
-        return msgspec.json.decode(answer.body, type=type_)
+        found: T = from_json(answer.body, type_)
     except MALFORMED as error:
         if answer.status == 401:
             raise AccountRefused("HTTP 401") from error
         if answer.status >= 400:
             raise EffectFailed(f"HTTP {answer.status}") from error
         raise Unanswered(f"HTTP {answer.status} with a malformed body") from error
+    return found
 
 
 def decode(body: bytes | msgspec.Raw, type_: type[T]) -> T:
     """JSON of a vendor as `type_`. Raises InvalidMessage if it is not JSON, UnreadableCall if it has another shape."""
     try:
-        return msgspec.json.decode(body, type=type_)
+        found: T = from_json(body, type_)
     except msgspec.ValidationError as error:
         raise UnreadableCall(str(error)) from error
     except MALFORMED as error:
         raise InvalidMessage("body", str(error)) from error
+    return found
+
+
+def of_each(parts: Iterable[msgspec.Raw], read: Callable[[msgspec.Raw], Iterable[Item]]) -> Iterator[Item]:
+    """The items of all parts of a batch. A part of an unexpected shape is ignored, and the others count."""
+    for part in parts:
+        try:
+            yield from read(part)
+        except UnreadableCall as error:
+            digest = hashlib.sha256(bytes(part)).hexdigest()
+            yield Ignored((f"part/{digest}",), f"unexpected shape: {error}"[:200])
 
 
 def placeholder(kind: str, *names: str) -> str:
@@ -293,6 +332,11 @@ def described(kind: str, *facts: object) -> str:
 def forwarded(words: str, before: str = "") -> str:
     """The text of a message that forwards another one's `words`, perhaps after some of its author."""
     return f"{before}\n\n[Forwarded message]\n{words}" if before else f"[Forwarded message]\n{words}"
+
+
+def quoting(words: str, quoted: str) -> str:
+    """The text of a message that quotes another one, perhaps without words of its own."""
+    return f"{words}\n\n[In reply to this message]\n{quoted}".lstrip() if quoted else words
 
 
 def kind_of(mime_type: str) -> Literal["image", "voice", "video", "file"]:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import UnreadableCall, decode, described, forwarded, placeholder
+from services.channel.vendors.base import UnreadableCall, decode, described, forwarded, from_json, placeholder, quoting
 from services.channel.vendors.items import Ignored, Inbound
 
 # By the type of the message. Empty: it is read; else why it is ignored.
@@ -41,6 +41,7 @@ class _Replied(msgspec.Struct):
 
     content: Any = None
     msgType: str | None = None
+    senderId: str | None = None
 
 
 class _Text(msgspec.Struct):
@@ -142,7 +143,8 @@ def read(body: bytes, robot_code: str) -> Inbound | Ignored:
     path = _session(message.sessionWebhook or "") or message.msgId
     # Of the organisation, so of each of its groups.
     by_admin = message.isAdmin is True and message.conversationType != "1"
-    return Inbound(ids, conversation, person, path, text, attachments=attachments, by_admin=by_admin)
+    words = _own_words(message)
+    return Inbound(ids, conversation, person, path, text, attachments=attachments, by_admin=by_admin, words=words)
 
 
 def _session(url: str) -> str:
@@ -185,8 +187,7 @@ def _text(message: _Message) -> str | None:
     content = message.content or _Content()
     if message.text is not None:
         quoted = _words(message.text.repliedMsg.content) if message.text.repliedMsg else ""
-        text = (message.text.content or "").strip()
-        return f"{text}\n\n[In reply to this message]\n{quoted}".lstrip() if quoted else text
+        return quoting((message.text.content or "").strip(), quoted)
     if content.richText is not None:
         return "".join(_words(part) for part in content.richText).strip()
     match message.msgtype:
@@ -203,6 +204,14 @@ def _text(message: _Message) -> str | None:
     if content.recognition or message.msgtype not in _FILES or content.downloadCode:
         return content.recognition
     return placeholder("a file", content.fileName or "")
+
+
+def _own_words(message: _Message) -> str:
+    """Those beside a quotation of the bot."""
+    replied = message.text and message.text.repliedMsg
+    if not message.text or not replied or replied.senderId not in (None, message.chatbotUserId):
+        return ""
+    return (message.text.content or "").strip()
 
 
 def _words(part: Any) -> str:
@@ -222,7 +231,7 @@ def _words(part: Any) -> str:
 def _forwarded(record: str) -> list[str]:
     """A line for each of the forwarded messages."""
     try:
-        messages = msgspec.json.decode(record, type=list[dict[str, Any]])
+        messages: list[dict[str, Any]] = from_json(record, list[dict[str, Any]])
     except (msgspec.DecodeError, RecursionError):
         return [record]
     lines = [

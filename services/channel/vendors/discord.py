@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -33,6 +33,7 @@ from services.channel.vendors.base import (
     Vendor,
     at_origin,
     download,
+    from_json,
     is_recent,
     raise_for_transient,
     read_json,
@@ -103,6 +104,8 @@ class Discord(Vendor[DiscordCredentials]):
     addresses: ClassVar[tuple[str, ...]] = ()
     # The first part replaces the same message again; the others carry a nonce.
     effect: ClassVar[Kind] = "keyed"
+    # "The past few minutes": https://docs.discord.com/developers/resources/message#create-message
+    key_known: ClassVar[timedelta | None] = timedelta(minutes=2)
     files: ClassVar[Mapping[str, int]] = {"": MAX_FILE}
     preview: ClassVar[Preview | None] = "edit"
     steps: ClassVar[tuple[str, ...]] = (
@@ -218,7 +221,7 @@ async def _as_bot(
 def _read(answer: Answer) -> _Message:
     if answer.status == 429:
         try:
-            asked = msgspec.json.decode(answer.body, type=_Message).retry_after
+            asked = from_json(answer.body, _Message).retry_after
         except MALFORMED:
             asked = None
         # Rounded up, so that the next attempt is not too early.

@@ -9,7 +9,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any, ClassVar
 from urllib.parse import quote
 
@@ -116,6 +116,8 @@ class Feishu(Vendor[FeishuCredentials]):
     origin: ClassVar[str] = "https://open.feishu.cn"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "keyed"
+    # An hour: https://open.feishu.cn/document/server-docs/im-v1/message/create
+    key_known: ClassVar[timedelta | None] = timedelta(minutes=58)
     groups: ClassVar[tuple[Groups, ...]] = ("all", "mentions")
     preview: ClassVar[Preview | None] = "edit"
     steps: ClassVar[tuple[str, ...]] = (

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import UnreadableCall, decode, described, placeholder
+from services.channel.vendors.base import UnreadableCall, decode, described, from_json, placeholder
 from services.channel.vendors.items import Deleted, Ignored, Inbound, Reacted
 
 _FILES: dict[str, tuple[Literal["image", "voice", "video", "file"], str]] = {
@@ -276,7 +276,7 @@ def _post_files(node: Any) -> Iterator[tuple[Literal["image", "video"], str]]:
 
 def _content_of(message: _Message) -> Any:
     try:
-        return msgspec.json.decode(message.content)
+        return from_json(message.content)
     except msgspec.DecodeError as error:
         raise UnreadableCall(f"content: {error}") from error
 
@@ -296,7 +296,15 @@ def _text(message: _Message) -> str | None:
     else:
         return None
     names = {mention.key: mention.name for mention in message.mentions or ()}
-    return _KEY.sub(lambda key: f"@{names.get(key[0], key[1])}", text)
+    bots = {mention.key for mention in message.mentions or () if mention.mentioned_type == "bot"}
+
+    def named(key: re.Match[str]) -> str:
+        # At an end of the text, it only says to whom the person speaks.
+        is_address = key[0] in bots and not (text[: key.start()].strip() and text[key.end() :].strip())
+        return "" if is_address else f"@{names.get(key[0], key[1])}"
+
+    # A mention alone is a message, too.
+    return _KEY.sub(named, text).strip() or _KEY.sub(lambda key: f"@{names.get(key[0], key[1])}", text)
 
 
 def _facts(name: str, content: dict[str, Any]) -> str:

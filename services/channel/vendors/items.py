@@ -31,6 +31,9 @@ class Inbound(NamedTuple):
     """It quotes a message of the bot."""
     by_admin: bool = False
     """The vendor says that the author is an administrator of the group."""
+    words: str = ""
+    """The author's own, if the text also has those of a message of the bot that they quote. With a message of another
+    person, the author answers that person: it stays empty."""
 
 
 class Moved(NamedTuple):

@@ -28,6 +28,7 @@ from services.channel.vendors.base import (
     decode,
     described,
     download,
+    of_each,
     read_json,
 )
 from services.channel.vendors.items import Deleted, Ignored, Inbound, Received
@@ -93,6 +94,9 @@ class _Source(msgspec.Struct):
 
 class _Mentionee(msgspec.Struct):
     isSelf: bool = False
+    index: int = 0
+    """Of UTF-16 units, as the length."""
+    length: int = 0
 
 
 class _Mention(msgspec.Struct):
@@ -145,7 +149,7 @@ class _Event(msgspec.Struct):
 
 
 class _Webhook(msgspec.Struct):
-    events: list[_Event]
+    events: list[msgspec.Raw]
 
 
 class _SentMessage(msgspec.Struct):
@@ -183,7 +187,8 @@ class Line(Vendor[LineCredentials]):
         if not constant_time_equals(request.headers.get("x-line-signature", ""), base64.b64encode(digest).decode()):
             raise Unauthenticated("X-Line-Signature does not match")
         # The console sends no events when it verifies the webhook.
-        return Received([_item(event) for event in decode(request.body, _Webhook).events])
+        events = decode(request.body, _Webhook).events
+        return Received([*of_each(events, lambda event: [_item(decode(event, _Event))])])
 
     def split(self, text: str) -> Sequence[str]:
         return split(text, MAX_TEXT, lambda part: utf16_length(render(part, PLAIN)))
@@ -274,8 +279,9 @@ def _item(event: _Event) -> Inbound | Deleted | Ignored:
     conversation = source.groupId or source.roomId or source.userId
     if not conversation:
         return Ignored(ids, "a message without a source")
-    # In a group, a person who has not agreed to it has no id.
-    person = source.userId or f"unknown/{conversation}"
+    # In a group, a person who has not agreed to it has no id. With one name for all of them, one would answer questions
+    # for another.
+    person = source.userId or f"unknown/{event.webhookEventId}"
     in_group = conversation != source.userId
     if event.postback:
         chosen = event.postback.params or _Params()
@@ -312,7 +318,19 @@ def _content_of(message: _Message) -> tuple[str | None, tuple[Attachment, ...]]:
             return described("Sticker", message.text, *message.keywords), ()
     if message.text is None and message.type in _FILES:
         return "", (Attachment(_FILES[message.type], message.id, message.fileName or ""),)
-    return message.text, ()
+    return _addressed(message), ()
+
+
+def _addressed(message: _Message) -> str | None:
+    """The text without a mention of the bot at its end or beginning, which only says to whom the person speaks."""
+    units = (message.text or "").encode("utf-16-le")
+    for mentionee in (message.mention or _Mention()).mentionees:
+        start, end = mentionee.index * 2, (mentionee.index + mentionee.length) * 2
+        before, after = (part.decode("utf-16-le", "replace").strip() for part in (units[:start], units[end:]))
+        # A mention alone is a message, too.
+        if mentionee.isSelf and bool(before) != bool(after):
+            return before or after
+    return message.text
 
 
 def _target(message: str) -> str:

@@ -101,6 +101,11 @@ class QQ(Vendor[QQCredentials]):
     def __init__(self) -> None:
         self._tokens = Tokens()
 
+    def effect_of(self, message: Outbound) -> Kind:
+        """Only answers in chats and groups have a number by which QQ drops repeats."""
+        is_numbered = message.answers and message.conversation.startswith(("users/", "groups/"))
+        return "keyed" if is_numbered else "once"
+
     def receive(self, request: Request, credentials: QQCredentials, now: datetime) -> Received:
         timestamp = request.headers.get("x-signature-timestamp", "")
         if not is_recent(timestamp, now):

@@ -9,7 +9,16 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import MALFORMED, decode, described, forwarded, kind_of, placeholder
+from services.channel.vendors.base import (
+    MALFORMED,
+    decode,
+    described,
+    forwarded,
+    from_json,
+    kind_of,
+    placeholder,
+    quoting,
+)
 from services.channel.vendors.items import Ignored, Inbound
 
 _NO_MESSAGE = "no person writes it to the bot"
@@ -91,6 +100,7 @@ class _Element(msgspec.Struct):
 
     content: str | None = None
     attachments: list[_File] | None = None
+    author: _Author | None = None
 
 
 class _Card(msgspec.Struct):
@@ -154,13 +164,16 @@ def read(kind: str, event_id: str, raw: msgspec.Raw) -> Inbound | Ignored:
     if not person or not id_ or message.author.bot:
         return Ignored(ids, "a message without an author")
     files = list(message.attachments or ())
+    own = ""
     words = [_words(_MENTION.sub("", message.content or "", count=1), files)]
     elements = message.msg_elements or ()
     about = "\n".join(filter(None, (_words(one.content or "", one.attachments or ()) for one in elements)))
     if message.message_type == _FORWARDED:
         words.append(forwarded(about) if about else "")
-    elif about:
-        words.append(f"[In reply to this message]\n{about}")
+    else:
+        if about and all(one.author is None or one.author.bot for one in elements):
+            own = words[0]
+        words = [quoting(words[0], about)]
     if message.message_type == _CARD:
         words.append(described("Card", message.ark_data and message.ark_data.prompt))
     files += (file for one in elements for file in one.attachments or ())
@@ -168,7 +181,7 @@ def read(kind: str, event_id: str, raw: msgspec.Raw) -> Inbound | Ignored:
     text = "\n\n".join(filter(None, words))
     if not text and files and not attachments:
         text = placeholder("a file", *(file.filename or "" for file in files))
-    return Inbound(ids, f"{place}/{id_}", person, message.id, text, attachments=attachments)
+    return Inbound(ids, f"{place}/{id_}", person, message.id, text, attachments=attachments, words=own)
 
 
 def _words(content: str, files: Sequence[_File]) -> str:
@@ -202,7 +215,7 @@ def _pressed(event_id: str, press: _Interaction) -> Inbound | Ignored:
 def _named(face: re.Match[str]) -> str:
     """The name of a face, such as ``[Emoji: /smile]``."""
     try:
-        name = msgspec.json.decode(base64.b64decode(face[1]), type=_Face).text
+        name: str = from_json(base64.b64decode(face[1]), _Face).text
     except (ValueError, *MALFORMED):
         name = ""
     return described("Emoji", name)

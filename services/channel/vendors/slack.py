@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from datetime import datetime
 from typing import Annotated, Any, ClassVar
 from urllib.parse import urlencode
@@ -35,6 +35,7 @@ from services.channel.vendors.base import (
     constant_time_equals,
     decode,
     download,
+    from_json,
     is_recent,
     raise_for_transient,
 )
@@ -47,10 +48,6 @@ MAX_TEXT = 4_000
 # https://docs.slack.dev/reference/methods/chat.postMessage#errors
 _ACCOUNT = frozenset(
     (
-        "accesslimited",
-        "deprecated_endpoint",
-        "enterprise_is_restricted",
-        "method_deprecated",
         "team_access_not_granted",
         "two_factor_setup_required",
         "invalid_auth",
@@ -58,10 +55,18 @@ _ACCOUNT = frozenset(
         "account_inactive",
         "token_revoked",
         "token_expired",
-        "no_permission",
-        "missing_scope",
         "org_login_required",
         "ekm_access_denied",
+    )
+)
+# About the method that was called. Without the methods for files, an account still sends texts.
+_METHOD = frozenset(
+    (
+        "accesslimited",
+        "deprecated_endpoint",
+        "enterprise_is_restricted",
+        "method_deprecated",
+        "missing_scope",
         "not_allowed_token_type",
     )
 )
@@ -206,13 +211,14 @@ async def _share(
 async def _form(
     outgoing: Outgoing, origin: str, credentials: SlackCredentials, method: str, fields: dict[str, Any]
 ) -> _Response:
-    """The methods for files take forms."""
+    """The methods for files take forms. Raises as `_read`, and EffectFailed if the bot may not use the method."""
     headers = {
         "authorization": f"Bearer {credentials.bot_token}",
         "content-type": "application/x-www-form-urlencoded",
     }
     body = urlencode(fields).encode()
-    return _read(await outgoing.request("POST", f"{origin}/api/{method}", headers=headers, content=body))
+    answer = await outgoing.request("POST", f"{origin}/api/{method}", headers=headers, content=body)
+    return _read(answer, account=_ACCOUNT)
 
 
 async def _call(
@@ -252,17 +258,18 @@ MRKDWN = Dialect(
 )
 
 
-def _read(answer: Answer) -> _Response:
+def _read(answer: Answer, *, account: Set[str] = _ACCOUNT | _METHOD) -> _Response:
+    """account: the errors that are about the account."""
     raise_for_transient(answer)
     if answer.status >= 400:
         raise EffectFailed(f"HTTP {answer.status}")
     try:
-        response = msgspec.json.decode(answer.body, type=_Response)
+        response: _Response = from_json(answer.body, _Response)
     except MALFORMED as error:
         raise Unanswered(f"HTTP {answer.status} with a malformed body") from error
     if response.ok:
         return response
-    if response.error in _ACCOUNT:
+    if response.error in account:
         raise AccountRefused(response.error)
     if response.error in _LATER:
         raise RetryLater(DEFAULT_RETRY, response.error)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import UnreadableCall, described, kind_of, placeholder
+from services.channel.vendors.base import UnreadableCall, described, forwarded, from_json, kind_of, placeholder, quoting
 from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, Item, Reacted, Receipt
 
 _FILE_INFO = "application/vnd.microsoft.teams.file.download.info"
@@ -52,6 +52,13 @@ KINDS: Mapping[str, str] = {
     "attachment.card": "",
 }
 _QUOTATIONS = {"messageReference": "In reply to this message", "forwardedMessageReference": "Forwarded message"}
+# The ids of bots begin with it.
+_BOT = "28:"
+_QUOTED = re.compile(r"<quoted[^<>]*>\s*")
+# In a copy as HTML: a message that is quoted or forwarded, and the id of its author.
+_PART = re.compile(r"<blockquote\s[^<>]*schema\.skype\.com/(Reply|Forward)[^<>]*>")
+_AUTHOR = re.compile(r'itemprop="mri"\s+itemid="([^"<>]*)"')
+_NAME = re.compile(r"<(at|span)\s[^<>]*>[^<]*</\1>\s*")
 _TAG = re.compile("<[^<>]*>")
 _LINE_END = re.compile(r"<(?:br\s*/?|/p|/div|/tr|/li)>", re.IGNORECASE)
 _HREF = re.compile(r'<a\s[^<>]*?href="(https?://[^"<>]+)"')
@@ -70,9 +77,16 @@ class _Conversation(msgspec.Struct):
     conversationType: str | None = None
 
 
+class _QuotedReply(msgspec.Struct):
+    senderId: str = ""
+    preview: str = ""
+
+
 class _Entity(msgspec.Struct):
     text: str | None = None
     mentioned: _Account | None = None
+    quotedReply: _QuotedReply | None = None
+    """A message that the person quotes. In the text stands a mark of it."""
 
 
 class _Sign(msgspec.Struct):
@@ -167,22 +181,26 @@ def _spoken(activity: Activity, tenant: str) -> Inbound | Ignored:
     ids = (f"activity/{activity.id}",)
     if not activity.id or activity.from_ is None or activity.conversation is None:
         raise UnreadableCall("a message without id, author or conversation")
-    # The ids of bots begin with 28.
-    if activity.from_.role == "bot" or activity.from_.id.startswith("28:"):
+    if activity.from_.role == "bot" or activity.from_.id.startswith(_BOT):
         return Ignored(ids, "a bot's message")
     if tenant and activity.conversation.tenantId != tenant:
         return Ignored(ids, "a message of another tenant")
     text = _addressed(activity)
     # A copy of the text as HTML is an attachment, too.
     copies = [str(one.content) for one in activity.attachments or () if one.contentType == "text/html"]
-    if copies and not text:
+    own, quoted, kind = _parted(copies[0]) if copies else ("", "", "")
+    if kind == "Forward":
+        text = forwarded(_plain(quoted.replace("</strong>", "\n", 1)), before=_plain(own))
+    elif copies and not text:
         text = _plain(copies[0])
+    words = _own_words(activity, _plain(_NAME.sub("", own)) if kind == "Reply" else text, quoted)
     hidden = [url for copy in copies for url in map(unescape, _HREF.findall(copy)) if url not in text]
     if hidden:
         text = f"{text}\n\n{described('Links', *dict.fromkeys(hidden))}"
     files = [one for one in activity.attachments or () if one.contentType != "text/html"]
     attachments = tuple(filter(None, map(_attachment, files)))
-    quotations = list(filter(None, map(_quotation, files)))
+    replies = (quoting("", one.quotedReply.preview) for one in activity.entities or () if one.quotedReply)
+    quotations = list(filter(None, (*replies, *map(_quotation, files))))
     text = "\n\n".join(filter(None, (text, *quotations)))
     if files and not attachments and not quotations:
         named = [one.name or "" for one in files]
@@ -210,7 +228,30 @@ def _spoken(activity: Activity, tenant: str) -> Inbound | Ignored:
             for entity in activity.entities or ()
         ),
         replies_to_bot=pressed,
+        words=words,
     )
+
+
+def _parted(html: str) -> tuple[str, str, str]:
+    """HTML without the message that it quotes or forwards, that message, and which of both."""
+    found = _PART.search(html)
+    if not found:
+        return html, "", ""
+    part, _, rest = html[found.end() :].partition("</blockquote>")
+    return html[: found.start()] + rest, part, found[1]
+
+
+def _own_words(activity: Activity, words: str, quoted: str) -> str:
+    """The words, if they stand beside a quotation and no person has written what it quotes."""
+    replies = [one.quotedReply for one in activity.entities or () if one.quotedReply]
+    authors = [reply.senderId for reply in replies]
+    if quoted:
+        authors += _AUTHOR.findall(quoted)[:1] or [""]
+    for file in activity.attachments or ():
+        if file.contentType == "messageReference":
+            sender = _content(file).get("messageSender")
+            authors.append("person" if isinstance(sender, dict) and sender.get("user") else "")
+    return words if authors and all(author.startswith(_BOT) or not author for author in authors) else ""
 
 
 def _addressed(activity: Activity) -> str:
@@ -219,7 +260,7 @@ def _addressed(activity: Activity) -> str:
     entities = activity.entities or ()
     others = {one.text for one in entities if one.text and one.mentioned and one.mentioned.id != recipient}
     text = _MENTION.sub(lambda at: f"{at[2]} " if at[1] in others else "", activity.text or "")
-    return text.replace("&nbsp;", " ").strip()
+    return _QUOTED.sub("", text).replace("&nbsp;", " ").strip()
 
 
 def _plain(html: str) -> str:
@@ -236,20 +277,24 @@ def _submitted(value: Any) -> str:
 
 def _quotation(file: _Attachment) -> str:
     """The words of a quoted or forwarded message, or of a card."""
-    content = file.content
-    if isinstance(content, str):
-        try:
-            content = msgspec.json.decode(content)
-        except (msgspec.DecodeError, RecursionError):
-            return ""
-    if not isinstance(content, dict):
-        return ""
+    content = _content(file)
     if title := _QUOTATIONS.get(file.contentType):
         words = content.get("messagePreview") or content.get("originalMessageContent") or ""
         return f"[{title}]\n{_plain(str(words))}" if words else ""
     if file.contentType.startswith("application/vnd.microsoft.card."):
         return "\n".join(_card_texts(content))
     return ""
+
+
+def _content(file: _Attachment) -> dict[str, Any]:
+    """The content of an attachment, which may be JSON in a text; empty if there is none."""
+    content = file.content
+    if isinstance(content, str):
+        try:
+            content = from_json(content)
+        except (msgspec.DecodeError, RecursionError):
+            return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _card_texts(node: Any) -> Iterator[str]:

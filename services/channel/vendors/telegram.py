@@ -34,6 +34,7 @@ from services.channel.vendors.base import (
     Vendor,
     constant_time_equals,
     download,
+    from_json,
     raise_for_transient,
 )
 from services.channel.vendors.items import Received
@@ -210,7 +211,7 @@ def _id(response: _Response) -> str | None:
     if not response.ok:
         raise EffectFailed(response.description[:200])
     try:
-        return str(msgspec.json.decode(response.result, type=_Sent).message_id)
+        return str(from_json(response.result, _Sent).message_id)
     except MALFORMED:
         return None
 
@@ -289,15 +290,16 @@ def _is_number(text: str) -> bool:
 
 def _result(response: _Response, type_: type[T]) -> T:
     try:
-        return msgspec.json.decode(response.result, type=type_)
+        found: T = from_json(response.result, type_)
     except MALFORMED as error:
         raise EffectFailed("the answer is not Telegram's") from error
+    return found
 
 
 def _read(answer: Answer) -> _Response:
     """Parses the answer to one message. Raises if it is about the account or about all messages."""
     try:
-        response = msgspec.json.decode(answer.body, type=_Response)
+        response: _Response = from_json(answer.body, _Response)
     except MALFORMED:
         # The body is not Telegram's: only the status counts, and 200 alone does not prove that it was accepted.
         raise_for_transient(answer)

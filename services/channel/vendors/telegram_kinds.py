@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from services.channel.vendors.base import described, placeholder
+from services.channel.vendors.base import described, from_json, placeholder
 
 _ABOUT_THE_CHAT = "a notice about the chat"
 _NOT_OFFERED = "the bot does not offer it"
@@ -219,56 +219,56 @@ def why_ignored(fields: Mapping[str, msgspec.Raw]) -> str:
 
 
 def _location(raw: msgspec.Raw) -> str:
-    place = msgspec.json.decode(raw, type=_Location)
+    place: _Location = from_json(raw, _Location)
     return described("Location", place.latitude, place.longitude)
 
 
 def _venue(raw: msgspec.Raw) -> str:
-    venue = msgspec.json.decode(raw, type=_Venue)
+    venue: _Venue = from_json(raw, _Venue)
     return described("Location", venue.title, venue.address, venue.location.latitude, venue.location.longitude)
 
 
 def _contact(raw: msgspec.Raw) -> str:
-    contact = msgspec.json.decode(raw, type=_Contact)
+    contact: _Contact = from_json(raw, _Contact)
     return described("Contact", f"{contact.first_name} {contact.last_name}".strip(), contact.phone_number)
 
 
 def _dice(raw: msgspec.Raw) -> str:
-    dice = msgspec.json.decode(raw, type=_Dice)
+    dice: _Dice = from_json(raw, _Dice)
     return described("Dice", dice.emoji, dice.value)
 
 
 def _game(raw: msgspec.Raw) -> str:
-    game = msgspec.json.decode(raw, type=_Game)
+    game: _Game = from_json(raw, _Game)
     return described("Game", game.title, game.description, game.text)
 
 
 def _sticker(raw: msgspec.Raw) -> str:
-    return described("Sticker", msgspec.json.decode(raw, type=_Sticker).emoji)
+    return described("Sticker", from_json(raw, _Sticker).emoji)
 
 
 def _poll(raw: msgspec.Raw) -> str:
-    poll = msgspec.json.decode(raw, type=_Poll)
+    poll: _Poll = from_json(raw, _Poll)
     return "\n".join([described("Poll", poll.question), *(f"- {option.text}" for option in poll.options)])
 
 
 def _option(raw: msgspec.Raw) -> str:
-    return described("Option added to a poll", msgspec.json.decode(raw, type=_PollOption).option_text)
+    return described("Option added to a poll", from_json(raw, _PollOption).option_text)
 
 
 def _checklist(raw: msgspec.Raw) -> str:
-    list_ = msgspec.json.decode(raw, type=_Checklist)
+    list_: _Checklist = from_json(raw, _Checklist)
     tasks = (f"- [{'x' if task.completion_date else ' '}] {task.text}" for task in list_.tasks)
     return "\n".join([described("Checklist", list_.title), *tasks])
 
 
 def _tasks_added(raw: msgspec.Raw) -> str:
-    tasks = msgspec.json.decode(raw, type=_Added).tasks
+    tasks = from_json(raw, _Added).tasks
     return "\n".join([described("Tasks added to a checklist"), *(f"- {task.text}" for task in tasks)])
 
 
 def _tasks_done(raw: msgspec.Raw) -> str:
-    done = msgspec.json.decode(raw, type=_Done)
+    done: _Done = from_json(raw, _Done)
     list_ = (done.checklist_message and done.checklist_message.checklist) or _Checklist()
     names = {task.id: task.text for task in list_.tasks}
     marked = {"x": done.marked_as_done_task_ids, " ": done.marked_as_not_done_task_ids}
@@ -277,7 +277,7 @@ def _tasks_done(raw: msgspec.Raw) -> str:
 
 
 def _web_app(raw: msgspec.Raw) -> str:
-    return msgspec.json.decode(raw, type=_WebApp).data
+    return str(from_json(raw, _WebApp).data)
 
 
 # A message with a venue has the field location, too. A file is among them if its content cannot be found.

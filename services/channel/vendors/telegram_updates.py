@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import UnreadableCall, decode, described, forwarded, kind_of
+from services.channel.vendors.base import UnreadableCall, decode, described, forwarded, kind_of, quoting
 from services.channel.vendors.items import Ack, Deleted, Edited, Ignored, Inbound, Moved, Reacted, Received
 from services.channel.vendors.telegram_kinds import KINDS, why_ignored, words
 
@@ -200,9 +200,10 @@ def _item(
         return Moved(ids, str(message.migrate_from_chat_id), str(chat))
     if message.is_automatic_forward or (message.from_ and message.from_.id == _FORWARDER):
         return Ignored(ids, "a channel's post, forwarded to its group automatically")
-    # In the name of a chat, `from` is one of Telegram's own bots.
+    # In the name of a chat, `from` is one of Telegram's own bots. Several persons write so. With one name for all of
+    # them, one would answer questions for another.
     if message.sender_chat is not None:
-        person = f"chat/{message.sender_chat.id}"
+        person = f"chat/{message.sender_chat.id}/{_place(message)}/{message.message_id}"
     elif message.from_ is None:
         return Ignored(ids, "a message without an author")
     elif message.from_.is_bot:
@@ -227,13 +228,14 @@ def _item(
     quoted, quoted_fields = decode(raw, _Quoted), decode(raw, dict[str, msgspec.Raw])
     is_answer = _is(bot, quoted.from_)
     files = () if is_answer else _attachments(quoted_fields)
+    own = ""
     part: str | None = message.quote.text if message.quote else ""
     if not is_answer and not part:
         part = _text(quoted) or (described("File", *(file.name for file in files)) if files else words(quoted_fields))
     if part:
         # The agent does not know the messages of others, and people ask about them: "@ada_bot translate this". Of a
         # message of its own it is told the part that the person has chosen.
-        text = f"{text}\n\n[In reply to this message]\n{part}".lstrip()
+        own, text = text if is_answer else "", quoting(text, part)
     return Inbound(
         # Edits and reactions name the message by chat and number.
         ids=(*ids, f"message/{_place(message)}/{message.message_id}"),
@@ -247,6 +249,7 @@ def _item(
         replies_to_bot=is_answer,
         # An administrator who stays anonymous writes in the name of the group. Telegram does not tell the others.
         by_admin=message.sender_chat is not None and message.sender_chat.id == chat,
+        words=own,
     )
 
 
@@ -282,7 +285,7 @@ def _text(message: _Message | _Quoted) -> str | None:
         label = units[link.offset * 2 : end].decode("utf-16-le", "replace")
         if not link.url.removesuffix("/").endswith(label):
             units = units[:end] + f" ({link.url})".encode("utf-16-le") + units[end:]
-    return units.decode("utf-16-le", "surrogatepass")
+    return units.decode("utf-16-le", "replace")
 
 
 def _conversation(message: _Message) -> str:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from infra.clock import utcnow, uuid7
-from infra.errors import EffectFailed
+from infra.errors import EffectFailed, InvalidMessage
 from infra.lanes.effects import Kind
 from infra.outgoing import webhooks
 from infra.outgoing.client import Outgoing
@@ -29,6 +29,7 @@ from services.channel.vendors.base import (
     Vendor,
     download,
     kind_of,
+    mended,
     raise_for_transient,
 )
 from services.channel.vendors.items import Inbound, Received
@@ -80,7 +81,10 @@ class Webhook(Vendor[WebhookCredentials]):
 
     def receive(self, request: Request, credentials: WebhookCredentials, now: datetime) -> Received:
         id_ = webhooks.verify(credentials.secret, request.headers, request.body, now)
-        message = decode_json(request.body, _Message)
+        try:
+            message = decode_json(request.body, _Message)
+        except InvalidMessage:
+            message = decode_json(mended(request.body), _Message)
         return Received(
             [
                 Inbound(

@@ -9,7 +9,7 @@ import base64
 import hashlib
 import struct
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any, ClassVar
 from urllib.parse import parse_qsl, quote
 
@@ -83,6 +83,7 @@ class WeCom(Vendor[WeComCredentials]):
     origin: ClassVar[str] = "https://qyapi.weixin.qq.com"
     addresses: ClassVar[tuple[str, ...]] = ()
     effect: ClassVar[Kind] = "keyed"
+    key_known: ClassVar[timedelta | None] = timedelta(seconds=_DUPLICATE_SECONDS - 120)
     steps: ClassVar[tuple[str, ...]] = (
         "Create an app; copy the corp id, the agent id and the secret.",
         "Under Receive messages, generate a token and an EncodingAESKey.",

@@ -62,6 +62,8 @@ _FILES: dict[str, Literal["image", "voice", "video", "file"]] = {
 }
 
 
+# Control characters and halves of characters, which XML does not allow. People paste them, and WeCom passes them on.
+_ILLEGAL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 # The declaration of XML itself.
 _XML = re.compile(r"\A\s*<\?xml[^<>]*>")
 
@@ -74,13 +76,12 @@ def fields(body: bytes) -> dict[str, str]:
 def _parse(body: bytes) -> ElementTree.Element:
     try:
         # The encoding that a declaration names would hide other declarations from the search.
-        text = body.decode()
+        text = _ILLEGAL.sub("", body.decode("utf-8", "surrogatepass"))
         # People write declarations, too: those in sections of text. A section that is none, in a comment or an
         # instruction, leaves their beginning outside.
         first, *sections = _XML.sub("", text).split("<![CDATA[")
         outside = first + "".join(section.partition("]]>")[2] for section in sections)
-        # NUL: as UTF-16 it would be read otherwise than it was searched.
-        if "\0" in text or "<!" in outside or "<?" in outside:
+        if "<!" in outside or "<?" in outside:
             raise InvalidMessage("body", "must be XML without declarations")
         return ElementTree.fromstring(text)
     except (ElementTree.ParseError, ValueError) as error:

@@ -9,7 +9,16 @@ from typing import Any, Literal
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import UnreadableCall, decode, described, forwarded, kind_of, placeholder
+from services.channel.vendors.base import (
+    UnreadableCall,
+    decode,
+    described,
+    forwarded,
+    from_json,
+    kind_of,
+    of_each,
+    placeholder,
+)
 from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, Item, Moved, Reacted, Receipt
 
 _ABOUT_THE_ACCOUNT = "a notice about the account"
@@ -249,7 +258,7 @@ class _Metadata(msgspec.Struct):
 class _Value(msgspec.Struct):
     metadata: _Metadata | None = None
     messages: list[msgspec.Raw] | None = None
-    statuses: list[_Status] | None = None
+    statuses: list[msgspec.Raw] | None = None
 
 
 class _Change(msgspec.Struct):
@@ -258,39 +267,36 @@ class _Change(msgspec.Struct):
 
 
 class _Entry(msgspec.Struct):
-    changes: list[_Change] | None = None
+    changes: list[msgspec.Raw] | None = None
 
 
 class _Webhook(msgspec.Struct):
-    entry: list[_Entry] | None = None
+    entry: list[msgspec.Raw] | None = None
 
 
 def read(body: bytes, number: str) -> list[Item]:
     """The items of all changes. `number`: the id of the channel's number."""
-    webhook = decode(body, _Webhook)
-    changes = [change for entry in webhook.entry or () for change in entry.changes or ()]
-    return [item for change in changes for item in _items(change, number)]
+    return [*of_each(decode(body, _Webhook).entry or (), lambda entry: _of_entry(entry, number))]
 
 
-def _items(change: _Change, number: str) -> Iterator[Item]:
+def _of_entry(entry: msgspec.Raw, number: str) -> Iterator[Item]:
+    return of_each(decode(entry, _Entry).changes or (), lambda change: _of_change(decode(change, _Change), number))
+
+
+def _of_change(change: _Change, number: str) -> Iterator[Item]:
     if change.field != "messages":
         ids = (f"change/{hashlib.sha256(bytes(change.value)).hexdigest()}",)
         yield Ignored(ids, KINDS.get(f"change.{change.field}") or f"a change of {change.field[:40]}")
         return
     value = decode(change.value, _Value)
-    for status in value.statuses or ():
-        yield _status(status)
-    for raw in value.messages or ():
-        try:
-            message = decode(raw, _Message)
-        except UnreadableCall:
-            # The others of the call count.
-            yield Ignored((f"message/{hashlib.sha256(bytes(raw)).hexdigest()}",), "a message of an unknown form")
-            continue
-        if value.metadata is None or value.metadata.phone_number_id != number:
-            yield Ignored((f"message/{message.id}",), "a message to another number")
-        else:
-            yield _item(message)
+    is_ours = value.metadata is not None and value.metadata.phone_number_id == number
+    yield from of_each(value.statuses or (), lambda status: [_status(decode(status, _Status))])
+    yield from of_each(value.messages or (), lambda message: [_message(decode(message, _Message), is_ours)])
+
+
+def _message(message: _Message, is_ours: bool) -> Item:
+    """is_ours: it was written to the channel's number."""
+    return _item(message) if is_ours else Ignored((f"message/{message.id}",), "a message to another number")
 
 
 def _item(message: _Message) -> Item:
@@ -400,7 +406,7 @@ def _choice(interactive: _Interactive) -> str | None:
 def _values(response: str) -> list[str]:
     """The fields of a form, a line for each. Its token is ours."""
     try:
-        fields = msgspec.json.decode(response)
+        fields = from_json(response)
     except (msgspec.DecodeError, RecursionError):
         return []
     if not isinstance(fields, dict):

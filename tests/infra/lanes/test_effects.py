@@ -6,16 +6,18 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
 import pytest
 from prometheus_client import generate_latest
 
-from infra.errors import Conflict, EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered
+from infra.errors import Conflict, EffectFailed, InDoubt, InvalidMessage, RetryLater, Transient, Unanswered
 from infra.lanes.claims import LaneLost
 from infra.lanes.effects import Effects, Outcome
 from infra.lanes.lane import Work
+from infra.postgres.database import Database
 from infra.postgres.tx import Tx
 from tests.infra.conftest import SampleDatabase
 from tests.infra.lanes.lane_fixture import TENANT, Parcel, World, all_over, items, log_lines, new_lane, put, steal
@@ -122,6 +124,41 @@ async def test_what_did_not_happen_is_tried_again_with_the_same_key(
     assert len(office.calls) == 2
     assert len(set(office.calls)) == 1
     assert office.said == [("succeeded", Receipt(2), 2, False)]
+
+
+async def minutes_pass(database: Database, lane: str, minutes: int) -> None:
+    await database.autocommit(
+        "UPDATE lane_effect SET started_at = started_at - $2 * interval '1 minute' WHERE key LIKE $1",
+        f"parcel {lane} %",
+        minutes,
+    )
+
+
+@pytest.mark.parametrize("error", [InDoubt("no answer"), Unanswered("no answer"), Transient("away")])
+async def test_what_nobody_knows_is_not_repeated_after_the_other_side_has_forgotten_the_key(
+    world: World, office: Office, error: Exception
+) -> None:
+    kind = new_lane()
+    # The time counts from the first call, whatever comes of the second.
+    office.errors = [InDoubt("no answer"), error]
+    async with world.process(office.work("keyed", lane=kind, key_known=timedelta(hours=1))) as database:
+        office.meanwhile = partial(minutes_pass, database, kind.name, 40)
+        await put(database, kind, "a", 1)
+        await all_over(database, kind)
+    assert len(office.calls) == 2
+    assert [(one.state, one.error) for one in office.outcomes] == [
+        ("unknown", "no answer for as long as the key is known")
+    ]
+
+
+async def test_a_key_is_known_from_the_first_call_that_may_have_arrived(world: World, office: Office) -> None:
+    kind = new_lane()
+    office.errors = [Transient("away") for _ in range(3)]
+    async with world.process(office.work("keyed", lane=kind, key_known=timedelta(minutes=30))) as database:
+        office.meanwhile = partial(minutes_pass, database, kind.name, 60)
+        await put(database, kind, "a", 1)
+        await all_over(database, kind)
+    assert office.said == [("succeeded", Receipt(4), 4, False)]
 
 
 @pytest.mark.parametrize("error", [Unanswered("sent, no answer"), KeyError("in what came back")])

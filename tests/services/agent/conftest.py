@@ -87,6 +87,7 @@ class Tenant:
         by_admin: bool = False,
         approvers: tuple[str, ...] = (),
         seconds_late: float = 0,
+        words: str = "",
     ) -> UUID:
         """A message from a channel, as the channel service's relay sends it. It was under way for `seconds_late`."""
         message = MessageReceived(
@@ -103,6 +104,7 @@ class Tenant:
             parent_session_key=f"{self.id}-{parent}" if parent else "",
             by_admin=by_admin,
             approvers=approvers,
+            words=words,
         )
         queue = CHANNEL_INBOUND["telegram"]
         traceparent = f"00-{trace_id}-{'1' * 16}-01" if trace_id else None

@@ -98,17 +98,26 @@ async def test_a_call_that_is_denied_is_not_made(world: World, tenant: Tenant) -
 
 
 @pytest.mark.parametrize(
-    ("answer", "status"),
-    [("Yes!", "completed"), ("不行。", "failed"), ("@bot yes", "completed"), ("<@U0123ABC> no.", "failed")],
+    ("answer", "words", "status"),
+    [
+        ("Yes!", "", "completed"),
+        ("不行。", "", "failed"),
+        ("@bot yes", "", "completed"),
+        ("<@U0123ABC> no.", "", "failed"),
+        # With the question quoted.
+        ("yes\n\n[In reply to this message]\nMay I?", "yes", "completed"),
+    ],
 )
-async def test_the_person_in_the_chat_decides(world: World, tenant: Tenant, answer: str, status: str) -> None:
+async def test_the_person_in_the_chat_decides(
+    world: World, tenant: Tenant, answer: str, words: str, status: str
+) -> None:
     agent = await careful(tenant)
     world.models.script(MODEL, Says(calls=(BERN,)), Says("Done."))
     await tenant.receive(agent, "Weather?")
     run = await waiting(tenant)
     [question] = await tenant.sent("channel.outbound")
     assert question["text"] == f"{QUESTION}Please answer yes or no."
-    await tenant.receive(agent, answer)
+    await tenant.receive(agent, answer, words=words)
     [over] = await tenant.runs(1)
     assert over["id"] == run["id"]
     assert over["steps"][1]["status"] == status

@@ -141,6 +141,19 @@ async def test_the_text_of_a_file_reaches_the_agent_with_the_caption(desk: Desk,
     assert path.endswith("_1_a.txt")
 
 
+async def test_with_a_file_the_own_words_beside_a_quotation_are_not_all_that_is_said(
+    desk: Desk, telegram: TelegramStandIn
+) -> None:
+    channel = await connected(desk, telegram)
+    telegram.files["f1"] = b"no"
+    bot = {"message_id": 1, "from": {"id": int(telegram.bot_token.partition(":")[0]), "is_bot": True}}
+    quoted: dict[str, Any] = {"reply_to_message": bot, "quote": {"text": "May I?"}}
+    document = {"file_id": "f1", "file_name": "a.txt"}
+    await desk.call(channel, telegram.update(None, caption="yes", document=document, **quoted))
+    [message] = await arrived(desk, channel)
+    assert (message["text"].startswith("yes"), message["words"]) == (True, "")
+
+
 async def test_the_text_of_a_pdf_is_read_by_memory(desk: Desk, telegram: TelegramStandIn, reader: Reader) -> None:
     channel = await connected(desk, telegram)
     telegram.files["f1"] = b"%PDF-1.7 x"

@@ -22,6 +22,7 @@ from tests.services.channel.conftest import Desk
 from tooling.testing.vendors import (
     DingTalkStandIn,
     DiscordStandIn,
+    Fault,
     FeishuStandIn,
     LineStandIn,
     QQStandIn,
@@ -253,6 +254,30 @@ async def test_an_unanswered_send_with_a_key_is_repeated_and_accepted_once(desk:
     delivery = await desk.settled(await desk.reply(inbound, "answer"))
     assert delivery["state"] == "sent"
     assert (webhook.texts(), webhook.repeats, webhook.refusals) == (["answer"], 1, [])
+
+
+async def test_an_unanswered_send_is_not_repeated_after_the_vendor_has_forgotten_its_key(desk: Desk) -> None:
+    async with FeishuStandIn() as feishu:
+        channel = await desk.connect("feishu", feishu.credentials, feishu.url)
+        assert (await desk.call(channel, feishu.call(feishu.event("question")))).status_code == 200
+        [inbound] = await desk.received(channel)
+        assert (await desk.settled(await desk.reply(inbound, "first")))["state"] == "sent"
+        go_on = asyncio.Event()
+        feishu.faults.append(Fault(accept=True, wait=go_on))
+        id_ = await desk.reply(inbound, "answer")
+
+        async def held() -> bool:
+            return not feishu.faults
+
+        await desk.platform.until(held)
+        async with desk.platform.database("channel").begin() as tx:
+            await tx.sql(
+                "UPDATE lane_effect SET started_at = started_at - interval '1 hour' WHERE key LIKE $1", f"{id_}%"
+            )
+        go_on.set()
+        delivery = await desk.settled(id_)
+        assert (delivery["state"], delivery["reason"]) == ("unknown", "no answer for as long as the key is known")
+        assert (feishu.texts(), feishu.repeats) == (["first", "answer"], 0)
 
 
 async def test_a_long_text_is_sent_in_ordered_parts_and_a_retried_part_does_not_repeat_the_first(

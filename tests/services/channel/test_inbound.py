@@ -177,6 +177,29 @@ async def test_each_event_of_a_very_large_batch_is_taken_once(desk: Desk) -> Non
     assert sorted(map(int, texts)) == list(range(1_000))
 
 
+async def test_half_a_character_loses_no_message(desk: Desk) -> None:
+    telegram, webhook = TelegramStandIn(), WebhookStandIn()
+    text = "\ud83d pay \\ud83d 😀\ude00"
+    there = {"reply_url": "http://127.0.0.1:9/"}
+    for name, credentials, call in (
+        ("telegram", telegram.credentials, telegram.update(text)),
+        ("webhook", webhook.credentials | there, webhook.message(text)),
+    ):
+        channel = await desk.connect(name, credentials)
+        assert (await desk.call(channel, call)).status_code == 200
+        assert [one["text"] for one in await desk.received(channel)] == ["\ufffd pay \\ud83d 😀\ufffd"]
+
+
+async def test_the_own_words_beside_a_quotation_of_the_bot_reach_the_agent(desk: Desk) -> None:
+    telegram = TelegramStandIn()
+    channel = await desk.connect("telegram", telegram.credentials)
+    bot = {"message_id": 1, "from": {"id": int(telegram.bot_token.partition(":")[0]), "is_bot": True}}
+    quoted: dict[str, Any] = {"reply_to_message": bot, "quote": {"text": "May I?"}}
+    assert (await desk.call(channel, telegram.update("yes\0", **quoted))).status_code == 200
+    [inbound] = await desk.received(channel)
+    assert (inbound["text"], inbound["words"]) == ("yes\n\n[In reply to this message]\nMay I?", "yes")
+
+
 async def test_a_forged_or_malformed_call_stores_nothing(desk: Desk) -> None:
     telegram, slack, webhook = TelegramStandIn(), SlackStandIn(), WebhookStandIn()
     channels: dict[StandIn, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from tooling.testing.vendors.server import Call, Refused, Reply, StandIn
+from tooling.testing.vendors.server import Call, Refused, Reply, StandIn, encoded
 
 
 class _Markdown(msgspec.Struct, forbid_unknown_fields=True):
@@ -81,7 +81,7 @@ class DingTalkStandIn(StandIn):
 
     def signed(self, payload: Any, *, age: int = 0) -> tuple[bytes, dict[str, str]]:
         """Body and headers of a call, signed `age` seconds ago."""
-        body = payload if isinstance(payload, bytes) else msgspec.json.encode(payload)
+        body = payload if isinstance(payload, bytes) else encoded(payload)
         timestamp = str(int(time.time() * 1_000) - age * 1_000)
         signed = f"{timestamp}\n{self.app_secret}".encode()
         digest = hmac.new(self.app_secret.encode(), signed, hashlib.sha256).digest()
@@ -99,7 +99,7 @@ class DingTalkStandIn(StandIn):
             "spaceType": "IM_ROBOT",
             "spaceId": "s1",
             "extension": "{}",
-            "content": msgspec.json.encode(private).decode(),
+            "content": encoded(private).decode(),
         }
         return given | fields
 
@@ -108,7 +108,7 @@ class DingTalkStandIn(StandIn):
         timestamp = str(int(time.time() * 1_000) - age * 1_000)
         digest = base64.b64encode(hmac.digest(self.app_secret.encode(), timestamp.encode(), hashlib.sha256)).decode()
         headers = {"x-ddpaas-signature-timestamp": timestamp, "x-ddpaas-signature": digest}
-        return msgspec.json.encode(payload), headers
+        return encoded(payload), headers
 
     def handle(self, call: Call) -> Reply:
         path, _, query = call.path.partition("?")

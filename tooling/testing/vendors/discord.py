@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tooling.testing.vendors.server import Call, Refused, Reply, StandIn, read_form
+from tooling.testing.vendors.server import Call, Refused, Reply, StandIn, encoded, read_form
 
 
 class _Mentions(msgspec.Struct, forbid_unknown_fields=True):
@@ -95,7 +95,7 @@ class DiscordStandIn(StandIn):
 
     def signed(self, payload: Any, *, age: int = 0) -> tuple[bytes, dict[str, str]]:
         """Body and headers of a call, signed `age` seconds ago: bytes as they are, any other value as JSON."""
-        body = payload if isinstance(payload, bytes) else msgspec.json.encode(payload)
+        body = payload if isinstance(payload, bytes) else encoded(payload)
         timestamp = str(int(time.time()) - age)
         return body, {
             "content-type": "application/json",

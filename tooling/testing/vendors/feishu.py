@@ -13,7 +13,7 @@ import msgspec
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.padding import PKCS7
 
-from tooling.testing.vendors.server import Call, Refused, Reply, StandIn
+from tooling.testing.vendors.server import Call, Refused, Reply, StandIn, encoded
 
 
 class _Login(msgspec.Struct, forbid_unknown_fields=True):
@@ -67,7 +67,7 @@ class FeishuStandIn(StandIn):
             "chat_id": "oc_1",
             "chat_type": "p2p",
             "message_type": kind,
-            "content": msgspec.json.encode(content or {"text": text}).decode(),
+            "content": encoded(content or {"text": text}).decode(),
         }
         return {
             "schema": "2.0",
@@ -96,10 +96,10 @@ class FeishuStandIn(StandIn):
         key = hashlib.sha256(self.encrypt_key.encode()).digest()
         iv = secrets.token_bytes(16)
         padder = PKCS7(128).padder()
-        content = payload if isinstance(payload, bytes) else msgspec.json.encode(payload)
+        content = payload if isinstance(payload, bytes) else encoded(payload)
         closer = Cipher(algorithms.AES(key), modes.CBC(iv)).encryptor()
         sealed = closer.update(padder.update(content) + padder.finalize()) + closer.finalize()
-        return msgspec.json.encode({"encrypt": base64.b64encode(iv + sealed).decode()})
+        return encoded({"encrypt": base64.b64encode(iv + sealed).decode()})
 
     def call(self, payload: Any, *, age: int = 0) -> tuple[bytes, dict[str, str]]:
         """Body and headers of a call, signed `age` seconds ago."""

@@ -12,7 +12,7 @@ from uuid import UUID
 
 import msgspec
 
-from tooling.testing.vendors.server import Call, Refused, Reply, StandIn
+from tooling.testing.vendors.server import Call, Refused, Reply, StandIn, encoded
 
 
 class _Text(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
@@ -71,7 +71,7 @@ class LineStandIn(StandIn):
 
     def call(self, *events: dict[str, object]) -> tuple[bytes, dict[str, str]]:
         """Body and headers of a webhook call."""
-        return self.signed(msgspec.json.encode({"destination": "Ub0", "events": events}))
+        return self.signed(encoded({"destination": "Ub0", "events": events}))
 
     def signed(self, body: bytes) -> tuple[bytes, dict[str, str]]:
         digest = hmac.new(self.secret.encode(), body, hashlib.sha256).digest()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tooling.testing.vendors.server import Call, Refused, Reply, StandIn
+from tooling.testing.vendors.server import Call, Refused, Reply, StandIn, encoded
 
 
 class _Login(msgspec.Struct, forbid_unknown_fields=True):
@@ -61,7 +61,7 @@ class QQStandIn(StandIn):
 
     def signed(self, payload: Any, *, age: int = 0) -> tuple[bytes, dict[str, str]]:
         """Body and headers of a call, signed `age` seconds ago."""
-        body = payload if isinstance(payload, bytes) else msgspec.json.encode(payload)
+        body = payload if isinstance(payload, bytes) else encoded(payload)
         timestamp = str(int(time.time()) - age)
         signature = self.key.sign(timestamp.encode() + body).hex()
         return body, {"x-signature-timestamp": timestamp, "x-signature-ed25519": signature}

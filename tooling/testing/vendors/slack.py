@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from tooling.testing.vendors.server import Call, Refused, Reply, StandIn
+from tooling.testing.vendors.server import Call, Refused, Reply, StandIn, encoded
 
 BOT = "U0BOT"
 
@@ -86,7 +86,7 @@ class SlackStandIn(StandIn):
 
     def signed(self, payload: object, *, age: int = 0) -> tuple[bytes, dict[str, str]]:
         """Body and headers of a call with any payload, as JSON signed `age` seconds ago."""
-        return self.signed_bytes(msgspec.json.encode(payload), age=age)
+        return self.signed_bytes(encoded(payload), age=age)
 
     def signed_bytes(self, body: bytes, *, age: int = 0) -> tuple[bytes, dict[str, str]]:
         """Body and headers of a call with any body, signed `age` seconds ago."""

@@ -16,7 +16,7 @@ import jwt
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
 
-from tooling.testing.vendors.server import Call, Refused, Reply, StandIn
+from tooling.testing.vendors.server import Call, Refused, Reply, StandIn, encoded
 
 SERVICE = "https://smba.trafficmanager.net/emea/"
 
@@ -79,7 +79,7 @@ class TeamsStandIn(StandIn):
         payload = {name: value for name, value in (given | claims).items() if value is not None}
         [(key_id, key)] = self._keys.items()
         token = jwt.encode(payload, key, algorithm="RS256", headers={"kid": key_id})
-        body = activity if isinstance(activity, bytes) else msgspec.json.encode(activity)
+        body = activity if isinstance(activity, bytes) else encoded(activity)
         return body, {"content-type": "application/json", "authorization": f"Bearer {token}"}
 
     def handle(self, call: Call) -> Reply:

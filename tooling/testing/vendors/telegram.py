@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NoReturn
 
 import msgspec
 
-from tooling.testing.vendors.server import Call, Refused, Reply, StandIn, read_form
+from tooling.testing.vendors.server import Call, Refused, Reply, StandIn, encoded, read_form
 
 
 class _ReplyParameters(msgspec.Struct, forbid_unknown_fields=True):
@@ -130,7 +130,7 @@ class TelegramStandIn(StandIn):
     def signed(self, update: object) -> tuple[bytes, dict[str, str]]:
         """Body and headers of a call with any update, with the secret token that Telegram adds."""
         headers = {"content-type": "application/json", "x-telegram-bot-api-secret-token": self.secret_token}
-        return msgspec.json.encode(update), headers
+        return encoded(update), headers
 
     def handle(self, call: Call) -> Reply:
         if call.path.startswith(f"/file/bot{self.bot_token}/files/"):

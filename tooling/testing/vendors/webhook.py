@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from tooling.testing.vendors.server import Call, Refused, Reply, StandIn
+from tooling.testing.vendors.server import Call, Refused, Reply, StandIn, encoded
 
 
 class _Reply(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -43,7 +43,7 @@ class WebhookStandIn(StandIn):
 
     def signed(self, payload: Any, *, id_: str | None = None, age: int = 0) -> tuple[bytes, dict[str, str]]:
         """Body and headers of a call with any payload: bytes as they are, any other value as JSON."""
-        body = payload if isinstance(payload, bytes) else msgspec.json.encode(payload)
+        body = payload if isinstance(payload, bytes) else encoded(payload)
         id_ = id_ or f"msg_{secrets.token_hex(12)}"
         timestamp = str(int(time.time()) - age)
         return body, {

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from tooling.testing.vendors.server import Call, Refused, Reply, StandIn, read_form
+from tooling.testing.vendors.server import Call, Refused, Reply, StandIn, encoded, read_form
 
 
 class _Text(msgspec.Struct, forbid_unknown_fields=True):
@@ -122,7 +122,7 @@ class WhatsAppStandIn(StandIn):
             **value,
         }
         entry = {"id": "WABA", "changes": [{"field": "messages", "value": content}]}
-        return self.signed(msgspec.json.encode({"object": "whatsapp_business_account", "entry": [entry]}))
+        return self.signed(encoded({"object": "whatsapp_business_account", "entry": [entry]}))
 
     def signed(self, body: bytes) -> tuple[bytes, dict[str, str]]:
         digest = hmac.new(self.secret.encode(), body, hashlib.sha256).hexdigest()

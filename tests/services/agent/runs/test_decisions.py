@@ -15,6 +15,7 @@ from services.agent.runs.decisions import decision_in, is_unclear
         ("yes @bot", "approve", False),
         ("<@U0123ABC> yes", "approve", False),
         ("<@U0123ABC|bot>, No.", "deny", False),
+        ("<@U0123ABC|claw bot> yes", "approve", False),
         ("是的。", "approve", False),
         *(
             (text, "approve", False)

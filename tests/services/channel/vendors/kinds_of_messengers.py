@@ -18,6 +18,7 @@ from tooling.testing.vendors import (
     WebhookStandIn,
     WhatsAppStandIn,
 )
+from tooling.testing.vendors.server import encoded
 
 
 def whatsapp() -> Examples:
@@ -28,7 +29,7 @@ def whatsapp() -> Examples:
 
     def change(field: str) -> Any:
         entry = {"id": "WABA", "changes": [{"field": field, "value": {"event": "x"}}]}
-        return fake.signed(msgspec.json.encode({"object": "whatsapp_business_account", "entry": [entry]}))
+        return fake.signed(encoded({"object": "whatsapp_business_account", "entry": [entry]}))
 
     form = {"body": "Sent", "name": "flow", "response_json": '{"flow_token":"t","day":"Monday","guests":2}'}
     contact = {
@@ -89,7 +90,7 @@ def whatsapp() -> Examples:
     }
     given |= {kind: (change(kind[7:]), None) for kind in ignored("whatsapp") if kind.startswith("change.")}
     bodies = {kind: (msgspec.json.decode(call[0]), expected) for kind, (call, expected) in given.items()}
-    return Examples(fake, lambda body: posted(fake.signed(msgspec.json.encode(body))), bodies)
+    return Examples(fake, lambda body: posted(fake.signed(encoded(body))), bodies)
 
 
 def line() -> Examples:
@@ -125,7 +126,7 @@ def line() -> Examples:
         del event["message"]
         given[kind] = event, None
     bodies = {kind: ({"destination": "Ub0", "events": [event]}, expected) for kind, (event, expected) in given.items()}
-    return Examples(fake, lambda body: posted(fake.signed(msgspec.json.encode(body))), bodies)
+    return Examples(fake, lambda body: posted(fake.signed(encoded(body))), bodies)
 
 
 def twilio() -> Examples:
@@ -141,7 +142,9 @@ def twilio() -> Examples:
             url = f"{URL}?bodySHA256={hashlib.sha256(content).hexdigest()}"
             return Request("POST", url.partition("?")[2], fake.signed(url, {})[1], content, url)
         fields = content if isinstance(content, dict) else {}
-        return posted(fake.signed(URL, {str(name): str(value) for name, value in fields.items()}))
+        # A form has no halves of characters.
+        texts = {str(name): str(value).encode(errors="replace").decode() for name, value in fields.items()}
+        return posted(fake.signed(URL, texts))
 
     told = ("delivered", "read", "undelivered", "failed")
     given: dict[str, tuple[Any, Expected]] = {

@@ -122,6 +122,17 @@ async def test_the_files_of_the_message_that_is_replied_to_come_with_the_reply(
     assert [one.ref for one in item.attachments] == refs
 
 
+@pytest.mark.parametrize(("sender", "words"), [("$bot", "yes"), (None, "yes"), ("$other", "")])
+async def test_beside_a_quotation_of_the_bot_the_persons_own_words_are_told_apart(
+    fake: DingTalkStandIn, dingtalk: Adapter, sender: str | None, words: str
+) -> None:
+    replied = {"msgType": "text", "content": {"text": "May I?"}} | ({"senderId": sender} if sender else {})
+    message = fake.message() | {"chatbotUserId": "$bot", "text": {"content": " yes", "repliedMsg": replied}}
+    item = dingtalk.one(fake.signed(message))
+    assert isinstance(item, Inbound)
+    assert (item.text, item.words) == ("yes\n\n[In reply to this message]\nMay I?", words)
+
+
 async def test_odd_parts_are_read(fake: DingTalkStandIn, dingtalk: Adapter) -> None:
     records = '[{"senderNick":"Ada","content":"hi"},{"senderNick":"Bob","msgType":"picture","downloadCode":"z"}]'
     forwarded = "[Forwarded message]\nAda: hi\nBob: [picture]"

@@ -67,6 +67,8 @@ ERRORS: dict[str, dict[type[Exception], list[tuple[int, Any]]]] = {
                 "restricted_action_read_only_channel",
                 "messages_tab_disabled",
                 "cannot_reply_to_message",
+                # The bot is no member of this conversation.
+                "no_permission",
             )
         ],
         AccountRefused: [
@@ -78,7 +80,6 @@ ERRORS: dict[str, dict[type[Exception], list[tuple[int, Any]]]] = {
                 "token_revoked",
                 "token_expired",
                 "missing_scope",
-                "no_permission",
                 "org_login_required",
                 "ekm_access_denied",
                 "enterprise_is_restricted",

@@ -140,6 +140,27 @@ async def test_names_links_and_emoji_are_read(
     assert item.text == text
 
 
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("@_user_1 yes", "yes"),
+        ("@_user_1好的", "好的"),
+        ("yes @_user_1 ", "yes"),
+        ("@_user_10 yes", "@Ada Lovelace yes"),
+        ("ask @_user_1 today", "ask @Claw Assistant today"),
+        ("@_user_1 ", "@Claw Assistant "),
+    ],
+)
+async def test_the_bots_own_mention_is_no_part_of_what_a_person_says(
+    fake: FeishuStandIn, feishu: Adapter, text: str, read: str
+) -> None:
+    bot = {"key": "@_user_1", "name": "Claw Assistant", "mentioned_type": "bot"}
+    person = {"key": "@_user_10", "name": "Ada Lovelace", "mentioned_type": "user"}
+    item = feishu.one(fake.call(fake.event(text, mentions=[bot, person], chat_type="group")))
+    assert isinstance(item, Inbound)
+    assert (item.text, item.mentions_bot) == (read, True)
+
+
 async def test_a_button_may_have_null_for_the_values_of_other_elements(fake: FeishuStandIn, feishu: Adapter) -> None:
     names = ("name", "option", "options", "input_value", "form_value")
     for value, text in (({"a": 1}, '{"a":1}'), (None, "")):

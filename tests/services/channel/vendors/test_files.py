@@ -125,6 +125,17 @@ async def test_slack_shows_a_file_only_after_the_last_call(outgoing: Outgoing) -
             await adapter.send(LINK, "C2", file=PAPER)
 
 
+@pytest.mark.parametrize("before", [0, 2])
+async def test_slack_without_the_scope_for_files_refuses_the_file_and_not_the_account(
+    outgoing: Outgoing, before: int
+) -> None:
+    async with SlackStandIn() as fake:
+        fake.faults.extend([*[Fault(late=True)] * before, answer(200, {"ok": False, "error": "missing_scope"})])
+        with pytest.raises(EffectFailed, match="missing_scope") as raised:
+            await Adapter("slack", fake, outgoing).send(LINK, "C1", file=PAPER)
+        assert type(raised.value) is EffectFailed
+
+
 async def test_discord_takes_a_repeated_file_once(outgoing: Outgoing) -> None:
     async with DiscordStandIn() as fake:
         adapter = Adapter("discord", fake, outgoing)

@@ -37,6 +37,62 @@ async def test_each_event_of_a_batch_is_read(fake: LineStandIn, line: Adapter) -
     assert len(line.receive(fake.call(*(fake.event() for _ in range(1_000)))).items) == 1_000
 
 
+async def test_a_person_without_an_id_never_counts_as_the_one_who_wrote_before(
+    fake: LineStandIn, line: Adapter
+) -> None:
+    """Else a stranger's yes would allow what another person has asked for."""
+    group = {"type": "group", "groupId": "C9"}
+    events = [fake.event("delete it", source=group), fake.event("yes", source=group)]
+    pressed = fake.event(source=group) | {"type": "postback", "postback": {"data": "yes"}}
+    people = [item.person for item in line.receive(fake.call(*events, pressed)).items if isinstance(item, Inbound)]
+    assert len(set(people)) == 3
+    # The same event, sent again.
+    [again] = line.receive(fake.call(events[1])).items
+    assert isinstance(again, Inbound)
+    assert again.person == people[1]
+
+
+async def test_an_odd_event_does_not_take_the_others_of_its_batch_away(fake: LineStandIn, line: Adapter) -> None:
+    group = {"type": "group", "groupId": "C9", "userId": "U2"}
+    odd = [
+        {"type": "somethingNew", "timestamp": 1, "source": group},
+        fake.event() | {"message": {"type": "text", "id": 3, "text": "x"}},
+        fake.event() | {"message": None},
+        fake.event() | {"source": "U1"},
+        7,
+    ]
+    for one in odd:
+        items = line.receive(fake.call(fake.event("first"), one, fake.event("last"))).items  # type: ignore[arg-type]
+        assert [item.text for item in items if isinstance(item, Inbound)] == ["first", "last"]
+        assert isinstance(items[1], Ignored)
+        assert items[1].reason.startswith("unexpected shape")
+
+
+@pytest.mark.parametrize(
+    ("text", "index", "length", "read"),
+    [
+        ("@Claw Bot yes", 0, 9, "yes"),
+        ("yes @Claw Bot ", 4, 9, "yes"),
+        ("😀 @Claw Bot", 3, 9, "😀"),
+        ("ask @Claw Bot today", 4, 9, "ask @Claw Bot today"),
+        ("@Claw Bot", 0, 9, "@Claw Bot"),
+        ("@Claw Bot yes", 0, 99, "@Claw Bot yes"),
+    ],
+)
+async def test_the_bots_own_mention_is_no_part_of_what_a_person_says(
+    fake: LineStandIn, line: Adapter, text: str, index: int, length: int, read: str
+) -> None:
+    mentionees = [{"index": index, "length": length, "type": "user", "isSelf": True}]
+    event = fake.event(message={"type": "text", "id": "7", "text": text, "mention": {"mentionees": mentionees}})
+    item = line.one(fake.call(event))
+    assert isinstance(item, Inbound)
+    assert (item.text, item.mentions_bot) == (read, True)
+    mentionees[0]["isSelf"] = False
+    other = line.one(fake.call(event))
+    assert isinstance(other, Inbound)
+    assert other.text == text
+
+
 async def test_the_consoles_check_has_no_events(fake: LineStandIn, line: Adapter) -> None:
     assert line.receive(fake.call()).items == []
 

@@ -11,7 +11,7 @@ import pytest
 from infra.clock import uuid7
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.vendors.base import AccountRefused, UnreadableCall
+from services.channel.vendors.base import AccountRefused, Outbound, UnreadableCall
 from services.channel.vendors.items import Ignored, Inbound
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
 from tooling.testing.vendors import Fault, QQStandIn, answer, cut
@@ -115,6 +115,30 @@ async def test_voices_quotations_and_cards_are_read(
     item = qq.one(fake.signed(fake.event("hi", **fields)))
     assert isinstance(item, Inbound)
     assert (item.text, [(one.kind, one.ref) for one in item.attachments]) == (text, files)
+
+
+@pytest.mark.parametrize(
+    ("author", "words"), [({}, "yes"), ({"author": {"id": "b", "bot": True}}, "yes"), ({"author": {"id": "u"}}, "")]
+)
+async def test_beside_a_quotation_of_the_bot_the_persons_own_words_are_told_apart(
+    fake: QQStandIn, qq: Adapter, author: dict[str, Any], words: str
+) -> None:
+    item = qq.one(fake.signed(fake.event(" yes", message_type=103, msg_elements=[{"content": "May I?"} | author])))
+    assert isinstance(item, Inbound)
+    assert (item.text, item.words) == ("yes\n\n[In reply to this message]\nMay I?", words)
+
+
+@pytest.mark.parametrize(
+    ("to", "answers", "kind"),
+    [
+        ("users/u1", "m1", "keyed"),
+        ("groups/g1", "m1", "keyed"),
+        ("channels/c1", "m1", "once"),
+        ("users/u1", None, "once"),
+    ],
+)
+def test_only_a_numbered_answer_may_be_repeated(qq: Adapter, to: str, answers: str | None, kind: str) -> None:
+    assert qq.vendor.effect_of(Outbound("d1", to, "hi", answers=answers)) == kind
 
 
 async def test_a_button_without_data_is_told_by_its_id(fake: QQStandIn, qq: Adapter) -> None:

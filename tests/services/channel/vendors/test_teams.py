@@ -78,6 +78,57 @@ async def test_a_token_with_another_claim_is_refused(
         await receive(teams, fake.signed(fake.activity(), **claims))
 
 
+def blockquote(kind: str, author: str) -> dict[str, str]:
+    return html(
+        f'<div><blockquote itemscope itemtype="http://schema.skype.com/{kind}" itemid="17"><strong itemprop="mri" '
+        f'itemid="{author}">Bot</strong><span itemprop="time" itemid="17"></span><p itemprop="preview">May I?</p>'
+        '</blockquote><p><at id="0">Claw Bot</at> yes</p></div>'
+    )
+
+
+def reference(**sender: object) -> dict[str, str]:
+    content = {"messageId": "17", "messagePreview": "May I?", "messageSender": sender}
+    return {"contentType": "messageReference", "content": msgspec.json.encode(content).decode()}
+
+
+REPLY = "[In reply to this message]\nMay I?"
+MARK = '<quoted messageId="17"/> yes'
+
+
+@pytest.mark.parametrize(
+    ("fields", "text", "words"),
+    [
+        ({"text": "yes", "attachments": [reference(application={"id": "b"})]}, f"yes\n\n{REPLY}", "yes"),
+        ({"text": "yes", "attachments": [reference(user={"id": "u"})]}, f"yes\n\n{REPLY}", ""),
+        ({"text": "Bot\nMay I?\n\nyes", "attachments": [blockquote("Reply", "28:b")]}, "Bot\nMay I?\n\nyes", "yes"),
+        ({"text": "Bot\nMay I?\n\nyes", "attachments": [blockquote("Reply", "8:u")]}, "Bot\nMay I?\n\nyes", ""),
+        (
+            {"text": MARK, "entities": [{"quotedReply": {"senderId": "28:b", "preview": "May I?"}}]},
+            f"yes\n\n{REPLY}",
+            "yes",
+        ),
+        (
+            {"text": MARK, "entities": [{"quotedReply": {"senderId": "29:u", "preview": "May I?"}}]},
+            f"yes\n\n{REPLY}",
+            "",
+        ),
+        # A forwarded yes is not the person's.
+        (
+            {"text": "", "attachments": [blockquote("Forward", "8:u")]},
+            "Claw Bot yes\n\n[Forwarded message]\nBot\nMay I?",
+            "",
+        ),
+        ({"text": "yes", "attachments": [html("<p>yes</p>")]}, "yes", ""),
+    ],
+)
+async def test_beside_a_quotation_of_the_bot_the_persons_own_words_are_told_apart(
+    fake: TeamsStandIn, teams: Adapter, fields: dict[str, object], text: str, words: str
+) -> None:
+    [item] = (await receive(teams, fake.signed(fake.activity() | fields))).items
+    assert isinstance(item, Inbound)
+    assert (item.text, item.words) == (text, words)
+
+
 async def test_a_changed_missing_or_unsigned_token_is_refused(fake: TeamsStandIn, teams: Adapter) -> None:
     body, headers = fake.signed(fake.activity())
     head, claims, signature = headers["authorization"].removeprefix("Bearer ").split(".")

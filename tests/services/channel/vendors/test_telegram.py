@@ -92,8 +92,22 @@ def test_a_channels_post_in_its_group_is_ignored_and_people_there_are_not() -> N
     for chat in (-100, -1001):
         item = message(chat={"id": -100}, sender_chat={"id": chat}, **{"from": {"id": 1087968824, "is_bot": True}})
         assert isinstance(item, Inbound)
-        assert item.person == f"chat/{chat}"
         assert item.by_admin is (chat == -100)
+
+
+@pytest.mark.parametrize("chat", [-100, -1001])
+def test_who_writes_in_the_name_of_a_chat_never_counts_as_the_one_who_wrote_before(chat: int) -> None:
+    """Else one administrator's yes would allow what another one has asked for."""
+    bot: dict[str, object] = {"from": {"id": 1087968824, "is_bot": True}, "sender_chat": {"id": chat}}
+    asked, answered = (message(chat={"id": -100}, message_id=id_, **bot) for id_ in (7, 8))
+    assert isinstance(asked, Inbound)
+    assert isinstance(answered, Inbound)
+    assert asked.person != answered.person
+    # An edit has the same author.
+    edit = {"message_id": 7, "chat": {"id": -100}, "text": "hi", **bot}
+    edited = receive(msgspec.json.encode({"update_id": 2, "edited_message": edit}))
+    assert isinstance(edited, Edited)
+    assert edited.message.person == asked.person
 
 
 def test_a_forwarded_message_is_told_from_the_persons_own_words() -> None:
@@ -165,6 +179,15 @@ def test_a_reply_to_another_person_brings_the_words_that_it_answers(field: str) 
         assert item.text == "yes"
 
 
+def test_beside_a_quotation_of_the_bot_the_persons_own_words_are_told_apart() -> None:
+    bot = {"message_id": 1, "from": {"id": int(CREDENTIALS.bot_token.partition(":")[0]), "is_bot": True}, "text": "?"}
+    person = bot | {"from": {"id": 9, "is_bot": False}}
+    for quoted, words in ((bot, "yes"), (person, "")):
+        item = message(text="yes", reply_to_message=quoted, quote={"text": "May I", "position": 0})
+        assert isinstance(item, Inbound)
+        assert (item.text, item.words) == ("yes\n\n[In reply to this message]\nMay I", words)
+
+
 @pytest.mark.parametrize(
     ("fields", "text", "files"),
     [
@@ -174,6 +197,12 @@ def test_a_reply_to_another_person_brings_the_words_that_it_answers(field: str) 
                 "entities": [{"type": "text_link", "offset": 7, "length": 4, "url": "https://e.x"}],
             },
             "😀 see here (https://e.x)",
+            [],
+        ),
+        # An offset within a character.
+        (
+            {"text": "😀", "entities": [{"type": "text_link", "offset": 0, "length": 1, "url": "https://e.x"}]},
+            "\ufffd (https://e.x)\ufffd",
             [],
         ),
         (

@@ -92,6 +92,8 @@ async def test_a_body_that_is_not_plain_xml_is_refused(fake: WeComStandIn, wecom
     [
         ({"Content": "<!DOCTYPE html> <!-- why? --> <?php <![CDATA["}, "<!DOCTYPE html> <!-- why? --> <?php <![CDATA["),
         ({"Content": "a]]]]><![CDATA[>b"}, "a]]>b"),
+        # XML does not allow them, and people paste them.
+        ({"Content": "a\0\x08b\x0b\x1f\ufffe\uffffc\td"}, "abc\td"),
         ({"MsgType": "voice", "MediaId": "m", "Recognition": "spoken"}, "spoken"),
         ({"MsgType": "event", "Event": "CLICK", "EventKey": "menu"}, "menu"),
     ],
@@ -103,6 +105,13 @@ async def test_what_people_write_say_and_choose_is_read(
     item = wecom.one((body, {}), query=query)
     assert isinstance(item, Inbound)
     assert (item.text, item.attachments) == (text, ())
+
+
+async def test_half_a_character_loses_no_message(fake: WeComStandIn, wecom: Adapter) -> None:
+    body, query = fake.call(fake.message("a?b").replace(b"?", b"\xed\xa0\xbd"))
+    item = wecom.one((body, {}), query=query)
+    assert isinstance(item, Inbound)
+    assert item.text == "ab"
 
 
 ENTITY = '<!DOCTYPE xml [<!ENTITY a "x">]>'

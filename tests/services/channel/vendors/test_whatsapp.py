@@ -13,7 +13,7 @@ from infra.clock import utcnow
 from infra.errors import EffectFailed, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
 from services.channel.events import Attachment
-from services.channel.vendors.base import AccountRefused, Request, UnreadableCall
+from services.channel.vendors.base import AccountRefused, Request
 from services.channel.vendors.items import Ignored, Inbound, Reacted, Receipt
 from services.channel.vendors.whatsapp import WhatsApp, WhatsAppCredentials
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
@@ -106,8 +106,26 @@ async def test_a_reaction_names_its_message(fake: WhatsAppStandIn, whatsapp: Ada
         item = whatsapp.one(fake.call(reaction))
         assert isinstance(item, Reacted)
         assert item[1:] == ("message/wamid.0", "wamid.0", "491", signs, "all", 1_700_000_000, "")
-    with pytest.raises(UnreadableCall):
-        whatsapp.one(fake.call(reaction | {"timestamp": "soon"}))
+    assert isinstance(whatsapp.one(fake.call(reaction | {"timestamp": "soon"})), Ignored)
+
+
+async def test_an_odd_part_does_not_take_the_others_of_its_batch_away(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
+    good = msgspec.json.decode(fake.call(fake.message("hi"))[0])
+    [entry] = good["entry"]
+    [change] = entry["changes"]
+    refused = {"id": "wamid.9", "status": "failed", "errors": [{"code": "many"}]}
+    for odd in (
+        {"changes": 7},
+        {"changes": [{"value": {}}, change]},
+        {"changes": [{"field": "messages", "value": {"messages": 7}}, change]},
+        {"changes": [{"field": "messages", "value": change["value"] | {"statuses": [{"status": "sent"}, refused]}}]},
+        {"changes": [{"field": "messages", "value": change["value"] | {"messages": [fake.message(person="")]}}]},
+    ):
+        call = fake.signed(msgspec.json.encode(good | {"entry": [odd, entry]}))
+        items = whatsapp.receive(call).items
+        assert items[-1] == Inbound(("message/wamid.1",), "491", "491", "wamid.1", "hi")
+        assert isinstance(items[0], Ignored)
+        assert items[0].reason.startswith("unexpected shape")
 
 
 async def test_sent_statuses_and_other_numbers_are_ignored(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
