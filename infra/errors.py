@@ -75,7 +75,7 @@ class Unanswered(Exception):
 
 
 class InDoubt(Transient):
-    """As `Transient`, but the request may have had its effect. For what is asked again under the same key."""
+    """As `Transient`, but the request may have had its effect. For requests that are repeated under the same key."""
 
 
 class EffectFailed(Exception):

@@ -58,7 +58,7 @@ class MessageReceived(Message, frozen=True, kw_only=True):
     """Who may decide by a message in this channel about a call that waits for approval: asker, chat-admins or
     ``person:<subject id>``. Empty: whom the agent's definition names."""
     words: str = ""
-    """The author's own words, if `text` also quotes a message of the bot: they alone can be a yes or a no to a call that
+    """The author's own words, if `text` also quotes a message of the bot: they alone can allow or refuse a call that
     waits for approval. Empty: `text` can."""
 
 

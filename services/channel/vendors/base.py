@@ -267,7 +267,7 @@ MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 def mended(body: bytes) -> bytes:
     """JSON with U+FFFD in place of halves of characters.
 
-    Programs cut texts in the middle of an emoji, and vendors pass that on, in whatever field it stands.
+    Programs cut texts in the middle of an emoji, and vendors pass that on, in any field.
     """
     return _ESCAPED.sub(lambda found: rb"\ufffd" if found[1] else found[0], body)
 

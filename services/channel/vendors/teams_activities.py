@@ -242,7 +242,7 @@ def _parted(html: str) -> tuple[str, str, str]:
 
 
 def _own_words(activity: Activity, words: str, quoted: str) -> str:
-    """The words, if they stand beside a quotation and no person has written what it quotes."""
+    """The words, if they stand beside a quotation and no person has written the quoted message."""
     replies = [one.quotedReply for one in activity.entities or () if one.quotedReply]
     authors = [reply.senderId for reply in replies]
     if quoted:

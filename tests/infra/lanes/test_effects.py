@@ -139,7 +139,7 @@ async def test_what_nobody_knows_is_not_repeated_after_the_other_side_has_forgot
     world: World, office: Office, error: Exception
 ) -> None:
     kind = new_lane()
-    # The time counts from the first call, whatever comes of the second.
+    # The time counts from the first call, with each end of the second.
     office.errors = [InDoubt("no answer"), error]
     async with world.process(office.work("keyed", lane=kind, key_known=timedelta(hours=1))) as database:
         office.meanwhile = partial(minutes_pass, database, kind.name, 40)

@@ -67,7 +67,7 @@ ERRORS: dict[str, dict[type[Exception], list[tuple[int, Any]]]] = {
                 "restricted_action_read_only_channel",
                 "messages_tab_disabled",
                 "cannot_reply_to_message",
-                # The bot is no member of this conversation.
+                # The bot is not a member of this conversation.
                 "no_permission",
             )
         ],

@@ -40,7 +40,7 @@ async def test_each_event_of_a_batch_is_read(fake: LineStandIn, line: Adapter) -
 async def test_a_person_without_an_id_never_counts_as_the_one_who_wrote_before(
     fake: LineStandIn, line: Adapter
 ) -> None:
-    """Else a stranger's yes would allow what another person has asked for."""
+    """Else a stranger's yes would allow the call that another person has asked for."""
     group = {"type": "group", "groupId": "C9"}
     events = [fake.event("delete it", source=group), fake.event("yes", source=group)]
     pressed = fake.event(source=group) | {"type": "postback", "postback": {"data": "yes"}}

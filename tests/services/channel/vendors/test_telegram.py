@@ -97,7 +97,7 @@ def test_a_channels_post_in_its_group_is_ignored_and_people_there_are_not() -> N
 
 @pytest.mark.parametrize("chat", [-100, -1001])
 def test_who_writes_in_the_name_of_a_chat_never_counts_as_the_one_who_wrote_before(chat: int) -> None:
-    """Else one administrator's yes would allow what another one has asked for."""
+    """Else one administrator's yes would allow the call that another one has asked for."""
     bot: dict[str, object] = {"from": {"id": 1087968824, "is_bot": True}, "sender_chat": {"id": chat}}
     asked, answered = (message(chat={"id": -100}, message_id=id_, **bot) for id_ in (7, 8))
     assert isinstance(asked, Inbound)
