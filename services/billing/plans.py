@@ -13,6 +13,7 @@ from infra.clock import uuid7
 from infra.errors import NotFound
 from infra.postgres.tx import Tx
 from services.billing.calendar import Interval
+from services.billing.domain import PART_OF
 from services.billing.schemes import Scheme, SchemeTier, amount, half_even, part
 
 
@@ -79,8 +80,9 @@ def lines(plan: Plan, metered: Sequence[MeteredQuantity], seconds: int, full_sec
     """Returns the lines of a period that is `seconds` of a whole period of `full_seconds`, without the one up to the
     commitment.
 
-    The base fee and the included quantities are shares of the whole period. Late usage of an earlier period is charged
-    like the other usage and named in the description.
+    The base fee and the included quantities are shares of the whole period. A part with a charge of its own, such as
+    cached tokens, is charged by it and the whole without the part, as in the price book. Late usage of an earlier
+    period is charged like the other usage and named in the description.
     """
     found = []
     if plan.base_nanos and seconds:
@@ -88,13 +90,17 @@ def lines(plan: Plan, metered: Sequence[MeteredQuantity], seconds: int, full_sec
         found.append(DraftLine(f"{plan.name}: base fee{share(seconds, full_seconds)}", 1, str(due), due, {}))
     for charge in plan.charges:
         left = sum(part(item.quantity, seconds, full_seconds) for item in plan.included if item.meter == charge.meter)
+        apart = sorted({other.meter for other in plan.charges if PART_OF.get(other.meter) == charge.meter})
+        parts = [dict(_grouped(metered, meter, charge.by)) for meter in apart]
         for value, items in _grouped(metered, charge.meter, charge.by):
-            quantity = sum(item.quantity for item in items)
+            without = [item for groups in parts for item in groups.get(value, ())]
+            quantity = max(0, sum(item.quantity for item in items) - sum(item.quantity for item in without))
             free = min(left, quantity)
             left -= free
+            meter = charge.meter + _without(apart)
             found.append(
                 DraftLine(
-                    f"{plan.name}: {charge.meter}{_named(charge.by, value)}{_free(free)}{_late(items)}",
+                    f"{plan.name}: {meter}{_named(charge.by, value)}{_free(free)}{_late(items)}",
                     quantity,
                     str(charge.tiers[0].unit_nanos) if charge.scheme == "per_unit" else "",
                     amount(charge.scheme, charge.tiers, quantity, included=free, package_size=charge.package_size or 1),
@@ -135,6 +141,10 @@ def _grouped(metered: Sequence[MeteredQuantity], meter: str, by: str | None) -> 
         if item.meter == meter:
             groups.setdefault(getattr(item, by) if by else "", []).append(item)
     return sorted(groups.items())
+
+
+def _without(meters: Sequence[str]) -> str:
+    return f" without {' and '.join(meters)}" if meters else ""
 
 
 def _named(by: str | None, value: str) -> str:

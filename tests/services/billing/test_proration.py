@@ -95,6 +95,29 @@ def test_the_allowance_is_a_share_and_the_tiers_are_not(used: int, days: int, ex
     assert sum(line.amount_nanos for line in found) == expected, derivation
 
 
+PARTS = {"input_tokens": 100, "cached_tokens": 90, "output_tokens": 100, "reasoning_tokens": 80}
+
+
+@pytest.mark.parametrize(
+    ("prices", "expected", "derivation"),
+    [
+        ({"input_tokens": 200, "cached_tokens": 50}, 6500, "10 × 200 + 90 × 50"),
+        ({"input_tokens": 200}, 20_000, "100 × 200: the part has no price of its own"),
+        ({"cached_tokens": 50}, 4500, "90 × 50"),
+        ({"output_tokens": 800, "reasoning_tokens": 800}, 80_000, "20 × 800 + 80 × 800"),
+        ({"input_tokens": 200, "reasoning_tokens": 800}, 84_000, "100 × 200 + 80 × 800: a part of another whole"),
+    ],
+)
+@pytest.mark.parametrize("by", [None, "model"])
+def test_a_part_with_a_charge_of_its_own_is_charged_once(
+    prices: dict[str, int], expected: int, derivation: str, by: str | None
+) -> None:
+    charges = [PlanCharge(meter, "per_unit", [SchemeTier(None, Decimal(n))], by) for meter, n in prices.items()]
+    metered = [MeteredQuantity(meter, model, "", "", False, n, 1) for model in "ab" for meter, n in PARTS.items()]
+    found = lines(Plan("P", "USD", "month", 0, charges=charges), metered, 1, 1)
+    assert sum(line.amount_nanos for line in found) == 2 * expected, derivation
+
+
 @pytest.mark.parametrize(
     ("nanos", "markup", "expected", "derivation"),
     [
