@@ -160,10 +160,7 @@ async def add_credit(
     if account.credit_nanos is not None:
         if account.credit_nanos + amount_nanos > MAX_CREDIT_NANOS:
             raise InvalidMessage(field, f"the credit would exceed {MAX_CREDIT_NANOS}")
-        await tx.sql(
-            "UPDATE account SET credit_nanos = credit_nanos + $2 WHERE tenant_id = $1", tenant_id, amount_nanos
-        )
-        await write_entries(tx, [Entry(tenant_id, "credit", amount_nanos, reason=reason, actor=actor)])
+        await change_limit(tx, tenant_id, amount_nanos, reason=reason, actor=actor)
     return await grants.add(
         tx,
         tenant_id,
@@ -177,6 +174,21 @@ async def add_credit(
         rollover_nanos=rollover_nanos,
         source=source,
     )
+
+
+async def change_limit(tx: Tx, tenant_id: str, nanos: int, *, reason: str, actor: str) -> None:
+    """Raises the limit of an account that has one or, below zero, lowers it. The caller has locked the account."""
+    if nanos and await tx.sql(
+        """
+        UPDATE account
+        SET credit_nanos = credit_nanos + $2
+        WHERE tenant_id = $1 AND credit_nanos IS NOT NULL
+        RETURNING tenant_id
+        """,
+        tenant_id,
+        nanos,
+    ):
+        await write_entries(tx, [Entry(tenant_id, "credit", nanos, reason=reason, actor=actor)])
 
 
 async def debit(tx: Tx, entries: Sequence[Entry]) -> None:

@@ -22,7 +22,12 @@ SERIES, CREDIT_SERIES = "INV", "CN"
 
 
 async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, actor: str) -> Invoice:
-    """Numbers a draft, books it, and applies grants. A finalised invoice is answered as it is."""
+    """Numbers a draft, books it, and applies grants. A finalised invoice is answered as it is.
+
+    The limit of the account has counted the period's usage at the price book's prices, and the grants have paid fees,
+    markup and tax as well. If they have paid more than the usage, the limit is lowered by the difference; if they have
+    paid less and nothing is due, it is raised by it. So the tenant may use the rest of its grants.
+    """
     await accounts.lock_one(tx, tenant_id)
     draft = await invoices.get(tx, tenant_id, invoice_id)
     if draft.status != "draft":
@@ -32,6 +37,7 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
     unit = nanos_per_minor(draft.currency)
     now = utcnow()
     await grants.settle(tx, tenant_id)
+    await grants.give_kept_back(tx, tenant_id, invoice_id)
     await journal.post(
         tx,
         tenant_id,
@@ -49,6 +55,7 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
     # Only whole minor units of grants are applied; the rest of a grant stays.
     applied = min(total, await grants.left(tx, tenant_id) // unit) if total > 0 else 0
     await grants.burn(tx, tenant_id, applied * unit, for_="receivable", reference=str(invoice_id))
+    number = await _number(tx, tenant_id, SERIES)
     await tx.sql(
         """
         UPDATE invoice
@@ -59,7 +66,7 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
         tenant_id,
         invoice_id,
         "paid" if applied >= total else "finalised",
-        await _number(tx, tenant_id, SERIES),
+        number,
         *taxed,
         total,
         applied,
@@ -70,7 +77,7 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
     )
     if total < 0:
         # Corrections are larger than the charges: the tenant is owed the rest.
-        await accounts.add_credit(
+        await grants.add(
             tx,
             tenant_id,
             -total * unit,
@@ -79,7 +86,26 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
             actor=actor,
             source="receivable",
         )
+    unpaid = await _usage_nanos(tx, tenant_id, invoice_id) - min(applied, total) * unit
+    if unpaid < 0 or applied >= total:
+        reason = f"difference between invoice {number} and its usage"
+        await accounts.change_limit(tx, tenant_id, unpaid, reason=reason, actor=actor)
     return await invoices.get(tx, tenant_id, invoice_id)
+
+
+async def _usage_nanos(tx: Tx, tenant_id: str, invoice_id: UUID) -> int:
+    """Returns the usage and the corrections of an invoice's period at the price book's prices."""
+    [(nanos,)] = await tx.sql(
+        """
+        SELECT coalesce(sum(b.quantity), 0)::bigint
+        FROM invoice AS i
+        JOIN usage_bucket AS b USING (tenant_id, period)
+        WHERE i.tenant_id = $1 AND i.invoice_id = $2 AND b.meter IN ('cost_nanos', 'correction_nanos')
+        """,
+        tenant_id,
+        invoice_id,
+    )
+    return int(nanos)
 
 
 async def _number(tx: Tx, tenant_id: str, series: str) -> str:

@@ -1,7 +1,8 @@
 """Grants of credit, in the table ``credit_grant``. They are burned by priority (low numbers first), expiry, then age.
 
 Usage outside of the time of a subscription burns grants by its price; usage of a subscription's period burns them when
-its invoice is finalised. Burning is computed lazily: between two changes of the set of grants the order of burning is
+its invoice is finalised. If a grant expires before, the part for the usage until then is kept for the invoice, in the
+table ``kept_credit``. Burning is computed lazily: between two changes of the set of grants the order of burning is
 the same, so the debits since the last change are burned together at the next one. The caller holds the account's lock.
 """
 
@@ -30,6 +31,7 @@ class Grant(BaseModel):
     kind: Kind
     nanos: int
     left_nanos: int
+    """Without the part that is kept for invoices of usage before `expires_at`."""
     priority: int
     expires_at: datetime | None
     """Null: never."""
@@ -202,9 +204,13 @@ async def _expire(tx: Tx, tenant_id: str) -> None:
     await tx.sql(
         """
         UPDATE account
-        SET next_expiry = coalesce(
-            (SELECT min(expires_at) FROM credit_grant WHERE tenant_id = $1 AND left_nanos > 0), 'infinity'
-        )
+        SET next_expiry = coalesce((
+            -- The part that waits for holds is looked at again.
+            SELECT min(CASE WHEN expires_at > clock_timestamp() THEN expires_at
+                            ELSE clock_timestamp() + interval '1 minute' END)
+            FROM credit_grant
+            WHERE tenant_id = $1 AND left_nanos > 0
+        ), 'infinity')
         WHERE tenant_id = $1
         """,
         tenant_id,
@@ -214,30 +220,49 @@ async def _expire(tx: Tx, tenant_id: str) -> None:
 async def _expire_once(tx: Tx, tenant_id: str) -> None:
     rows = await tx.sql(
         """
-        WITH due AS (
-            SELECT grant_id, CASE
-                WHEN rollover_until IS NULL THEN left_nanos
-                ELSE greatest(0, left_nanos - coalesce(rollover_nanos, left_nanos))
-            END AS gone
-            FROM credit_grant
-            WHERE tenant_id = $1 AND left_nanos > 0 AND expires_at <= clock_timestamp()
-        )
-        UPDATE credit_grant AS g
-        SET expired_nanos = g.expired_nanos + due.gone, left_nanos = g.left_nanos - due.gone,
-            expires_at = coalesce(g.rollover_until, g.expires_at), rollover_until = NULL, rollover_nanos = NULL
-        FROM due
-        WHERE g.tenant_id = $1 AND g.grant_id = due.grant_id
-        RETURNING g.grant_id, g.kind, due.gone
+        SELECT grant_id, kind, expires_at, expires_at > clock_timestamp() - interval '1 day',
+               CASE
+                   WHEN rollover_until IS NULL THEN left_nanos
+                   ELSE greatest(0, left_nanos - coalesce(rollover_nanos, left_nanos))
+               END
+        FROM credit_grant
+        WHERE tenant_id = $1 AND left_nanos > 0 AND expires_at <= clock_timestamp()
+        ORDER BY priority, expires_at, number
         """,
         tenant_id,
     )
-    for grant_id, kind, nanos in rows:
-        if not nanos:
+    # Work that is under way may still use the credit that it has reserved. No hold is open for more than a day.
+    [(reserved,)] = await tx.sql(
+        """
+        SELECT coalesce(sum(held_nanos), 0)::bigint
+        FROM hold
+        WHERE tenant_id = $1 AND ended_at IS NULL AND expires_at > clock_timestamp()
+        """,
+        tenant_id,
+    )
+    for grant_id, kind, expires_at, is_new, rest in rows:
+        kept = await _keep(tx, tenant_id, grant_id, expires_at, rest)
+        waits = min(rest - kept, reserved) if is_new else 0
+        reserved -= waits
+        gone = rest - kept - waits
+        await tx.sql(
+            """
+            UPDATE credit_grant
+            SET expired_nanos = expired_nanos + $3, left_nanos = left_nanos - $3 - $4,
+                expires_at = coalesce(rollover_until, expires_at), rollover_until = NULL, rollover_nanos = NULL
+            WHERE tenant_id = $1 AND grant_id = $2
+            """,
+            tenant_id,
+            grant_id,
+            gone,
+            kept,
+        )
+        if not gone:
             continue
         # Credit that was paid for and not used is ours now; credit that was given never cost us anything.
         to: JournalAccount = "revenue" if kind == "prepaid" else "promotional_cost"
         await journal.post(
-            tx, tenant_id, "expiry", str(grant_id), {_OWED[kind]: nanos, to: -nanos}, reason="expired", actor="billing"
+            tx, tenant_id, "expiry", str(grant_id), {_OWED[kind]: gone, to: -gone}, reason="expired", actor="billing"
         )
         await tx.sql(
             """
@@ -247,10 +272,75 @@ async def _expire_once(tx: Tx, tenant_id: str) -> None:
             WHERE tenant_id = $1 AND credit_nanos IS NOT NULL
             """,
             tenant_id,
-            nanos,
+            gone,
             f"grant {grant_id} expired",
         )
-        await tx.sql("UPDATE account SET credit_nanos = credit_nanos - $2 WHERE tenant_id = $1", tenant_id, nanos)
+        await tx.sql("UPDATE account SET credit_nanos = credit_nanos - $2 WHERE tenant_id = $1", tenant_id, gone)
+
+
+async def _keep(tx: Tx, tenant_id: str, grant_id: UUID, expired_at: datetime, rest: int) -> int:
+    """Keeps up to `rest` of an expired grant for the usage before its expiry (to the hour) whose invoice is not
+    finalised. Returns the amount. The caller takes it off the grant."""
+    rows = await tx.sql(
+        """
+        SELECT p.period, sum(b.quantity)::bigint - coalesce((
+                   SELECT sum(k.nanos) FROM kept_credit AS k WHERE k.tenant_id = p.tenant_id AND k.period = p.period
+               ), 0)::bigint
+        FROM period AS p
+        JOIN usage_bucket AS b ON b.tenant_id = p.tenant_id AND b.period = p.period
+        WHERE p.tenant_id = $1 AND b.meter IN ('cost_nanos', 'correction_nanos') AND b.hour < $2 AND NOT EXISTS (
+            SELECT FROM invoice AS i
+            WHERE i.tenant_id = p.tenant_id AND i.period = p.period AND i.status <> 'draft'
+        )
+        GROUP BY p.tenant_id, p.period, p.begins
+        ORDER BY p.begins, p.period
+        """,
+        tenant_id,
+        expired_at,
+    )
+    kept = 0
+    for period, missing in rows:
+        nanos = min(missing, rest - kept)
+        if nanos <= 0:
+            continue
+        kept += nanos
+        await tx.sql(
+            """
+            INSERT INTO kept_credit AS k (tenant_id, period, grant_id, nanos)
+            VALUES ($1, $2, $3, $4)
+            ON CONFLICT (tenant_id, period, grant_id) DO UPDATE SET nanos = k.nanos + excluded.nanos
+            """,
+            tenant_id,
+            period,
+            grant_id,
+            nanos,
+        )
+    return kept
+
+
+async def give_kept_back(tx: Tx, tenant_id: str, invoice_id: UUID) -> None:
+    """Gives the credit that was kept for an invoice back to its grants. The invoice burns it, and the rest of it
+    expires at the next settlement."""
+    await tx.sql(
+        """
+        WITH kept AS (
+            DELETE FROM kept_credit
+            WHERE tenant_id = $1 AND period = (SELECT period FROM invoice WHERE tenant_id = $1 AND invoice_id = $2)
+            RETURNING grant_id, nanos
+        ),
+        given AS (
+            UPDATE credit_grant AS g
+            SET left_nanos = g.left_nanos + kept.nanos
+            FROM kept
+            WHERE g.tenant_id = $1 AND g.grant_id = kept.grant_id
+        )
+        UPDATE account
+        SET next_expiry = '-infinity'
+        WHERE tenant_id = $1 AND EXISTS (SELECT FROM kept)
+        """,
+        tenant_id,
+        invoice_id,
+    )
 
 
 async def listed(

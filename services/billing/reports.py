@@ -35,7 +35,8 @@ class Balance(BaseModel):
     tenant_id: str
     currency: str
     credit_nanos: int | None
-    """The sum of all credit ever granted. Null: no limit."""
+    """The sum of all credit ever granted, less the expired part and the differences between invoices that grants have
+    paid and their usage. Null: no limit."""
     debited_nanos: int
     balance_nanos: int | None
     """Credit minus debits. Null: no limit."""

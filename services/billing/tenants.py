@@ -32,6 +32,7 @@ KEPT = (
     "invoice_series",
     "journal_entry",
     "journal_line",
+    "kept_credit",
     "ledger_entry",
     "payment",
     "payment_terms",

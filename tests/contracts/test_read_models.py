@@ -83,6 +83,7 @@ TABLES: dict[str, Source | Derived | Work] = {
     "billing.invoice_series": Source("numbers of documents"),
     "billing.journal_entry": Source("bookings"),
     "billing.journal_line": Source("bookings"),
+    "billing.kept_credit": Source("credit"),
     "billing.ledger_entry": Source("bookings"),
     "billing.payment": Source("payments"),
     "billing.payment_event": Source("told by the payment provider"),

@@ -184,10 +184,35 @@ async def agree(history: History) -> None:
         await grants.settle(tx, tenant_id)
         balances = await journal.balances(tx, tenant_id)
         known = await invoices.listed(tx, tenant_id, after=None, limit=1000)
-        [(debited, invoiced, burned)] = await tx.sql(
-            "SELECT debited_nanos, invoiced_nanos, burned_nanos FROM account WHERE tenant_id = $1",
+        [(debited, invoiced, burned, credit)] = await tx.sql(
+            "SELECT debited_nanos, invoiced_nanos, burned_nanos, credit_nanos FROM account WHERE tenant_id = $1",
             tenant_id,
         )
+        [(not_asked,)] = await tx.sql(
+            """
+            SELECT coalesce(sum(b.quantity), 0)::bigint
+            FROM usage_bucket AS b
+            WHERE b.tenant_id = $1 AND b.meter IN ('cost_nanos', 'correction_nanos') AND b.period <> 0 AND NOT EXISTS (
+                SELECT FROM invoice AS i
+                WHERE i.tenant_id = b.tenant_id AND i.period = b.period AND i.status <> 'draft'
+            )
+            """,
+            tenant_id,
+        )
+        kept = {
+            kind: int(nanos)
+            for kind, nanos in await tx.sql(
+                """
+                SELECT g.kind, sum(k.nanos)
+                FROM kept_credit AS k JOIN credit_grant AS g USING (tenant_id, grant_id)
+                WHERE tenant_id = $1 AND k.period NOT IN (
+                    SELECT period FROM invoice WHERE tenant_id = $1 AND status <> 'draft'
+                )
+                GROUP BY g.kind
+                """,
+                tenant_id,
+            )
+        }
         sums = {
             outside: int(total)
             for outside, total in await tx.sql(
@@ -260,8 +285,10 @@ async def agree(history: History) -> None:
     assert burned <= debited - invoiced
     assert burned == debited - invoiced or left == 0, "usage is not covered while there is credit"
     # Grants: the debt to the tenant.
-    assert balances.get("prepaid", 0) == -owed.get("prepaid", 0)
-    assert balances.get("promotional_credit", 0) == -owed.get("promotional", 0)
+    assert balances.get("prepaid", 0) == -owed.get("prepaid", 0) - kept.get("prepaid", 0)
+    assert balances.get("promotional_credit", 0) == -owed.get("promotional", 0) - kept.get("promotional", 0)
+    unpaid = debited - invoiced - burned + not_asked
+    assert credit is None or credit - debited <= left + sum(kept.values()) - unpaid, "more can be used than was paid"
     # Invoices.
     asked = 0
     for one in known:

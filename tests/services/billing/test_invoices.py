@@ -519,6 +519,117 @@ async def test_grants_pay_an_invoice_in_whole_minor_units(billing: Billing) -> N
     assert found == {"cash": 12 * UNIT + 1, "prepaid": -1, "receivable": 18 * UNIT, "revenue": -30 * UNIT}
 
 
+async def limited(billing: Billing, nanos: int, **changes: Any) -> tuple[Tenant, dict[str, Any], str]:
+    """A tenant that has paid `nanos` in advance and has a subscription, with a model whose input costs 0.1 a token."""
+    tenant = await billing.tenant(credit_nanos=0)
+    await post(billing, "grants", {"tenant_id": tenant.id, "nanos": nanos, "kind": "prepaid", "reason": "r"})
+    made = await post(billing, "plans", plan(charges=[], included=[], **changes))
+    body = {"tenant_id": tenant.id, "plan_id": made["id"], "starts_at": START.isoformat(), **ANCHOR}
+    subscription = await post(billing, "subscriptions", body)
+    price = {"resource": (model := f"acme/{uuid7()}"), "nanos_per_unit": {"input_tokens": str(UNIT // 10)}}
+    await post(billing, "prices", price | {"valid_from": (START - timedelta(days=1)).isoformat()})
+    return tenant, subscription, model
+
+
+async def finalised(billing: Billing, tenant: Tenant) -> dict[str, Any]:
+    made = await draft(billing, tenant)
+    return dict(await post(billing, f"invoices/{made['id']}/finalise", status=200))
+
+
+async def left(tenant: Tenant) -> int:
+    return sum(item["left_nanos"] for item in (await tenant.http.get("/api/v1/grants")).json()["items"])
+
+
+async def balance(tenant: Tenant) -> int:
+    found = (await tenant.get("balance"))["balance_nanos"]
+    assert sum(entry["amount_nanos"] for entry in (await tenant.get("ledger"))["items"]) == found
+    return int(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "total", "derivation"),
+    [
+        ({"base_nanos": 50 * UNIT}, 94, "the fee and 40 + 10 %"),
+        ({"base_nanos": 0}, 44, "40 + 10 %"),
+        ({"base_nanos": 0, "minimum_nanos": 60 * UNIT}, 60, "the commitment"),
+        ({"base_nanos": 0, "usage_markup_percent": -50}, 20, "40 - 50 %"),
+        ({"base_nanos": 0, "usage_markup_percent": None}, 0, "usage costs nothing"),
+    ],
+)
+async def test_what_grants_have_paid_for_an_invoice_cannot_be_used_again(
+    billing: Billing, changes: dict[str, Any], total: int, derivation: str
+) -> None:
+    tenant, _, model = await limited(billing, 100 * UNIT, **changes)
+    await tenant.use("a", model, occurred_at=START, input_tokens=400)
+    await tenant.verdict("a")
+    assert await balance(tenant) == 60 * UNIT
+    done = await finalised(billing, tenant)
+    assert (done["applied_minor"], done["due_minor"]) == (total * 100, 0), derivation
+    assert await balance(tenant) == await left(tenant) == (100 - total) * UNIT
+
+
+async def test_usage_whose_invoice_is_still_due_cannot_be_used_again(billing: Billing) -> None:
+    tenant, _, model = await limited(billing, 10 * UNIT, base_nanos=0)
+    await tenant.use("a", model, occurred_at=START, input_tokens=400)
+    await tenant.verdict("a")
+    done = await finalised(billing, tenant)
+    assert (done["applied_minor"], done["due_minor"]) == (1000, 3400)
+    assert (await balance(tenant), await left(tenant)) == (-30 * UNIT, 0)
+
+
+async def expire(tenant: Tenant, ago: timedelta) -> None:
+    """Moves the expiry of all grants into the past."""
+    await tenant.sql("UPDATE credit_grant SET expires_at = $2 WHERE tenant_id = $1", tenant.id, utcnow() - ago)
+    await tenant.sql("UPDATE account SET next_expiry = now() WHERE tenant_id = $1", tenant.id)
+
+
+@pytest.mark.parametrize(("markup", "total"), [(0, 40), (-50, 20)])
+async def test_credit_that_expires_before_the_invoice_still_pays_the_usage_until_then(
+    billing: Billing, markup: int, total: int
+) -> None:
+    tenant, _, model = await limited(billing, 100 * UNIT, base_nanos=0, usage_markup_percent=markup)
+    await tenant.use("before", model, occurred_at=START, input_tokens=400)
+    # This was used after the expiry: the credit is not kept for it.
+    await tenant.use("after", model, input_tokens=10)
+    for usage_id in ("before", "after"):
+        await tenant.verdict(usage_id)
+    await expire(tenant, timedelta(hours=2))
+    assert (await balance(tenant), await left(tenant)) == (-UNIT, 0)
+    assert await journal(tenant) == {"cash": 100 * UNIT, "prepaid": -40 * UNIT, "revenue": -60 * UNIT}
+    done = await finalised(billing, tenant)
+    assert (done["applied_minor"], done["due_minor"], done["status"]) == (total * 100, 0, "paid")
+    # The part that the invoice did not need has expired, too.
+    assert (await balance(tenant), await left(tenant)) == (-UNIT, 0)
+    assert await journal(tenant) == {"cash": 100 * UNIT, "revenue": -100 * UNIT}
+    [grant] = (await tenant.http.get("/api/v1/grants")).json()["items"]
+    assert grant["expired_nanos"] == (100 - total) * UNIT
+
+
+async def test_credit_that_a_hold_reserves_expires_when_the_hold_has_ended(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=0)
+    await post(billing, "grants", {"tenant_id": tenant.id, "nanos": 1000, "kind": "prepaid", "reason": "r"})
+    hold_id = uuid7()
+    assert (await tenant.reserve(hold_id=hold_id, input_tokens=4)).granted
+    await expire(tenant, timedelta(seconds=1))
+    assert (await balance(tenant), await left(tenant)) == (600, 600)
+    [(soon,)] = await tenant.sql("SELECT next_expiry > now() FROM account WHERE tenant_id = $1", tenant.id)
+    assert soon, "each request would look at the grants again"
+    await tenant.use("a", hold_id=hold_id, input_tokens=3, output_tokens=0)
+    await tenant.verdict("a")
+    await expire(tenant, timedelta(seconds=1))
+    assert (await balance(tenant), await left(tenant)) == (0, 0)
+    assert await journal(tenant) == {"cash": 1000, "revenue": -1000}
+    [grant] = (await tenant.http.get("/api/v1/grants")).json()["items"]
+    assert grant["expired_nanos"] == 550
+
+
+async def test_a_hold_keeps_expired_credit_for_a_day_at_most(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=1000)
+    assert (await tenant.reserve(input_tokens=4)).granted
+    await expire(tenant, timedelta(days=1))
+    assert await left(tenant) == 0
+
+
 async def test_totals_use_the_minor_unit_of_the_currency(billing: Billing) -> None:
     for currency, total in (("JPY", 12), ("KWD", 12346)):
         tenant = await billing.tenant(currency=currency)
