@@ -1,9 +1,10 @@
 """Subscriptions and their periods, in the tables ``subscription`` and ``period``.
 
 Each counted record belongs to one period, chosen when it is counted under the lock of the tenant's account: the open
-period that contains its time or, if that one is closed, the oldest open one, and then the record is marked late. If the
-subscription has ended and has no open one, an empty period is added for it. A period is closed under the same lock,
-once. So each record is in exactly one invoice.
+period that contains its time or, if that one is closed, the oldest open one with the same plan, and then the record is
+marked late. If there is none, because the subscription has ended or its plan was changed, an empty period with that
+plan is added. So late usage and corrections are charged by the plan of their time. A period is closed under the same
+lock, once. So each record is in exactly one invoice.
 
 A subscription that goes on always has an open period. A change of the plan ends the period and begins another one.
 """
@@ -11,7 +12,7 @@ A subscription that goes on always has an open period. A change of the plan ends
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache
 from typing import Literal, NamedTuple
 from uuid import UUID
@@ -29,6 +30,8 @@ from services.billing.domain import MAX_AGE
 # Farther in the past, usage of that time would be too old to be counted.
 MAX_DAYS_AGO = 45
 MAX_DAYS_AHEAD = 3_660
+# Re-rating reaches back to the midnight before the oldest usage that is still counted.
+_CORRECTED = MAX_AGE + timedelta(days=2)
 
 
 # It reads hundreds of files.
@@ -81,19 +84,23 @@ class Place(NamedTuple):
 NOWHERE = Place(0, False)
 
 
-class _Open(NamedTuple):
-    """A subscription with one of its open periods, or that has ended and has none."""
+class _Known(NamedTuple):
+    """A period that is open, or closed and so young that usage of its time may still come."""
 
     subscription_id: UUID
-    starts_at: datetime
-    ends_at: datetime | None
-    period: int | None
-    begins: datetime | None
-    ends: datetime | None
+    plan_id: UUID
+    plan_version: int
+    period: int
+    begins: datetime
+    ends: datetime
+    is_open: bool
 
     def contains(self, at: datetime) -> bool:
-        """The subscription contains the time."""
-        return self.starts_at <= at and (self.ends_at is None or at < self.ends_at)
+        return self.begins <= at < self.ends
+
+    @property
+    def terms(self) -> tuple[UUID, UUID, int]:
+        return self.subscription_id, self.plan_id, self.plan_version
 
 
 _PERIOD = (
@@ -105,73 +112,72 @@ async def place(tx: Tx, records: Sequence[tuple[str, datetime]]) -> list[Place]:
     """Returns the period of each record (tenant, time of use). The caller has locked the tenants' accounts."""
     now = utcnow()
     tenants = sorted({tenant_id for tenant_id, _ in records})
-    found = await _open_periods(tx, tenants, now)
+    found = await _periods(tx, tenants, now)
     for tenant_id, periods in found.items():
-        ends = [period.ends for period in periods if period.ends]
+        ends = [period.ends for period in periods if period.is_open]
         if ends and now >= max(ends):
             await extend(tx, tenant_id, now)
-            found |= await _open_periods(tx, [tenant_id], now)
+            found |= await _periods(tx, [tenant_id], now)
     places = []
     for tenant_id, at in records:
         if tenant_id not in found:
             places.append(NOWHERE)
             continue
-        place, ended = _place(found[tenant_id], min(at, now))
-        if ended:
-            await _add_supplement(tx, tenant_id, ended, now)
-            found |= await _open_periods(tx, [tenant_id], now)
+        place, closed = _place(found[tenant_id], min(at, now))
+        if closed:
+            await _add_supplement(tx, tenant_id, closed, now)
+            found |= await _periods(tx, [tenant_id], now)
             place, _ = _place(found[tenant_id], min(at, now))
         places.append(place)
     return places
 
 
-def _place(periods: Sequence[_Open], at: datetime) -> tuple[Place, UUID | None]:
-    """Returns the period, or the subscription that has ended and needs one more."""
+def _place(periods: Sequence[_Known], at: datetime) -> tuple[Place, int | None]:
+    """Returns the period, or the closed period that needs another one with its plan."""
     for period in periods:
-        if period.begins and period.ends and period.period and period.begins <= at < period.ends:
+        if period.is_open and period.contains(at):
             return Place(period.period, False), None
-    # Its period is closed. The oldest open period of the same subscription takes it.
-    for period in periods:
-        if period.contains(at):
-            return (Place(period.period, True), None) if period.period else (NOWHERE, period.subscription_id)
+    for closed in periods:
+        if closed.contains(at):
+            for period in periods:
+                if period.is_open and period.terms == closed.terms:
+                    return Place(period.period, True), None
+            return NOWHERE, closed.period
     return NOWHERE, None
 
 
-async def _open_periods(tx: Tx, tenants: Iterable[str], now: datetime) -> dict[str, list[_Open]]:
-    """Returns the open periods in the order of their time, and the subscriptions whose late usage has none."""
+async def _periods(tx: Tx, tenants: Iterable[str], now: datetime) -> dict[str, list[_Known]]:
+    """Returns the periods in the order of their time."""
     rows = await tx.sql(
         """
-        SELECT s.tenant_id, s.subscription_id, s.starts_at, nullif(s.ends_at, 'infinity'), p.period, p.begins, p.ends
-        FROM subscription AS s
-        LEFT JOIN period AS p
-            ON p.tenant_id = s.tenant_id AND p.subscription_id = s.subscription_id AND p.closed_at IS NULL
-        WHERE s.tenant_id = ANY($1::text[]) AND s.starts_at < s.ends_at AND (p.period IS NOT NULL OR s.ends_at > $2)
-        ORDER BY s.tenant_id, p.begins
+        SELECT tenant_id, subscription_id, plan_id, plan_version, period, begins, ends, closed_at IS NULL
+        FROM period
+        WHERE tenant_id = ANY($1::text[]) AND (closed_at IS NULL OR ends > $2)
+        ORDER BY tenant_id, begins
         """,
         list(tenants),
-        now - MAX_AGE,
+        now - _CORRECTED,
     )
-    found: dict[str, list[_Open]] = {}
+    found: dict[str, list[_Known]] = {}
     for tenant_id, *period in rows:
-        found.setdefault(tenant_id, []).append(_Open(*period))
+        found.setdefault(tenant_id, []).append(_Known(*period))
     return found
 
 
-async def _add_supplement(tx: Tx, tenant_id: str, subscription_id: UUID, now: datetime) -> None:
-    """Adds an empty period to an ended subscription, for usage that came too late for its last one. It is invoiced like
-    the others. It has no fee and no included quantities, which are shares of a period's time."""
+async def _add_supplement(tx: Tx, tenant_id: str, closed: int, now: datetime) -> None:
+    """Adds an empty period with the plan of a closed one, for usage that came too late for it. It is invoiced like the
+    others. It has no fee and no included quantities, which are shares of a period's time."""
     await tx.sql(
         """
         INSERT INTO period (tenant_id, subscription_id, plan_id, plan_version, begins, ends, full_begins, full_ends)
         SELECT tenant_id, subscription_id, plan_id, plan_version, $3, $3, full_begins, full_ends
         FROM period
-        WHERE tenant_id = $1 AND subscription_id = $2
-        ORDER BY begins DESC
-        LIMIT 1
+        WHERE tenant_id = $1 AND period = $2
         """,
         tenant_id,
-        subscription_id,
-        now,
+        closed,
+        # Periods end at full seconds: a subscription that is cancelled now must not end before this one.
+        now.replace(microsecond=0),
     )
 
 

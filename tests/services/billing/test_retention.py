@@ -18,7 +18,7 @@ from services.billing.read_models import READ_MODELS
 from services.billing.tax import Seller
 from tests.services.billing.conftest import Billing, Tenant
 from tests.services.billing.test_budgets import limit
-from tests.services.billing.test_invoices import draft, subscribed
+from tests.services.billing.test_invoices import draft, post, subscribed
 from tests.services.billing.test_races import waits_for_a_lock
 from tests.services.billing.test_rerate import AT, lines, price, rerate
 
@@ -234,6 +234,31 @@ async def test_deleted_records_are_not_rated_again(billing: Billing) -> None:
         assert answer.status_code == status, answer.text
     refused = await billing.operator.post("/api/v1/billing/rerate", json=body | {"from": "2020-01-01T00:00:00Z"})
     assert refused.json()["errors"][0]["field"] == "from"
+
+
+async def test_a_correction_of_the_oldest_record_is_on_an_invoice_of_its_subscription(billing: Billing) -> None:
+    tenant, _ = await subscribed(billing, base_nanos=0, charges=[], included=[])
+    model = f"acme/{uuid7()}"
+    oldest = retention.kept_since(utcnow()) + timedelta(hours=1)
+    body = {"resource": model, "valid_from": (oldest - timedelta(days=1)).isoformat()}
+    await post(billing, "prices", body | {"nanos_per_unit": {"input_tokens": "100"}})
+    await tenant.use("a", model, occurred_at=AT, input_tokens=10)
+    await tenant.verdict("a")
+    await draft(billing, tenant)
+    await tenant.sql("UPDATE usage SET occurred_at = $2 WHERE tenant_id = $1", tenant.id, oldest)
+    await tenant.sql(
+        """
+        UPDATE period
+        SET begins = $2::timestamptz, ends = $2::timestamptz + interval '1 hour'
+        WHERE tenant_id = $1 AND closed_at IS NOT NULL
+        """,
+        tenant.id,
+        oldest,
+    )
+    await post(billing, "prices", body | {"nanos_per_unit": {"input_tokens": "90"}})
+    assert (await rerate(billing, tenant, **{"from": oldest.isoformat()}))["difference_nanos"] == -100
+    [(invoiced,)] = await tenant.sql("SELECT period > 0 FROM usage_correction WHERE tenant_id = $1", tenant.id)
+    assert invoiced
 
 
 async def test_old_holds_are_deleted_and_those_that_still_hold_are_not(billing: Billing) -> None:
