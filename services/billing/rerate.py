@@ -3,6 +3,9 @@
 A record keeps its charge. Each difference is a correction, kept once for a record and a price version, so a repeated
 run books nothing. Corrections are debited in the account's ledger, and are summed in the open period of the usage's
 subscription, so that they are on its next invoice.
+
+A record is left out if its invoice is void, was written off or has credit notes, or if a charge of it was corrected by
+hand: the difference of its prices is not the amount that is owed. The operator decides about those records.
 """
 
 from __future__ import annotations
@@ -37,6 +40,14 @@ class PriceDifference(BaseModel):
     """Above zero: charged in addition. Below zero: given back."""
 
 
+class LeftOut(PriceDifference):
+    """Records whose difference is not booked. A credit note or a correction can give an amount back."""
+
+    invoice_number: str | None
+    """Null: no invoice is the reason."""
+    reason: str
+
+
 class Rerated(BaseModel):
     dry_run: bool
     records: int
@@ -44,6 +55,8 @@ class Rerated(BaseModel):
     changed: int
     difference_nanos: int
     items: list[PriceDifference]
+    left_out: list[LeftOut]
+    """Not in `changed`, `difference_nanos` and `items`."""
 
 
 class _Use(NamedTuple):
@@ -57,12 +70,23 @@ class _Use(NamedTuple):
     """The charge and all corrections by re-rating."""
     period: int
     """0: none."""
+    later_periods: list[int]
+    """Of the corrections."""
+    corrected_by_hand: bool
+
+
+class _Obstacle(NamedTuple):
+    """Why a difference is not booked."""
+
+    invoice_number: str | None
+    reason: str
 
 
 class _Change(NamedTuple):
     use: _Use
     version: str
     nanos: int
+    obstacle: _Obstacle | None
 
 
 async def rerate(
@@ -85,38 +109,44 @@ async def rerate(
             tenant_id,
         )
     looked = 0
-    found: dict[tuple[str, str, str, str], list[int]] = {}
+    found: dict[tuple[str, str, str, str, _Obstacle | None], list[int]] = {}
     for (tenant,) in tenants:
         after = (since, "")
         while True:
             async with database.begin(tenant_id=tenant) as tx:
                 currency, _ = await accounts.lock_one(tx, tenant)
                 uses = await _page(tx, tenant, after, until)
-                changes = await _changes(tx, uses, currency)
-                if not dry_run and changes:
-                    await _book(tx, tenant, changes, actor)
+                changes = await _changes(tx, tenant, uses, currency)
+                if not dry_run and (free := [change for change in changes if not change.obstacle]):
+                    await _book(tx, tenant, free, actor)
             looked += len(uses)
-            for use, version, nanos in changes:
-                found.setdefault((tenant, use.resource, use.version, version), []).append(nanos)
+            for use, version, nanos, obstacle in changes:
+                found.setdefault((tenant, use.resource, use.version, version, obstacle), []).append(nanos)
             if len(uses) < PAGE:
                 break
             after = (uses[-1].occurred_at, uses[-1].usage_id)
+    items: list[PriceDifference] = []
+    left_out: list[LeftOut] = []
+    for (tenant, resource, before, now, obstacle), all_nanos in sorted(found.items(), key=lambda item: item[0][:4]):
+        difference = PriceDifference(
+            tenant_id=tenant,
+            resource=resource,
+            from_version=before,
+            to_version=now,
+            records=len(all_nanos),
+            difference_nanos=sum(all_nanos),
+        )
+        if obstacle:
+            left_out.append(LeftOut(**difference.model_dump(), **obstacle._asdict()))
+        else:
+            items.append(difference)
     return Rerated(
         dry_run=dry_run,
         records=looked,
-        changed=sum(map(len, found.values())),
-        difference_nanos=sum(map(sum, found.values())),
-        items=[
-            PriceDifference(
-                tenant_id=tenant,
-                resource=resource,
-                from_version=before,
-                to_version=now,
-                records=len(nanos),
-                difference_nanos=sum(nanos),
-            )
-            for (tenant, resource, before, now), nanos in sorted(found.items())
-        ],
+        changed=sum(item.records for item in items),
+        difference_nanos=sum(item.difference_nanos for item in items),
+        items=items,
+        left_out=left_out,
     )
 
 
@@ -129,7 +159,12 @@ async def _page(tx: Tx, tenant_id: str, after: tuple[datetime, str], until: date
                          ORDER BY c.made_at DESC LIMIT 1), u.price_version, ''),
                u.amount_nanos + coalesce((SELECT sum(c.nanos) FROM usage_correction AS c
                                           WHERE c.tenant_id = u.tenant_id AND c.usage_id = u.usage_id), 0)::bigint,
-               u.period
+               u.period,
+               ARRAY(SELECT c.period FROM usage_correction AS c
+                     WHERE c.tenant_id = u.tenant_id AND c.usage_id = u.usage_id),
+               EXISTS (SELECT FROM ledger_entry AS l
+                       WHERE l.tenant_id = u.tenant_id AND l.usage_id = u.usage_id AND l.kind = 'correction'
+                         AND l.price_version IS NULL)
         FROM usage AS u
         WHERE u.tenant_id = $1 AND u.verdict = 'counted' AND (u.occurred_at, u.usage_id) > ($2, $3)
           AND u.occurred_at < $4
@@ -144,14 +179,36 @@ async def _page(tx: Tx, tenant_id: str, after: tuple[datetime, str], until: date
     return [_Use(*row) for row in rows]
 
 
-async def _changes(tx: Tx, uses: Sequence[_Use], currency: str) -> list[_Change]:
+async def _changes(tx: Tx, tenant_id: str, uses: Sequence[_Use], currency: str) -> list[_Change]:
     prices = await price_book.versions(tx, {use.resource for use in uses})
+    obstacles = await _obstacles(tx, tenant_id)
     found = []
     for use in uses:
         price = valid_at(prices.get(use.resource, ()), currency, use.occurred_at)
         if price and price.name != use.version and (now := _cost(price, use)) is not None and now != use.booked:
-            found.append(_Change(use, price.name, now - use.booked))
+            periods = (use.period, *use.later_periods)
+            obstacle = next((obstacles[period] for period in periods if period in obstacles), None)
+            if use.corrected_by_hand:
+                obstacle = _Obstacle(None, "a charge of it was corrected by hand")
+            found.append(_Change(use, price.name, now - use.booked, obstacle))
     return found
+
+
+async def _obstacles(tx: Tx, tenant_id: str) -> dict[int, _Obstacle]:
+    """Returns the periods whose invoices were ended, or taken back in part."""
+    rows = await tx.sql(
+        """
+        SELECT period, number, CASE status
+            WHEN 'void' THEN 'the invoice is void'
+            WHEN 'uncollectible' THEN 'the invoice was written off'
+            ELSE 'the invoice has credit notes'
+        END
+        FROM invoice
+        WHERE tenant_id = $1 AND (status IN ('void', 'uncollectible') OR credited_minor > 0)
+        """,
+        tenant_id,
+    )
+    return {period: _Obstacle(number, reason) for period, number, reason in rows}
 
 
 def _cost(price: Price, use: _Use) -> int | None:

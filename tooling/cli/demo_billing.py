@@ -64,10 +64,10 @@ class BillingDemo(DemoBase):
         self._title(3, "Invoices")
         for tenant in tenants:
             await self._invoice(operator, tenant)
-        self._title(4, "Payments, a dispute and a credit note")
-        await self._pay(operator, tenants, stripe)
-        self._title(5, "The price was wrong: rate the month again")
+        self._title(4, "The price was wrong: rate the month again")
         difference = await self._rerate(operator, tenants)
+        self._title(5, "Payments, a dispute and a credit note")
+        await self._pay(operator, tenants, stripe)
         self._title(6, "The proof of a line, down to one record")
         proof = await self._explain(tenants[2])
         self._title(7, "From a line to the model's answer, and back")

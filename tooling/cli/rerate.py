@@ -29,6 +29,13 @@ def rerate(
             f"{item['difference_nanos']} nano-units",
             soft_wrap=True,
         )
+    for item in found["left_out"]:
+        why = f"{item['invoice_number']}: {item['reason']}" if item["invoice_number"] else item["reason"]
+        out.print(
+            f"{item['tenant_id']}  {item['records']} records  {item['from_version']} → {item['to_version']}  "
+            f"{item['difference_nanos']} nano-units, not booked: {why}",
+            soft_wrap=True,
+        )
     done = "booked" if book else "found; --book books them"
     out.print(f"{found['records']} records, {found['changed']} differences {done}")
 

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 
 from infra.clock import utcnow, uuid7
 from tests.services.billing.conftest import Billing, Tenant
-from tests.services.billing.test_invoices import START, UNIT, draft, journal, plan, post, subscribed
+from tests.services.billing.test_invoices import (
+    START,
+    UNIT,
+    balance,
+    draft,
+    finalised,
+    journal,
+    left,
+    limited,
+    plan,
+    post,
+    subscribed,
+)
 
 AT = START + timedelta(days=2)
 
@@ -242,3 +254,97 @@ async def test_corrections_are_on_the_invoice_of_the_subscription_that_had_the_u
     assert (await rerate(billing, tenant))["difference_nanos"] == 500 + 1500
     supplement = await draft(billing, tenant)
     assert [line["amount_nanos"] for line in await lines(tenant, supplement["id"])] == [1650]
+
+
+async def test_an_invoice_below_zero_raises_the_limit_once(billing: Billing) -> None:
+    tenant, subscription, model = await limited(billing, 100 * UNIT, base_nanos=0)
+    await tenant.use("a", model, occurred_at=AT, input_tokens=400)
+    await tenant.verdict("a")
+    await finalised(billing, tenant)
+    await price(billing, model, str(UNIT // 20))
+    assert (await rerate(billing, tenant))["difference_nanos"] == -20 * UNIT
+    # 44 were paid. 20 come back at once, and with the invoice the markup on them.
+    assert await balance(tenant) == 76 * UNIT
+    await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
+    assert (await finalised(billing, tenant))["total_minor"] == -2200
+    assert await balance(tenant) == await left(tenant) == 78 * UNIT
+
+
+async def test_late_usage_and_corrections_follow_the_plan_of_their_time(billing: Billing) -> None:
+    tenant, subscription = await subscribed(billing, base_nanos=0, charges=[], included=[])
+    model = f"acme/{uuid7()}"
+    await price(billing, model, "100")
+    await tenant.use("a", model, occurred_at=AT, input_tokens=10, output_tokens=0)
+    await tenant.verdict("a")
+    other = await post(billing, "plans", plan(base_nanos=0, charges=[], included=[], usage_markup_percent=None))
+    change = {"plan_id": other["id"], "when": "now"}
+    answer = await billing.operator.patch(f"/api/v1/subscriptions/{subscription['id']}", json=change)
+    assert answer.status_code == 200, answer.text
+    closed = (await post(billing, "billing/periods/close", {"tenant_id": tenant.id}, status=200))["items"]
+    assert [one["subtotal_nanos"] for one in closed] == [1100, 0]
+    await price(billing, model, "90")
+    assert (await rerate(billing, tenant))["difference_nanos"] == -100
+    await tenant.use("late", model, occurred_at=AT, input_tokens=5, output_tokens=0)
+    await tenant.verdict("late")
+    supplement = await draft(billing, tenant)
+    assert [line["amount_nanos"] for line in await lines(tenant, supplement["id"])] == [495, -110]
+    ends = datetime.fromisoformat(supplement["period"]["ends"])
+    assert ends.microsecond == 0, "a subscription that is cancelled in this second would end later"
+
+
+@pytest.mark.parametrize("nanos", ["80", "120"])
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        ("void", "the invoice is void"),
+        ("uncollectible", "the invoice was written off"),
+        ("credit-notes", "the invoice has credit notes"),
+        ("corrections", "a charge of it was corrected by hand"),
+    ],
+)
+async def test_what_was_ended_or_given_back_is_left_to_the_operator(
+    billing: Billing, act: str, reason: str, nanos: str
+) -> None:
+    tenant, _ = await subscribed(billing, charges=[], included=[])
+    model = f"acme/{uuid7()}"
+    await price(billing, model, "100")
+    for usage_id, at in (("a", AT), ("b", utcnow())):
+        await tenant.use(usage_id, model, occurred_at=at, input_tokens=10, output_tokens=0)
+        await tenant.verdict(usage_id)
+    made = await finalised(billing, tenant)
+    if act == "corrections":
+        body = {"tenant_id": tenant.id, "amount_nanos": 300, "reason": "r", "usage_id": "a"}
+        await post(billing, "billing/corrections", body)
+    elif act == "credit-notes":
+        await post(billing, f"invoices/{made['id']}/credit-notes", {"amount_minor": 1, "reason": "r"})
+    else:
+        await post(billing, f"invoices/{made['id']}/{act}", status=200)
+    await price(billing, model, nanos)
+    debited = (await tenant.get("balance"))["debited_nanos"]
+    difference = (int(nanos) - 100) * 10
+    for dry_run in (True, False):
+        found = await rerate(billing, tenant, dry_run=dry_run)
+        assert (found["changed"], found["difference_nanos"]) == (1, difference), "the other record is rated again"
+        [one] = found["left_out"]
+        assert (one["records"], one["difference_nanos"], one["reason"]) == (1, difference, reason)
+        assert one["invoice_number"] == (None if act == "corrections" else made["number"])
+    assert (await tenant.get("balance"))["debited_nanos"] == debited + difference
+    again = await rerate(billing, tenant)
+    assert (again["changed"], again["left_out"]) == (0, [one])
+
+
+async def test_a_correction_whose_invoice_was_ended_is_left_to_the_operator(billing: Billing) -> None:
+    tenant, subscription = await subscribed(billing, base_nanos=0, charges=[], included=[])
+    model = f"acme/{uuid7()}"
+    await price(billing, model, "10000000")
+    await tenant.use("a", model, occurred_at=AT, input_tokens=10, output_tokens=0)
+    await tenant.verdict("a")
+    await finalised(billing, tenant)
+    await price(billing, model, "20000000")
+    assert (await rerate(billing, tenant))["left_out"] == []
+    await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
+    second = await finalised(billing, tenant)
+    await post(billing, f"invoices/{second['id']}/void", status=200)
+    await price(billing, model, "10000000")
+    found = await rerate(billing, tenant)
+    assert (found["changed"], [one["invoice_number"] for one in found["left_out"]]) == (0, [second["number"]])
