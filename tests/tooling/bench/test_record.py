@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from tooling.bench.protocol import latency, median_units, units, verdict
@@ -56,7 +57,10 @@ def test_each_kind_of_figure_has_its_row() -> None:
     assert cells(void)[4] == "void"
 
 
-def test_the_file_has_sections_of_benches_only() -> None:
-    headings = [line.removeprefix("## ") for line in FILE.read_text().splitlines() if line.startswith("## ")]
+def test_the_file_has_sections_of_benches_only_and_names_those_without_figures() -> None:
+    lines = FILE.read_text().splitlines()
+    headings = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
     assert headings == sorted(headings)
     assert set(headings) <= set(BENCHES)
+    [missing] = [line for line in lines if line.startswith("Benches without figures here: ")]
+    assert re.findall("`([a-z-]+)`", missing) == sorted(set(BENCHES) - set(headings))
