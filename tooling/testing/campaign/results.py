@@ -41,10 +41,10 @@ GAPS = (
     "A seed repeats the plan of faults and the messages of the clients, not the order in which the processes run.",
     "OpenSearch and the log aggregator were not killed in a campaign on this page. In `engines-wipe-38` the code had "
     "no change but this page.",
-    "Each service runs once, agent and channel twice with `stop`, so availability with two instances of each service was "
-    "not measured. No campaign runs on several machines.",
-    "CI injects four faults into the running system and runs the tests of kills of each service; a larger campaign runs on "
-    "demand.",
+    "Each service runs once, agent and channel twice with `stop`, so availability with two instances of each service "
+    "was not measured. No campaign runs on several machines.",
+    "CI injects four faults into the running system and runs the tests of kills of each service; a larger campaign "
+    "runs on demand.",
 )
 
 FAULTS_WANTED = 1000
