@@ -149,6 +149,7 @@ class GroupReader(KafkaLoop):
         self._session_ms = session_ms
         self._topics: dict[str, tuple[Topic, list[Subscription]]] = {}
         """By the topic's name at the broker."""
+        metrics.dead_letters.labels(group)
         for subscription in subscriptions:
             assert isinstance(subscription.source, Topic)
             _, handlers = self._topics.setdefault(prefix + subscription.source.name, (subscription.source, []))

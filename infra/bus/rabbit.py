@@ -64,6 +64,7 @@ class Workers:
         for subscription in subscriptions:
             queue = subscription.source
             assert isinstance(queue, Queue)
+            metrics.dead_letters.labels(queue.name)
             kind = _BatchWorker if subscription.batch else _Worker
             self._subscribe(queue.name, subscription.prefetch, kind(self, subscription, queue))
             self._subscribe(queue.dead_letter_queue, 20, _Collector(self, queue))

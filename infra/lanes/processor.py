@@ -51,6 +51,8 @@ class LaneProcessor:
         self._database = database
         self._decoders = {work.lane.name: msgspec.json.Decoder(work.lane.item) for work in works}
         self._metrics = metrics
+        for work in works:
+            metrics.dead_letters.labels(work.lane.name)
         self._wake = wake
         self.stopping = False
         """The process stops: after the present item each lane is given back."""

@@ -69,6 +69,8 @@ class Metrics:
             "claw_processing_seconds", "Time for one message or one batch, commit included", "consumer"
         )
         self.retries = counter("claw_retries_total", "Failed attempts that will be retried", "consumer")
+        # Each consumer asks for its series when it is made, so that it begins at 0: an alert on an increase does not
+        # see the first value of a series.
         self.dead_letters = counter("claw_dead_letters_total", "Messages that became dead letters", "consumer")
         # An open dead letter is discarded 30 days after its last failure.
         self.dead_letters_open = gauge(
