@@ -183,12 +183,11 @@ async def _billed(system: Platform, tenant: str, word: str, seconds: float) -> d
         await tx.sql(
             """
             INSERT INTO credit_note (tenant_id, credit_note_id, invoice_id, number, amount_minor, reason, actor)
-            VALUES ($1, $2, $3, 'CN-000001', 1, $4, 'operator')
+            VALUES ($1, $2, $3, 'CN-000001', 1, 'an outage', 'operator')
             """,
             tenant,
             note,
             invoice,
-            word,
         )
     return {
         "budgets": budget["id"],
