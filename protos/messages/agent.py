@@ -161,7 +161,7 @@ class RunCompleted(Message, frozen=True, kw_only=True):
     """Calls of the client's own tools: the client makes them and asks again. Then the reply is the text that the model
     wrote before them, or empty."""
     finish_reason: Literal["stop", "length"] = "stop"
-    """length: the model reached its token limit, so the reply is cut off."""
+    """length: the reply is cut off, because the model reached its token limit or for the reason in `filtered`."""
     subject_id: str = ""
     """The person whose run this is, and with whom the reply is erased; empty in messages from before this field was
     added."""
@@ -174,6 +174,8 @@ class RunCompleted(Message, frozen=True, kw_only=True):
     """The last of that person's messages. None for several people, and in messages from before this field."""
     learning: Literal["rules", "model"] = "rules"
     """How facts about the person are found in `said`. model: the agent's model is asked, so memory leaves it alone."""
+    filtered: bool = False
+    """The model's provider cut the reply off by its content filter."""
 
 
 class RunMessageDeleted(Message, frozen=True, kw_only=True):

@@ -115,7 +115,7 @@ class Follow:
         if calls := fact.data.get("tool_calls"):
             reply["tool_calls"] = calls
         if fact.data.get("finish_reason") == "length":
-            reply["finish_reason"] = "length"
+            reply["finish_reason"] = "content_filter" if fact.data.get("filtered") else "length"
         return [StreamEvent("reply", reply, fact.n), event]
 
     def delta(self, delta: Delta) -> list[StreamEvent]:

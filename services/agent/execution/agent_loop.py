@@ -44,7 +44,9 @@ RETRIEVE_SECONDS = 10.0
 # A longer question is cut before the search.
 QUERY_CHARACTERS = 2_000
 
-CUT = "the answer reached the limit of tokens, so this call may be cut and was not made; ask again with less"
+# Why an answer was cut, by its finish reason. Its last call may be cut, even if its arguments are JSON by chance.
+CUTS = {"length": "the answer reached the limit of tokens", "content_filter": "a content filter cut the answer off"}
+CUT = "{}, so this call may be cut and was not made; ask again with less"
 
 # The newest part of the older conversation goes into the summary.
 SUMMARISED_CHARACTERS = 160_000
@@ -124,29 +126,31 @@ class AgentLoop:
             # their results in its next request, and the model would call them again.
             calls = tuple(call for call in answer.calls if call.name in callers_tools)
             calls = calls if given.parallel else calls[:1]
-            # A caller that limits the answer gets it as far as it goes, also if it is empty or does not fit.
+            cut = CUTS.get(answer.finish_reason)
             is_limited = answer.finish_reason == "length" and given.sampling.max_output_tokens is not None
-            if is_limited:
+            # A caller that limits the answer, or whose tools it calls, gets a cut answer as far as it goes, also if it
+            # is empty or does not fit. It gets none of the calls.
+            as_it_is = cut is not None and (is_limited or bool(calls))
+            if as_it_is:
                 calls = ()
             elif answer.calls and not calls:
                 turns.append(AssistantTurn(answer.text, answer.calls, answer.reasoning))
-                if answer.finish_reason == "length":
-                    # The last call may be cut, even if its arguments are JSON by chance.
-                    turns += await self.tools.refuse_all(answer.calls, CUT)
+                if cut:
+                    turns += await self.tools.refuse_all(answer.calls, CUT.format(cut))
                 else:
                     turns += await self.tools.call_all(answer.calls)
                 await self._take_messages(turns)
                 continue
             if await self._take_messages(turns):
                 continue  # This answer would not cover the new messages.
-            if is_limited or (given.sampling.stop and not answer.text and not answer.calls):
+            if as_it_is or (given.sampling.stop and not answer.text and not answer.calls):
                 misfit = None
             else:
                 misfit = self._misfit(answer, calls, callers_tools, schema, must_call=given.must_call)
             if misfit is None:
                 text, files = await self.tools.files.of_answer(answer.text)
-                is_cut = answer.finish_reason == "length"
-                reply = Reply(text, summary, calls, "length" if is_cut else "stop", files)
+                filtered = answer.finish_reason == "content_filter"
+                reply = Reply(text, summary, calls, "length" if cut else "stop", files, filtered)
                 if len(msgspec.json.encode((text, calls))) > MAX_ANSWER_BYTES:
                     reason = f"the answer has more than {MAX_ANSWER_BYTES} bytes as JSON"
                     raise Ended("failed", f"{self.agent.model}: {reason}", FAILED)

@@ -105,7 +105,7 @@ class RunContext:
         sealing = self.tenant_id, self.subject_id, str(self.run_id)
         sealed = self.key.seal(reply.text, *sealing, "reply")
         calls = self.key.seal(msgspec.json.encode(reply.calls).decode(), *sealing, "calls") if reply.calls else None
-        return Complete(self.session_key, sealed, calls, reply.finish_reason)
+        return Complete(self.session_key, sealed, calls, reply.finish_reason, reply.filtered)
 
     def completed(self, n: int, reply: Reply) -> public.RunCompleted:
         """The public message of the event `n`, which ended the run. The event itself is sealed."""
@@ -116,6 +116,7 @@ class RunContext:
             n=n,
             tool_calls=published(reply.calls),
             finish_reason=reply.finish_reason,
+            filtered=reply.filtered,
             subject_id=self.subject_id,
             said=self.said[:SAID_CHARACTERS],
             channel_id=self.channel_id,

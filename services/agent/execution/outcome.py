@@ -24,9 +24,11 @@ class Reply:
     calls: tuple[ToolCall, ...] = ()
     """Calls of the caller's own tools. The caller makes them and sends the results with its next request."""
     finish_reason: Literal["stop", "length"] = "stop"
-    """length: the text is cut off at the model's token limit."""
+    """length: the text is cut off."""
     files: tuple[StoredFile, ...] = ()
     """For the person of the channel."""
+    filtered: bool = False
+    """The provider's content filter cut the text off."""
 
 
 class Ended(Exception):

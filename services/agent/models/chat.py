@@ -46,22 +46,21 @@ TIMEOUT = httpx2.Timeout(60.0, connect=10.0)
 # The limit for the first token: some servers send comments while they produce nothing.
 FIRST_TOKEN_SECONDS = 120.0
 TRANSIENT_STATUS = (408, 409, 425, 429)
-_FINISH = {
-    "stop": "stop",
-    **dict.fromkeys(
-        ("length", "max_tokens", "model_length", "max_output_tokens", "token_limit", "model_context_window_exceeded"),
-        "length",
+# Parts of the words in which servers say why an answer ended. The first row that has one counts, because some say it
+# twice: Gemini's ``function_call_filter: MALFORMED_FUNCTION_CALL``.
+_FINISHES = (
+    (
+        "interrupted",
+        *("error", "abort", "cancel", "timeout", "malformed", "unexpected", "overload", "insufficient", "rate_limit"),
     ),
-    **dict.fromkeys(("tool_calls", "tool_call", "tool_use", "function_call"), "tool_call"),
-    **dict.fromkeys(
-        ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "refusal", "sensitive"),
+    (
         "content_filter",
+        *("filter", "safety", "recitation", "prohibited", "blocklist", "blocked", "refus", "sensitive", "spii"),
+        "guardrail",
     ),
-}
-# The answer did not come to its end.
-_INTERRUPTED = (
-    *("error", "abort", "aborted", "cancelled", "timeout", "network_error"),
-    *("insufficient_system_resource", "malformed_function_call"),
+    ("length", "length", "max", "limit", "window", "incomplete", "not_finished"),
+    ("tool_call", "tool", "function"),
+    ("stop", "stop", "eos", "end", "done", "complete", "finished", "success"),
 )
 # The fields in which servers send thoughts: https://api-docs.deepseek.com/guides/reasoning_model
 _THOUGHTS = ("reasoning", "reasoning_content")
@@ -166,12 +165,12 @@ class ChatModel:
         if received.finish is None:
             # A proxy cut the stream and then closed the connection normally.
             raise ModelFailed(f"{self._name}: the answer was cut off", transient=True)
-        if received.finish in _INTERRUPTED:
+        finish = finish_reason(received.finish)
+        if finish == "interrupted":
             raise ModelFailed(f"{self._name}: the server failed during the answer", transient=True)
         if not all(call["name"] for call in calls):
             # An earlier call without a name would make each later request invalid.
             raise ModelFailed(f"{self._name}: the answer has a tool call without a name", transient=True)
-        finish = _FINISH.get(received.finish, "")
         if (received.is_refused or finish == "content_filter") and not text and not calls:
             raise ModelFailed(f"{self._name}: the provider's content filter withheld the answer", transient=False)
         reasoning = None
@@ -226,7 +225,7 @@ class _Received:
             for piece in delta.get("tool_calls") or ():
                 self._take_call(piece)
             if finish := choice.get("finish_reason"):
-                self.finish = str(finish).lower()  # proxies for Gemini write its own names
+                self.finish = str(finish)
             self.is_refused = self.is_refused or bool(delta.get("refusal"))
         return said
 
@@ -236,6 +235,15 @@ class _Received:
         call["id"] = piece.get("id") or call["id"]
         call["name"] = function.get("name") or call["name"]
         call["arguments"].append(function.get("arguments") or "")
+
+
+def finish_reason(word: str) -> str:
+    """The `ModelAnswer.finish_reason` for a server's word, or ``interrupted``: the answer did not come to its end.
+
+    An unknown word tells of no regular end (Gemini's ``OTHER``, vLLM's ``repetition``), so the answer counts as cut.
+    """
+    word = word.lower()
+    return next((reason for reason, *parts in _FINISHES if any(part in word for part in parts)), "length")
 
 
 def _body(model: str, prompt: Prompt) -> dict[str, Any]:

@@ -138,7 +138,11 @@ class ProviderModel:
                     if text := _text(event):
                         await on_text(text)
                 response = stream.get()
-        if response.finish_reason == "content_filter" and not response.parts:
+        details = response.provider_details or {}
+        finish = response.finish_reason or chat.finish_reason(str(details.get("finish_reason")))
+        if finish == "interrupted":
+            raise ModelFailed(f"{self._name}: the server failed during the answer", transient=True)
+        if finish == "content_filter" and not response.parts:
             raise ModelFailed(f"{self._name}: the provider's content filter withheld the answer", transient=False)
         calls = tuple(
             ToolCall(part.tool_call_id, names.get(part.tool_name, part.tool_name), _arguments(part))
@@ -150,7 +154,7 @@ class ProviderModel:
             calls=calls,
             usage=_usage(response.usage),
             model=response.model_name or self._name,
-            finish_reason=response.finish_reason or "",
+            finish_reason=finish,
         )
 
 

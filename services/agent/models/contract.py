@@ -152,7 +152,8 @@ class ModelAnswer(msgspec.Struct, frozen=True):
     model: str
     """The name of the model that answered, as the provider states it."""
     finish_reason: str
-    """``stop``, ``length`` (cut off by the limit of tokens), ``tool_call`` or ``content_filter``."""
+    """``stop``, ``tool_call``, ``content_filter`` (cut off by the provider), or ``length`` (cut off by the limit of
+    tokens or for an unknown reason)."""
     reasoning: Reasoning | None = None
     """Only of an answer with tool calls."""
 

@@ -167,6 +167,7 @@ class Complete(msgspec.Struct, frozen=True):
     reply: bytes
     calls: bytes | None = None
     finish_reason: Literal["stop", "length"] = "stop"
+    filtered: bool = False
 
 
 class Fail(msgspec.Struct, frozen=True):
@@ -242,8 +243,12 @@ def decide(command: Command, run: Run) -> list[Event]:
             if waits is None or waits.step != step or decision not in FITTING[waits.reason]:
                 raise NotWaiting(f"step {step} does not wait to be decided as {decision}")
             return [StepSettled(n=n, session_key=key, step=step, decision=decision, by=by, content=content)]
-        case Complete(key, reply, calls, finish_reason):
-            return [RunCompleted(n=n, session_key=key, reply=reply, calls=calls, finish_reason=finish_reason)]
+        case Complete(key, reply, calls, finish_reason, filtered):
+            return [
+                RunCompleted(
+                    n=n, session_key=key, reply=reply, calls=calls, finish_reason=finish_reason, filtered=filtered
+                )
+            ]
         case Fail(key, status, error):
             return [RunFailed(n=n, session_key=key, status=status, error=error)]
         case _:

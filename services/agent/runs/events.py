@@ -138,7 +138,9 @@ class RunCompleted(msgspec.Struct, frozen=True, kw_only=True):
     calls: bytes | None = None
     """Calls of the caller's tools, sealed; None if there are none."""
     finish_reason: Literal["stop", "length"] = "stop"
-    """length: the reply is cut off at the token limit."""
+    """length: the reply is cut off."""
+    filtered: bool = False
+    """The provider's content filter cut the reply off."""
 
 
 class RunFailed(msgspec.Struct, frozen=True, kw_only=True):

@@ -202,6 +202,7 @@ async def facts(tx: Tx, subjects: SubjectKeys, run_id: UUID, after: int) -> list
                 n=event.n,
                 tool_calls=published(await calls(unsealer, run)),
                 finish_reason=event.finish_reason,
+                filtered=event.filtered,
                 subject_id=run.subject_id,
                 channel_id=run.channel_id,
             )

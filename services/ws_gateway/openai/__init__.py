@@ -14,6 +14,9 @@ https://platform.openai.com/docs/api-reference. These rules fill gaps of the sta
 - The limit of tokens (``max_tokens``, ``max_completion_tokens``, ``max_output_tokens``) holds for each call of the
   model. An answer that reaches it ends the run as it is, even if it is empty or does not fit a schema. -1 means
   that there is no limit.
+- Of an answer that is cut, at the limit of tokens or by the provider's content filter, no call is returned. Its finish
+  reason is ``length`` or ``content_filter``, also if the model's server has another word for it. An end with an unknown
+  word counts as a cut.
 - ``stop`` ends the answer also with a server that does not know it.
 - ``functions`` and ``function_call`` are ``tools`` and ``tool_choice`` as they were before; the answer has their shape.
 - Functions of the client (``tools``) are offered to the model beside the agent's own tools. Their names must differ

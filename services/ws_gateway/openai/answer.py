@@ -22,7 +22,7 @@ from services.ws_gateway.openai import agents, errors
 from services.ws_gateway.openai.conversation import FunctionCall
 from services.ws_gateway.openai.domain import Piece, TakenBack, Transcript
 from services.ws_gateway.openai.errors import CompletionError
-from services.ws_gateway.openai.shapes import UNREPORTED, Reply, Shape, Usage
+from services.ws_gateway.openai.shapes import UNREPORTED, Finish, Reply, Shape, Usage
 from services.ws_gateway.run_events import run_events
 from services.ws_gateway.stream import HEADERS, HEARTBEAT, StreamClient, send_part, until_disconnect
 
@@ -83,7 +83,7 @@ class AnswerResponse(Response):
 
     async def _write_parts(self, live: Live, writer: _Writer) -> None:
         transcript = Transcript()
-        is_cut = False
+        reply = Reply("")
         async with aclosing(self._events(live)) as batches:
             async for events in batches:
                 if not events:
@@ -97,10 +97,10 @@ class AnswerResponse(Response):
                         await writer.text(piece)
                     if event.name == "reply":
                         reply = _reply(event)
-                        is_cut = reply.finish_reason == "length" and not reply.calls
                         if reply.calls:
                             await writer.calls(reply.calls)
-        await writer.end(await self._usage() if self._shape.wants_usage else UNREPORTED, is_cut=is_cut)
+        usage = await self._usage() if self._shape.wants_usage else UNREPORTED
+        await writer.end(usage, reply.finish_reason)
 
     async def _events(self, live: Live) -> AsyncGenerator[list[StreamEvent]]:
         """The run's events until its reply. Raises CompletionError if the run ends without a reply."""
@@ -153,9 +153,9 @@ class _Writer:
         await self._begin()
         await send_part(self._send, self._shape.calls(calls))
 
-    async def end(self, usage: Usage, *, is_cut: bool) -> None:
+    async def end(self, usage: Usage, finish: Finish) -> None:
         await self._begin()
-        await self._last(self._shape.end(usage, is_cut=is_cut))
+        await self._last(self._shape.end(usage, finish))
 
     async def fail(self, failure: CompletionError) -> None:
         if self._begun:

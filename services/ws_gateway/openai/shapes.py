@@ -25,6 +25,9 @@ class Usage(msgspec.Struct, frozen=True):
 
 UNREPORTED = Usage(None, None, None)
 
+Finish = Literal["stop", "length", "content_filter"]
+"""length: the text is cut off at the model's token limit. content_filter: it is cut off by the provider."""
+
 
 class Reply(msgspec.Struct, frozen=True):
     """The reply of a run."""
@@ -33,8 +36,11 @@ class Reply(msgspec.Struct, frozen=True):
     """If there are calls, the text before them; may be empty then."""
     calls: tuple[FunctionCall, ...] = msgspec.field(default=(), name="tool_calls")
     """Calls of the client's functions."""
-    finish_reason: Literal["stop", "length"] = "stop"
-    """length: the text is cut off at the model's token limit."""
+    finish_reason: Finish = "stop"
+
+
+# The status of a response.
+_STATUS: Mapping[Finish, str] = {"stop": "completed", "length": "incomplete", "content_filter": "incomplete"}
 
 
 class Shape(Protocol):
@@ -47,9 +53,7 @@ class Shape(Protocol):
     def begin(self) -> bytes: ...
     def text(self, piece: Piece) -> bytes: ...
     def calls(self, calls: Sequence[FunctionCall]) -> bytes: ...
-    def end(self, usage: Usage, *, is_cut: bool = False) -> bytes:
-        """`is_cut`: the text was cut off at the model's token limit."""
-
+    def end(self, usage: Usage, finish: Finish = "stop") -> bytes: ...
     def failed(self, failure: CompletionError) -> bytes: ...
 
 
@@ -66,12 +70,11 @@ class Chat:
 
     def whole(self, reply: Reply, usage: Usage) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
-        if reply.finish_reason == "length":
-            self._finish = "length"
         if reply.calls:
             self._finish = "function_call" if self._old else "tool_calls"
             message |= {"content": reply.text or None, **self._called(reply.calls)}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self._finish}
+        finish = self._finish if reply.finish_reason == "stop" else reply.finish_reason
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
         answer = {**self._base, "object": "chat.completion", "choices": [choice]}
         return answer | ({"usage": found} if (found := _chat_usage(usage)) else {})
 
@@ -95,11 +98,10 @@ class Chat:
         told = list(map(_tool_call, calls))
         return {"function_call": told[0]["function"]} if self._old else {"tool_calls": told}
 
-    def end(self, usage: Usage, *, is_cut: bool = False) -> bytes:
+    def end(self, usage: Usage, finish: Finish = "stop") -> bytes:
         found = _chat_usage(usage) if self.wants_usage else None
         last = _data(self._with_usage([], found)) if found else b""
-        finish = "length" if is_cut and self._finish == "stop" else self._finish
-        return self._chunk({}, finish) + last + b"data: [DONE]\n\n"
+        return self._chunk({}, self._finish if finish == "stop" else finish) + last + b"data: [DONE]\n\n"
 
     def failed(self, failure: CompletionError) -> bytes:
         return _data({"error": failure.error})
@@ -137,11 +139,10 @@ class Responses:
         self._text = ""
 
     def whole(self, reply: Reply, usage: Usage) -> dict[str, Any]:
-        is_cut = reply.finish_reason == "length" and not reply.calls
-        status = "incomplete" if is_cut else "completed"
+        status = _STATUS[reply.finish_reason]
         said = [self._item(status, reply.text)] if reply.text or not reply.calls else []
         called = [self._call(n, call) for n, call in enumerate(reply.calls)]
-        return self._response(status, [*said, *called], usage=_response_usage(usage))
+        return self._ended(reply.finish_reason, [*said, *called], usage)
 
     def begin(self) -> bytes:
         names = ("response.created", "response.in_progress")
@@ -171,11 +172,9 @@ class Responses:
             self._done.append(item)
         return told
 
-    def end(self, usage: Usage, *, is_cut: bool = False) -> bytes:
-        status = "incomplete" if is_cut else "completed"
-        last = self._close(status)
-        response = self._response(status, self._done, usage=_response_usage(usage))
-        return last + self._event(f"response.{status}", response=response)
+    def end(self, usage: Usage, finish: Finish = "stop") -> bytes:
+        status = _STATUS[finish]
+        return self._close(status) + self._event(f"response.{status}", response=self._ended(finish, self._done, usage))
 
     def failed(self, failure: CompletionError) -> bytes:
         # The standard has few codes, and a client may not know any other.
@@ -199,16 +198,13 @@ class Responses:
         self._step = 0
         return ended
 
-    def _response(
-        self,
-        status: str,
-        output: list[Any],
-        *,
-        usage: dict[str, Any] | None = None,
-        error: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        details = {"incomplete_details": {"reason": "max_output_tokens"}} if status == "incomplete" else {}
-        return {**self._base, **details, "status": status, "output": output, "usage": usage, "error": error}
+    def _ended(self, finish: Finish, output: list[Any], usage: Usage) -> dict[str, Any]:
+        response = self._response(_STATUS[finish], output) | {"usage": _response_usage(usage)}
+        reason = "max_output_tokens" if finish == "length" else finish
+        return response if finish == "stop" else response | {"incomplete_details": {"reason": reason}}
+
+    def _response(self, status: str, output: list[Any], *, error: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {**self._base, "status": status, "output": output, "usage": None, "error": error}
 
     def _item(self, status: str, text: str | None = None) -> dict[str, Any]:
         content = [] if text is None else [_part(text)]

@@ -347,14 +347,20 @@ async def test_the_offline_model_answers_from_the_documents_and_calculates(world
     assert "calculator of 17 * (2 + 3)" in run["reply"]
 
 
-@pytest.mark.parametrize("arguments", ['{"city":"Bern"}', '{"ci', "{}"])
-async def test_a_call_in_an_answer_that_reached_the_limit_of_tokens_is_not_made(
-    world: World, tenant: Tenant, arguments: str
+@pytest.mark.parametrize(
+    ("finish", "arguments", "reason"),
+    [
+        *(("length", arguments, "reached the limit of tokens") for arguments in ('{"city":"Bern"}', '{"ci', "{}")),
+        ("content_filter", '{"city":"Bern"}', "a content filter"),
+    ],
+)
+async def test_a_call_in_an_answer_that_was_cut_is_not_made(
+    world: World, tenant: Tenant, finish: str, arguments: str, reason: str
 ) -> None:
     call = {"index": 0, "id": "a", "type": "function", "function": {"name": WEATHER, "arguments": arguments}}
     chunks = (
         {"choices": [{"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": None}]},
-        {"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]},
+        {"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]},
     )
     base = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": MODEL}
     world.models.script(MODEL, Streams(tuple(base | chunk for chunk in chunks)), Says("I cannot."))
@@ -365,4 +371,4 @@ async def test_a_call_in_an_answer_that_reached_the_limit_of_tokens_is_not_made(
     assert [(step["kind"], step["status"]) for step in run["steps"] if step["kind"] == "tool"] == [("tool", "failed")]
     told = world.models.requests[-1].body["messages"][-1]
     assert told["role"] == "tool"
-    assert "reached the limit of tokens" in told["content"]
+    assert reason in told["content"]

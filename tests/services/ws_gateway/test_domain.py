@@ -5,6 +5,7 @@ from __future__ import annotations
 from uuid import UUID
 
 import msgspec
+import pytest
 
 from infra.clock import uuid7
 from protos.messages.agent import RunCompleted, RunIndeterminate, ToolCall
@@ -43,7 +44,7 @@ def test_calls_of_the_callers_tools_are_told_with_the_reply_and_only_there() -> 
         reply, end = Follow(0).fact(Fact(1, fact.wire_name(), "", msgspec.to_builtins(fact)))
         told = {"run_id": str(run_id), "text": "Let me see."}
         assert reply.data == told | ({"tool_calls": (msgspec.to_builtins(call),)} if calls else {})
-        assert end.data == {"run_id": str(run_id), "time": "", "finish_reason": "stop"}
+        assert end.data == {"run_id": str(run_id), "time": "", "finish_reason": "stop", "filtered": False}
 
 
 def test_what_the_client_has_is_not_told_again() -> None:
@@ -105,7 +106,8 @@ def test_a_step_that_is_begun_again_ends_the_pieces_of_the_attempt_before() -> N
     assert follow.delta(Delta(1, 1, 5, "late")) == []
 
 
-def test_a_reply_that_was_cut_off_says_so() -> None:
-    fact = RunCompleted(run_id=uuid7(), session_key="s", reply="half a", n=1, finish_reason="length")
+@pytest.mark.parametrize(("filtered", "reason"), [(False, "length"), (True, "content_filter")])
+def test_a_reply_that_was_cut_off_says_so(filtered: bool, reason: str) -> None:
+    fact = RunCompleted(run_id=uuid7(), session_key="s", reply="half a", n=1, finish_reason="length", filtered=filtered)
     events = Follow(0).fact(Fact(1, fact.wire_name(), "", msgspec.to_builtins(fact)))
-    assert [event.data["finish_reason"] for event in events] == ["length", "length"]
+    assert [event.data["finish_reason"] for event in events] == [reason, "length"]

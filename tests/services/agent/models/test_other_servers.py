@@ -440,7 +440,10 @@ async def test_a_refusal_is_told_apart(server: ModelServer, providers: Providers
         {"choices": [], "message": "overloaded"},
         *(
             {"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]}
-            for finish in ("abort", "cancelled", "timeout", "insufficient_system_resource", "MALFORMED_FUNCTION_CALL")
+            for finish in (
+                *("abort", "cancelled", "timeout", "insufficient_system_resource", "MALFORMED_FUNCTION_CALL"),
+                *("function_call_filter: MALFORMED_FUNCTION_CALL", "unexpected_tool_call", "engine_overloaded"),
+            )
         ),
         {"code": 500, "msg": "busy"},
         {"errors": [{"message": "busy"}]},
@@ -465,10 +468,17 @@ async def test_an_error_in_the_middle_is_no_answer(server: ModelServer, provider
             (word, "length")
             for word in ("MAX_TOKENS", "max_tokens", "model_length", "max_output_tokens", "token_limit")
         ),
-        *((word, "content_filter") for word in ("SAFETY", "refusal", "sensitive")),
+        *(
+            (word, "content_filter")
+            for word in ("SAFETY", "refusal", "sensitive", "content_filter: RECITATION", "content_filtered")
+        ),
+        # Words of unknown ends.
+        *((word, "length") for word in ("repetition", "OTHER", "pause_turn", "FINISH_REASON_OTHER")),
+        *((word, "stop") for word in ("STOP", "eos", "end_turn", "stop_sequence", "COMPLETE")),
+        *((word, "tool_call") for word in ("tool_calls", "tool_use", "function_call")),
     ],
 )
-async def test_a_cut_answer_is_told_in_the_words_of_servers(
+async def test_the_end_of_an_answer_is_told_in_the_words_of_servers(
     server: ModelServer, providers: Providers, finish: str, reason: str
 ) -> None:
     server.script(MODEL, of(HI, chunk(finish=finish)))

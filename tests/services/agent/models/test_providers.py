@@ -24,7 +24,8 @@ from services.agent.models.contract import (
     UserTurn,
 )
 from services.agent.models.providers import Providers
-from tooling.testing.model_server import KEY, Fails, ModelServer, Says, model_server
+from tooling.testing import model_shapes as shapes
+from tooling.testing.model_server import KEY, Fails, ModelServer, Says, Streams, model_server
 
 OPENAI = "openai/gpt-4o-mini"
 ANTHROPIC = "anthropic/claude-haiku-5-5"
@@ -166,6 +167,23 @@ async def test_an_answer_that_is_cut_off_is_a_failure(
     with pytest.raises(ModelFailed) as failed:
         await ask(server, providers, OPENAI, Prompt("", (UserTurn("?"),)))
     assert (failed.value.transient, failed.value.reason) == (True, f"{OPENAI}: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [("end_turn", "stop"), ("max_tokens", "length"), ("pause_turn", "length"), ("refusal", "content_filter")],
+)
+async def test_the_end_of_an_answer_of_claude_is_told(
+    word: str, reason: str, server: ModelServer, providers: Providers
+) -> None:
+    model = ANTHROPIC.partition("/")[2]
+    for told in (word, "aborted"):
+        events = shapes.ANTHROPIC.events(model, ["Hi"], (), (10, 0, 3, 0))
+        server.script(model, Streams(tuple(event.replace("end_turn", told).encode() for event in events), done=False))
+    prompt = Prompt("", (UserTurn("?"),))
+    assert (await ask(server, providers, ANTHROPIC, prompt)).finish_reason == reason
+    with pytest.raises(ModelFailed, match="failed during the answer"):
+        await ask(server, providers, ANTHROPIC, prompt)
 
 
 async def test_an_endless_answer_is_a_failure(

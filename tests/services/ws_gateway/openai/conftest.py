@@ -47,8 +47,8 @@ class Run:
             StepCompleted, step=step, kind=kind, name="x", status="completed", attempts=1, duration_ms=7
         )
 
-    async def replies(self, text: str, *calls: ToolCall, finish_reason: str = "stop") -> None:
-        await self._happens(RunCompleted, reply=text, tool_calls=calls, finish_reason=finish_reason)
+    async def replies(self, text: str, *calls: ToolCall, finish_reason: str = "stop", filtered: bool = False) -> None:
+        await self._happens(RunCompleted, reply=text, tool_calls=calls, finish_reason=finish_reason, filtered=filtered)
 
     async def fails(self, status: str, error: str = "out of luck") -> None:
         await self._happens(RunFailed, status=status, error=error)

@@ -177,21 +177,23 @@ async def test_a_stream_begins_with_the_role_and_ends_with_done(world: World, mo
     assert "usage" not in answer.text
 
 
-async def test_an_answer_that_was_cut_off_says_so(world: World, client: AsyncOpenAI, model: str) -> None:
+@pytest.mark.parametrize("reason", ["length", "content_filter"])
+async def test_an_answer_that_was_cut_off_says_so(world: World, client: AsyncOpenAI, model: str, reason: str) -> None:
+    filtered = reason == "content_filter"
     async with answering(client.chat.completions.create(model=model, messages=HI)) as answer:
         run = await world.run()
         await run.begins()
         await run.step(1)
-        await run.replies("half a", finish_reason="length")
-        assert (await answer).choices[0].finish_reason == "length"
+        await run.replies("half a", finish_reason="length", filtered=filtered)
+        assert (await answer).choices[0].finish_reason == reason
     body = {"model": model, "messages": HI, "stream": True}
     async with world.platform.client("ws_gateway", "acme") as http, answering(http.post(PATH, json=body)) as asked:
         run = await world.run()
         await run.begins()
         await run.step(1)
-        await run.replies("half a", finish_reason="length")
+        await run.replies("half a", finish_reason="length", filtered=filtered)
         text = (await asked).text
-    assert text.count('"finish_reason":"length"') == 1
+    assert text.count(f'"finish_reason":"{reason}"') == 1
     assert '"finish_reason":"stop"' not in text
 
 

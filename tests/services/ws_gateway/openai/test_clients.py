@@ -282,6 +282,10 @@ async def test_functions_as_they_were_before_there_were_tools(
     assert choices[-1].finish_reason == "function_call"
 
 
+def cut(finish: str = "length", **delta: Any) -> Streams:
+    return Streams(({"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]},))
+
+
 async def test_the_answer_ends_at_a_stop_and_at_the_limit_of_the_client(
     world: World, tenant: Tenant, client: AsyncOpenAI
 ) -> None:
@@ -299,9 +303,6 @@ async def test_the_answer_ends_at_a_stop_and_at_the_limit_of_the_client(
     body = world.models.requests[-1].body
     assert (body["stop"], body["temperature"], body["seed"]) == (["STOP"], 0.5, 7)
 
-    def cut(**delta: Any) -> Streams:
-        return Streams(({"choices": [{"index": 0, "delta": delta, "finish_reason": "length"}]},))
-
     call = {"index": 0, "id": "a", "function": {"name": WEATHER, "arguments": "{}"}}
     world.models.script(MODEL, cut(content='{"na'), cut(content=""), cut(content="Let", tool_calls=[call]))
     with pytest.raises(openai.LengthFinishReasonError):
@@ -314,3 +315,34 @@ async def test_the_answer_ends_at_a_stop_and_at_the_limit_of_the_client(
     answer = await client.responses.create(model=agent, input="Hi", **options)
     assert (answer.status, answer.output_text) == ("incomplete", "Let")
     assert (answer.metadata, answer.temperature, answer.max_output_tokens) == ({"a": "b"}, 0.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("finish", "told", "reason"),
+    [
+        ("length", "length", "max_output_tokens"),
+        ("content_filter: RECITATION", "content_filter", "content_filter"),
+        ("OTHER", "length", "max_output_tokens"),
+    ],
+)
+async def test_of_an_answer_that_was_cut_no_call_is_handed_out(
+    world: World, tenant: Tenant, client: AsyncOpenAI, finish: str, told: str, reason: str
+) -> None:
+    agent, call = await tenant.agent(), {"index": 0, "id": "a", "function": {"name": "Where", "arguments": "{}"}}
+    world.models.script(MODEL, *[cut(finish, content=text, tool_calls=[call]) for text in ("", "Let", "Let")])
+    tool: Any = {"type": "function", "function": {"name": "Where"}}
+    options: Any = {"model": agent, "messages": HI, "tools": [tool]}
+    whole = (await client.chat.completions.create(**options)).choices[0]
+    assert (whole.message.content, whole.message.tool_calls, whole.finish_reason) == ("", None, told)
+    choices = [chunk.choices[0] async for chunk in await client.chat.completions.create(**options, stream=True)]
+    assert not any(choice.delta.tool_calls for choice in choices)
+    assert ("".join(choice.delta.content or "" for choice in choices), choices[-1].finish_reason) == ("Let", told)
+    function: Any = {"type": "function", "name": "Where"}
+    answer = await client.responses.create(model=agent, input="Hi", tools=[function])
+    assert (answer.status, answer.output_text, [item.type for item in answer.output]) == (
+        "incomplete",
+        "Let",
+        ["message"],
+    )
+    assert answer.incomplete_details
+    assert answer.incomplete_details.reason == reason

@@ -39,26 +39,30 @@ class Reading(Hearing):
                 await asyncio.sleep(0.02)
 
 
-async def test_a_response_that_was_cut_off_is_incomplete(world: World, client: AsyncOpenAI, model: str) -> None:
+@pytest.mark.parametrize("reason", ["max_output_tokens", "content_filter"])
+async def test_a_response_that_was_cut_off_is_incomplete(
+    world: World, client: AsyncOpenAI, model: str, reason: str
+) -> None:
+    filtered = reason == "content_filter"
     async with answering(client.responses.create(model=model, input="Hi")) as answer:
         run = await world.run()
         await run.begins()
         await run.step(1)
-        await run.replies("half a", finish_reason="length")
+        await run.replies("half a", finish_reason="length", filtered=filtered)
         found = await answer
     assert (found.status, found.output_text) == ("incomplete", "half a")
     assert found.incomplete_details
-    assert found.incomplete_details.reason == "max_output_tokens"
+    assert found.incomplete_details.reason == reason
     reading = Reading()
     async with answering(reading.read(client, model)) as done:
         run = await world.run()
         await run.begins()
         await run.step(1)
-        await run.replies("half a", finish_reason="length")
+        await run.replies("half a", finish_reason="length", filtered=filtered)
         await done
     last = reading.events[-1]
     assert (last.type, last.response.status) == ("response.incomplete", "incomplete")
-    assert last.response.incomplete_details.reason == "max_output_tokens"
+    assert last.response.incomplete_details.reason == reason
 
 
 async def test_a_response_has_the_reply(world: World, client: AsyncOpenAI, model: str) -> None:
