@@ -87,6 +87,9 @@ class ChatModel:
             "accept-encoding": "gzip, deflate",
             "user-agent": f"clawbus/{VERSION}",
         }
+        # Models of OpenAI refuse the older name. Many other servers know only that one, and ignore the newer one.
+        is_openai = base.host.endswith(("api.openai.com", ".azure.com"))
+        self._limit = "max_completion_tokens" if is_openai else "max_tokens"
         self._transport = transport
 
     async def answer(self, prompt: Prompt, on_text: OnText) -> ModelAnswer:
@@ -96,7 +99,7 @@ class ChatModel:
             "POST",
             self._url,
             headers=self._headers,
-            content=msgspec.json.encode(_body(self._own_name, prompt)),
+            content=msgspec.json.encode(_body(self._own_name, prompt, self._limit)),
             extensions={"timeout": TIMEOUT.as_dict()},
         )
         received = _Received()
@@ -246,7 +249,8 @@ def finish_reason(word: str) -> str:
     return next((reason for reason, *parts in _FINISHES if any(part in word for part in parts)), "length")
 
 
-def _body(model: str, prompt: Prompt) -> dict[str, Any]:
+def _body(model: str, prompt: Prompt, limit: str) -> dict[str, Any]:
+    """`limit`: the name of the limit of the answer."""
     body: dict[str, Any] = {
         "model": model,
         "messages": _messages(prompt),
@@ -254,7 +258,7 @@ def _body(model: str, prompt: Prompt) -> dict[str, Any]:
         "stream_options": {"include_usage": True},
     }
     if prompt.max_output_tokens is not None:
-        body["max_completion_tokens"] = prompt.max_output_tokens
+        body[limit] = prompt.max_output_tokens
     sampling = msgspec.to_builtins(prompt.sampling)
     body |= {name: value for name, value in sampling.items() if name != "max_output_tokens"}
     if prompt.tools:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx2
+import msgspec
 from pydantic_ai import ModelProfile
 from pydantic_ai import messages as wire
 from pydantic_ai.direct import model_request_stream
@@ -31,7 +32,7 @@ from pydantic_ai.usage import RequestUsage
 from infra.errors import InvalidMessage, TooLarge
 from infra.observe.redaction import redacted
 from infra.outgoing.retry_after import retry_after
-from services.agent.models import chat
+from services.agent.models import chat, refusals
 from services.agent.models.contract import (
     AssistantTurn,
     Image,
@@ -90,7 +91,17 @@ class ProviderModel:
         self._model = model
 
     async def answer(self, prompt: Prompt, on_text: OnText) -> ModelAnswer:
-        """Sends one streaming request. Raises ModelFailed."""
+        """Sends one streaming request, or a second one if the limit of the answer is too large. Raises ModelFailed."""
+        try:
+            return await self._answer(prompt, on_text)
+        except ModelFailed as error:
+            limit = prompt.max_output_tokens
+            most = None if error.transient or limit is None else refusals.largest(error.reason, limit)
+            if most is None:
+                raise
+        return await self._answer(msgspec.structs.replace(prompt, max_output_tokens=most), on_text)
+
+    async def _answer(self, prompt: Prompt, on_text: OnText) -> ModelAnswer:
         names = {wire_name(tool.name): tool.name for tool in prompt.tools}
         parameters = ModelRequestParameters(
             output_mode="text",

@@ -54,22 +54,25 @@ class Completions(httpx2.AsyncBaseTransport):
             return await self._inner.handle_async_request(request)
         body: dict[str, Any] = msgspec.json.decode(await request.aread())
         endpoint = str(request.url), request.headers.get("authorization"), body.get("model")
-        refused = set(self._refused.get(endpoint, ()))
-        response = await self._inner.handle_async_request(_again(request, body, refused))
+        refused, lasting = set(self._refused.get(endpoint, ())), set[str]()
+        response = await self._inner.handle_async_request(_again(request, body, refused) if refused else request)
         for _ in range(_MOST_OPTIONS):
             if response.status_code not in (400, 422, 500):
                 break
             answer = await response.aread()
             await response.aclose()
-            option = refusals.found(response.status_code, answer, body, refused)
-            if option is None:
+            refusal = refusals.found(response.status_code, answer, body, refused)
+            if refusal is None:
                 return _copy(response, answer, request)
-            refused.add(option)
-            if refusals.lasts(option):
-                self._refused.setdefault(endpoint, set()).add(option)
+            refused |= refusal.parts
+            lasting |= refusal.parts if refusal.lasts else set()
+            body |= refusal.values
             response = await self._inner.handle_async_request(_again(request, body, refused))
         if response.status_code != 200:
             return response
+        if lasting:
+            # Only after success: an error may name an option without being about it.
+            self._refused.setdefault(endpoint, set()).update(lasting)
         model = endpoint[0], body.get("model")
         held = 0 if request.url.host in _OWN_SERVERS else HELD
         repair = _Repair(Thoughts(None if model in self._thinks_aloud else held))
@@ -139,9 +142,7 @@ async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[byte
 
 
 def _again(request: httpx2.Request, body: Mapping[str, Any], refused: set[str]) -> httpx2.Request:
-    """The request without the refused parts."""
-    if not refused:
-        return request
+    """The request with this body, without the refused parts."""
     headers = {name: value for name, value in request.headers.items() if name.lower() != "content-length"}
     return httpx2.Request(
         request.method,

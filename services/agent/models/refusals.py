@@ -1,23 +1,44 @@
-"""Options and orders of messages that a server refuses: the request is sent again without them."""
+"""Parts of a request that a server refuses: the request is sent again without them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+# The names of the limit of the answer. A server may know only one of them.
+LIMITS = ("max_tokens", "max_completion_tokens")
+# The platform chooses their values, so a server that refuses them does not know them.
+_FIXED = ("stream_options", "parallel_tool_calls")
 # Options of a request without which an answer is still useful.
-_OPTIONS = (
-    "stream_options",
-    "parallel_tool_calls",
-    "max_completion_tokens",
-    "max_tokens",
-    "tool_choice",
-    "response_format",
-    "seed",
-)
+_OPTIONS = (*_FIXED, *LIMITS, "tool_choice", "response_format", "seed")
 # A server may refuse only one value of these: the next request has them again.
 _VALUES = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "stop", "reasoning_effort")
+# Other words for an option than its name.
+_WORDS = {
+    **dict.fromkeys(LIMITS, r"\bmax_(completion_|new_|output_)?tokens\b|(context|token) (length|limit)|maximum tokens"),
+    "response_format": r"response.?(format|schema|mime)|json.?schema|structured.output|grammar",
+}
+# The server does not know the option.
+_UNKNOWN = re.compile(
+    r"unknown|unrecogni[sz]ed|unexpected|extra|unavailable|unsupported|(not|n't) support|"
+    r"not (permitted|allowed|available)",
+    re.IGNORECASE,
+)
+# The server knows the option, but does not take this value.
+_VALUE = re.compile(
+    r"too (large|big|high|long|many|small|low)|at most|maximum|minimum|range|[<>]=|exceed|(less|greater) than|must be|"
+    r"reduce|\bvalue\b|(\b|response_)schema\b",
+    re.IGNORECASE,
+)
+# The largest limit that a server takes, in the words of OpenAI, Volcengine, Groq, DeepSeek and Anthropic.
+_LARGEST = re.compile(
+    r"(?:at most|<=|less than or equal to|\[\d{1,9},)\s*[`'\"]?(\d{1,9})|(\d{1,9}), which is the maximum", re.IGNORECASE
+)
+# Google and Groq take a format or tools, not both.
+_FORMAT_WITH_TOOLS = "format with tools"
+_FORMAT, _TOOLS = re.compile(r"json|mime|format", re.IGNORECASE), re.compile(r"tool|function", re.IGNORECASE)
 # The templates of some models know no system message, or want persons and the assistant to take turns.
 _ROLES = {
     "system messages": re.compile(r"system[ _](role|message|prompt)|developer instruction", re.IGNORECASE),
@@ -27,35 +48,73 @@ _ROLES = {
 Body = Mapping[str, Any]
 
 
-def found(status: int, answer: bytes, body: Body, known: set[str]) -> str | None:
-    """The part of the request that this answer refuses; None if it names none, or only parts that are known."""
+@dataclass(frozen=True)
+class Refusal:
+    """The refused parts of a request."""
+
+    parts: frozenset[str]
+    lasts: bool = False
+    """Later requests are refused for the same reason."""
+    values: Body = field(default_factory=dict)
+    """The values that the server takes instead."""
+
+
+def found(status: int, answer: bytes, body: Body, known: set[str]) -> Refusal | None:
+    """The refusal in this answer; None if it names no part of the request, or only known parts."""
     text = answer.decode(errors="replace")
     # llama.cpp answers 500 if a template refuses.
     for name, pattern in _ROLES.items() if status in (400, 422, 500) else ():
         if name not in known and pattern.search(text):
-            return name
+            return Refusal(frozenset((name,)), lasts=True)
     if status not in (400, 422):
         return None
-    sent = set(body) | ({"max_tokens"} if "max_completion_tokens" in known else set())
-    named = (option for option in (*_OPTIONS, *_VALUES) if option in sent - known)
-    return next((option for option in named if re.search(rf"\b{option}\b", text)), None)
+    sent = without(body, known)
+    is_value = bool(_VALUE.search(text))
+    if {"tools", "response_format"} <= sent.keys() and _FORMAT.search(text) and _TOOLS.search(text) and not is_value:
+        return Refusal(frozenset((_FORMAT_WITH_TOOLS,)), lasts=True)
+    # An answer may also list the options that the server knows.
+    named = [
+        (at.start(), option) for option in (*_OPTIONS, *_VALUES) if option in sent and (at := _named(option, text))
+    ]
+    if not named:
+        return None
+    option = min(named)[1]
+    if option in _FIXED or (option not in _VALUES and _UNKNOWN.search(text) and not is_value):
+        return Refusal(frozenset((option,)), lasts=True)
+    if option not in LIMITS:
+        return Refusal(frozenset((option,)))
+    # Without a limit the model's own one holds, which is lower than the refused one.
+    most = largest(text, sent[option])
+    return Refusal(frozenset(LIMITS)) if most is None else Refusal(frozenset(), values={_limit(body): most})
 
 
-def lasts(refused: str) -> bool:
-    """Whether later requests are refused for the same reason."""
-    return refused not in _VALUES
+def _named(option: str, text: str) -> re.Match[str] | None:
+    return re.search(_WORDS.get(option, rf"\b{option}\b"), text, re.IGNORECASE)
+
+
+def largest(text: str, limit: int) -> int | None:
+    """The largest limit of an answer that this refusal of `limit` names; None if it names none."""
+    named = (int(one or other) for one, other in _LARGEST.findall(text))
+    return max((number for number in named if 0 < number < limit), default=None)
 
 
 def without(body: Body, refused: set[str]) -> dict[str, Any]:
-    """The request without the refused parts. The limit of the answer goes by its older name first."""
+    """The request without the refused parts. The limit of the answer goes by its other name first."""
     kept = {name: value for name, value in body.items() if name not in refused}
-    if "max_completion_tokens" in refused & body.keys() and "max_tokens" not in refused:
-        kept["max_tokens"] = body["max_completion_tokens"]
+    if (name := _limit(body)) in refused:
+        kept |= {other: body[name] for other in LIMITS if other not in refused}
+    if _FORMAT_WITH_TOOLS in refused and "tools" in kept:
+        kept.pop("response_format", None)
     if "system messages" in refused:
         kept["messages"] = [m | {"role": "user"} if m["role"] == "system" else m for m in kept["messages"]]
     if refused & _ROLES.keys():
         kept["messages"] = _in_turns(kept["messages"])
     return kept
+
+
+def _limit(body: Body) -> str:
+    """The name of the limit of the answer in this request; empty if it has none."""
+    return next((name for name in LIMITS if name in body), "")
 
 
 def _in_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

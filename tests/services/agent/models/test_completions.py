@@ -592,19 +592,150 @@ async def test_a_malformed_schema_of_a_client_goes_to_the_server_as_it_is(
     assert server.requests[-1].body["tools"][0]["function"]["parameters"] == schema
 
 
-async def test_several_refused_options_are_left_out_and_a_limit_gets_its_older_name(
+async def test_several_refused_options_are_left_out_and_a_limit_gets_its_newer_name(
     server: ModelServer, providers: Providers
 ) -> None:
+    refusal = (
+        "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    )
     server.script(
         MODEL,
-        Refuses(400, {"error": "max_completion_tokens is not supported"}),
-        Refuses(400, {"error": "parallel_tool_calls: unknown field"}),
+        Refuses(400, {"error": {"message": refusal, "param": "max_tokens", "code": "unsupported_parameter"}}),
+        Refuses(400, {"error": "parallel_tool_calls: unknown field, expected one of: stream_options, tool_choice"}),
         text("Yes"),
     )
     prompt = msgspec.structs.replace(PROMPT, max_output_tokens=7, parallel=False)
-    assert (await ask(server, providers, prompt)).text == "Yes"
-    body = server.requests[-1].body
-    assert (body["max_tokens"], "parallel_tool_calls" in body, "max_completion_tokens" in body) == (7, False, False)
+    for _ in range(2):
+        await ask(server, providers, prompt)
+    names = ("max_tokens", "max_completion_tokens", "parallel_tool_calls", "stream_options", "tool_choice")
+    sent = [[name for name in names if name in request.body] for request in server.requests]
+    assert sent[0] == ["max_tokens", *names[2:]]
+    assert sent[2:] == [["max_completion_tokens", "stream_options", "tool_choice"]] * 2
+    assert server.requests[-1].body["max_completion_tokens"] == 7
+
+
+@pytest.mark.parametrize(
+    ("message", "most"),
+    [
+        ("max_tokens is too large: 90000. This model supports at most 16384 completion tokens.", 16384),
+        (
+            "'max_tokens' or 'max_completion_tokens' is too large: 90000. This model's maximum context length is 4096 "
+            "tokens and your request has 10 input tokens (90000 > 4096 - 10).",
+            None,
+        ),
+        (
+            "This model's maximum context length is 8192 tokens. However, you requested 90064 tokens (64 in the "
+            "messages, 90000 in the completion). Please reduce the length of the messages or completion.",
+            None,
+        ),
+        ("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", 8192),
+        ("<400> InternalError.Algo.InvalidParameter: Range of max_tokens should be [1, 8192]", 8192),
+        (
+            "The parameter `max_tokens` specified in the request is not valid: integer above maximum value, expected a "
+            "value <= 12288, but got 90000 instead.",
+            12288,
+        ),
+        ("max_tokens must be greater than or equal to 1 and less than or equal to `8192`", 8192),
+        ("max_tokens: 90000 is not supported, the maximum is 4K", None),
+        ("max_tokens", None),
+    ],
+)
+async def test_a_limit_that_is_too_large_for_a_server_is_lowered_for_this_request(
+    server: ModelServer, providers: Providers, message: str, most: int | None
+) -> None:
+    server.script(MODEL, Refuses(400, {"error": {"message": message, "type": "BadRequestError"}}))
+    for limit in (90000, 50):
+        await ask(server, providers, msgspec.structs.replace(PROMPT, max_output_tokens=limit))
+    bodies = [request.body for request in server.requests]
+    assert [body.get("max_tokens") for body in bodies] == [90000, most, 50]
+    assert not any("max_completion_tokens" in body for body in bodies)
+
+
+@pytest.mark.parametrize("host", ["api.openai.com", "eu.api.openai.com", "me.openai.azure.com", "generic.example"])
+async def test_openai_gets_the_limit_by_its_newer_name(host: str) -> None:
+    sent = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        sent.append(msgspec.json.decode(request.content))
+        if len(sent) == 1:
+            message = "max_tokens is too large: 90000. This model supports at most 16384 completion tokens."
+            return httpx2.Response(400, json={"error": {"message": message, "param": "max_tokens"}})
+        content = b"".join(b"data: %b\n\n" % msgspec.json.encode(one) for one in text("Hi").chunks)
+        return httpx2.Response(200, content=content, headers={"content-type": "text/event-stream"})
+
+    async def hear(_: str) -> None:
+        """Drops a text."""
+
+    providers = Providers(httpx2.MockTransport(answer))
+    model = providers.model(f"openai/{MODEL}", ModelEndpoint(f"https://{host}/v1"))
+    await model.answer(msgspec.structs.replace(PROMPT, max_output_tokens=90000), hear)
+    await providers.close()
+    name, other = ("max_tokens", "max_completion_tokens")[:: 1 if host == "generic.example" else -1]
+    assert [(body[name], other in body) for body in sent] == [(90000, False), (16384, False)]
+
+
+OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Invalid schema for response_format 'answer': In context=(), 'function' is not permitted.",
+        "The provided JSON schema contains features not supported by xgrammar.",
+        "failed to parse grammar",
+        "Unknown name \"a\" at 'generation_config.response_schema.properties[0].value': Cannot find field.",
+    ],
+)
+async def test_a_schema_that_is_refused_is_left_out_once(
+    server: ModelServer, providers: Providers, message: str
+) -> None:
+    server.script(MODEL, Refuses(400, {"error": {"message": message}}))
+    for _ in range(2):
+        await ask(server, providers, msgspec.structs.replace(PROMPT, output_schema=OBJECT))
+    assert ["response_format" in request.body for request in server.requests] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Function calling with a response mime type: 'application/json' is unsupported",
+        "json mode cannot be combined with tool/function calling",
+        "'response_format` json_object cannot be combined with tool/function calling",
+        '"tools" is incompatible with "response_format"',
+    ],
+)
+async def test_a_format_that_is_refused_beside_tools_is_left_out_beside_tools(
+    server: ModelServer, providers: Providers, message: str
+) -> None:
+    server.script(MODEL, Refuses(400, [{"error": {"code": 400, "message": message, "status": "INVALID_ARGUMENT"}}]))
+    with_tools = msgspec.structs.replace(PROMPT, output_schema=OBJECT)
+    for prompt in (with_tools, with_tools, msgspec.structs.replace(with_tools, tools=())):
+        await ask(server, providers, prompt)
+    assert [("tools" in request.body, "response_format" in request.body) for request in server.requests] == [
+        (True, True),
+        (True, False),
+        (True, False),
+        (False, True),
+    ]
+
+
+async def test_a_format_that_a_model_does_not_know_stays_out(server: ModelServer, providers: Providers) -> None:
+    message = "Invalid parameter: 'response_format' of type 'json_schema' is not supported with this model."
+    server.script(MODEL, Refuses(400, {"error": {"message": message, "param": "response_format"}}))
+    for _ in range(2):
+        await ask(server, providers, msgspec.structs.replace(PROMPT, output_schema=OBJECT))
+    assert ["response_format" in request.body for request in server.requests] == [True, False, False]
+
+
+async def test_an_option_stays_out_only_if_that_has_helped(server: ModelServer, providers: Providers) -> None:
+    # The error repeats the words of a person.
+    refusal = Refuses(422, {"detail": [{"loc": ["body", "messages"], "input": "unknown option seed"}]})
+    server.script(MODEL, refusal, refusal)
+    prompt = msgspec.structs.replace(PROMPT, sampling=Sampling(seed=7))
+    with pytest.raises(ModelFailed):
+        await ask(server, providers, prompt)
+    await ask(server, providers, prompt)
+    assert [request.body.get("seed") for request in server.requests] == [7, None, 7]
 
 
 @pytest.mark.parametrize("body", [{"error": {"message": "context too long"}}, {"error": {"message": "seed is fine"}}])

@@ -25,7 +25,7 @@ from services.agent.models.contract import (
 )
 from services.agent.models.providers import Providers
 from tooling.testing import model_shapes as shapes
-from tooling.testing.model_server import KEY, Fails, ModelServer, Says, Streams, model_server
+from tooling.testing.model_server import KEY, Fails, ModelServer, Refuses, Says, Streams, model_server
 
 OPENAI = "openai/gpt-4o-mini"
 ANTHROPIC = "anthropic/claude-haiku-5-5"
@@ -245,6 +245,14 @@ async def test_the_limit_of_the_answer_is_passed_on(name: str, server: ModelServ
     await ask(server, providers, name, Prompt("", (UserTurn("?"),), max_output_tokens=64))
     [asked] = server.requests
     assert asked.body.get("max_completion_tokens", asked.body.get("max_tokens")) == 64
+
+
+async def test_claude_gets_the_largest_limit_that_it_names(server: ModelServer, providers: Providers) -> None:
+    message = "max_tokens: 90000 > 8192, which is the maximum allowed number of output tokens for claude-haiku-5-5"
+    refusal = Refuses(400, {"type": "error", "error": {"type": "invalid_request_error", "message": message}})
+    server.script(ANTHROPIC.partition("/")[2], refusal)
+    await ask(server, providers, ANTHROPIC, Prompt("", (UserTurn("?"),), max_output_tokens=90000))
+    assert [request.body["max_tokens"] for request in server.requests] == [90000, 8192]
 
 
 async def test_a_call_of_an_unknown_tool_keeps_its_name(server: ModelServer, providers: Providers) -> None:

@@ -307,7 +307,7 @@ async def test_the_answer_ends_at_a_stop_and_at_the_limit_of_the_client(
     world.models.script(MODEL, cut(content='{"na'), cut(content=""), cut(content="Let", tool_calls=[call]))
     with pytest.raises(openai.LengthFinishReasonError):
         await client.chat.completions.parse(model=agent, messages=HI, response_format=City, max_completion_tokens=2)
-    assert world.models.requests[-1].body["max_completion_tokens"] == 2
+    assert world.models.requests[-1].body["max_tokens"] == 2
     # A model that thinks may have no token left for the answer.
     short = (await create(model=agent, messages=HI, max_tokens=1)).choices[0]
     assert (short.message.content, short.finish_reason) == ("", "length")
