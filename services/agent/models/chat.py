@@ -20,6 +20,7 @@ from infra.observe.redaction import redacted
 from infra.outgoing.retry_after import retry_after
 from services.agent.models.contract import (
     AssistantTurn,
+    Extra,
     ModelAnswer,
     ModelEndpoint,
     ModelFailed,
@@ -33,7 +34,7 @@ from services.agent.models.contract import (
     Usage,
     UserTurn,
 )
-from services.agent.models.pieces import MAX_EVENT_BYTES, lines, whole_arguments
+from services.agent.models.pieces import CALL_FIELDS, MAX_EVENT_BYTES, lines, whole_arguments
 from services.agent.models.thoughts import without_thoughts
 from services.agent.models.wording import system_message, valid_arguments, wire_name
 
@@ -64,6 +65,8 @@ _FINISHES = (
 )
 # The fields in which servers send thoughts: https://api-docs.deepseek.com/guides/reasoning_model
 _THOUGHTS = ("reasoning", "reasoning_content")
+# The largest fields of a call beside OpenAI's that are stored, as JSON.
+MAX_EXTRA_BYTES = 100_000
 
 
 class ChatModel:
@@ -90,6 +93,7 @@ class ChatModel:
         # Models of OpenAI refuse the older name. Many other servers know only that one, and ignore the newer one.
         is_openai = base.host.endswith(("api.openai.com", ".azure.com"))
         self._limit = "max_completion_tokens" if is_openai else "max_tokens"
+        self._sender = f"{name} {base.host}"
         self._transport = transport
 
     async def answer(self, prompt: Prompt, on_text: OnText) -> ModelAnswer:
@@ -99,7 +103,7 @@ class ChatModel:
             "POST",
             self._url,
             headers=self._headers,
-            content=msgspec.json.encode(_body(self._own_name, prompt, self._limit)),
+            content=msgspec.json.encode(self._body(prompt)),
             extensions={"timeout": TIMEOUT.as_dict()},
         )
         received = _Received()
@@ -127,6 +131,33 @@ class ChatModel:
             raise ModelFailed(f"{self._name}: {type(error).__name__}", transient=True) from error
         with self._reading():
             return self._answer(received, names)
+
+    def _body(self, prompt: Prompt) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": self._own_name,
+            "messages": _messages(prompt, self._sender),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if prompt.max_output_tokens is not None:
+            body[self._limit] = prompt.max_output_tokens
+        sampling = msgspec.to_builtins(prompt.sampling)
+        body |= {name: value for name, value in sampling.items() if name != "max_output_tokens"}
+        if prompt.tools:
+            # Without tools the options for tools are absent, because some servers refuse them.
+            body["tools"] = [_tool(tool) for tool in prompt.tools]
+            body["tool_choice"] = "required" if prompt.must_call else "auto"
+            if not prompt.parallel:
+                body["parallel_tool_calls"] = False
+        if (schema := prompt.output_schema) is not None:
+            # Not every schema can be strict: OpenAI would refuse it, or an object with free fields would have to be
+            # closed.
+            probe = _transformer(schema, strict=None)
+            probe.walk()
+            strict = bool(probe.is_strict_compatible)
+            form = {"name": "answer", "schema": _transformer(schema, strict=strict).walk(), "strict": strict}
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
+        return body
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -179,11 +210,16 @@ class ChatModel:
         reasoning = None
         if calls and received.thoughts:
             field, pieces = next(iter(received.thoughts.items()))
-            reasoning = Reasoning(field, "".join(pieces))
+            reasoning = Reasoning(field, "".join(pieces), self._sender)
         return ModelAnswer(
             text=without_thoughts(text),
             calls=tuple(
-                ToolCall(call["id"], names.get(call["name"], call["name"]), whole_arguments(call["arguments"]) or "{}")
+                ToolCall(
+                    call["id"],
+                    names.get(call["name"], call["name"]),
+                    whole_arguments(call["arguments"]) or "{}",
+                    self._extra(call["extra"]),
+                )
                 for call in calls
             ),
             reasoning=reasoning,
@@ -191,6 +227,10 @@ class ChatModel:
             model=received.model or self._name,
             finish_reason=finish,
         )
+
+    def _extra(self, fields: dict[str, Any]) -> Extra | None:
+        too_large = len(msgspec.json.encode(fields)) > MAX_EXTRA_BYTES
+        return Extra(self._sender, fields) if fields and not too_large else None
 
 
 class _Received:
@@ -233,11 +273,12 @@ class _Received:
         return said
 
     def _take_call(self, piece: Mapping[str, Any]) -> None:
-        call = self.calls.setdefault(piece["index"], {"id": "", "name": "", "arguments": []})
+        call = self.calls.setdefault(piece["index"], {"id": "", "name": "", "arguments": [], "extra": {}})
         function = piece["function"]
         call["id"] = piece.get("id") or call["id"]
         call["name"] = function.get("name") or call["name"]
         call["arguments"].append(function.get("arguments") or "")
+        call["extra"] |= {name: value for name, value in piece.items() if name not in CALL_FIELDS and value is not None}
 
 
 def finish_reason(word: str) -> str:
@@ -247,34 +288,6 @@ def finish_reason(word: str) -> str:
     """
     word = word.lower()
     return next((reason for reason, *parts in _FINISHES if any(part in word for part in parts)), "length")
-
-
-def _body(model: str, prompt: Prompt, limit: str) -> dict[str, Any]:
-    """`limit`: the name of the limit of the answer."""
-    body: dict[str, Any] = {
-        "model": model,
-        "messages": _messages(prompt),
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    if prompt.max_output_tokens is not None:
-        body[limit] = prompt.max_output_tokens
-    sampling = msgspec.to_builtins(prompt.sampling)
-    body |= {name: value for name, value in sampling.items() if name != "max_output_tokens"}
-    if prompt.tools:
-        # Without tools the options for tools are absent, because some servers refuse them.
-        body["tools"] = [_tool(tool) for tool in prompt.tools]
-        body["tool_choice"] = "required" if prompt.must_call else "auto"
-        if not prompt.parallel:
-            body["parallel_tool_calls"] = False
-    if (schema := prompt.output_schema) is not None:
-        # Not every schema can be strict: OpenAI would refuse it, or an object with free fields would have to be closed.
-        probe = _transformer(schema, strict=None)
-        probe.walk()
-        strict = bool(probe.is_strict_compatible)
-        form = {"name": "answer", "schema": _transformer(schema, strict=strict).walk(), "strict": strict}
-        body["response_format"] = {"type": "json_schema", "json_schema": form}
-    return body
 
 
 def _tool(tool: Tool) -> dict[str, Any]:
@@ -298,15 +311,16 @@ def _transformer(schema: dict[str, Any], *, strict: bool | None) -> Any:
     return OpenAIJsonSchemaTransformer(schema, strict=strict)
 
 
-def _messages(prompt: Prompt) -> list[dict[str, Any]]:
+def _messages(prompt: Prompt, model: str) -> list[dict[str, Any]]:
+    """`model`: as in `Extra`."""
     messages: list[dict[str, Any]] = []
     if system := system_message(prompt):
         messages.append({"role": "system", "content": system})
-    messages += filter(None, map(_message, prompt.turns))
+    messages += filter(None, (_message(turn, model) for turn in prompt.turns))
     return messages
 
 
-def _message(turn: Turn) -> dict[str, Any] | None:
+def _message(turn: Turn, model: str) -> dict[str, Any] | None:
     match turn:
         case UserTurn(text, images) if images:
             parts: list[dict[str, Any]] = [{"type": "text", "text": text}] if text else []
@@ -318,18 +332,19 @@ def _message(turn: Turn) -> dict[str, Any] | None:
             if not text and not calls:
                 return None
             message: dict[str, Any] = {"role": "assistant", "content": text or None}
-            if reasoning:
+            if reasoning and reasoning.model in ("", model):
                 message[reasoning.field] = reasoning.text
             if calls:
-                message["tool_calls"] = [_call(call) for call in calls]
+                message["tool_calls"] = [_call(call, model) for call in calls]
             return message
         case ToolTurn(call, content):
             return {"role": "tool", "tool_call_id": call.id, "content": content}
 
 
-def _call(call: ToolCall) -> dict[str, Any]:
+def _call(call: ToolCall, model: str) -> dict[str, Any]:
     function = {"name": wire_name(call.name), "arguments": valid_arguments(call.arguments)}
-    return {"id": call.id, "type": "function", "function": function}
+    extra = call.extra.fields if call.extra and call.extra.model == model else {}
+    return {**extra, "id": call.id, "type": "function", "function": function}
 
 
 def _usage(given: Mapping[str, Any] | None) -> Usage:

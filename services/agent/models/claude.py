@@ -193,12 +193,14 @@ def _message(turn: Turn) -> wire.ModelMessage:
         case AssistantTurn(text, calls):
             parts: list[wire.ModelResponsePart] = [wire.TextPart(text)] if text else []
             parts += [
-                wire.ToolCallPart(wire_name(call.name), valid_arguments(call.arguments), tool_call_id=call.id)
+                wire.ToolCallPart(
+                    wire_name(call.name), valid_arguments(call.arguments), tool_call_id=wire_name(call.id)
+                )
                 for call in calls
             ]
             return wire.ModelResponse(parts=parts)
         case ToolTurn(call, content):
-            part = wire.ToolReturnPart(wire_name(call.name), content, tool_call_id=call.id)
+            part = wire.ToolReturnPart(wire_name(call.name), content, tool_call_id=wire_name(call.id))
             return wire.ModelRequest(parts=[part])
 
 

@@ -43,13 +43,23 @@ class Passage(msgspec.Struct, frozen=True):
         return ", ".join(filter(None, (self.name, self.section, f"page {self.page}" if self.page else None)))
 
 
-class ToolCall(msgspec.Struct, frozen=True):
+class Extra(msgspec.Struct, frozen=True):
+    """Fields of a tool call beside OpenAI's, such as Gemini's thought signatures. Its model may refuse a later request
+    without them, and another model a request with them."""
+
+    model: str
+    """The model and the host of its server."""
+    fields: dict[str, Any]
+
+
+class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
     """A call of a tool by the model."""
 
     id: str
     name: str
     arguments: str
     """The arguments as the model wrote them: a JSON object, unless the model made a mistake."""
+    extra: Extra | None = None
 
 
 class Image(msgspec.Struct, frozen=True):
@@ -69,12 +79,14 @@ class UserTurn(msgspec.Struct, frozen=True, tag="user", omit_defaults=True):
     images: tuple[Image, ...] = ()
 
 
-class Reasoning(msgspec.Struct, frozen=True):
+class Reasoning(msgspec.Struct, frozen=True, omit_defaults=True):
     """Thoughts that came with tool calls. Some servers refuse a later request without them."""
 
     field: str
     """The field of the message in which the server sends them."""
     text: str
+    model: str = ""
+    """As in `Extra`. Empty in older events."""
 
 
 class AssistantTurn(msgspec.Struct, frozen=True, tag="assistant"):
@@ -83,7 +95,7 @@ class AssistantTurn(msgspec.Struct, frozen=True, tag="assistant"):
     text: str
     calls: tuple[ToolCall, ...] = ()
     reasoning: Reasoning | None = None
-    """Shown only to the same model, with the results of these calls."""
+    """Sent only to the same model, with the results of these calls."""
 
 
 class ToolTurn(msgspec.Struct, frozen=True, tag="tool"):

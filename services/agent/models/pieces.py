@@ -19,6 +19,8 @@ Chunk = dict[str, Any]
 MAX_EVENT_BYTES = 4 * 1024**2
 # Servers write two or three.
 MAX_EVENT_LINES = 1_000
+# The fields of a tool call; a server may have more.
+CALL_FIELDS = ("index", "id", "type", "function", "name", "arguments")
 # The signs of JSON that open and close a part. A sign after a backslash does neither.
 _BRACKETS = re.compile(r'["{}\[\]]|\\.?', re.DOTALL)
 
@@ -197,7 +199,8 @@ class ToolCalls:
         if index is not None:
             self._by_index[index] = call
         call.add(arguments)
-        sent: Chunk = {"index": call.index, "function": {"arguments": arguments}}
+        sent: Chunk = {field: value for field, value in piece.items() if field not in CALL_FIELDS}
+        sent |= {"index": call.index, "function": {"arguments": arguments}}
         if name:
             call.has_name = True
             sent |= {"id": call.id, "type": "function", "function": {"name": name, "arguments": arguments}}

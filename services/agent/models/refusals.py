@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -44,6 +45,12 @@ _ROLES = {
     "system messages": re.compile(r"system[ _](role|message|prompt)|developer instruction", re.IGNORECASE),
     "repeated roles": re.compile(r"alternat", re.IGNORECASE),
 }
+# Mistral takes ids of nine letters and digits, OpenAI of 40 characters. Calls of another model may have others.
+_IDS = {
+    "ids of calls": re.compile(
+        r"tool.?call.?id.{0,200}(a-z|length)|tool_calls\S{0,20}id\b.{0,100}(length|too long)", re.IGNORECASE
+    )
+}
 
 Body = Mapping[str, Any]
 
@@ -63,7 +70,7 @@ def found(status: int, answer: bytes, body: Body, known: set[str]) -> Refusal | 
     """The refusal in this answer; None if it names no part of the request, or only known parts."""
     text = answer.decode(errors="replace")
     # llama.cpp answers 500 if a template refuses.
-    for name, pattern in _ROLES.items() if status in (400, 422, 500) else ():
+    for name, pattern in (_ROLES | _IDS).items() if status in (400, 422, 500) else ():
         if name not in known and pattern.search(text):
             return Refusal(frozenset((name,)), lasts=True)
     if status not in (400, 422):
@@ -109,12 +116,25 @@ def without(body: Body, refused: set[str]) -> dict[str, Any]:
         kept["messages"] = [m | {"role": "user"} if m["role"] == "system" else m for m in kept["messages"]]
     if refused & _ROLES.keys():
         kept["messages"] = _in_turns(kept["messages"])
+    if refused & _IDS.keys():
+        kept["messages"] = [_with_short_ids(message) for message in kept["messages"]]
     return kept
 
 
 def _limit(body: Body) -> str:
     """The name of the limit of the answer in this request; empty if it has none."""
     return next((name for name in LIMITS if name in body), "")
+
+
+def _with_short_ids(message: dict[str, Any]) -> dict[str, Any]:
+    if calls := message.get("tool_calls"):
+        return message | {"tool_calls": [call | {"id": _short(call["id"])} for call in calls]}
+    return message | {"tool_call_id": _short(message["tool_call_id"])} if message["role"] == "tool" else message
+
+
+def _short(id_: str) -> str:
+    """An id of nine letters and digits."""
+    return id_ if re.fullmatch("[a-zA-Z0-9]{9}", id_) else hashlib.blake2b(id_.encode(), digest_size=5).hexdigest()[:9]
 
 
 def _in_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

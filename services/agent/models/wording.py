@@ -16,7 +16,7 @@ _UNFIT = re.compile(r"[^a-zA-Z0-9_-]")
 
 
 def wire_name(tool: str) -> str:
-    """The name of a tool as OpenAI and Anthropic take it."""
+    """The name of a tool as OpenAI and Anthropic take it, or the id of a call as Anthropic takes it."""
     return _UNFIT.sub("_", tool)
 
 

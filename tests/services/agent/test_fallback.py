@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tests.services.agent.conftest import MODEL, Tenant, World
-from tooling.testing.model_server import KEY, Fails, Says
+from tooling.testing.model_server import KEY, Fails, Says, Streams
+from tooling.testing.service_fakes import WEATHER
 
 OTHER = "gpt-4o"
 
@@ -21,6 +22,26 @@ async def test_where_a_model_gives_no_answer_another_one_is_asked_once(world: Wo
     ]
     assert [usage["resource"] for usage in await tenant.usage()] == [f"openai/{OTHER}"]
     assert len(await tenant.sent("channel.outbound")) == 1
+
+
+async def test_the_thoughts_of_a_model_are_not_sent_to_its_fallback(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(tools=[WEATHER], fallback={"model": f"openai/{OTHER}"})
+    call = {"index": 0, "id": "a", "function": {"name": WEATHER, "arguments": '{"city":"Bern"}'}, "extra_content": "s"}
+    delta = {"reasoning_content": "They want the weather.", "tool_calls": [call]}
+    answer = Streams(({"choices": [{"index": 0, "delta": delta, "finish_reason": "tool_calls"}]},))
+    world.models.script(MODEL, answer, Fails(400))
+    world.models.script(OTHER, Says("Wet."))
+    run = await tenant.over(await tenant.say(agent, "Weather?"))
+    assert run["reply"] == "Wet."
+    own, others = world.models.requests[-2:]
+    fields = [
+        {"role", "content", "reasoning_content", "tool_calls"},
+        {"id", "type", "function", "extra_content"},
+        {"role", "content", "tool_calls"},
+        {"id", "type", "function"},
+    ]
+    told = [request.body["messages"][-2] for request in (own, others)]
+    assert [set(one) for message in told for one in (message, message["tool_calls"][0])] == fields
 
 
 async def test_a_fallback_elsewhere_has_a_key_of_its_own(world: World, tenant: Tenant) -> None:

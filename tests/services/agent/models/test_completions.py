@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from infra.errors import TooLarge
 from infra.outgoing.client import Outgoing
+from services.agent.models import chat
 from services.agent.models.completions import _Repair, usage
 from services.agent.models.contract import (
     AssistantTurn,
@@ -341,13 +343,72 @@ async def test_thoughts_in_a_field_go_back_with_their_calls_and_nowhere_else(
     server.script(MODEL, Streams((*thoughts, *calls)), Says("3"), Streams((*thoughts, *text("Hi").chunks)))
     streamed: list[str] = []
     answer = await ask(server, providers, streamed=streamed)
-    assert (answer.text, streamed, answer.reasoning) == ("", [], Reasoning(field, "They want a sum."))
+    sender = f"openai/{MODEL} 127.0.0.1"
+    assert (answer.text, streamed, answer.reasoning) == ("", [], Reasoning(field, "They want a sum.", sender))
     turns = (UserTurn("?"), AssistantTurn("", answer.calls, answer.reasoning), ToolTurn(answer.calls[0], "3"))
     await ask(server, providers, Prompt("", turns, tools=PROMPT.tools))
     sent = server.requests[-1].body["messages"][1]
     assert (sent["role"], sent[field], sent["tool_calls"][0]["id"]) == ("assistant", "They want a sum.", "a")
     plain = await ask(server, providers)
     assert (plain.text, plain.reasoning) == ("Hi", None)
+
+
+SIGNATURE = {"extra_content": {"google": {"thought_signature": "AbC="}}}
+
+
+@pytest.mark.parametrize("later", [False, True])
+async def test_the_own_fields_of_a_call_go_back_to_its_model_and_to_no_other(
+    server: ModelServer, providers: Providers, later: bool
+) -> None:
+    first = call(0, "a", "add", "{}") | ({} if later else SIGNATURE) | {"token_ids": None}
+    pieces = ([first], [{"index": 0} | SIGNATURE]) if later else ([first],)
+    chunks = (chunk({"tool_calls": piece}) for piece in pieces)
+    server.script(MODEL, Streams((*chunks, chunk(finish="tool_calls"))), Says("3"))
+    answer = await ask(server, providers)
+    # As it is stored.
+    answer = msgspec.json.decode(msgspec.json.encode(answer), type=ModelAnswer)
+    turns = (UserTurn("?"), AssistantTurn("", answer.calls), ToolTurn(answer.calls[0], "3"))
+    prompt = Prompt("", turns, tools=PROMPT.tools)
+    await ask(server, providers, prompt)
+    made = {"id": "a", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    assert server.requests[-1].body["messages"][1]["tool_calls"] == [made | SIGNATURE]
+
+    async def hear(_: str) -> None:
+        """Drops a text."""
+
+    await providers.model("openai/other", ModelEndpoint(server.url, KEY)).answer(prompt, hear)
+    assert server.requests[-1].body["messages"][1]["tool_calls"] == [made]
+
+
+async def test_too_large_fields_of_a_call_are_not_kept(server: ModelServer, providers: Providers) -> None:
+    made = call(0, "a", "add", "{}") | {"extra_content": "x" * chat.MAX_EXTRA_BYTES}
+    server.script(MODEL, Streams((chunk({"tool_calls": [made]}), chunk(finish="tool_calls"))))
+    assert (await ask(server, providers)).calls == (ToolCall("a", "add", "{}"),)
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (400, "Tool call id was functions.add:0 but must be a-z, A-Z, 0-9, with a length of 9."),
+        (500, "Tool call id was functions.add:0 but must be a-z, A-Z, 0-9, with a length of 9."),
+        (400, "Invalid 'messages[1].tool_calls[0].id': string too long. Expected a string with maximum length 40."),
+    ],
+)
+async def test_ids_of_calls_that_a_server_refuses_are_short_from_then_on(
+    server: ModelServer, providers: Providers, status: int, message: str
+) -> None:
+    server.script(MODEL, Refuses(status, {"object": "error", "message": message, "type": "invalid_function_call"}))
+    calls = ToolCall("functions.add:0", "add", "{}"), ToolCall("aB3xK9mP2", "add", "{}")
+    turns: tuple[Turn, ...] = (UserTurn("?"), AssistantTurn("", calls), *(ToolTurn(one, "3") for one in calls))
+    for _ in range(2):
+        await ask(server, providers, Prompt("", turns, tools=PROMPT.tools))
+    sent = [request.body["messages"] for request in server.requests]
+    assert len(sent) == 3
+    for _, said, *results in sent[1:]:
+        ids = [one["id"] for one in said["tool_calls"]]
+        assert ids == [result["tool_call_id"] for result in results]
+        assert re.fullmatch("[a-zA-Z0-9]{9}", ids[0])
+        assert ids[1] == "aB3xK9mP2"
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,10 @@ CALLS: dict[str, Streams] = {
         chunk({"content": ""}, finish="tool_calls"),
     ),
     "gemini: index 0, the id empty": of(chunk({"tool_calls": [call(0, "", "add", JSON)]}), chunk(finish="stop")),
+    "gemini: a thought signature": of(
+        chunk({"tool_calls": [call(0, "c1", "add", JSON) | {"extra_content": {"google": {"thought_signature": "s"}}}]}),
+        chunk(finish="tool_calls"),
+    ),
     "mistral: id null until the call, whole arguments, finish tool_calls": of(
         chunk({"content": "", "tool_calls": [call(0, "null", "add", JSON)]}, finish="tool_calls")
     ),

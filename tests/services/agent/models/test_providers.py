@@ -255,6 +255,14 @@ async def test_claude_gets_the_largest_limit_that_it_names(server: ModelServer, 
     assert [request.body["max_tokens"] for request in server.requests] == [90000, 8192]
 
 
+async def test_an_id_of_another_models_call_is_one_that_claude_takes(server: ModelServer, providers: Providers) -> None:
+    call = ToolCall("functions.weather:0", "weather.now", "{}")
+    turns = (UserTurn("?"), AssistantTurn("", (call,)), ToolTurn(call, "sunny"))
+    await ask(server, providers, ANTHROPIC, Prompt("", turns, tools=(WEATHER,)))
+    _, called, result = server.requests[-1].body["messages"]
+    assert called["content"][0]["id"] == result["content"][0]["tool_use_id"] == "functions_weather_0"
+
+
 async def test_a_call_of_an_unknown_tool_keeps_its_name(server: ModelServer, providers: Providers) -> None:
     server.script("gpt-4o-mini", Says(calls=(("made_up", "{}"),)))
     answer = await ask(server, providers, OPENAI, Prompt("", (UserTurn("?"),), tools=(WEATHER,)))
