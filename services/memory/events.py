@@ -61,6 +61,8 @@ class MemoryChanged(msgspec.Struct, frozen=True, kw_only=True):
     """Sealed."""
     digest: bytes = b""
     """As in `MemoryLearned`."""
+    topic: bytes | None = b""
+    """Digest; empty in older events, which left the topic as it was."""
     importance: int
     confidence: float
     expires_at: datetime | None
@@ -157,6 +159,7 @@ def evolve(state: State | None, event: Event) -> State | None:
                 state,
                 sealed=event.text,
                 digest=event.digest,
+                topic=state.topic if event.topic == b"" else event.topic,
                 importance=event.importance,
                 confidence=event.confidence,
                 expires_at=event.expires_at,

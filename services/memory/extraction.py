@@ -37,30 +37,47 @@ def _rule(pattern: str, kind: Kind, importance: int, topic: str | None = None) -
 
 
 _I = r"\bI(?: a|['’])m\b"
-_OBJECT = r"([^,;.!]{2,60})"
-# The first rule that fits a sentence decides.
+_IS = rf"{_I}(?: not| no longer)?(?: an?)?"
+_HOME = r"\bI(?:(?: now)? live in|(?:['’]ve| have)? moved to)"
+_WORK = r"\bI(?: now)? work"
+_OBJECT = r"([^;!]{2,})"
+# Before a name, as most people write it; before a place and not a kind of home.
+_NAMED = r"(?=(?:the )?(?-i:[^\W\d_a-z]))"
+_PLACE = r"(?!(?:an?|my|our|this) |the (?-i:[^A-Z]))"
+# The first rule that fits a sentence decides. It has a topic only if its sentences contradict each other.
 _RULES = (
     _rule(rf"{_I}(?: not| severely| very| no longer)? allergic to {_OBJECT}", "fact", 9, "allergy {}"),
     _rule(r"我对([^,，。；;！]{1,30}?)(?:不再|不|严重|有点)*过敏", "fact", 9, "allergy {}"),
-    _rule(rf"{_I}(?: not| no longer)? an? (?:vegetarian|vegan|pescatarian|diabetic|coeliac|celiac)", "fact", 8, "diet"),
-    _rule(rf"{_I}(?: not| no longer)? (?:vegetarian|vegan|pescatarian|diabetic)", "fact", 8, "diet"),
+    # Vegetarians say so too.
+    _rule(rf"{_I} not (?:a )?(?:vegan|pescatarian)\b(?! any ?more)", "fact", 8),
+    _rule(rf"{_IS} (?:vegetarian|vegan|pescatarian)", "fact", 8, "diet"),
     _rule(r"我(?:现在)?(?:吃素|不吃素|是素食)", "fact", 8, "diet"),
-    _rule(r"\bmy name is \w|\bcall me [A-Z]", "fact", 7, "name"),
-    _rule(r"我叫|我的名字是|请叫我", "fact", 7, "name"),
-    _rule(r"\bI(?: now)? live in|\bI(?:['’]ve| have)? moved to", "fact", 6, "home"),
-    _rule(r"我(?:现在)?住在|我搬到", "fact", 6, "home"),
-    _rule(r"\bI(?: now)? work (?:at|for|as|in)\b", "fact", 6, "work"),
-    _rule(r"我(?:现在)?在[^,，。；;！]{1,20}(?:工作|上班)", "fact", 6, "work"),
-    _rule(r"\bmy birthday is|\bI was born (?:on|in)\b|我的生日是|我出生", "fact", 7, "birthday"),
+    _rule(rf"{_IS} diabetic", "fact", 8, "diabetes"),
+    _rule(rf"{_IS} co?eliac", "fact", 8, "coeliac disease"),
+    _rule(rf"\bmy name is {_NAMED}", "fact", 7, "name"),
+    _rule(r"\bmy name is \w", "fact", 7),
+    # And not, for example, on Monday.
+    _rule(r"\bcall me (?-i:(?!\w*day\b)[^\W\d_a-z])", "fact", 7, "form of address"),
+    # In other sentences, to order and to send for somebody.
+    _rule(r"我叫(?![了过不他她它你您人外])|我的名字是", "fact", 7, "name"),
+    _rule(r"请叫我", "fact", 7, "form of address"),
+    _rule(rf"{_HOME} {_PLACE}", "fact", 6, "home"),
+    _rule(_HOME, "fact", 6),
+    _rule(r"我(?:现在)?住在(?!一|这|那|公寓|宿舍|酒店)|我搬到", "fact", 6, "home"),
+    _rule(r"我(?:现在)?住在", "fact", 6),
+    _rule(rf"{_WORK} (?:at|for) {_NAMED}", "fact", 6, "work"),
+    _rule(rf"{_WORK} as an?\b", "fact", 6, "occupation"),
+    _rule(rf"{_WORK} (?:at|for|as|in)\b", "fact", 6),
+    _rule(r"我(?:现在)?在[^,，。；;！]{1,20}(?:工作|上班)", "fact", 6),
+    _rule(r"\bmy birthday is|\bI was born on\b|我的生日是", "fact", 7, "birthday"),
+    _rule(r"\bI was born in\b|我出生", "fact", 7),
     _rule(
         rf"\bI (?:do not |don['’]t |really |now |no longer )*(?:like|love|prefer|enjoy|hate|dislike) {_OBJECT}",
         "preference",
         5,
         "taste {}",
     ),
-    _rule(
-        r"我(?:现在|很|非常|最|不再|不)*(?:喜欢|爱吃|爱喝|讨厌|偏好)([^,，。；;！]{1,30})", "preference", 5, "taste {}"
-    ),
+    _rule(r"我(?:现在|很|非常|最|不再|不)*(?:喜欢|爱吃|爱喝|讨厌|偏好)([^。；;！]+)", "preference", 5, "taste {}"),
     _rule(r"\b(?:we|I)(?: have|['’]ve)? (?:decided|agreed) (?:to|on|that)\b|我们?决定", "decision", 6),
     _rule(r"\bI promise\b|我(?:答应|保证)", "promise", 6),
     _rule(r"^(?:please )?(?:remember|note)(?: that|:) |^请?记住", "fact", 8),
@@ -70,8 +87,24 @@ _FORGET = re.compile(
     r"(?i)^(?:(?:can|could|would|will) you )?(?:please )?(?:forget|delete|erase|remove|do(?:n['’]t| not) remember)\b"
     r"|^请?你?(?:忘记|忘掉|忘了|删除|删掉|不要记|别记)"
 )
-_SENTENCE = re.compile(r"[^.!?。！？；\n]+(?:[.!?。！？；]+|\n|$)")
-_AFTERWARDS = re.compile(r"(?i)\s+(?:any ?more|any longer|very much|a lot|now|at all|too|again|的|了)+$")
+# The part of a sentence outside of its fact says more of the person, or doubts the fact. If a newer fact replaced the
+# sentence, this part would be lost.
+_SAYS_MORE = re.compile(r"(?i)\b(?:I|my|and|but)\b|[我和]|，\S|而且")
+# Signs that end a sentence do not end it within a number or an address, nor after an initial, a title or "no.".
+_SENTENCE = re.compile(
+    r"""
+    (?:
+        \b(?:[A-HJ-Za-z]|(?i:St|Mrs?|Ms|Dr|Prof|No(?=\.[ ]?\d)))\.
+        | (?<![.!?])[.!?]+(?=[a-z\d])
+        | [^.!?。！？；\n]
+    )+
+    (?:[.!?。！？；]+|\n|$)
+    """,
+    re.VERBOSE,
+)
+# After a fact: a clause that does not state more of it, and words that do not change its object.
+_CLAUSE = re.compile(r"(?i)[,，]\s*(?:(?:so|because|since|please|thanks?)\b|请|所以|因为|谢|太).*")
+_AFTERWARDS = re.compile(r"(?:\s+(?:any ?more|any longer|very much|a lot|now|at all|too|again)|[的了])+$")
 _NOT_LETTERS = re.compile(r"[^\w]+")
 
 
@@ -85,10 +118,16 @@ def facts(said: str) -> list[LearnedFact]:
             continue
         for rule in _RULES:
             if part := rule.pattern.search(sentence):
-                topic = rule.topic.format(_object(part[1])) if rule.topic and "{}" in rule.topic else rule.topic
-                found.setdefault(normal(sentence), LearnedFact(sentence, rule.kind, rule.importance, topic))
+                fact = LearnedFact(sentence, rule.kind, rule.importance, _topic(rule, part))
+                found.setdefault(normal(sentence), fact)
                 break
     return list(found.values())[:MAX_FACTS]
+
+
+def topic_of(text: str) -> str | None:
+    """The topic of a text that states one fact."""
+    found = facts(text)
+    return found[0].topic if len(found) == 1 else None
 
 
 def is_stated(quote: str, said: str) -> bool:
@@ -110,5 +149,13 @@ def normal(text: str) -> str:
     return _NOT_LETTERS.sub(" ", text.lower()).strip()
 
 
+def _topic(rule: _Rule, part: re.Match[str]) -> str | None:
+    rest = f"{part.string[: part.start()]} {_CLAUSE.sub('', part.string[part.end() :])}"
+    if rule.topic is None or _SAYS_MORE.search(rest):
+        return None
+    return rule.topic.format(*map(_object, part.groups()))
+
+
 def _object(text: str) -> str:
-    return normal(_AFTERWARDS.sub("", text.strip()))
+    """What a fact is about. Of a list the whole list: a part of it does not contradict it."""
+    return _AFTERWARDS.sub("", normal(_CLAUSE.sub("", text)))

@@ -33,7 +33,7 @@ from services.memory.events import (
     State,
     evolve,
 )
-from services.memory.extraction import Kind, normal
+from services.memory.extraction import Kind, normal, topic_of
 from services.memory.forgetting import mark_withdrawn, remove_texts
 from services.memory.memories import Memory, lock
 
@@ -49,6 +49,8 @@ MEMORY: Aggregate[State | None] = Aggregate(
     decide=lambda command, state: (),
 )
 
+# Of another memory.
+_SAME_TEXT = "m.digest = $4 AND m.id <> $5"
 _FIELDS = State.__struct_fields__
 _COLUMNS = ", ".join(_FIELDS)
 _PARAMETERS = ", ".join(f"${n}" for n in range(3, len(_FIELDS) + 3))
@@ -81,7 +83,7 @@ class New(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """A memory that the new fact repeats or contradicts."""
+    """A memory that a fact repeats or contradicts."""
 
     id: UUID
     said_at: datetime
@@ -171,12 +173,14 @@ class Keeping:
         state = await self._state(tx, memory.id)
         if state is None:
             raise NotFound(f"memory {memory.id}: does not exist")
-        if state.replaced_by is None and await _others_say(tx, state, memory.id, digest):
+        if state.replaced_by is None and await _known(tx, state, _SAME_TEXT, digest, memory.id):
             raise Conflict("text: another memory says the same")
+        topic = state.topic if digest == state.digest else await self._new_topic(tx, key, state, memory)
         changed = MemoryChanged(
             by=by,
             text=_seal(key, tenant_id, memory.id, memory.text),
             digest=digest,
+            topic=topic,
             importance=memory.importance,
             confidence=memory.confidence,
             expires_at=memory.expires_at,
@@ -192,6 +196,16 @@ class Keeping:
         )
         return memory._replace(replaced_by=state.replaced_by)
 
+    async def _new_topic(self, tx: Tx, key: DataKey, state: State, memory: Memory) -> bytes | None:
+        """The topic of a memory with another text."""
+        named = topic_of(memory.text)
+        # A newer fact on one topic would replace all that a memory of several parts says.
+        if named is None or state.parts:
+            return None
+        topic = key.digest(named)
+        # Only one memory in force has the topic: the other one.
+        return None if await _known(tx, state, "m.topic = $4 AND m.id <> $5", topic, memory.id) else topic
+
     async def archive(self, tx: Tx, id_: UUID, by: str, at: datetime) -> None:
         """Puts the memory away. It is in force again if the person says it again."""
         await self._write(tx, id_, MemoryArchived(by=by, at=at))
@@ -202,7 +216,7 @@ class Keeping:
         await lock(tx, memory.scope, memory.scope_id)
         await self._divide_whole_of(tx, memory.id, by)
         state = await self._state(tx, memory.id)
-        if state and state.replaced_by and await _others_say(tx, state, memory.id, state.digest):
+        if state and state.replaced_by and await _known(tx, state, _SAME_TEXT, state.digest, memory.id):
             raise Conflict("archived: another memory says the same")
         await self._write(tx, memory.id, MemoryRestored(by=by))
 
@@ -344,8 +358,8 @@ async def _store(tx: Tx, id_: UUID, state: State | None) -> None:
     )
 
 
-async def _known(tx: Tx, new: New, condition: str, *arguments: Any) -> list[_Known]:
-    """The memories of the place of `new` that fulfil the condition, if they are in force or a part of one in force."""
+async def _known(tx: Tx, place: New | State, condition: str, *arguments: Any) -> list[_Known]:
+    """The memories of the place that fulfil the condition, if they are in force or a part of one in force."""
     rows = await tx.sql(
         f"""
         SELECT m.id, m.said_at, w.id
@@ -356,8 +370,8 @@ async def _known(tx: Tx, new: New, condition: str, *arguments: Any) -> list[_Kno
         ORDER BY m.id
         """,
         tx.tenant_id,
-        new.scope,
-        new.scope_id,
+        place.scope,
+        place.scope_id,
         *arguments,
     )
     return [_Known(*row) for row in rows]
@@ -365,22 +379,6 @@ async def _known(tx: Tx, new: New, condition: str, *arguments: Any) -> list[_Kno
 
 async def _is_in_force(tx: Tx, id_: UUID) -> bool:
     return bool(await tx.sql("SELECT FROM memory WHERE id = $1 AND replaced_by IS NULL", id_))
-
-
-async def _others_say(tx: Tx, state: State, id_: UUID, digest: bytes) -> bool:
-    """Whether another memory in force in the same place has the text of this digest."""
-    rows = await tx.sql(
-        """
-        SELECT FROM memory
-        WHERE tenant_id = $1 AND scope = $2 AND scope_id = $3 AND digest = $4 AND replaced_by IS NULL AND id <> $5
-        """,
-        tx.tenant_id,
-        state.scope,
-        state.scope_id,
-        digest,
-        id_,
-    )
-    return bool(rows)
 
 
 def _seal(key: DataKey, tenant_id: str, id_: UUID, text: str) -> bytes:

@@ -26,6 +26,12 @@ from services.memory.extraction import MAX_FACTS, facts
         ("I am a vegetarian.", "fact", "diet"),
         ("我吃素。", "fact", "diet"),
         ("We decided to order the large machine.", "decision", None),
+        ("I am not a vegan any more.", "fact", "diet"),
+        ("my name is ada", "fact", None),
+        ("你好，我叫小明。", "fact", "name"),
+        ("I am allergic to nuts, so please be careful.", "fact", "allergy nuts"),
+        ("我对坚果过敏，请注意。", "fact", "allergy 坚果"),
+        ("我不喜欢浓咖啡了，太苦了。", "preference", "taste 浓咖啡"),
         ("I promise to pay on Friday.", "promise", None),
         ("Please remember that the door code changes on Monday.", "fact", None),
     ],
@@ -50,12 +56,73 @@ def test_a_statement_is_a_fact(said: str, kind: str, topic: str | None) -> None:
         "Could you please forget that I live in Oslo.",
         "Don't remember that my name is Ada.",
         "请忘掉我对坚果过敏。",
+        "Please call me back tomorrow.",
+        "Please call me Monday.",
+        "我叫了外卖。",
+        "我叫他明天来。",
     ],
 )
 def test_questions_and_other_sentences_are_not(said: str) -> None:
     assert facts(said) == []
 
 
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        ("I am diabetic.", "I am vegetarian."),
+        ("I am a coeliac.", "I am vegetarian."),
+        ("I am a vegetarian.", "I am not a vegan."),
+        ("I am vegetarian and diabetic.", "I am vegan."),
+        ("I am allergic to nuts, milk and shellfish.", "Yes, I am allergic to nuts."),
+        ("I am allergic to nuts, milk.", "I am allergic to nuts, eggs."),
+        ("My name is Ann and I am allergic to nuts.", "I am not allergic to milk. I am allergic to nuts."),
+        ("I am allergic to nuts.", "I am not sure if I am allergic to nuts."),
+        ("我对坚果、牛奶过敏。", "我对坚果过敏。"),
+        ("我叫李明，住在上海。", "我叫小李。"),
+        ("My name is Ann.", "My name is misspelled on the invoice."),
+        ("My name is Elisabeth.", "Please call me Lisa."),
+        ("I live in Oslo.", "I live in a house with a garden."),
+        ("I moved to Oslo.", "I've moved to the next step."),
+        ("我住在上海。", "我住在一楼。"),
+        ("I work at Acme.", "I work as a nurse."),
+        ("I work at Acme.", "I work in the morning."),
+        ("我在上海工作。", "我在银行工作。"),
+        ("My birthday is on 3 May.", "I was born in Oslo."),
+        ("I like tea, coffee and milk.", "I like tea."),
+        ("我喜欢茶，咖啡。", "我喜欢茶。"),
+        (f"我喜欢{'很' * 30}长的散步。", f"我喜欢{'很' * 30}短的散步。"),
+        ("I like example.com.", "I like example.org."),
+        (f"I like {'very ' * 20}long walks.", f"I like {'very ' * 20}short walks."),
+    ],
+)
+def test_facts_that_are_both_true_have_different_topics(older: str, newer: str) -> None:
+    [fact], [*_, other] = facts(older), facts(newer)
+    assert fact.topic is None or fact.topic != other.topic
+
+
+@pytest.mark.parametrize(
+    ("said", "texts"),
+    [
+        ("We decided to pay 2.5 million for it. Thanks!", ["We decided to pay 2.5 million for it."]),
+        ("My birthday is 12.03.1990.", ["My birthday is 12.03.1990."]),
+        ("I live in St. Louis.I work for Dr. No", ["I live in St. Louis.", "I work for Dr. No"]),
+        ("My name is J. R. Smith. I like node.js.", ["My name is J. R. Smith.", "I like node.js."]),
+        ("Remember that it is order No. 7710. Yes", ["Remember that it is order No. 7710."]),
+        ("No. I like tea! So do I. I like plums", ["I like tea!", "I like plums"]),
+        ("Note: my page is https://example.com/?id=7.", ["Note: my page is https://example.com/?id=7."]),
+        (
+            "Please remember that my email is ann.b@example.com.",
+            ["Please remember that my email is ann.b@example.com."],
+        ),
+        ("我对坚果过敏.我住在上海。我吃素", ["我对坚果过敏.", "我住在上海。", "我吃素"]),
+    ],
+)
+def test_a_sentence_does_not_end_within_a_number_a_name_or_an_address(said: str, texts: list[str]) -> None:
+    assert [fact.text for fact in facts(said)] == texts
+
+
 def test_a_long_message_gives_a_bounded_number_of_facts_in_bounded_time() -> None:
     assert len(facts("".join(f"I live in town {n}. " for n in range(2000)))) == MAX_FACTS
     assert facts("I like " * 600 + "x" * 4000) == []
+    for part in (".", "a.", "No.", "x", "?!"):
+        assert facts(part * 100_000 + " \n") == []

@@ -66,6 +66,15 @@ class Person:
         async with self._database.begin(tenant_id=TENANT) as tx:
             return (await self._keeping.learn(tx, self.new(text, **fields)))[0]
 
+    async def tells(self, *texts: str) -> None:
+        """Says this where rules find the facts."""
+        learning = Learning(self._keeping, self._memories, cast(Any, None), CREDIT)
+        for text in texts:
+            self._seconds += 1
+            run = FinishedRun(uuid7(), self.id, None, None, BEGAN + timedelta(seconds=self._seconds))
+            async with self._database.begin(tenant_id=TENANT) as tx:
+                await learning.by_rules(tx, run, text)
+
     async def merges(self, text: str, *parts: UUID) -> UUID:
         async with self._database.begin(tenant_id=TENANT) as tx:
             return await self._keeping.consolidate(tx, self.new(text), parts)
@@ -156,6 +165,56 @@ async def test_a_contradiction_keeps_the_newer_fact_and_links_the_older(person: 
     found = {memory.id: memory.replaced_by for memory in await person.memories()}
     # The fact about Turku was said first and is heard last.
     assert found == {oslo: bergen, bergen: None, turku: bergen}
+
+
+async def test_facts_of_rules_that_are_both_true_stay(person: Person) -> None:
+    await person.tells("I am diabetic. I am vegetarian.", "I am allergic to nuts, milk and eggs.")
+    await person.tells("Yes, I am allergic to nuts.", "My name is Ann. Please call me back tomorrow.", "I am vegan.")
+    await person.tells("I am not allergic to nuts.")
+    assert await person.in_force() == {
+        "I am diabetic.",
+        "I am vegan.",
+        "I am allergic to nuts, milk and eggs.",
+        "I am not allergic to nuts.",
+        "My name is Ann.",
+    }
+
+
+async def test_a_corrected_memory_is_about_the_topic_of_its_new_text(database: Database, person: Person) -> None:
+    await person.tells("I am allergic to nuts. I live in Oslo. I like tea.")
+    ids = {memory.text: memory.id for memory in await person.memories()}
+    nuts, oslo, tea = (ids[text] for text in ("I am allergic to nuts.", "I live in Oslo.", "I like tea."))
+    await person.does("change", nuts, text="I am allergic to eggs.")
+    await person.does("change", oslo, importance=9)
+    # Another memory has this topic.
+    await person.does("change", tea, text="I moved to Turku.")
+    await person.tells("I am not allergic to nuts.", "I moved to Bergen.")
+    assert await person.in_force() == {
+        "I am allergic to eggs.",
+        "I am not allergic to nuts.",
+        "I moved to Turku.",
+        "I moved to Bergen.",
+    }
+    await person.tells("I am not allergic to eggs.")
+    assert "I am allergic to eggs." not in await person.in_force()
+    # A newer fact on one topic leaves what was made of several.
+    whole = await person.merges("Walks.", await person.says("I like forests."), await person.says("I like lakes."))
+    await person.does("change", whole, text="I like walks, in forests")
+    await person.tells("I don't like walks, in forests")
+    assert "I like walks, in forests" in await person.in_force()
+    assert (await verified(database)).different == 0
+
+
+async def test_a_correction_does_not_repeat_a_part_of_another_memory(person: Person) -> None:
+    plums, figs = await person.says("Likes plums."), await person.says("Likes figs.", topic="allergy nuts")
+    tea = await person.says("Likes tea.")
+    whole = await person.merges("Likes plums and figs.", plums, figs)
+    with pytest.raises(Conflict):
+        await person.does("change", tea, text="Likes plums!")
+    await person.does("change", tea, text="I am allergic to nuts.")
+    # Otherwise two memories in force would have one text or topic.
+    await person.does("divide", whole)
+    assert await person.in_force() == {"Likes plums.", "Likes figs.", "I am allergic to nuts."}
 
 
 async def test_the_opinion_of_a_model_reaches_no_other_place(database: Database, person: Person) -> None:
