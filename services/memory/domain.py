@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -29,7 +30,10 @@ _UNDERLINE = re.compile(r" {0,3}(=+|-{2,})[ \t]*\n?")
 # A longer heading is text: each passage below a heading repeats it.
 MAX_HEADING = 200
 _CODE = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+# A block of code begins and ends with such a line; in an item of a list it is indented.
+_FENCE = re.compile(r"[ \t]*(`{3,}(?![^`]*`)|~{3,})")
+# Letters, digits and signs of codes in full width, as Chinese and Japanese keyboards write them, and the plain ones.
+WIDE = {ord(sign) + 0xFEE0: sign for sign in f"{string.ascii_letters}{string.digits}-._"}
 
 
 class UnreadableFile(Exception):
@@ -57,7 +61,7 @@ class Chunk(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """A sentence, a line or a table row."""
+    """A sentence, a line, a table row or a block of code."""
 
     text: str
     tokens: float
@@ -99,9 +103,7 @@ def sections(markdown: str) -> Iterator[Block]:
         lines.clear()
 
     for line in markdown.splitlines(keepends=True):
-        opened = _FENCE.match(line)
-        if opened and (not fence or opened[1].startswith(fence)):
-            fence = "" if fence else opened[1]
+        fence = _fence_after(line, fence)
         heading = None if fence or len(line) > MAX_HEADING else _HEADING.match(line)
         title = heading[2].strip().rstrip("#").rstrip() if heading else ""
         level = len(heading[1]) if heading else 0
@@ -121,6 +123,14 @@ def sections(markdown: str) -> Iterator[Block]:
     if titled:
         lines.append(path[-1][1])
     yield from block()
+
+
+def _fence_after(line: str, fence: str) -> str:
+    """The sign that ends the block of code in which the next line is, if `fence` is that of this line; empty: none."""
+    found = _FENCE.match(line)
+    if found is None or not found[1].startswith(fence):
+        return fence
+    return "" if fence else found[1]
 
 
 def _is_title(lines: Sequence[str]) -> bool:
@@ -197,8 +207,22 @@ def _total(pieces: list[_Piece]) -> float:
 
 def _pieces(text: str) -> list[_Piece]:
     pieces: list[_Piece] = []
+    plain: list[str] = []
+    code: list[str] = []
+    fence = ""
+    for line in text.splitlines(keepends=True):
+        was_code, fence = bool(fence), _fence_after(line, fence)
+        (code if was_code or fence else plain).append(line)
+        if was_code and not fence:
+            pieces += [*_plain(plain), *_code(code)]
+            plain, code = [], []
+    # A block of code that nothing ends is read as text: its sign may be a mistake.
+    return pieces + _plain(plain + code)
+
+
+def _plain(lines: list[str]) -> list[_Piece]:
+    pieces: list[_Piece] = []
     head = ""
-    lines = text.splitlines(keepends=True)
     for n, line in enumerate(lines):
         if "|" not in line:
             head = ""
@@ -209,6 +233,32 @@ def _pieces(text: str) -> list[_Piece]:
             # The lines of the header itself get no header.
             pieces += _cut(sentence, "" if line in head else head)
     return pieces
+
+
+def _code(lines: list[str]) -> list[_Piece]:
+    """A block of code: whole if it fits into a passage, else cut at its lines, each part between the block's signs."""
+    text = "".join(lines)
+    if (weight := _weigh(text)) <= MAX_TOKENS:
+        return [_Piece(text, weight)]
+    begin, *inside, end = lines
+    if not is_repeated(begin + end):
+        return _plain(lines)
+    pieces: list[_Piece] = []
+    part: list[str] = []
+    weight = around = _weigh(begin + end)
+    for line in inside:
+        for cut in _cut(line, begin + end):
+            if part and weight + cut.tokens > TARGET_TOKENS:
+                pieces.append(_between(begin, part, end))
+                part, weight = [], around
+            part.append(cut.text)
+            weight += cut.tokens
+    return [*pieces, _between(begin, part, end)]
+
+
+def _between(begin: str, part: list[str], end: str) -> _Piece:
+    text = f"{begin}{''.join(part).rstrip()}\n{end.rstrip()}\n"
+    return _Piece(text, _weigh(text))
 
 
 def is_repeated(head: str) -> bool:

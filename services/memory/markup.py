@@ -25,6 +25,9 @@ _SKIPPED = frozenset(
         "video",
         "select",
         "textarea",
+        # The pronunciation between the characters of a word would tear it apart.
+        "rt",
+        "rp",
     )
 )
 _HIDDEN_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
@@ -73,7 +76,8 @@ class _Writer:
         self._line: list[str] = []
         self._outside: list[list[str]] = []
         self._prefix = ""
-        self._pre = 0
+        # The open block of code, and the line and the cells outside it.
+        self._pre: tuple[etree._Element, list[str], list[list[str]]] | None = None
         # The number of the next item of each open list; None without numbers.
         self._items: list[int | None] = []
         # For each open table: the cells of the row, the header with its rule, and whether a table in a cell was written
@@ -106,7 +110,7 @@ class _Writer:
         tag = element.tag
         if tag in _BLOCKS or tag in _HEADINGS:
             self._break()
-        if tag in _HEADINGS:
+        if tag in _HEADINGS and not self._outside:
             self._out.append("\n")
             self._prefix = "#" * _HEADINGS[tag] + " "
         elif tag in ("ol", "ul"):
@@ -126,8 +130,10 @@ class _Writer:
             self._break()
             self._outside.append(self._line)
             self._line = []
-        elif tag == "pre" and not self._outside:
-            self._pre += 1
+        elif tag == "pre" and not self._pre and (not self._outside or _has_lines(element)):
+            # In a cell, its lines would become one: it stands before the row.
+            self._pre = element, self._line, self._outside
+            self._line, self._outside = [], []
             self._out.append("\n```\n")
         elif tag == "br":
             self._break()
@@ -152,10 +158,13 @@ class _Writer:
             self._out.append("\n")
             if self._interrupted:
                 self._interrupted[-1] = True
-        elif tag == "pre" and self._pre:
+        elif self._pre and element is self._pre[0]:
             self._break()
-            self._pre -= 1
+            _, self._line, self._outside = self._pre
+            self._pre = None
             self._out.append("```\n")
+            if self._outside:
+                self._interrupted[-1] = True
         elif tag in _BLOCKS or tag in _HEADINGS:
             self._break()
             self._prefix = ""
@@ -190,7 +199,10 @@ class _Writer:
             return
         line = f"| {' | '.join(cells)} |\n"
         head = self._heads[-1]
-        if not head:
+        if not head and len(cells) > 1 and not any(cells[1:]):
+            # A title of the whole table.
+            line = f"{cells[0]}\n"
+        elif not head:
             self._heads[-1] = line = line + "|" + " --- |" * len(cells) + "\n"
         elif self._interrupted[-1] and self._repeatable >= len(head):
             self._repeatable -= len(head)
@@ -222,6 +234,10 @@ class _Writer:
         elif text := _WHITE.sub(" ", text).strip():
             self._out.append(f"{self._prefix}{text}\n")
             self._prefix = ""
+
+
+def _has_lines(element: etree._Element) -> bool:
+    return element.find(".//br") is not None or "\n" in "".join(element.itertext()).strip()
 
 
 def _span(element: etree._Element, name: str) -> int:

@@ -10,6 +10,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain, islice
 from typing import IO, Any
 
 from services.memory.domain import Block, UnreadableFile, is_repeated
@@ -17,6 +18,8 @@ from services.memory.markup import MAX_REPEATED_CHARACTERS
 
 # Rows of one block. A large sheet must not be in memory as one text.
 BLOCK_ROWS = 1_000
+# Among so many rows of a table, without the empty ones, its header is looked for.
+FIRST_ROWS = 10
 # Of a sheet of Excel. A row may state any number, and the library makes all rows before it.
 MAX_ROWS = 1_048_576
 _WHITE = re.compile(r"\s+")
@@ -56,24 +59,7 @@ def sheets(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
             used.update(n for n, value in enumerate(row) if _has_text(value))
         columns = sorted(used)
         merged = _Merged(book, sheet)
-        header: list[str] = []
-        lines: list[str] = []
-        blocks = 0
-        for number, row in enumerate(sheet.iter_rows(max_row=MAX_ROWS), 1):
-            cells = [_text(row[n]) if n < len(row) else "" for n in columns]
-            merged.fill(number, columns, cells)
-            if not any(cells):
-                continue
-            if not header:
-                header = cells
-                continue
-            lines.append(_line(cells))
-            if len(lines) == BLOCK_ROWS:
-                yield _block(sheet.title, header, lines)
-                lines, blocks = [], blocks + 1
-        # A sheet with a single row has only a header.
-        if lines or (header and not blocks):
-            yield _block(sheet.title, header, lines)
+        yield from _blocks(_rows(sheet, columns, merged), sheet.title)
         if beside := "\n".join(_beside(book._archive, sheet._worksheet_path, read)):
             yield Block(beside, sheet.title)
         if sheet.sheet_state != "visible":
@@ -82,6 +68,13 @@ def sheets(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
             warnings.append(
                 f"Formulas of the sheet {sheet.title} have no stored values, so they are empty: open and save the file."
             )
+
+
+def _rows(sheet: Any, columns: list[int], merged: _Merged) -> Iterator[list[str]]:
+    for number, row in enumerate(sheet.iter_rows(max_row=MAX_ROWS), 1):
+        cells = [_text(row[n]) if n < len(row) else "" for n in columns]
+        merged.fill(number, columns, cells)
+        yield cells
 
 
 class _Merged:
@@ -126,47 +119,33 @@ class _Merged:
 
 
 def text_table(text: str) -> Iterator[Block]:
-    """The rows of a CSV text (RFC 4180; also with semicolons, tabs or bars) as Markdown tables with its first row as
-    their header. Empty rows are left out, and empty cells at the end of a row. Raises UnreadableFile."""
+    """The rows of a CSV text (RFC 4180; also with semicolons, tabs or bars) as Markdown tables with their header. Empty
+    rows are left out, and empty cells at the end of a row. Raises UnreadableFile."""
     stated = _STATED_DELIMITER.match(text)
     if stated:
         text = text[stated.end() :]
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=stated[1] if stated else _delimiter(text))
-    head = ""
-    lines: list[str] = []
-    repeated: list[str] = []
-    is_new = False
     try:
-        for cells in rows:
-            while cells and not cells[-1].strip():
-                cells.pop()
-            if not cells:
-                continue
-            if head:
-                lines.append(_line(cells))
-            else:
-                head = _table(cells, [])
-                lines = head.splitlines()
-                # A header that no passage repeats would be read again for each block.
-                repeated = lines.copy() if is_repeated(head) else []
-            is_new = True
-            if len(lines) >= BLOCK_ROWS:
-                yield Block("\n".join(lines) + "\n")
-                lines, is_new = repeated.copy(), False
+        yield from _blocks(map(_without_empty_end, rows))
     except csv.Error as error:
         raise UnreadableFile(f"The table (CSV) cannot be read at line {rows.line_num}: {error}.") from error
-    if is_new:
-        yield Block("\n".join(lines) + "\n")
+
+
+def _without_empty_end(cells: list[str]) -> list[str]:
+    while cells and not cells[-1].strip():
+        cells.pop()
+    return cells
 
 
 def _delimiter(text: str) -> str:
     """The delimiter that cuts the most of the first lines into the same number of cells, of more than one."""
     sample = text[:65_536].splitlines()[:_JUDGED_LINES]
 
-    def regularity(delimiter: str) -> tuple[int, int]:
+    def regularity(delimiter: str) -> tuple[int, bool, int]:
         widths = Counter(len(row) for row in csv.reader(sample, delimiter=delimiter) if len(row) > 1)
         width, count = max(widths.items(), key=lambda item: (item[1], item[0]), default=(0, 0))
-        return count, width
+        # Cells with another delimiter in each line: the commas are those of decimal numbers, or of texts.
+        return count, count > 0 and delimiter != ",", width
 
     try:
         return max(_DELIMITERS, key=regularity)
@@ -175,17 +154,50 @@ def _delimiter(text: str) -> str:
 
 
 def table(rows: list[list[str]]) -> str:
-    """A Markdown table. The first row is the header."""
-    return _table(rows[0], [_line(row) for row in rows[1:]]) if rows else ""
+    """A Markdown table. Rows above its header, such as a title, stand as text before it."""
+    if not rows:
+        return ""
+    at = _header(rows[:FIRST_ROWS])
+    return "\n".join([*_titles(rows[:at]), *_head(rows[at]), *map(_line, rows[at + 1 :])]) + "\n"
 
 
-def _block(title: str, header: list[str], lines: list[str]) -> Block:
-    return Block(_table(header, lines), title)
+def _blocks(rows: Iterator[list[str]], section: str | None = None) -> Iterator[Block]:
+    """As `table`, in blocks with the header. Empty rows are left out."""
+    filled = filter(any, rows)
+    first = list(islice(filled, FIRST_ROWS))
+    if not first:
+        return
+    at = _header(first)
+    head = _head(first[at])
+    # A header that no passage repeats would be read again for each block.
+    repeated = head if is_repeated("\n".join(head)) else []
+    lines = [*_titles(first[:at]), *head]
+    rest = map(_line, chain(first[at + 1 :], filled))
+    while lines:
+        lines += islice(rest, BLOCK_ROWS)
+        yield Block("\n".join(lines) + "\n", section)
+        following = next(rest, None)
+        lines = [] if following is None else [*repeated, following]
 
 
-def _table(header: list[str], lines: list[str]) -> str:
-    rule = "|" + " --- |" * len(header)
-    return "\n".join([_line(header), rule, *lines]) + "\n"
+def _header(rows: list[list[str]]) -> int:
+    """Which of the first rows is the header: the first one that fills half of the cells that the fullest one fills. A
+    row with nothing but its first cell is a title."""
+    filled = [sum(map(bool, cells)) for cells in rows]
+    most = max(filled)
+    if not filled[0]:
+        # Of the values of a chart whose series have no names.
+        return 0
+    return next(n for n, count in enumerate(filled) if 2 * count >= most and not (1 == count < most and rows[n][0]))
+
+
+def _titles(rows: list[list[str]]) -> list[str]:
+    lines = [_WHITE.sub(" ", ", ".join(filter(None, cells))) for cells in rows]
+    return [*lines, ""] if lines else []
+
+
+def _head(cells: list[str]) -> list[str]:
+    return [_line(cells), "|" + " --- |" * len(cells)]
 
 
 def _line(cells: list[str]) -> str:

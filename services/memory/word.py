@@ -20,6 +20,8 @@ _COMPATIBILITY = "{http://schemas.openxmlformats.org/markup-compatibility/2006}"
 _SHAPE = "{urn:schemas-microsoft-com:vml}"
 _BODY = re.compile(r"word/(?:document|footnotes|endnotes|comments)\d*\.xml")
 _MARGIN = re.compile(r"word/(?:header|footer)\d*\.xml")
+# The numbers of the page and of all pages.
+_PAGE_NUMBER = re.compile(r"[\W_]*(?:\d{1,3}[\W_]*){0,2}")
 _MARGIN_WORDS = (f"{_W}t", f"{_W}tab", f"{_W}br")
 # The end of a tracked move, fields, text in the other direction, marked parts.
 _WRAPPERS = tuple(_W + name for name in ("moveTo", "fldSimple", "bdo", "dir", "customXml"))
@@ -49,7 +51,7 @@ def margins(file: IO[bytes]) -> str:
             for paragraph in _parsed(archive.read(name)).iter(f"{_W}p"):
                 parts = paragraph.iter(*_MARGIN_WORDS)
                 line = "".join(part.text or "" if part.tag == f"{_W}t" else " " for part in parts)
-                if re.search(r"[^\W\d_]", line):
+                if not _PAGE_NUMBER.fullmatch(line):
                     lines.setdefault(" ".join(line.split()))
     return "\n".join(lines)
 

@@ -19,10 +19,11 @@ TEXTS = st.lists(st.tuples(WORDS, ENDS), max_size=120).map(lambda parts: "".join
 TABLES = st.integers(1, 60).map(
     lambda rows: "| Code | Meaning |\n|---|---|\n" + "".join(f"| E{n} | valve {n} is blocked |\n" for n in range(rows))
 )
+CODE = st.integers(1, 8).map(lambda lines: f"```sh\n{'    ./install --all' * lines}\n```\n")
 BLOCKS = st.lists(
     st.builds(
         Block,
-        st.lists(TEXTS | TABLES, max_size=3).map("\n\n".join),
+        st.lists(TEXTS | TABLES | CODE, max_size=3).map("\n\n".join),
         st.sampled_from([None, "A", "A > B"]),
         st.sampled_from([None, 1, 2]),
     ),
@@ -80,6 +81,38 @@ def test_headings_are_paths_and_code_is_not_a_heading() -> None:
         Block("text e", "D > E"),
         Block("F", "D > F"),
     ]
+
+
+SENTENCE = "This is an ordinary sentence about the installation. "
+STEPS = [f"  if ./install --step {n}; then\n        ./check --after step{n}; fi" for n in range(40)]
+
+
+@pytest.mark.parametrize("sentences", range(0, 24, 3))
+@pytest.mark.parametrize("indent", ["", "    "])
+def test_code_that_fits_into_a_passage_stays_whole(sentences: int, indent: str) -> None:
+    code = "\n".join(indent + line for line in ("```sh", *"\n".join(STEPS[:11]).splitlines(), "```"))
+    texts = [each.text for each in chunk([Block(f"{SENTENCE * sentences}\n\n{code}\n\n{SENTENCE * 9}")])]
+    assert [code.strip() in text for text in texts if "install --step" in text] == [True]
+
+
+def test_longer_code_is_cut_at_its_lines_and_each_part_is_code() -> None:
+    chunks = list(chunk([Block("~~~~sh\n" + "\n".join(STEPS) + "\n" + "x" * 3_000 + "\n~~~~\nDone.")]))
+    assert len(chunks) > 5
+    assert all(each.tokens <= MAX_TOKENS for each in chunks)
+    inside = [each.text.removeprefix("~~~~sh\n").removesuffix("\nDone.").removesuffix("\n~~~~") for each in chunks]
+    assert all(len(each.text) >= len(part) + len("~~~~sh\n\n~~~~") for each, part in zip(chunks, inside, strict=True))
+    lines = [line for part in inside for line in part.splitlines()]
+    assert lines[:80] == "\n".join(STEPS).splitlines()
+    assert "".join(lines[80:]) == "x" * 3_000
+
+
+@pytest.mark.parametrize("mark", ["```sh", "```sh``` is a sign", "```" + "x " * 300])
+def test_a_sign_of_code_that_does_not_enclose_code_is_text(mark: str) -> None:
+    text = f"{mark}\n" + f"{SENTENCE * 6}\n" * 10 + ("" if mark == "```sh" else "```")
+    texts = [each.text for each in chunk([Block(text)])]
+    assert len(texts) > 2
+    assert all(each.endswith("installation.") for each in texts[1:-1])
+    assert sum(each.count("```") for each in texts) == text.count("```")
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

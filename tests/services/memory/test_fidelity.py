@@ -168,6 +168,7 @@ def test_ligatures_and_letters_of_equations_are_read_as_plain_letters(tmp_path: 
     source.write_text("An efficient office: $E = m c^2$")
     assert text_of(tmp_path, bytes(typst.compile(source)), types.PDF).startswith("An efficient office: E = mc")
     assert text_of(tmp_path, "e\ufb03cient main\u00adtenance 𝐸".encode(), types.TEXT) == "efficient maintenance E"
+    assert text_of(tmp_path, "错误Ｅ０４，ＮＬ２－２３０！".encode(), types.TEXT) == "错误E04，NL2-230！"
 
 
 def test_a_sheet_keeps_units_codes_durations_comments_and_text_boxes(tmp_path: Path) -> None:
@@ -257,6 +258,16 @@ PAGES = {
         "<input type=checkbox checked> yes <input type=radio> no <input value=42> <input type=hidden value=7>",
         "☑ yes ☐ no 42",
     ),
+    "heading in a cell": (
+        "<table><tr><th>Code<th>Meaning</tr><tr><td><h4>E04</h4><td>no water</tr><tr><td>E05<td>hot</tr></table>",
+        "| Code | Meaning |\n| --- | --- |\n| E04 | no water |\n| E05 | hot |",
+    ),
+    "code in a cell": (
+        "<table><tr><th>Do<th>Reset</tr><tr><td><pre>run\n  b</pre><td><pre>off</pre></tr><tr><td>x<td>y</tr></table>",
+        "| Do | Reset |\n| --- | --- |\n\n```\nrun\n  b\n```\n| Do | Reset |\n| --- | --- |\n|  | off |\n| x | y |",
+    ),
+    "code in code": ("<pre>a\n<div><pre>b\nc</pre></div>d</pre>e", "```\na\nb\nc\nd\n```\ne"),
+    "pronunciation": ("<p><ruby>東<rp>(</rp><rt>とう</rt><rp>)</rp>京<rt>きょう</rt></ruby></p>", "東京"),
     "deleted text": ("<p>costs <del>30</del><ins>45</ins> euros</p>", "costs 45 euros"),
 }
 
@@ -276,6 +287,20 @@ def test_underlined_headings_of_markdown_give_the_section(tmp_path: Path) -> Non
 
 def test_a_table_that_states_its_delimiter_is_read_by_it(tmp_path: Path) -> None:
     assert text_of(tmp_path, b"sep=;\r\na;b,c\r\n1;2,5\r\n", types.CSV) == "| a | b,c |\n| --- | --- |\n| 1 | 2,5 |"
+
+
+@pytest.mark.parametrize(
+    ("table", "row"),
+    [
+        ("1,50;2,70\n3,20;4,10\n", "| 1,50 | 2,70 |"),
+        ("1,50\t2,70\n3,20\t4,10\n", "| 1,50 | 2,70 |"),
+        ("Name;Price, net\nA;1,50\nB;2,70\n", "| Name | Price, net |"),
+        ("id,tags\n1,a;b\n2,c;d\n", "| id | tags |"),
+        ("one column\n" * 60 + "a,b\n", "| a | b |"),
+    ],
+)
+def test_commas_of_decimal_numbers_do_not_cut_a_table(tmp_path: Path, table: str, row: str) -> None:
+    assert row in text_of(tmp_path, table.encode(), types.CSV).split("\n")
 
 
 def test_the_status_of_a_delivery_is_part_of_an_e_mail(tmp_path: Path) -> None:

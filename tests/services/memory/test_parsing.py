@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from infra.stores import filetypes as types
+from services.memory import spreadsheets
 from tests.services.memory import files
 from tooling.stack.checkout import CHECKOUT
 
@@ -119,6 +120,50 @@ def test_every_passage_of_a_long_table_has_the_header(tmp_path: Path) -> None:
     assert len(passages) > 5
     assert all(passage["text"].startswith("| Code | Meaning |") for passage in passages)
     assert {passage["section"] for passage in passages} == {"Errors"}
+
+
+ITEMS = [[f"Valve {n}", f"{n}", f"{n * 2}"] for n in range(60)]
+TITLED = {
+    "sheet": (files.xlsx("a", [["Price list 2026"], [], ["Item", "Qty", "Price"], *ITEMS]), types.XLSX),
+    "csv": (
+        "\n".join(["Price list 2026", "", "Item,Qty,Price", *map(",".join, ITEMS)]).encode(),
+        types.CSV,
+    ),
+    "page": (
+        b"<table><tr><th colspan=3>Price list 2026</th></tr><tr><th>Item<th>Qty<th>Price</tr>"
+        + "".join(f"<tr><td>{'<td>'.join(row)}</tr>" for row in ITEMS).encode(),
+        types.HTML,
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "type_"), TITLED.values(), ids=TITLED)
+def test_a_title_above_a_table_is_not_its_header(tmp_path: Path, content: bytes, type_: str) -> None:
+    passages, _ = read(tmp_path, content, type_)
+    first, *others = [passage["text"] for passage in passages]
+    assert first.startswith("Price list 2026\n")
+    assert len(others) >= 2
+    assert all("| Item | Qty | Price |\n| --- | --- | --- |\n" in text for text in (first, *others))
+    assert all(text.startswith("| Item |") for text in others)
+
+
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        (
+            [["Prices", ""], ["", ""], ["Item", "Qty"], ["Valve", "3"]],
+            "Prices\n\n\n| Item | Qty |\n|-|\n| Valve | 3 |\n",
+        ),
+        ([["Prices", "of May"], ["a", "b", "c", "d", "e"]], "Prices, of May\n\n| a | b | c | d | e |\n|-|\n"),
+        ([["", "Sold"], ["North", "5"]], "|  | Sold |\n|-|\n| North | 5 |\n"),
+        # A chart without names of its series.
+        ([["", ""], ["North", "5"]], "|  |  |\n|-|\n| North | 5 |\n"),
+        ([["Code"], ["E04"]], "| Code |\n|-|\n| E04 |\n"),
+        ([], ""),
+    ],
+)
+def test_the_header_is_the_first_row_that_fills_half_of_the_columns(rows: list[list[str]], text: str) -> None:
+    assert re.sub(r"\|(?: --- \|)+", "|-|", spreadsheets.table(rows)) == text
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
@@ -399,15 +444,20 @@ def test_a_word_document_is_read_with_its_headers_and_footers(tmp_path: Path) ->
     out = io.BytesIO(files.docx("Care", "Descale it."))
     with zipfile.ZipFile(out, "a") as archive:
         for name, lines in {
-            "header1": ["Policy  77"],
+            "header1": ["Policy  77", "2026-0417"],
             "header2": ["Policy 77"],
-            "footer1": ["Valid to 2027", "3"],
+            "footer1": ["Valid to 2027", "3", "- 4 / 10 -"],
         }.items():
             words = "".join(map(paragraph, lines))
             archive.writestr(f"word/{name}.xml", f'<w:hdr xmlns:w="{files.WORD}">{words}</w:hdr>')
     passages, _ = read(tmp_path, out.getvalue(), types.DOCX)
     text = "\n".join(passage["text"] for passage in passages)
-    assert [line for line in text.splitlines() if line] == ["Descale it.", "Valid to 2027", "Policy 77"]
+    assert [line for line in text.splitlines() if line] == [
+        "Descale it.",
+        "Valid to 2027",
+        "Policy 77",
+        "2026-0417",
+    ]
 
 
 @pytest.mark.parametrize("type_", [types.MARKDOWN, types.TEXT])
@@ -455,6 +505,12 @@ def test_one_far_cell_makes_one_row(tmp_path: Path) -> None:
     book.save(out)
     passages, _ = read(tmp_path, out.getvalue(), types.XLSX)
     assert [passage["text"] for passage in passages] == ["| near | x |  |\n| --- | --- | --- |\n|  |  | far away |"]
+
+
+def test_code_keeps_its_indents(tmp_path: Path) -> None:
+    code = "\n".join(" " * 4 * depth + f"depth {depth}" for depth in range(6))
+    passages, _ = read(tmp_path, f"```\n{code}\n```\na{' ' * 50}b\n{' ' * 9_000}c".encode(), types.MARKDOWN)
+    assert passages[0]["text"] == f"```\n{code}\n```\na{' ' * 8}b\n{' ' * 100}c"
 
 
 def test_pages_without_text_are_named(tmp_path: Path) -> None:
