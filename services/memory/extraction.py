@@ -58,7 +58,7 @@ _RULES = (
     _rule(r"\bmy name is \w", "fact", 7),
     # And not, for example, on Monday.
     _rule(r"\bcall me (?-i:(?!\w*day\b)[^\W\d_a-z])", "fact", 7, "form of address"),
-    # In other sentences, to order and to send for somebody.
+    # With these signs it means to order, or to call a person.
     _rule(r"我叫(?![了过不他她它你您人外])|我的名字是", "fact", 7, "name"),
     _rule(r"请叫我", "fact", 7, "form of address"),
     _rule(rf"{_HOME} {_PLACE}", "fact", 6, "home"),
@@ -157,5 +157,5 @@ def _topic(rule: _Rule, part: re.Match[str]) -> str | None:
 
 
 def _object(text: str) -> str:
-    """What a fact is about. Of a list the whole list: a part of it does not contradict it."""
+    """The thing in a fact, or the whole list of things: a part of the list does not contradict it."""
     return _AFTERWARDS.sub("", normal(_CLAUSE.sub("", text)))

@@ -67,7 +67,7 @@ class Person:
             return (await self._keeping.learn(tx, self.new(text, **fields)))[0]
 
     async def tells(self, *texts: str) -> None:
-        """Says this where rules find the facts."""
+        """Says this; rules find the facts."""
         learning = Learning(self._keeping, self._memories, cast(Any, None), CREDIT)
         for text in texts:
             self._seconds += 1
@@ -198,7 +198,7 @@ async def test_a_corrected_memory_is_about_the_topic_of_its_new_text(database: D
     }
     await person.tells("I am not allergic to eggs.")
     assert "I am allergic to eggs." not in await person.in_force()
-    # A newer fact on one topic leaves what was made of several.
+    # A newer fact on one topic does not replace a memory of several parts.
     whole = await person.merges("Walks.", await person.says("I like forests."), await person.says("I like lakes."))
     await person.does("change", whole, text="I like walks, in forests")
     await person.tells("I don't like walks, in forests")
