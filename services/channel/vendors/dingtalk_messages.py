@@ -75,6 +75,8 @@ class _Message(msgspec.Struct):
     chatbotUserId: str | None = None
     robotCode: str | None = None
     isAdmin: bool | None = None
+    senderCorpId: str | None = None
+    chatbotCorpId: str | None = None
     sessionWebhook: str | None = None
     text: _Text | None = None
     content: _Content | None = None
@@ -141,8 +143,9 @@ def read(body: bytes, robot_code: str) -> Inbound | Ignored:
         return Ignored(ids, f"a message of type {message.msgtype[:40]}")
     conversation = f"user/{person}" if message.conversationType == "1" else f"group/{message.conversationId}"
     path = _session(message.sessionWebhook or "") or message.msgId
-    # Of the organisation, so of each of its groups.
-    by_admin = message.isAdmin is True and message.conversationType != "1"
+    # Of the organisation, so of each of its groups. A group may have members of others.
+    is_ours = message.senderCorpId in (None, message.chatbotCorpId)
+    by_admin = message.isAdmin is True and message.conversationType != "1" and is_ours
     words = _own_words(message)
     return Inbound(ids, conversation, person, path, text, attachments=attachments, by_admin=by_admin, words=words)
 

@@ -48,6 +48,11 @@ async def test_messages_of_people_and_groups_are_read(fake: DingTalkStandIn, din
 async def test_an_administrator_in_a_group_is_told(
     fake: DingTalkStandIn, dingtalk: Adapter, group: str | None, is_admin: bool, expected: bool
 ) -> None:
+    for corp, of_ours in (("dingOURS", True), ("dingOTHER", False)):
+        about = {"isAdmin": is_admin, "chatbotCorpId": "dingOURS", "senderCorpId": corp}
+        item = dingtalk.one(fake.signed(fake.message(group=group) | about))
+        assert isinstance(item, Inbound)
+        assert item.by_admin is (expected and of_ours)
     item = dingtalk.one(fake.signed(fake.message(group=group, isAdmin=is_admin)))
     assert isinstance(item, Inbound)
     assert item.by_admin is expected
