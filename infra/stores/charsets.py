@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import re
 import unicodedata
+from itertools import islice
 
 # At least this share of the letters must be common; half of it is enough if no other encoding comes near.
 MIN_SHARE = 0.4
@@ -112,6 +113,7 @@ _LARGER = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr"
 _SEVEN_BITS = ("iso2022_jp", "iso2022_kr", "hz")
 # Begins Japanese characters in ISO-2022-JP.
 _JAPANESE = b"\x1b$B"
+_BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
 _WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 # Declared in e-mails and pages, and not told apart by their letters.
 _DECLARED = ("iso8859_1", "iso8859_7", "iso8859_8", "iso8859_9", "iso8859_15")
@@ -121,8 +123,19 @@ class UnknownEncoding(Exception):
     """The bytes are not text in an encoding that is recognised."""
 
 
-def decode(content: bytes, declared: str | None = None) -> tuple[str, str]:
-    """The text and its encoding. `declared` is the name that the file states. Raises UnknownEncoding."""
+def decode(content: bytes, declared: str | None = None, *, characters: int | None = None) -> tuple[str, str]:
+    """The text and its encoding. Raises UnknownEncoding.
+
+    declared: the name that the file states. characters: the most of a text; the rest is neither read nor judged.
+    """
+    if characters is None:
+        return _decode(content, declared, is_cut=False)
+    # A letter has at most 4 bytes.
+    text, encoding = _decode(content[: 4 * characters], declared, is_cut=len(content) > 4 * characters)
+    return text[:characters], encoding
+
+
+def _decode(content: bytes, declared: str | None, *, is_cut: bool) -> tuple[str, str]:
     if content[:4] in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
         return content.decode("utf-32", errors="replace"), "utf-32"
     if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
@@ -132,8 +145,9 @@ def decode(content: bytes, declared: str | None = None) -> tuple[str, str]:
     name = _known(declared) or ("iso2022_jp" if _JAPANESE in content else None)
     for encoding in (name, "utf-8") if name in _SEVEN_BITS else ("utf-8", name):
         if encoding:
+            codec = "utf-8-sig" if encoding == "utf-8" else encoding
             try:
-                return content.decode("utf-8-sig" if encoding == "utf-8" else encoding), encoding
+                return _without_part(content, codec) if is_cut else content.decode(codec), encoding
             except (UnicodeError, LookupError):
                 # The statement is wrong, as it is in many files, or names a codec that is none of texts.
                 pass
@@ -189,25 +203,31 @@ def _known(declared: str | None) -> str | None:
 def _share(content: bytes, encoding: str, common: frozenset[str]) -> float:
     """The share of common letters among the letters beyond ASCII; 0 if the bytes are not valid in this encoding."""
     try:
-        text = content.decode(encoding)
+        text = _without_part(content, encoding)
+    except UnicodeDecodeError:
+        return 0.0
+    score = 0.0
+    # A file may be large and have few of these letters.
+    letters = list(islice(_BEYOND_ASCII.finditer(text), _SAMPLE_LETTERS))
+    for found in letters:
+        n, letter = found.start(), found[0]
+        if _is_odd(encoding, letter, text[max(0, n - 4) : n], text[n + 1 : n + 2]):
+            score -= 1
+        elif letter in common:
+            score += 1
+        elif b"\xb0" <= letter.encode(encoding, "ignore")[:1] <= _LESS_COMMON.get(encoding, b""):
+            score += _LESS_COMMON_SHARE
+    return score / len(letters) if letters else 0.0
+
+
+def _without_part(content: bytes, encoding: str) -> str:
+    """The text, without the part of a letter in whose middle it may end. Raises UnicodeDecodeError."""
+    try:
+        return content.decode(encoding)
     except UnicodeDecodeError as error:
-        # A file may end in the middle of a letter.
         if error.start < len(content) - 3:
-            return 0.0
-        text = content[: error.start].decode(encoding)
-    count, score = 0, 0.0
-    for n, letter in enumerate(text):
-        if not letter.isascii():
-            count += 1
-            if _is_odd(encoding, letter, text[max(0, n - 4) : n], text[n + 1 : n + 2]):
-                score -= 1
-            elif letter in common:
-                score += 1
-            elif b"\xb0" <= letter.encode(encoding, "ignore")[:1] <= _LESS_COMMON.get(encoding, b""):
-                score += _LESS_COMMON_SHARE
-            if count == _SAMPLE_LETTERS:
-                break
-    return score / count if count else 0.0
+            raise
+        return content[: error.start].decode(encoding)
 
 
 def _is_odd(encoding: str, letter: str, before: str, after: str) -> bool:

@@ -6,6 +6,7 @@ its attachments were fetched; the agent takes the later messages of the conversa
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from datetime import timedelta
 from uuid import UUID
@@ -180,8 +181,9 @@ class Fetcher:
     async def _read(self, content: bytes, type_: str, attachment: Attachment, *, last: bool) -> _Read:
         if type_ in filetypes.TEXTS:
             try:
-                # As memory reads a document.
-                return _Read(text=charsets.decode(content)[0].replace("\0", "")[:MAX_CHARACTERS])
+                # As memory reads a document. Not on the event loop: a text of few letters is judged by all encodings.
+                text, _ = await asyncio.to_thread(charsets.decode, content, characters=MAX_CHARACTERS)
+                return _Read(text=text.replace("\0", ""))
             except charsets.UnknownEncoding:
                 return _Read(reason="its character encoding is not recognised; it must be saved as UTF-8")
         # A voice message in an MP4 container looks like a video.

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
 import pytest
 
+from infra.stores import charsets
 from infra.stores.charsets import decode, wide_encoding
 
 TEXTS = [
@@ -40,3 +46,37 @@ def test_a_short_text_is_read_in_its_encoding(encoding: str, text: str) -> None:
 )
 def test_binary_content_is_no_text_of_wide_letters(content: bytes) -> None:
     assert wide_encoding(content) is None
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [(encoding, text) for encoding, text in TEXTS if "utf" not in encoding]
+    + [("utf-8", "é退😀"), ("utf-16-le", "退款需要\n"), ("utf-32-be", "Привет"), ("iso2022_jp", "返金には五日")],
+)
+def test_a_text_that_is_cut_within_a_letter_is_read_in_its_encoding(encoding: str, text: str) -> None:
+    text *= 40
+    for characters in range(20, 28):
+        assert decode(text.encode(encoding), characters=characters) == (text[:characters], encoding)
+
+
+def lines_run(call: Callable[[], Any]) -> int:
+    """How many lines of the module Python runs during the call."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace if frame.f_code.co_filename == charsets.__file__ else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_the_steps_of_the_judgement_do_not_grow_with_the_file() -> None:
+    short, long = (b"hello world " * n + b"\xff" for n in (2_000, 100_000))
+    assert lines_run(lambda: decode(long)) == lines_run(lambda: decode(short))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from infra.clock import uuid7
 from infra.errors import InvalidMessage, NotFound, Transient
 from infra.observe.metrics import Metrics
+from infra.stores import charsets
 from infra.stores.objects import Objects, once
 from infra.web import rpc
 from protos.catalog import PLATFORM_EVENTS
@@ -229,6 +231,25 @@ async def test_a_file_that_cannot_be_read_is_named_with_the_reason(desk: Desk, t
     reasons = "file is too big", "larger than 20 MB", "application/octet-stream", "encoding", "video/mp4 are not read"
     for text, reason in zip(texts, reasons, strict=True):
         assert reason in text
+
+
+async def test_a_large_text_is_cut_and_judged_beside_the_event_loop(
+    desk: Desk, telegram: TelegramStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = []
+
+    def judge(content: bytes, *args: Any, **options: Any) -> tuple[str, str]:
+        judged.append((len(content), threading.current_thread() is threading.main_thread()))
+        return decode(content, *args, **options)
+
+    decode = charsets._decode
+    monkeypatch.setattr(charsets, "_decode", judge)
+    channel = await connected(desk, telegram)
+    telegram.files["f1"] = b"hello world " * 100_000 + b"\xff"
+    await desk.call(channel, telegram.update(None, document={"file_id": "f1"}))
+    [message] = await arrived(desk, channel)
+    assert judged == [(4 * MAX_CHARACTERS, False)]
+    assert message["text"].count("hello world ") == MAX_CHARACTERS // 12
 
 
 async def test_a_transient_fault_of_the_vendor_is_waited_for(desk: Desk, telegram: TelegramStandIn) -> None:
