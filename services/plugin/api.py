@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from uuid import UUID
 
@@ -21,11 +22,10 @@ from services.plugin import registry
 from services.plugin.domain import Tool
 from services.plugin.manifest import (
     Access,
-    adapted_tools,
     check_config,
-    check_plugin,
-    checked_schema,
-    declared_tools,
+    checked_plugin,
+    checked_tools,
+    named_tools,
     new_secret,
 )
 from services.plugin.models import NewPlugin, PluginChange, PluginList, PluginView, ToolList, ToolView
@@ -52,11 +52,11 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
         If the name of a tool is taken, a tool of kind http is refused (409), and a tool of an MCP server gets the
         plugin's name as a prefix.
         """
-        check_plugin(new)
+        # In threads and before the transaction: schemas may ask for much work, and the tenant's server for long.
+        config_schema, tools = await asyncio.to_thread(checked_plugin, new)
         await runtime.outgoing.check(new.url)
-        tools = declared_tools(new)
-        # Before the transaction, so that no database connection is held while the tenant's server works.
         found = await mcp.discover(runtime.outgoing, new.url, new.headers) if new.kind == "mcp" else []
+        checked, unusable = await asyncio.to_thread(checked_tools, found)
         made = new_secret() if new.kind == "http" and new.secret is None else None
         access = Access(made or new.secret or "", new.headers)
 
@@ -70,14 +70,14 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
                 access.seal(runtime.cipher, who.tenant_id, str(id_)),
                 sorted(new.headers),
                 new.config,
-                checked_schema("config_schema", new.config_schema) if new.kind == "http" else {},
+                config_schema,
                 True,
                 utcnow(),
             )
             await registry.lock_names(tx)
             await registry.add_plugin(tx, plugin)
             taken = await registry.taken_names(tx)
-            named, left_out = adapted_tools(found, new.name, taken, {}) if new.kind == "mcp" else (tools, [])
+            named, left_out = named_tools(checked, new.name, taken, {}) if new.kind == "mcp" else (tools, [])
             for n, (tool, _) in enumerate(named):
                 if tool.name in taken:
                     raise Conflict(f"tools[{n}].name: a tool {tool.name} exists already")
@@ -85,7 +85,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
             changed(tx, new.name, "enabled")
             audit(tx, who.actor, "plugin.register", "plugin", str(id_), name=new.name, kind=new.kind)
             view = _view(plugin, [tool for tool, _ in named])
-            return 201, view.model_copy(update={"left_out": left_out, "secret": made})
+            return 201, view.model_copy(update={"left_out": unusable + left_out, "secret": made})
 
         return await once(request, runtime, who, work)
 
@@ -134,6 +134,7 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
             raise Conflict("only an MCP server lists its tools; to change the tools, delete and register this plugin")
         access = Access.open(plugin.access, runtime.cipher, who.tenant_id, plugin_id)
         found = await mcp.discover(runtime.outgoing, plugin.url, access.headers)
+        checked, unusable = await asyncio.to_thread(checked_tools, found)
 
         async def work(tx: Tx) -> PluginView:
             await registry.lock_names(tx)
@@ -141,12 +142,12 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
             tools = (await registry.tools_of(tx, [plugin.id]))[plugin.id]
             known = {remote_name: tool.name for tool, remote_name in tools}
             taken = await registry.taken_names(tx, without=plugin.id)
-            named, left_out = adapted_tools(found, plugin.name, taken, known)
+            named, left_out = named_tools(checked, plugin.name, taken, known)
             await registry.set_tools(tx, plugin.id, named)
             changed(tx, plugin.name, "updated")
             audit(tx, who.actor, "plugin.refresh", "plugin", plugin_id, tools=str(len(named)))
             view = _view(current, [tool for tool, _ in named])
-            return view.model_copy(update={"left_out": left_out})
+            return view.model_copy(update={"left_out": unusable + left_out})
 
         return await runtime.request.run(work, tenant_id=who.tenant_id)
 
@@ -170,7 +171,7 @@ async def _change(tx: Tx, plugin_id: str, body: PluginChange, who: Identity) -> 
     if body.config is not None:
         if plugin.kind != "http":
             raise InvalidMessage("config", "is allowed only for kind http")
-        check_config(body.config, plugin.config_schema)
+        await asyncio.to_thread(check_config, body.config, plugin.config_schema)
         await registry.set_config(tx, plugin.id, body.config)
         changed(tx, plugin.name, "updated")
         audit(tx, who.actor, "plugin.configure", "plugin", plugin_id, name=plugin.name)

@@ -123,7 +123,8 @@ class Calls:
                 await self._end(tx, call, recorded.attempt if recorded else 1, outcome)
                 return outcome
             case _:
-                check("arguments", offer.tool.schema, call.arguments)
+                # In a thread, as a schema may ask for much work.
+                await asyncio.to_thread(check, "arguments", offer.tool.schema, call.arguments)
                 return await self._start(tx, call, digest, offer, recorded)
 
     async def _start(

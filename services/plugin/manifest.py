@@ -13,7 +13,7 @@ from infra.errors import InvalidMessage
 from infra.outgoing.webhooks import read_secret
 from infra.security.crypto import Cipher
 from infra.security.rewrap import SealedColumn
-from infra.web.json_schema import check, check_schema
+from infra.web.json_schema import Budget, check, check_schema
 from services.plugin.domain import McpTool, Tool, plain_name
 from services.plugin.models import LeftOut, NewPlugin
 from services.plugin.schemas import adapted, check_depth
@@ -45,8 +45,11 @@ class Access(msgspec.Struct, frozen=True):
         return msgspec.json.decode(content, type=cls)
 
 
-def check_plugin(new: NewPlugin) -> None:
-    """Checks the rules that the types do not express. Raises InvalidMessage with the field."""
+def checked_plugin(new: NewPlugin) -> tuple[dict[str, Any], list[NamedTool]]:
+    """The schema of the config and the tools of kind http. Raises InvalidMessage with the field.
+
+    It checks the rules that the types do not express. Schemas may make it slow: call it in a thread.
+    """
     for header in new.headers:
         if header.lower() in _RESERVED_HEADERS or header.lower().startswith("webhook-"):
             raise InvalidMessage(f"headers.{header}", "cannot be set")
@@ -54,18 +57,21 @@ def check_plugin(new: NewPlugin) -> None:
         for field in ("secret", "tools", "config", "config_schema"):
             if field in new.model_fields_set:
                 raise InvalidMessage(field, "is allowed only for kind http")
-        return
+        return {}, []
     if not new.tools:
         raise InvalidMessage("tools", "must have at least one tool for kind http")
     if new.secret is not None:
         read_secret(new.secret)
-    check_config(new.config, checked_schema("config_schema", new.config_schema))
+    budget = Budget()
+    config_schema = _checked_schema("config_schema", new.config_schema, budget)
+    check_config(new.config, config_schema)
+    return config_schema, _declared_tools(new, budget)
 
 
-def checked_schema(field: str, schema: Any) -> dict[str, Any]:
+def _checked_schema(field: str, schema: Any, budget: Budget) -> dict[str, Any]:
     """Returns a schema of an older draft in draft 2020-12. Raises InvalidMessage if it is invalid or too large."""
     new = adapted(field, schema)
-    check_schema(field, new)
+    check_schema(field, new, budget)
     return new
 
 
@@ -81,21 +87,39 @@ def new_secret() -> str:
     return f"whsec_{base64.b64encode(os.urandom(32)).decode()}"
 
 
-def declared_tools(new: NewPlugin) -> list[NamedTool]:
+def _declared_tools(new: NewPlugin, budget: Budget) -> list[NamedTool]:
     """Returns the tools of kind http. Raises InvalidMessage for an invalid schema and for a repeated name."""
     tools: dict[str, NamedTool] = {}
     for n, tool in enumerate(new.tools):
         if tool.name in tools:
             raise InvalidMessage(f"tools[{n}].name", "must be unique")
-        schema = checked_schema(f"tools[{n}].schema", tool.schema_)
+        schema = _checked_schema(f"tools[{n}].schema", tool.schema_, budget)
         tools[tool.name] = Tool(tool.name, tool.description, schema, tool.effect), tool.name
     return list(tools.values())
 
 
-def adapted_tools(
-    found: Sequence[McpTool], plugin: str, taken: Collection[str], known: Mapping[str, str]
+def checked_tools(found: Sequence[McpTool]) -> tuple[list[McpTool], list[LeftOut]]:
+    """Returns the tools of an MCP server with their schemas in draft 2020-12, and the tools that cannot be offered.
+
+    Schemas may make it slow: call it in a thread, and before the transaction.
+    """
+    budget = Budget()
+    tools: list[McpTool] = []
+    left_out: list[LeftOut] = []
+    for offer in found:
+        try:
+            if not offer.name or "\x00" in offer.name:
+                raise InvalidMessage("name", "must be a text without NUL that is not empty")
+            tools.append(offer._replace(schema=_checked_schema("schema", offer.schema, budget)))
+        except InvalidMessage as error:
+            left_out.append(LeftOut(name=offer.name, reason=str(error)))
+    return tools, left_out
+
+
+def named_tools(
+    checked: Sequence[McpTool], plugin: str, taken: Collection[str], known: Mapping[str, str]
 ) -> tuple[list[NamedTool], list[LeftOut]]:
-    """Returns the tools of an MCP server under names that are not in `taken`, and the tools that cannot be offered.
+    """Returns the checked tools under names that are not in `taken`, and those that get no name.
 
     A known tool (`known`: its name on the server → our name) keeps its name. A new tool whose name is taken gets the
     plugin's name as a prefix.
@@ -104,19 +128,14 @@ def adapted_tools(
     left_out: list[LeftOut] = []
     names = {*taken}
     # Known tools come first, so that a new tool does not take one of their names.
-    for offer in sorted(found, key=lambda offer: offer.name not in known):
+    for offer in sorted(checked, key=lambda offer: offer.name not in known):
         choices = (known.get(offer.name), plain_name(offer.name), plain_name(f"{plugin}_{offer.name}"))
         name = next((choice for choice in choices if choice and choice not in names), None)
-        try:
-            if not offer.name or "\x00" in offer.name:
-                raise InvalidMessage("name", "must be a text without NUL that is not empty")
-            if name is None:
-                raise InvalidMessage("name", "is taken, with and without the plugin's name as a prefix")
-            schema = checked_schema("schema", offer.schema)
-        except InvalidMessage as error:
-            left_out.append(LeftOut(name=offer.name, reason=str(error)))
+        if name is None:
+            reason = "name: is taken, with and without the plugin's name as a prefix"
+            left_out.append(LeftOut(name=offer.name, reason=reason))
             continue
         names.add(name)
         description = offer.description.replace("\x00", "")[:MAX_DESCRIPTION]
-        tools.append((Tool(name, description, schema, "repeatable" if offer.repeatable else "once"), offer.name))
+        tools.append((Tool(name, description, offer.schema, "repeatable" if offer.repeatable else "once"), offer.name))
     return sorted(tools, key=lambda named: named[0].name), left_out

@@ -9,6 +9,7 @@ back reference) is ignored, and left to the tool itself. ``format`` is not check
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,52 +20,78 @@ from infra.web.json_schema.evaluation import MAX_STEPS, Check, Schema
 from infra.web.json_schema.keywords import KEYWORDS
 from infra.web.json_schema.shapes import check_shape
 
-__all__ = ["MAX_BYTES", "MAX_STEPS", "check", "check_schema"]
+__all__ = ["MAX_BYTES", "MAX_STEPS", "Budget", "check", "check_schema"]
 
 MAX_BYTES = 32 * 1024
 """Of a schema."""
 # Python's matcher would run the patterns of `patternProperties`, and one bad pattern stops it for minutes.
 _REFUSED = ("$dynamicRef", "$recursiveRef", "patternProperties")
+_ENDLESS = "is nested too deeply, or refers to itself without an end"
 
 
-def check_schema(field: str, schema: Schema) -> None:
+@dataclass
+class Budget:
+    """The steps that are left for the checks of several schemas, as one request brings them."""
+
+    steps: int = 2 * MAX_STEPS
+
+
+def check_schema(field: str, schema: Schema, budget: Budget | None = None) -> None:
     """Raises InvalidMessage if `schema` is not a JSON Schema of an object, is too large, or needs too much work.
 
-    field: the place of the schema, with which the path in the error begins.
+    field: the place of the schema, with which the path in the error begins. budget: of this schema and others.
     """
+    if budget and budget.steps <= 0:
+        raise InvalidMessage(field, f"the schemas before it take {Budget.steps} steps together; make them smaller")
     try:
         encoded = msgspec.json.encode(schema)
         if len(encoded) > MAX_BYTES:
             raise InvalidMessage(field, f"must have at most {MAX_BYTES} bytes")
-        _check_schema(field, encoded)
+        steps, fault = _checked(field, encoded)
     except UnicodeEncodeError:
         raise InvalidMessage(field, "must be Unicode text") from None
     except RecursionError:
-        raise InvalidMessage(field, "is nested too deeply, or refers to itself without an end") from None
+        raise InvalidMessage(field, _ENDLESS) from None
+    if budget:
+        budget.steps -= steps
+    if fault:
+        raise InvalidMessage(*fault)
 
 
 @lru_cache(maxsize=256)
-def _check_schema(field: str, encoded: bytes) -> None:
-    """Cached, because some schemas come with each request."""
+def _checked(field: str, encoded: bytes) -> tuple[int, tuple[str, str] | None]:
+    """The steps of the check, and the field and reason of the fault. Cached, as some schemas come with each request."""
     schema = msgspec.json.decode(encoded)
+    work = Check(field, schema, KEYWORDS)
+    fault = None
+    try:
+        _check_schema(field, schema, work)
+    except InvalidMessage as error:
+        fault = error.field, error.reason
+    except RecursionError:
+        fault = field, _ENDLESS
+    return MAX_STEPS - work.steps, fault
+
+
+def _check_schema(field: str, schema: Any, work: Check) -> None:
     if schema.get("type") != "object":
         raise InvalidMessage(f"{field}.type", "must be object")
-    references, targets = Check(field, schema, KEYWORDS), []
+    targets = []
     for path, keyword, value in _names(schema, field):
         if keyword in _REFUSED:
             raise InvalidMessage(path, "is not supported")
         if keyword == "$ref" and isinstance(value, str):
             if not value.startswith("#"):
                 raise InvalidMessage(path, "must refer to a part of the same schema: nothing is fetched")
-            references.field = path
-            targets.append((path, references.resolve(value)))
-    shapes = Check(field, schema, KEYWORDS)
-    check_shape(shapes, schema, field)
+            work.field = path
+            targets.append((path, work.resolve(value)))
+    work.field = field
+    check_shape(work, schema, field)
     # A reference makes a schema of any part, also of one in an example or below an unknown keyword.
     for path, target in {id(target): (path, target) for path, target in targets}.values():
-        check_shape(shapes, target, path)
+        check_shape(work, target, path)
     # The result does not matter; this finds references without an end.
-    Check(field, schema, KEYWORDS).first_failure(schema, {}, ())
+    work.first_failure(schema, {}, ())
 
 
 def check(field: str, schema: Schema, value: Any) -> None:

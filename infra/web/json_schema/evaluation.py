@@ -44,9 +44,11 @@ class Check:
             raise InvalidMessage(self.field, reason)
 
     def first_failure(self, schema: Any, value: Any, path: tuple[str | int, ...]) -> Failure | None:
-        self.spend(1)
         if isinstance(schema, bool):
+            self.spend(1)
             return None if schema else Failure(path, "false", False, value, {})
+        # Unknown keywords are passed over, and a schema may have thousands of them.
+        self.spend(1 + len(schema) // 16)
         for keyword, rule in schema.items():
             evaluate = self._keywords.get(keyword)
             if evaluate is None:
@@ -116,7 +118,9 @@ class Check:
         self.spend(1 + len(value) // 16)
         if isinstance(schema, bool):
             return set()
-        found = {name for name in schema.get("properties", {}) if name in value}
+        properties = schema.get("properties", {})
+        self.spend(len(properties) // 16)
+        found = {name for name in properties if name in value}
         if "additionalProperties" in schema or "unevaluatedProperties" in schema:
             return set(value)
         for part in self._applied(schema, value):
@@ -144,7 +148,9 @@ class Check:
         for keyword in ("allOf", "anyOf", "oneOf"):
             yield from (part for part in schema.get(keyword, ()) if self.fits(part, value))
         if isinstance(value, Mapping):
-            yield from (part for name, part in schema.get("dependentSchemas", {}).items() if name in value)
+            dependent = schema.get("dependentSchemas", {})
+            self.spend(len(dependent) // 16)
+            yield from (part for name, part in dependent.items() if name in value)
         if "if" in schema:
             if self.fits(schema["if"], value):
                 yield schema["if"]

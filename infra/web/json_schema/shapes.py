@@ -32,11 +32,14 @@ _STRINGS = (
 
 def check_shape(check: Check, schema: Any, path: str) -> None:
     """Raises InvalidMessage naming the first keyword whose value does not have its shape."""
+    check.spend(1)
     if isinstance(schema, bool):
         return
     if not isinstance(schema, Mapping):
         raise InvalidMessage(path, "must be a schema: an object, true or false")
     for keyword, value in schema.items():
+        # A part to which references point is checked for each of them.
+        check.spend(1 + (len(value) // 16 if isinstance(value, Mapping | list) else 0))
         here = f"{path}.{keyword}"
         if keyword in _ONE_SCHEMA:
             check_shape(check, value, here)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any
 from uuid import UUID
@@ -57,7 +58,8 @@ def router(runtime: Runtime) -> APIRouter:
             if fallback.provider:
                 await reachable("fallback.provider", fallback.model, fallback.provider, keys.fallback)
         if definition.output_schema is not None:
-            check_schema("output_schema", definition.output_schema)
+            # In a thread, as a schema may ask for much work.
+            await asyncio.to_thread(check_schema, "output_schema", definition.output_schema)
         names = [*definition.tools, *(colleague.name for colleague in definition.agents)]
         for n, colleague in enumerate(definition.agents):
             if names.count(colleague.name) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,7 +147,7 @@ class AgentLoop:
             if as_it_is or (given.sampling.stop and not answer.text and not answer.calls):
                 misfit = None
             else:
-                misfit = self._misfit(answer, calls, callers_tools, schema, must_call=given.must_call)
+                misfit = await self._misfit(answer, calls, callers_tools, schema, must_call=given.must_call)
             if misfit is None:
                 text, files = await self.tools.files.of_answer(answer.text)
                 filtered = answer.finish_reason == "content_filter"
@@ -242,7 +243,7 @@ class AgentLoop:
         limits = (callers, None if most is None else max(1, most - self.context.state.tokens))
         return min((limit for limit in limits if limit is not None), default=None)
 
-    def _misfit(
+    async def _misfit(
         self,
         answer: ModelAnswer,
         calls: tuple[ToolCall, ...],
@@ -255,21 +256,21 @@ class AgentLoop:
         if not answer.text.strip() and not calls:
             raise Ended("failed", f"{self.agent.model}: the answer is empty", FAILED)
         if calls:
-            return next(filter(None, (_misfit_of_call(callers_tools[call.name], call) for call in calls)), None)
-        return "no tool was called" if must_call else _misfit_of_text(schema, answer.text, "answer")
+            for call in calls:
+                tool = callers_tools[call.name]
+                if tool.strict and (misfit := await _misfit_of_text(tool.schema, call.arguments, "arguments")):
+                    return f"invalid arguments for {tool.name}: {misfit}"
+            return None
+        if must_call:
+            return "no tool was called"
+        return None if schema is None else await _misfit_of_text(schema, answer.text, "answer")
 
 
-def _misfit_of_call(tool: Tool, call: ToolCall) -> str | None:
-    misfit = _misfit_of_text(tool.schema, call.arguments, "arguments") if tool.strict else None
-    return misfit and f"invalid arguments for {tool.name}: {misfit}"
-
-
-def _misfit_of_text(schema: dict[str, Any] | None, text: str, name: str) -> str | None:
+async def _misfit_of_text(schema: dict[str, Any], text: str, name: str) -> str | None:
     """Why the text does not fit the schema; None if it fits."""
-    if schema is None:
-        return None
     try:
-        check(name, schema, msgspec.json.decode(text))
+        # In a thread, as a schema may ask for much work.
+        await asyncio.to_thread(check, name, schema, msgspec.json.decode(text))
     except msgspec.DecodeError:
         return "not JSON"
     except InvalidMessage as error:

@@ -15,7 +15,7 @@ from infra.errors import Forbidden, InvalidMessage
 from infra.security.subjects import Erased
 from infra.service.api import Runner
 from infra.service.service import Runtime
-from infra.web.json_schema import check_schema
+from infra.web.json_schema import Budget, check_schema
 from services.agent import adapters
 from services.agent.definitions import approvers, store
 from services.agent.definitions.models import ToolName
@@ -124,13 +124,14 @@ class NewCompletion(_Part):
 
     def check(self) -> None:
         """Raises InvalidMessage for an invalid JSON Schema."""
+        budget = Budget()
         if self.output_schema is not None:
-            check_schema("output_schema", self.output_schema)
+            check_schema("output_schema", self.output_schema, budget)
         for n, tool in enumerate(self.tools):
             # Arguments are checked only for strict tools. Any other schema goes to the model as it is: clients send
             # older drafts, and keywords that the check does not support.
             if tool.strict:
-                check_schema(f"tools[{n}].parameters", tool.parameters)
+                check_schema(f"tools[{n}].parameters", tool.parameters, budget)
             elif tool.parameters.get("type") != "object":
                 raise InvalidMessage(f"tools[{n}].parameters.type", "must be object")
 

@@ -7,13 +7,13 @@ from typing import Any
 import msgspec
 
 from infra.errors import InvalidMessage
-from infra.web.json_schema import check_schema
+from infra.web.json_schema import Budget, check_schema
 from services.ws_gateway.openai.conversation import ClientFunction
 from services.ws_gateway.openai.errors import invalid_field
 from services.ws_gateway.openai.fields import check, check_name, list_of, string
 
 MAX_TOOLS = 128
-# The most bytes of all tools' parameters together: the check of the schemas takes time.
+# The most bytes of all tools' parameters together.
 MAX_PARAMETERS = 128 * 1024
 
 
@@ -25,7 +25,7 @@ def tools_of(
     tools = list_of(given, name)
     check(len(tools) <= MAX_TOOLS, name, f"must be {MAX_TOOLS} at most")
     found: dict[str, ClientFunction] = {}
-    size = 0
+    size, budget = 0, Budget()
     for n, each in enumerate(tools):
         function, where = function_of(each, f"{name}[{n}]", nested)
         check_name(function.get("name"), f"{where}.name")
@@ -34,7 +34,7 @@ def tools_of(
         check(isinstance(strict, bool), f"{where}.strict", "must be true or false")
         parameters = _parameters(function.get("parameters"), f"{where}.parameters")
         if strict:
-            parameters = _schema(parameters, f"{where}.parameters")
+            parameters = _schema(parameters, f"{where}.parameters", budget)
         description = string(function.get("description") or "", f"{where}.description")
         tool = ClientFunction(function["name"], description, parameters, strict)
         size += len(msgspec.json.encode(tool.parameters))
@@ -122,14 +122,14 @@ def output_schema(format_: Any, where: str, *, nested: str = "") -> dict[str, An
                 given, where = format_.get(nested), f"{where}.{nested}"
                 check(isinstance(given, dict), where, "must be an object")
             check_name(given.get("name"), f"{where}.name")
-            return _schema(given.get("schema"), f"{where}.schema")
+            return _schema(given.get("schema"), f"{where}.schema", Budget())
     raise invalid_field(f"{where}.type", "must be text, json_object or json_schema")
 
 
-def _schema(schema: Any, where: str) -> dict[str, Any]:
+def _schema(schema: Any, where: str, budget: Budget) -> dict[str, Any]:
     check(isinstance(schema, dict), where, "must be a JSON Schema of an object")
     try:
-        check_schema(where, schema)
+        check_schema(where, schema, budget)
     except InvalidMessage as error:
         raise invalid_field(error.field, error.reason) from None
     return dict(schema)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -12,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from infra.errors import InvalidMessage
-from infra.web.json_schema import MAX_STEPS, check, check_schema
+from infra.web.json_schema import MAX_STEPS, Budget, check, check_schema
 from infra.web.json_schema.evaluation import Check
 from infra.web.json_schema.keywords import KEYWORDS
 from infra.web.json_schema.patterns import pattern_size
@@ -95,6 +97,24 @@ DOUBLING: dict[str, Any] = {
     **{f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(40)},
     "d40": {},
 }
+
+
+def cubed(part: dict[str, Any], keyword: str, names: Any) -> dict[str, Any]:
+    """`part` under $defs, and `a` that applies it 8,000 times by the keyword."""
+
+    def twenty(name: str) -> dict[str, Any]:
+        references = [{"$ref": f"#/$defs/{name}"}] * 20
+        return {keyword: dict(zip(names, references, strict=True)) if names else references}
+
+    return {"$defs": {"x": part, "y": twenty("x"), "z": twenty("y")}, "properties": {"a": twenty("z")}}
+
+
+def unevaluated(part: dict[str, Any]) -> dict[str, Any]:
+    schema = cubed(part, "dependentSchemas", KEYS)
+    return schema | {"properties": {"a": {"unevaluatedProperties": False, **schema["properties"]["a"]}}}
+
+
+KEYS = "abcdefghijklmnopqrst"
 # A schema, and a value for which its check would take more than the steps allowed.
 ATTACKS: dict[str, tuple[dict[str, Any], Any]] = {
     "a list that is referenced often": (
@@ -144,6 +164,15 @@ ATTACKS: dict[str, tuple[dict[str, Any], Any]] = {
         [1] * 1_000,
     ),
     "many patterns": ({"properties": {"a": {"anyOf": [{"pattern": f"b{n}"} for n in range(600)]}}}, "a"),
+    "unknown keywords": (cubed({f"k{n}": 0 for n in range(3_000)}, "allOf", None), 1),
+    "names below unevaluatedProperties": (
+        unevaluated({"properties": {f"k{n}": {} for n in range(2_000)}}),
+        dict.fromkeys(KEYS),
+    ),
+    "conditions below unevaluatedProperties": (
+        unevaluated({"dependentSchemas": {f"k{n}": {} for n in range(2_000)}}),
+        dict.fromkeys(KEYS),
+    ),
     "a large value": ({"properties": {"a": {"items": {"type": "integer"}}}}, [1] * MAX_STEPS),
     "unique items": ({"properties": {"a": {"uniqueItems": True}}}, list(range(MAX_STEPS))),
 }
@@ -164,6 +193,51 @@ def test_a_schema_that_asks_for_too_much_without_a_value_is_refused_when_it_is_s
     anchors = {f"p{n}": {"$ref": "#z"} for n in range(1_000)}
     with pytest.raises(InvalidMessage, match="takes more than 100000 steps"):
         check_schema("schema", OBJECT | {"properties": anchors, "$defs": {"z": {"$anchor": "z"}}})
+    # A large part within others, and a reference to each of them.
+    part: dict[str, Any] = {"allOf": [{}] * 4_000}
+    targets = ["#/properties/a"]
+    for _ in range(40):
+        part = {"not": part}
+        targets.append(f"{targets[-1]}/not")
+    properties = {"a": part, **{f"p{n}": {"$ref": target} for n, target in enumerate(targets)}}
+    with pytest.raises(InvalidMessage, match="takes more than 100000 steps"):
+        check_schema("schema", OBJECT | {"properties": properties})
+
+
+def test_several_schemas_share_a_budget_also_if_one_was_checked_before() -> None:
+    schema = OBJECT | {"properties": {"a": {"allOf": [{}] * 1_000}}}
+    budget = Budget()
+    check_schema("schema", schema, budget)
+    one = Budget().steps - budget.steps
+    assert one >= 1_000
+    budget.steps = one + 1
+    check_schema("schema", schema, budget)
+    check_schema("schema", schema, budget)
+    with pytest.raises(InvalidMessage, match="the schemas before it"):
+        check_schema("schema", schema, budget)
+    check_schema("schema", schema)
+
+
+SLOW = ("check", "check_schema", "check_config", "checked_plugin", "checked_tools")
+
+
+def test_no_coroutine_checks_a_schema_on_the_event_loop() -> None:
+    found = []
+    for path in Path("services").rglob("*.py"):
+        for function in ast.walk(tree := ast.parse(path.read_text())):
+            if isinstance(function, ast.AsyncFunctionDef):
+                calls = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
+                found += [
+                    f"{path}: {call.id}" for call in calls if isinstance(call, ast.Name) and call.id in _slow(tree)
+                ]
+    assert found == []
+
+
+def _slow(tree: ast.Module) -> set[str]:
+    """The names that the module imports, and with which it would check schemas."""
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    modules = ("infra.web.json_schema", "services.plugin.manifest")
+    return {name.name for node in imports if node.module in modules for name in node.names} & set(SLOW)
 
 
 @pytest.mark.parametrize("classes", ["[ĀĂĄĆ]", r"[\u0100\u0300-\u0400\u0500]", "(?i:[Ā-✀])"])
