@@ -34,7 +34,7 @@ from infra.security.auth import IDENTITY_HEADER, SCOPES, Identities, Identity
 from infra.service.refusals import Refusals
 from infra.service.service import Runtime
 from infra.web.http import MAX_BODY_BYTES, allow_body, media_type
-from infra.web.json_text import check_json
+from infra.web.json_text import check_beside
 
 T = TypeVar("T")
 Id = TypeVar("Id")
@@ -64,7 +64,7 @@ def api(
 
     All links of that page are relative, so the gateway can show it at ``/docs/<service>/``. The `security` of each
     operation has the rights that the route accepts: scopes, and `OPERATOR`. These routes match every
-    path: list other routes before them. `routes_check_bodies`: each route reads the body and calls `check_json` itself,
+    path: list other routes before them. `routes_check_bodies`: each route reads the body and checks it itself,
     so that it can bound the work and answer an error in a shape of its own.
     """
     app = _App(
@@ -163,9 +163,9 @@ def _check_address(scope: Scope) -> None:
 
 
 async def _checked(scope: Scope, receive: Receive) -> Receive:
-    """Returns `receive`, with the body that was read for the check. Raises as `check_json`, and TooLarge."""
+    """Returns `receive`, with the body that was read for the check. Raises as `json_text.check_json`, and TooLarge."""
     body = await Request(scope, receive).body()
-    check_json(body)
+    await check_beside(body)
     replay: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replayed() -> Message:

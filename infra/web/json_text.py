@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from infra.errors import InvalidMessage
 
 MAX_DEPTH = 100
 """Of nested arrays and objects. Recursive code of any library survives this depth."""
+LARGE_BYTES = 64 * 1024
 # Escapes of NUL and of surrogates; unescaped, JSON and UTF-8 do not allow them. And numbers that Python reads as
 # infinite or as no number, and writes as null.
 _SUSPICIOUS = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])|NaN|Infinity|[eE]\+?\d{3}|\d{200}")
@@ -34,22 +37,37 @@ def check_json(body: bytes) -> None:
         raise _too_deep() from None
     except ValueError:
         return
-    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
-    while waiting:
-        path, value = waiting.pop()
-        if len(path) > MAX_DEPTH:
-            raise _too_deep()
-        match value:
-            case str():
-                _check_text(path, value)
-            case dict():
-                for key, item in value.items():
-                    _check_text(path, key)
-                    waiting.append(((*path, key), item))
-            case float() if not math.isfinite(value):
-                raise InvalidMessage(_name(path), "must be a finite number")
-            case list():
-                waiting += (((*path, n), item) for n, item in enumerate(value))
+    _check_value([], value)
+
+
+def _check_value(path: list[str | int], value: Any) -> None:
+    """`path`: one list for all values, as a path of its own for each would take a hundred times the body's memory."""
+    if len(path) > MAX_DEPTH:
+        raise _too_deep()
+    match value:
+        case str():
+            _check_text(path, value)
+        case float() if not math.isfinite(value):
+            raise InvalidMessage(_name(path), "must be a finite number")
+        case dict():
+            for key, item in value.items():
+                _check_text(path, key)
+                path.append(key)
+                _check_value(path, item)
+                path.pop()
+        case list():
+            for n, item in enumerate(value):
+                path.append(n)
+                _check_value(path, item)
+                path.pop()
+
+
+async def check_beside(body: bytes, check: Callable[[bytes], None] = check_json) -> None:
+    """Runs the check, in a thread if the body is large: it would hold the event loop for a tenth of a second."""
+    if len(body) > LARGE_BYTES:
+        await asyncio.to_thread(check, body)
+    else:
+        check(body)
 
 
 def check_text(field: str, text: str) -> None:
@@ -58,7 +76,7 @@ def check_text(field: str, text: str) -> None:
         raise InvalidMessage(field, fault)
 
 
-def _check_text(path: tuple[str | int, ...], text: str) -> None:
+def _check_text(path: Sequence[str | int], text: str) -> None:
     # Only a failure has its path named: keys may be long, and each of many texts below one would name it again.
     if fault := _fault(text):
         raise InvalidMessage(_name(path), fault)
@@ -74,6 +92,6 @@ def _too_deep() -> InvalidMessage:
     return InvalidMessage("body", f"must have at most {MAX_DEPTH} nested arrays and objects")
 
 
-def _name(path: tuple[str | int, ...]) -> str:
+def _name(path: Sequence[str | int]) -> str:
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
     return _SURROGATE.sub("?", text) or "body"

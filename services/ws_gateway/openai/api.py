@@ -19,7 +19,7 @@ from infra.observe.logs import get_logger
 from infra.security.auth import Identity
 from infra.service.api import Reader, Runner
 from infra.web import http
-from infra.web.json_text import check_json
+from infra.web.json_text import check_beside, check_json
 from services.ws_gateway.agent import Agent
 from services.ws_gateway.hub import Hub
 from services.ws_gateway.openai import agents, errors
@@ -62,7 +62,7 @@ def _route_class(large: asyncio.Semaphore) -> type[APIRoute]:
                         # A request of its own: the server keeps the first one until the answer has ended, and would
                         # keep its body.
                         inner = Request(request.scope, request.receive)
-                        _check_body(await inner.body())
+                        await check_beside(await inner.body(), _check_body)
                         return await handle(inner)
                 except ClientDisconnect:
                     raise

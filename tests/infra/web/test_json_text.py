@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
+import tracemalloc
 
 import pytest
 
 from infra.errors import InvalidMessage
 from infra.web import json_text
-from infra.web.json_text import MAX_DEPTH, check_json
+from infra.web.json_text import LARGE_BYTES, MAX_DEPTH, check_beside, check_json
 
 
 @pytest.mark.parametrize(
@@ -45,3 +47,23 @@ def test_no_path_is_named_unless_its_text_is_refused(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(json_text, "_name", named)
     check_json(json.dumps({"k" * 1_000: ["\U0001f600"] * 1_000}).encode())
+
+
+def test_the_check_of_many_deep_values_takes_little_memory() -> None:
+    body = b"[" * 98 + b"0," * 200_000 + b'"Infinity"' + b"]" * 98
+    tracemalloc.start()
+    try:
+        check_json(body)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 * len(body)
+
+
+async def test_a_large_body_is_checked_in_a_thread() -> None:
+    seen = []
+    for size in (LARGE_BYTES, LARGE_BYTES + 1):
+        await check_beside(b"0" * size, lambda _: seen.append(threading.current_thread() is threading.main_thread()))
+    assert seen == [True, False]
+    with pytest.raises(InvalidMessage):
+        await check_beside(b'["\\u0000"]' + b" " * LARGE_BYTES)
