@@ -54,7 +54,13 @@ Code = grpc.StatusCode
 
 DRAIN_SECONDS = 10.0
 MAX_CALLS = 1_000
-"""That a process serves at a time: of one service, of one health method, and on one connection."""
+"""That a process serves at a time: of one service, and on one connection."""
+MAX_HEALTH_CALLS = 20
+"""Of each method. They have no token, so anyone who reaches the port can make them."""
+MAX_HEALTH_BYTES = 200
+"""Of the name of a service."""
+WATCH_SECONDS = 300.0
+"""After which a watch of the health ends; the client watches again."""
 READ_SECONDS = 10.0
 """In which a call's message arrives."""
 
@@ -223,12 +229,15 @@ class _Incoming(grpc.aio.ServerInterceptor):
                     await context.write(response)
 
         async def health(requests: Any, context: Any) -> Any:
-            # It has no token, and a watch no end.
             try:
-                with self._place(method):
-                    return await (handler.unary_unary or handler.unary_stream)(await read(requests), context)
-            except (InvalidMessage, TooManyRequests) as error:
+                with self._place(method, MAX_HEALTH_CALLS):
+                    request = await read(requests, MAX_HEALTH_BYTES)
+                    async with asyncio.timeout(WATCH_SECONDS):
+                        return await (handler.unary_unary or handler.unary_stream)(request, context)
+            except (InvalidMessage, TooLarge, TooManyRequests) as error:
                 await context.abort(CODES[type(error)], str(error))
+            except TimeoutError:
+                await context.abort(Code.DEADLINE_EXCEEDED, f"a watch ends after {WATCH_SECONDS:g} s; watch again")
 
         is_health = method.startswith("/grpc.health.v1.Health/")
         if handler.response_streaming:
@@ -240,10 +249,10 @@ class _Incoming(grpc.aio.ServerInterceptor):
         )
 
     @contextmanager
-    def _place(self, whose: str) -> Iterator[None]:
+    def _place(self, whose: str, most: int) -> Iterator[None]:
         """Raises TooManyRequests."""
-        if self._running[whose] >= MAX_CALLS:
-            raise TooManyRequests(timedelta(seconds=1), f"{whose}: {MAX_CALLS} calls are under way in this process")
+        if self._running[whose] >= most:
+            raise TooManyRequests(timedelta(seconds=1), f"{whose}: {most} calls are under way in this process")
         self._running[whose] += 1
         try:
             yield
@@ -264,7 +273,7 @@ class _Incoming(grpc.aio.ServerInterceptor):
                     tokens = deadline.set(self._deadline(context)), _caller.set(self._caller(method, headers, context))
                     shares.tenant.set(_caller.get().tenant_id)
                     try:
-                        with self._place(caller()):
+                        with self._place(caller(), MAX_CALLS):
                             yield
                     finally:
                         deadline.reset(tokens[0])
@@ -318,11 +327,13 @@ class _Incoming(grpc.aio.ServerInterceptor):
         return Code.INTERNAL, f"an error inside {self._service}; the request is not the cause (trace {trace_id:032x})"
 
 
-def _reader(deserializer: Callable[[bytes], Any] | None) -> Callable[[AsyncIterator[bytes]], Awaitable[Any]]:
-    async def read(requests: AsyncIterator[bytes]) -> Any:
+def _reader(deserializer: Callable[[bytes], Any] | None) -> Callable[..., Awaitable[Any]]:
+    async def read(requests: AsyncIterator[bytes], most: int | None = None) -> Any:
         try:
             async with asyncio.timeout(READ_SECONDS):
                 body = await anext(requests)
+            if most is not None and len(body) > most:
+                raise TooLarge(f"body: larger than {most} bytes")
             request: Any = deserializer(body) if deserializer else body
         except (TimeoutError, StopAsyncIteration):
             raise InvalidMessage("body", "missing") from None

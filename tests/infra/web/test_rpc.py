@@ -387,6 +387,25 @@ async def test_health_is_open_to_all_and_ends_with_the_drain(service: Service, m
         await stopping
 
 
+async def test_calls_of_health_are_small_and_a_watch_ends(
+    bare: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = health_pb2_grpc.HealthStub(bare)
+    for length, code in ((190, grpc.StatusCode.NOT_FOUND), (200, grpc.StatusCode.RESOURCE_EXHAUSTED)):
+        request = health_pb2.HealthCheckRequest(service="x" * length)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Check(request, timeout=5)
+        assert refused.value.code() is code
+    watch = stub.Watch(request)
+    with pytest.raises(grpc.aio.AioRpcError, match="larger than 200 bytes"):
+        await watch.read()
+    monkeypatch.setattr(rpc, "WATCH_SECONDS", 0.1)
+    watch = stub.Watch(health_pb2.HealthCheckRequest())
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    with pytest.raises(grpc.aio.AioRpcError, match="watch again"):
+        await watch.read()
+
+
 async def test_stopping_lets_calls_finish_and_takes_no_more(
     service: Service, metrics: Metrics, channels: Channels
 ) -> None:
@@ -460,6 +479,7 @@ async def test_one_service_cannot_take_all_of_another(
     monkeypatch: pytest.MonkeyPatch, metrics: Metrics, service: Service, channels: Channels
 ) -> None:
     monkeypatch.setattr(rpc, "MAX_CALLS", 3)
+    monkeypatch.setattr(rpc, "MAX_HEALTH_CALLS", 2)
     server = Server("memory", keys.callers("memory"), metrics, METHODS)
     service.add_to(server.grpc)
     target = f"127.0.0.1:{await server.start(0)}"
@@ -481,10 +501,10 @@ async def test_one_service_cannot_take_all_of_another(
         service.go.set()
         assert await asyncio.gather(*held) == [b"wait"] * 4
         assert await unary(second)(b"more", timeout=5, metadata=given) == b"more"
-        watches = [health_pb2_grpc.HealthStub(second).Watch(health_pb2.HealthCheckRequest()) for _ in range(3)]
+        watches = [health_pb2_grpc.HealthStub(second).Watch(health_pb2.HealthCheckRequest()) for _ in range(2)]
         await asyncio.gather(*(watch.read() for watch in watches))
         more = health_pb2_grpc.HealthStub(channels.to(target, "memory")).Watch(health_pb2.HealthCheckRequest())
-        with pytest.raises(grpc.aio.AioRpcError, match="3 calls are under way"):
+        with pytest.raises(grpc.aio.AioRpcError, match="2 calls are under way"):
             await more.read()
     await server.stop()
 
