@@ -25,6 +25,7 @@ from services.channel.attachments import (
 from services.channel.attachments import (
     MAX_BYTES,
     MAX_CHARACTERS,
+    Fetcher,
     _Read,
     together,
 )
@@ -233,9 +234,7 @@ async def test_a_file_that_cannot_be_read_is_named_with_the_reason(desk: Desk, t
         assert reason in text
 
 
-async def test_a_large_text_is_cut_and_judged_beside_the_event_loop(
-    desk: Desk, telegram: TelegramStandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_large_text_is_cut_and_judged_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     judged = []
 
     def judge(content: bytes, *args: Any, **options: Any) -> tuple[str, str]:
@@ -244,12 +243,12 @@ async def test_a_large_text_is_cut_and_judged_beside_the_event_loop(
 
     decode = charsets._decode
     monkeypatch.setattr(charsets, "_decode", judge)
-    channel = await connected(desk, telegram)
-    telegram.files["f1"] = b"hello world " * 100_000 + b"\xff"
-    await desk.call(channel, telegram.update(None, document={"file_id": "f1"}))
-    [message] = await arrived(desk, channel)
+    nothing: Any = None
+    fetcher = Fetcher(nothing, nothing, nothing, nothing, None, nothing)
+    content = b"hello world " * 100_000 + b"\xff"
+    read = await fetcher._read(content, "text/plain", Attachment("file", "f1"), last=True)
     assert judged == [(4 * MAX_CHARACTERS, False)]
-    assert message["text"].count("hello world ") == MAX_CHARACTERS // 12
+    assert read.text == "hello world " * (MAX_CHARACTERS // 12)
 
 
 async def test_a_transient_fault_of_the_vendor_is_waited_for(desk: Desk, telegram: TelegramStandIn) -> None:
