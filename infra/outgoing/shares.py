@@ -21,8 +21,7 @@ class Shares:
 
     async def take(self, tenant: str) -> None:
         """Waits for a place."""
-        if self._may_take(tenant) and tenant not in self._waiting:
-            self._count(tenant, 1)
+        if tenant not in self._waiting and self.take_now(tenant):
             return
         place = asyncio.get_running_loop().create_future()
         self._waiting[tenant].append(place)
@@ -32,6 +31,13 @@ class Shares:
             if place.done() and not place.cancelled():
                 self.give(tenant)
             raise
+
+    def take_now(self, tenant: str) -> bool:
+        """Takes a place without waiting. Returns False if the tenant gets none now."""
+        if not self._may_take(tenant):
+            return False
+        self._count(tenant, 1)
+        return True
 
     def give(self, tenant: str) -> None:
         """Gives a place back; the tenants that wait get it."""

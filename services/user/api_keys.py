@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from infra.clock import utcnow, uuid7
-from infra.errors import Forbidden, InvalidMessage, NotFound
+from infra.errors import Conflict, Forbidden, InvalidMessage, NotFound
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.service.api import Admin, Paging, id_cursor, page
@@ -24,6 +24,8 @@ from services.user.domain import Scope
 from services.user.fields import Body, Name, View
 
 _RANDOM_BYTES = 32
+MAX_KEYS = 500
+"""Of a tenant, without expired ones: the gateway's limits are for each key."""
 
 
 class NewApiKey(Body):
@@ -95,7 +97,7 @@ async def create(tx: Tx, tenant_id: str, new: NewApiKey, creator_scopes: Collect
     """Creates a key. It may have some or all of the creator's scopes.
 
     Raises Forbidden for a scope that the creator or the member's role lacks, InvalidMessage for an expiry in the past
-    and for an unknown member.
+    and for an unknown member, Conflict if the tenant has MAX_KEYS keys.
     """
     if new.expires_at and new.expires_at <= utcnow():
         raise InvalidMessage("expires_at", "must be in the future")
@@ -111,6 +113,12 @@ async def create(tx: Tx, tenant_id: str, new: NewApiKey, creator_scopes: Collect
     scopes = allowed if new.scopes is None else set(new.scopes)
     if beyond := scopes - allowed:
         raise Forbidden(f"scopes: the creator or the member does not have {', '.join(sorted(beyond))}")
+    await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"API keys of {tenant_id}")
+    [(count,)] = await tx.sql(
+        "SELECT count(*) FROM api_key WHERE tenant_id = $1 AND (expires_at IS NULL OR expires_at > now())", tenant_id
+    )
+    if count >= MAX_KEYS:
+        raise Conflict(f"a tenant may have {MAX_KEYS} API keys; revoke one first")
     id_, plaintext = uuid7(), domain.api_key(secrets.token_urlsafe(_RANDOM_BYTES))
     await tx.sql(
         """

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from enum import Enum
 from typing import Protocol
 
-from infra.errors import Transient
+from infra.errors import TooManyRequests, Transient
 from infra.observe.logs import get_logger
+from infra.outgoing.shares import Shares
 from infra.security.auth import Identity
 from services.ws_gateway.keys import ApiKeys
 
@@ -20,6 +23,8 @@ CHECK_SECONDS = 5.0
 UNCHECKED_SECONDS = 300.0
 CONCURRENT_CHECKS = 20
 TICK_SECONDS = 5.0
+PLACES = 12_000
+"""For the connections of a process: 10,000 of all tenants fit, and one tenant gets at most half of the places."""
 
 _log = get_logger("ws_gateway.clients")
 
@@ -32,6 +37,7 @@ class End(Enum):
 
     FAILED = 1011, "internal error"
     RESTARTING = 1012, "the service restarts: connect again"
+    TOO_MANY = 1013, "the tenant has too many connections: close some, or connect again later"
     TOO_SLOW = 1013, "the client reads too slowly: connect again"
     UNCHECKED = 1013, "the API key cannot be checked now: connect again"
     NOT_ALLOWED = 4401, "the API key was revoked or has expired"
@@ -65,11 +71,14 @@ class Clients:
     def __init__(self, keys: ApiKeys, stopping: asyncio.Event) -> None:
         self._keys = keys
         self._stopping = stopping
+        self._places = Shares(PLACES)
         self._by_key: dict[tuple[str, str, str], _Key] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def enter(self, client: Client) -> None:
-        """Watches the client until `leave`."""
+        """Watches the client until `leave`. Raises TooManyRequests if its tenant has too many connections."""
+        if not self._places.take_now(client.who.tenant_id):
+            raise TooManyRequests(timedelta(seconds=5), End.TOO_MANY.value[1])
         if not self._by_key:
             self._tasks = {asyncio.create_task(self._run(work)) for work in (self._check, self._tick, self._stop)}
         who = client.who
@@ -78,10 +87,20 @@ class Clients:
         if self._stopping.is_set():
             client.end(End.RESTARTING)
 
+    @contextmanager
+    def watched(self, client: Client) -> Iterator[None]:
+        """Watches the client during the block. Raises TooManyRequests."""
+        self.enter(client)
+        try:
+            yield
+        finally:
+            self.leave(client)
+
     def leave(self, client: Client) -> None:
         name = _name(client.who)
-        if (key := self._by_key.get(name)) is None:
+        if (key := self._by_key.get(name)) is None or client not in key.clients:
             return
+        self._places.give(client.who.tenant_id)
         key.clients.discard(client)
         if not key.clients:
             del self._by_key[name]

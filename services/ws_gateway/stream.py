@@ -15,7 +15,7 @@ from infra.errors import InvalidMessage, NotFound
 from infra.observe.logs import get_logger
 from infra.security.auth import Identity
 from services.ws_gateway.agent import Agent
-from services.ws_gateway.clients import Clients, End
+from services.ws_gateway.clients import End
 from services.ws_gateway.connection import SEND_SECONDS
 from services.ws_gateway.domain import ENDINGS, Fact, Follow, StreamEvent
 from services.ws_gateway.feed import Room
@@ -61,13 +61,14 @@ class RunStream(Response):
             if follow.has_end(facts):
                 await Response(status_code=204)(scope, receive, send)
                 return
-            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-            batches = run_events(self._read, live, follow, facts)
-            if await until_disconnect(_write(batches, send), self._hub.clients, client, receive):
-                # A client that does not read does not get a proper end.
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(1):
-                        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            with self._hub.clients.watched(client):
+                await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+                batches = run_events(self._read, live, follow, facts)
+                if await until_disconnect(_write(batches, send), client, receive):
+                    # A client that does not read does not get a proper end.
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(1):
+                            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _read(self, after: int) -> list[Fact]:
         return await self._agent.facts(self._run_id, after, self._client.who)
@@ -112,19 +113,15 @@ class StreamClient:
             self._stream.cancel()
 
 
-async def until_disconnect(
-    work: Coroutine[Any, Any, None], clients: Clients, client: StreamClient, receive: Receive
-) -> bool:
+async def until_disconnect(work: Coroutine[Any, Any, None], client: StreamClient, receive: Receive) -> bool:
     """Runs `work` until it is done, the client disconnects, or the stream is ended. Returns False if the client has
     disconnected."""
     working = client.run(work)
     leaving = asyncio.create_task(_disconnected(receive))
-    clients.enter(client)
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         connected = not leaving.done()
     finally:
-        clients.leave(client)
         for task in (working, leaving):
             task.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)

@@ -26,7 +26,8 @@ from infra.security.auth import IDENTITY_HEADER, Identity
 from tooling.testing.keys import identity_token
 
 OPENING = 100
-WHO = Identity("api_key:bench", "bench", frozenset({"read"}), "bench")
+# One tenant alone would not get a place for each socket.
+WHO = [Identity("api_key:bench", f"bench-{n}", frozenset({"read"}), "bench") for n in range(10)]
 _HANDSHAKE = (
     "GET /ws HTTP/1.1\r\nhost: localhost\r\nupgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-version: 13\r\n"
     "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n{}: {}\r\n\r\n"
@@ -86,7 +87,7 @@ class Socket(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         if self._ws:
-            self._transport.write(_HANDSHAKE.format(IDENTITY_HEADER, identity_token(WHO)).encode())
+            self._transport.write(_HANDSHAKE.format(IDENTITY_HEADER, identity_token(WHO[self._run % 10])).encode())
         else:
             self._transport.write(b"%d\n" % self._run)
 

@@ -11,7 +11,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from infra.errors import NotFound
+from infra.errors import NotFound, TooManyRequests
 from infra.observe.logs import get_logger
 from infra.security.auth import Identity
 from services.ws_gateway.agent import Agent
@@ -51,10 +51,13 @@ class AnswerResponse(Response):
         writer = _Writer(scope, receive, send, self._shape, self._run_id)
         try:
             client = self._client
-            with self._hub.listen(self._run_id, client.room) as live:
+            with self._hub.clients.watched(client), self._hub.listen(self._run_id, client.room) as live:
                 # Makes the reader fetch the past facts first.
                 live.push(Missed())
-                connected = await until_disconnect(self._write(live, writer), self._hub.clients, client, receive)
+                connected = await until_disconnect(self._write(live, writer), client, receive)
+        except TooManyRequests as error:
+            connected = False
+            await writer.fail(errors.of(error))
         finally:
             if not (self._over or self._kept):
                 await agents.cancel(self._agent, self._client.who, self._run_id)

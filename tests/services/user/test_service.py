@@ -19,6 +19,7 @@ from infra.postgres.schema import role_url
 from infra.security.auth import IDENTITY_HEADER, Identity
 from infra.web import rpc
 from protos.user.v1 import user_pb2, user_pb2_grpc
+from services.user.api_keys import MAX_KEYS
 from tooling.testing import keys
 from tooling.testing.keys import identities
 from tooling.testing.platform import ADMIN_TOKEN, PASSWORDS, Platform
@@ -201,6 +202,29 @@ async def test_a_key_is_shown_once_and_stored_as_a_hash(user: Platform, tenant: 
     identity = await who_is(user, made["api_key"])
     assert identity is not None
     assert identity.scopes == {"read", "run"}
+
+
+async def test_a_tenant_has_a_limited_number_of_keys(user: Platform, tenant: httpx.AsyncClient) -> None:
+    made = (await tenant.post("/api/v1/api-keys", json={"name": "first"})).json()
+    async with user.database("user").begin() as tx:
+        await tx.sql(
+            """
+            INSERT INTO api_key (id, tenant_id, name, prefix, hash, scopes, created_by, expires_at)
+            SELECT gen_random_uuid(), tenant_id, 'x', 'x', sha256(convert_to($1 || n, 'UTF8')), '{}', 'x',
+                CASE WHEN n > $2 THEN now() END
+            FROM api_key, generate_series(1, $2 + 10) AS n WHERE id = $1::uuid
+            """,
+            made["id"],
+            MAX_KEYS - 1,
+        )
+    refused = await tenant.post("/api/v1/api-keys", json={"name": "more"})
+    assert (refused.status_code, refused.json()["detail"]) == (
+        409,
+        f"a tenant may have {MAX_KEYS} API keys; revoke one first",
+    )
+    assert (await tenant.delete(f"/api/v1/api-keys/{made['id']}")).status_code == 204
+    made = await asyncio.gather(*(tenant.post("/api/v1/api-keys", json={"name": "more"}) for _ in range(4)))
+    assert sorted(answer.status_code for answer in made) == [201, 409, 409, 409]
 
 
 async def test_a_revoked_key_and_one_that_expired_let_nobody_in(user: Platform, tenant: httpx.AsyncClient) -> None:

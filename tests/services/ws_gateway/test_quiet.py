@@ -12,6 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from infra.clock import uuid7
+from infra.errors import TooManyRequests
 from infra.security.auth import Identity
 from infra.stores.cache import Cache
 from services.ws_gateway import clients, run_events, stream
@@ -68,6 +69,21 @@ async def test_a_quiet_stream_is_kept_alive_and_its_run_is_looked_after(
     assert body.count(b"event: run.started") == 1
     assert body.count(b"event: run.completed") == 1
     assert sent[-1]["more_body"] is False
+
+
+async def test_a_stream_beyond_the_share_of_its_tenant_is_refused_before_it_begins(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clients, "PLACES", 0)
+
+    async def send(message: Any) -> None:
+        raise AssertionError("the stream has begun")
+
+    async with Redis.from_url(stack.redis_url) as redis:
+        hub = Hub(Cache(redis), Clients(cast(ApiKeys, ValidKeys()), asyncio.Event()))
+        shown = stream.RunStream(hub, Agent(100), WHO, uuid7(), 0)  # type: ignore[arg-type]
+        with pytest.raises(TooManyRequests, match="too many connections"):
+            await shown({"type": "http"}, never, send)
 
 
 async def test_a_client_whose_connection_takes_nothing_is_given_up(

@@ -15,7 +15,7 @@ from infra.clock import uuid7
 from infra.errors import NotFound
 from infra.security.auth import Identity
 from infra.stores.cache import Cache
-from services.ws_gateway import run_events
+from services.ws_gateway import clients, run_events
 from services.ws_gateway.clients import Clients
 from services.ws_gateway.domain import Fact
 from services.ws_gateway.hub import Hub
@@ -90,6 +90,16 @@ async def test_a_quiet_stream_is_kept_alive_and_its_run_is_looked_after(stack: S
     # The usage could not be read.
     assert '"finish_reason":"stop"' in end
     assert done == "data: [DONE]"
+
+
+async def test_an_answer_beyond_the_share_of_its_tenant_is_refused_and_its_run_cancelled(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clients, "PLACES", 0)
+    agent = Agent(3, "completed")
+    status, body = await told(stack, agent)
+    assert (status, msgspec.json.decode(body)["error"]["type"]) == (429, "rate_limit_error")
+    assert agent.asked == ["POST /api/v1/runs/{run_id}/cancel"]
 
 
 async def test_a_run_that_is_over_is_not_cancelled_and_its_usage_not_read_for_nobody(stack: Stack) -> None:
