@@ -9,7 +9,7 @@ from uuid import UUID
 
 from starlette.types import Scope
 
-from infra.errors import Forbidden, NotFound, TooManyRequests
+from infra.errors import Forbidden, TooManyRequests
 from infra.postgres.tx import Tx
 from infra.security.audit import audit_refusal
 from infra.security.auth import Identity
@@ -28,19 +28,25 @@ class Refusals:
     async def record(self, scope: Scope, who: Identity, error: Exception) -> None:
         """Records that the request was refused. The record has ids and no free text of the path."""
         params = scope.get("path_params", {})
-        if isinstance(error, NotFound) and not params:
+        if not (isinstance(error, Forbidden) or params):
             # The client asked for a thing of its own.
             return
+        path = getattr(scope.get("route"), "path", "")
+        ids = {key: str(value) for key, value in params.items() if _is_id(value)}
+        status = "403" if isinstance(error, Forbidden) else "404"
+        await self._record(who, f"{scope['method']} {path}", status, ids)
+
+    async def record_message(self, who: Identity, name: str) -> None:
+        """Records that a socket, or a message on it, was refused: 403."""
+        await self._record(who, name, "403", {})
+
+    async def _record(self, who: Identity, name: str, status: str, ids: dict[str, str]) -> None:
         tenant_id = who.tenant_id or None
         try:
             service = self._runtime.worker.service
             await self._cache.limit(who.tenant_id, f"refusals of {service}", times=PER_MINUTE, seconds=60)
         except TooManyRequests:
             return
-        path = getattr(scope.get("route"), "path", "")
-        name = f"{scope['method']} {path}"
-        ids = {key: str(value) for key, value in params.items() if _is_id(value)}
-        status = "403" if isinstance(error, Forbidden) else "404"
 
         async def work(tx: Tx) -> None:
             audit_refusal(tx, who.actor, "request.refuse", "route", name, status=status, **ids)

@@ -12,9 +12,10 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from infra.errors import InvalidMessage
+from infra.errors import Forbidden, InvalidMessage
 from infra.security.auth import Identities
 from infra.service.api import Reader, Runner, api, identity, of_a_tenant
+from infra.service.refusals import Refusals
 from infra.service.service import Runtime
 from infra.web.server import hand_over
 from services.ws_gateway.agent import Agent, accepted_run
@@ -39,8 +40,9 @@ def routes(hub: Callable[[Runtime], Hub]) -> Callable[[Runtime], Sequence[BaseRo
     def build(runtime: Runtime) -> Sequence[BaseRoute]:
         agent = Agent(runtime.settings.agent_url, runtime.identities, runtime.tls)
         shared = hub(runtime)
-        sockets = websocket(shared, agent, runtime.identities)
-        routers = (_router(shared, agent), openai.router(shared, agent))
+        refusals = Refusals(runtime)
+        sockets = websocket(shared, agent, runtime.identities, refusals)
+        routers = (_router(shared, agent), openai.router(shared, agent, runtime.identities, refusals))
         return [
             sockets,
             *api("ws_gateway", runtime, *routers, max_body=openai.MAX_BODY_BYTES, routes_check_bodies=True),
@@ -49,11 +51,16 @@ def routes(hub: Callable[[Runtime], Hub]) -> Callable[[Runtime], Sequence[BaseRo
     return build
 
 
-def websocket(hub: Hub, agent: Agent, identities: Identities) -> BaseRoute:
+def websocket(hub: Hub, agent: Agent, identities: Identities, refusals: Refusals) -> BaseRoute:
     async def serve(websocket: WebSocket) -> None:
-        who = of_a_tenant(identity(websocket, identities))
+        who = identity(websocket, identities)
+        try:
+            of_a_tenant(who)
+        except Forbidden:
+            await refusals.record_message(who, "GET /ws")
+            raise
         await websocket.accept()
-        hand_over(websocket, Socket(hub, agent, who))
+        hand_over(websocket, Socket(hub, agent, who, refusals))
 
     return WebSocketRoute("/ws", serve)
 

@@ -12,10 +12,11 @@ from uuid import UUID
 import msgspec
 from opentelemetry.trace import SpanKind
 
-from infra.errors import Conflict, Forbidden, InvalidMessage, NotFound, WrongType
+from infra.errors import Conflict, Forbidden, InvalidMessage, NotFound, TooManyRequests, WrongType
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.security.auth import Identity
+from infra.service.refusals import Refusals
 from infra.web.http import decode_json
 from infra.web.problems import problem
 from services.ws_gateway.agent import Agent, AgentRefused, read_until_available
@@ -60,13 +61,14 @@ class Socket(Connection):
     when its run was read. The socket has a task only while it answers messages or catches up with a run.
     """
 
-    __slots__ = ("__weakref__", "_agent", "_hub", "_room", "_runs", "_tasks", "_unanswered", "who")
+    __slots__ = ("__weakref__", "_agent", "_hub", "_refusals", "_room", "_runs", "_tasks", "_unanswered", "who")
 
-    def __init__(self, hub: Hub, agent: Agent, who: Identity) -> None:
+    def __init__(self, hub: Hub, agent: Agent, who: Identity, refusals: Refusals) -> None:
         super().__init__()
         self.who = who
         self._hub = hub
         self._agent = agent
+        self._refusals = refusals
         self._room: Room | None = None
         # The task while the socket catches up with a run, its feed after that.
         self._runs: dict[UUID, asyncio.Task[None] | Feed] = {}
@@ -75,7 +77,10 @@ class Socket(Connection):
         self._tasks: set[asyncio.Task[None]] = set()
 
     def on_open(self) -> None:
-        self._hub.clients.enter(self)
+        try:
+            self._hub.clients.enter(self)
+        except TooManyRequests:
+            self.end(End.TOO_MANY)
 
     def end(self, reason: End) -> None:
         self.close(*reason.value)
@@ -132,7 +137,11 @@ class Socket(Connection):
             if text is None:
                 raise WrongType("body", "must be a text frame with JSON, not a binary frame")
             message = decode_json(text.encode(), _FROM_CLIENT)
-            await self._handle(message)
+            try:
+                await self._handle(message)
+            except Forbidden:
+                await self._refusals.record_message(self.who, f"GET /ws {message.__struct_config__.tag}")
+                raise
         except Exception as error:
             self._refuse(error, message.ref if message else ref_of(text or ""))
 

@@ -14,10 +14,11 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from infra.errors import TooLarge
+from infra.errors import Forbidden, TooLarge
 from infra.observe.logs import get_logger
-from infra.security.auth import Identity
-from infra.service.api import Reader, Runner
+from infra.security.auth import Identities, Identity
+from infra.service.api import Reader, Runner, identity
+from infra.service.refusals import Refusals
 from infra.web import http
 from infra.web.json_text import check_beside, check_json
 from services.ws_gateway.agent import Agent
@@ -25,6 +26,7 @@ from services.ws_gateway.hub import Hub
 from services.ws_gateway.openai import agents, errors
 from services.ws_gateway.openai.agents import ListedAgent
 from services.ws_gateway.openai.answer import AnswerResponse
+from services.ws_gateway.openai.errors import CompletionError
 from services.ws_gateway.openai.requests import ChatRequest, ResponsesRequest
 from services.ws_gateway.openai.shapes import Chat, Responses
 
@@ -45,7 +47,7 @@ wait."""
 _IMAGE = re.compile(rb"data:image/[a-z]+;base64,[A-Za-z0-9+/=\\]*")
 
 
-def _route_class(large: asyncio.Semaphore) -> type[APIRoute]:
+def _route_class(large: asyncio.Semaphore, identities: Identities, refusals: Refusals) -> type[APIRoute]:
     """`large`: held while a large body is read and sent to the agent."""
 
     class Route(APIRoute):
@@ -63,7 +65,7 @@ def _route_class(large: asyncio.Semaphore) -> type[APIRoute]:
                         # keep its body.
                         inner = Request(request.scope, request.receive)
                         await check_beside(await inner.body(), _check_body)
-                        return await handle(inner)
+                        return await recorded(inner)
                 except ClientDisconnect:
                     raise
                 except Exception as error:
@@ -71,6 +73,14 @@ def _route_class(large: asyncio.Semaphore) -> type[APIRoute]:
                     if failure.status >= 500:
                         _log.error("request failed", status=failure.status, exc_info=True)
                     return failure.response()
+
+            async def recorded(request: Request) -> Response:
+                try:
+                    return await handle(request)
+                except (Forbidden, CompletionError) as error:
+                    if isinstance(error, Forbidden) or error.status == 404:
+                        await refusals.record(request.scope, identity(request, identities), error)
+                    raise
 
             return handled
 
@@ -84,8 +94,9 @@ def _check_body(body: bytes) -> None:
     check_json(body)
 
 
-def router(hub: Hub, agent: Agent) -> APIRouter:
-    routes = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=_route_class(asyncio.Semaphore(MAX_LARGE_BODIES)))
+def router(hub: Hub, agent: Agent, identities: Identities, refusals: Refusals) -> APIRouter:
+    route_class = _route_class(asyncio.Semaphore(MAX_LARGE_BODIES), identities, refusals)
+    routes = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=route_class)
 
     @routes.get("/models")
     async def list_models(who: Reader) -> dict[str, Any]:

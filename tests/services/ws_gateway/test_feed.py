@@ -15,6 +15,7 @@ import pytest
 from infra.clock import uuid7
 from infra.errors import NotFound, Transient
 from infra.security.auth import Identity
+from infra.service.refusals import Refusals
 from infra.stores.cache import Cache
 from services.ws_gateway.agent import Agent
 from services.ws_gateway.clients import Clients
@@ -102,7 +103,7 @@ def new_hub() -> Hub:
 
 
 def new_socket(hub: Hub, store: Store) -> tuple[Socket, Screen]:
-    socket, screen = Socket(hub, cast(Agent, store), WHO), Screen()
+    socket, screen = Socket(hub, cast(Agent, store), WHO, cast(Refusals, None)), Screen()
     socket.take_over(cast(asyncio.Transport, screen), lambda: None)
     return socket, screen
 

@@ -7,6 +7,7 @@ import json
 import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
@@ -26,6 +27,7 @@ from infra.clock import uuid7
 from infra.observe import telemetry
 from infra.observe.metrics import Metrics
 from infra.security.auth import Identity
+from infra.service.refusals import Refusals
 from infra.stores.cache import Cache
 from infra.web.http import Health, create_app
 from infra.web.rpc_client import DEFAULT_TIMEOUT_SECONDS
@@ -376,18 +378,24 @@ async def test_a_run_is_cancelled_unless_it_is_over(gateway: Platform, agent: Ag
 
 
 async def test_a_scope_that_is_missing_is_named_and_the_socket_goes_on(gateway: Platform, agent: Agent) -> None:
-    run_id = agent.new_run("acme")
+    run_id, tenant = agent.new_run("acme"), str(uuid7())
     message = {"agent_id": uuid7(), "session": "s", "text": "x"}
     for scopes, type_, fields, missing in (
         (("run",), "subscribe", {"run_id": run_id}, "read"),
         (("read", "write", "admin"), "cancel", {"run_id": run_id}, "run"),
         (("read",), "message", message, "run"),
     ):
-        async with connected(gateway, scopes=scopes) as socket:
+        async with connected(gateway, tenant, scopes=scopes) as socket:
             answer = await ask(socket, type_, **fields)
             assert (answer["status"], answer["detail"]) == (403, f"the scope {missing} is missing")
             await is_quiet(socket)
     assert run_id not in agent.cancelled
+    acts = [act for headers, act in await gateway.outbox("ws_gateway", "audit.logs") if act["tenant_id"] == tenant]
+    assert [(act["object_id"], act["outcome"]) for act in acts] == [
+        ("GET /ws subscribe", "denied"),
+        ("GET /ws cancel", "denied"),
+        ("GET /ws message", "denied"),
+    ]
 
 
 async def test_who_is_not_a_tenants_gets_a_problem_and_no_socket(gateway: Platform) -> None:
@@ -398,6 +406,8 @@ async def test_who_is_not_a_tenants_gets_a_problem_and_no_socket(gateway: Platfo
         answer = refused.value.response
         assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
         assert json.loads(answer.body or b"")["status"] == status
+    acts = [act for _, act in await gateway.outbox("ws_gateway", "audit.logs")]
+    assert [act["object_id"] for act in acts if act["actor"] == "operator"] == ["GET /ws"]
     async with gateway.client("ws_gateway", "acme") as client:
         plain = await client.get("/ws")
         metrics = (await client.get("/metrics")).text
@@ -508,7 +518,7 @@ async def in_this_process(platform: Platform, user_grpc: str) -> AsyncIterator[s
         keys = ApiKeys(platform.channels("ws_gateway").to(user_grpc, "user", safe=SAFE))
         hub = Hub(Cache(redis), Clients(keys, asyncio.Event()))
         caller = Caller(platform.url("agent"), identities)
-        route = api.websocket(hub, caller, identities)
+        route = api.websocket(hub, caller, identities, cast(Refusals, None))
         server = await serve_http(create_app([route], Health("ws_gateway", "1"), Metrics(CollectorRegistry())), 0)
         yield f"http://127.0.0.1:{server.port}"
         await server.stop()
@@ -701,9 +711,12 @@ class Transport:
         return int.from_bytes(self.sent[at + 2 : at + 4], "big")
 
 
-def opened_on(transport: Transport, stopping: asyncio.Event | None = None) -> socket.Socket:
-    hub = Hub(cast(Cache, None), Clients(cast(ApiKeys, ValidKeys()), stopping or asyncio.Event()))
-    shown = socket.Socket(hub, cast(Caller, None), WHO)
+def new_hub(stopping: asyncio.Event | None = None) -> Hub:
+    return Hub(cast(Cache, None), Clients(cast(ApiKeys, ValidKeys()), stopping or asyncio.Event()))
+
+
+def opened_on(transport: Transport, hub: Hub | None = None, who: Identity = WHO) -> socket.Socket:
+    shown = socket.Socket(hub or new_hub(), cast(Caller, None), who, cast(Refusals, None))
     shown.take_over(cast(asyncio.Transport, transport), lambda: None)
     return shown
 
@@ -719,6 +732,24 @@ async def test_a_socket_that_cannot_go_on_is_closed_with_the_reason(capsys: pyte
     await asyncio.sleep(0)
     assert transport.code == 1011
     assert capsys.readouterr().out.count("socket failed") == 1
+
+
+async def test_one_tenant_does_not_get_all_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients, "PLACES", 4)
+    hub = new_hub()
+    sockets = [opened_on(Transport(), hub, replace(WHO, key_id=f"k{n}")) for n in range(2)]
+    more, theirs, again = Transport(), Transport(), Transport()
+    refused = opened_on(more, hub, replace(WHO, key_id="k2"))
+    assert (more.code, refused.is_open) == (1013, False)
+    # The end of the refused one gives no place back.
+    refused.connection_lost(None)
+    assert not opened_on(more, hub).is_open
+    sockets.append(opened_on(theirs, hub, replace(WHO, tenant_id="other")))
+    sockets[0].connection_lost(None)
+    sockets.append(opened_on(again, hub))
+    assert [shown.is_open for shown in sockets] == [False, True, True, True]
+    for shown in sockets[1:]:
+        shown.connection_lost(None)
 
 
 async def test_a_client_that_does_not_read_is_dropped_by_bytes_or_by_time() -> None:
@@ -817,7 +848,7 @@ async def test_a_socket_that_opens_while_the_process_stops_is_sent_away(stopping
     transport, stop = Transport(), asyncio.Event()
     if stopping:
         stop.set()
-    shown = opened_on(transport, stop)
+    shown = opened_on(transport, new_hub(stop))
     if not stopping:
         assert shown.is_open
         shown.shutdown()

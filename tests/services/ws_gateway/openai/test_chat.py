@@ -17,6 +17,7 @@ from pydantic_ai import Agent
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
+from infra.clock import uuid7
 from protos.messages.agent import ToolCall
 from services.ws_gateway.openai.api import MAX_LARGE_BODIES
 from tests.services.ws_gateway.openai.conftest import WAIT_SECONDS, Hearing, World
@@ -473,9 +474,17 @@ async def test_who_may_not_gets_the_clients_own_errors(world: World, model: str,
             with pytest.raises(openai.NotFoundError) as missing:
                 await client.chat.completions.create(model=none, messages=HI)
             assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
-    async with world.client("acme", scopes=("read",)) as client:
+    tenant = str(uuid7())
+    async with world.client(tenant, scopes=("read",)) as client:
         with pytest.raises(openai.PermissionDeniedError):
             await client.chat.completions.create(model=model, messages=HI)
+        with pytest.raises(openai.NotFoundError):
+            await client.models.retrieve(model)
+    acts = [act for _, act in await world.platform.outbox("ws_gateway", "audit.logs") if act["tenant_id"] == tenant]
+    assert [(act["object_id"], act["outcome"], act["details"]) for act in acts] == [
+        ("POST /v1/chat/completions", "denied", {"status": "403"}),
+        ("GET /v1/models/{model}", "denied", {"status": "404", "model": model}),
+    ]
     async with httpx.AsyncClient(base_url=world.platform.url("ws_gateway"), trust_env=False) as plain:
         answer = await plain.post(PATH, json={"model": model, "messages": HI})
         assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
