@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -18,6 +18,7 @@ from services.billing import accounts, holds, price_book
 from services.billing.domain import RUN, price_at
 
 MAX_RESOURCES = 100
+MAX_RUNS = 200
 
 
 class BillingRpc(billing_pb2_grpc.BillingServicer):
@@ -58,6 +59,8 @@ class BillingRpc(billing_pb2_grpc.BillingServicer):
 
     async def Charges(self, request: billing_pb2.ChargesRequest, context: Any) -> billing_pb2.ChargesReply:
         tenant_id = rpc.tenant()
+        if request.run_ids:
+            return await self._costs(tenant_id, request.run_ids)
         run_id = _uuid("run_id", request.run_id)
         async with self._database.begin(tenant_id=tenant_id) as tx:
             currency = await accounts.currency(tx, tenant_id) or ""
@@ -72,6 +75,24 @@ class BillingRpc(billing_pb2_grpc.BillingServicer):
                 run_id,
             )
         return billing_pb2.ChargesReply(charges=[_charge(*row[:-1]) for row in rows], currency=currency)
+
+    async def _costs(self, tenant_id: str, run_ids: Sequence[str]) -> billing_pb2.ChargesReply:
+        if len(run_ids) > MAX_RUNS:
+            raise InvalidMessage("run_ids", f"must be at most {MAX_RUNS}")
+        ids = [_uuid(f"run_ids[{n}]", text) for n, text in enumerate(run_ids)]
+        async with self._database.begin(tenant_id=tenant_id) as tx:
+            currency = await accounts.currency(tx, tenant_id) or ""
+            rows = await tx.sql(
+                """
+                SELECT run_id::text, count(*), coalesce(sum(amount_nanos), 0)::bigint
+                FROM usage WHERE tenant_id = $1 AND run_id = ANY($2::uuid[]) AND verdict IN ('counted', 'rejected')
+                GROUP BY run_id ORDER BY run_id
+                """,
+                tenant_id,
+                ids,
+            )
+        costs = [billing_pb2.RunCost(run_id=id_, records=count, amount_nanos=nanos) for id_, count, nanos in rows]
+        return billing_pb2.ChargesReply(currency=currency, costs=costs)
 
     async def Unpriced(self, request: billing_pb2.UnpricedRequest, context: Any) -> billing_pb2.UnpricedReply:
         tenant_id = rpc.tenant()

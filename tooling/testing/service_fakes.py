@@ -109,6 +109,8 @@ class FakeBilling(billing_pb2_grpc.BillingServicer):
         """Resources without a price."""
         self.charges: dict[str, list[billing_pb2.Charge]] = {}
         """Run id → its charges."""
+        self.charges_asked: list[str | list[str]] = []
+        """The run of each request for charges, or its runs."""
         self.nanos_per_token = 10
         self.nanos_per_second = 0
 
@@ -146,8 +148,17 @@ class FakeBilling(billing_pb2_grpc.BillingServicer):
 
     async def Charges(self, request: billing_pb2.ChargesRequest, context: Any) -> billing_pb2.ChargesReply:
         rpc.tenant()
+        self.charges_asked.append(list(request.run_ids) or request.run_id)
+        if request.run_ids:
+            costs = [_cost(run_id, self.charges.get(run_id, [])) for run_id in request.run_ids]
+            return billing_pb2.ChargesReply(costs=costs, currency="USD")
         UUID(request.run_id)
         return billing_pb2.ChargesReply(charges=self.charges.get(request.run_id, []), currency="USD")
+
+
+def _cost(run_id: str, charges: list[billing_pb2.Charge]) -> billing_pb2.RunCost:
+    rated = [charge.amount_nanos for charge in charges if charge.verdict in ("counted", "rejected")]
+    return billing_pb2.RunCost(run_id=run_id, records=len(rated), amount_nanos=sum(rated))
 
 
 class HasCredit:

@@ -75,7 +75,7 @@ class BillingServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Charges(self, request, context):
-        """The verdicts on a run's usage records so far, in the order of their arrival.
+        """The verdicts on a run's usage records so far, in the order of their arrival; or the costs of many runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

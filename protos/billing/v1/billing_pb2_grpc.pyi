@@ -21,7 +21,7 @@ class BillingStub:
     Release: _aio.UnaryUnaryMultiCallable[_billing_pb2.ReleaseRequest, _billing_pb2.ReleaseReply]
     """Releases an unused hold. A closed, expired or unknown hold is not changed."""
     Charges: _aio.UnaryUnaryMultiCallable[_billing_pb2.ChargesRequest, _billing_pb2.ChargesReply]
-    """The verdicts on a run's usage records so far, in the order of their arrival."""
+    """The verdicts on a run's usage records so far, in the order of their arrival; or the costs of many runs."""
     Unpriced: _aio.UnaryUnaryMultiCallable[_billing_pb2.UnpricedRequest, _billing_pb2.UnpricedReply]
     """Which resources have no price in the tenant's currency now. Their usage is held for review."""
 
@@ -50,7 +50,7 @@ class BillingServicer(metaclass=_abc_1.ABCMeta):
         request: _billing_pb2.ChargesRequest,
         context: _aio.ServicerContext[_billing_pb2.ChargesRequest, _abc.Awaitable[_billing_pb2.ChargesReply]],
     ) -> _abc.Awaitable[_billing_pb2.ChargesReply]:
-        """The verdicts on a run's usage records so far, in the order of their arrival."""
+        """The verdicts on a run's usage records so far, in the order of their arrival; or the costs of many runs."""
 
     @_abc_1.abstractmethod
     def Unpriced(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Query
 
-from infra.errors import Conflict, Forbidden, Transient
+from infra.errors import Conflict, Forbidden, InvalidMessage, Transient
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.security.auth import Identity
@@ -47,6 +46,18 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
         except Transient:
             return None
 
+    async def costs(tenant_id: str, run_ids: Sequence[UUID]) -> queries.Costs | None:
+        """None if billing does not answer. The runs are shown without their costs then."""
+        if not run_ids:
+            return None
+        request = billing_pb2.ChargesRequest(run_ids=[str(id_) for id_ in run_ids])
+        try:
+            reply = await billing.Charges(request, metadata=rpc.tenant_metadata(tenant_id), timeout=2)
+        except (Transient, InvalidMessage):
+            # Invalid for a process of billing that still has the version before: it asks for one run.
+            return None
+        return queries.Costs({cost.run_id: cost for cost in reply.costs}, reply.currency or None)
+
     async def shown(
         who: Identity, read: Callable[[Tx], Awaitable[Sequence[queries.StoredRun]]], limit: int = 1
     ) -> list[RunView]:
@@ -59,10 +70,10 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
             calls = [await queries.calls(unsealer, run) for run in runs]
             waits = [await queries.waiting(tx, unsealer, run) for run in runs]
             await _record(tx, who, runs[:limit])
-        charged = await asyncio.gather(*(charges(who.tenant_id, run.id) for run in runs))
+        charged = await costs(who.tenant_id, [run.id for run in runs[:limit]])
         return [
-            queries.view(run, reply, called, made[run.id], found, waiting)
-            for run, reply, called, found, waiting in zip(runs, replies, calls, charged, waits, strict=True)
+            queries.view(run, reply, called, made[run.id], charged, waiting)
+            for run, reply, called, waiting in zip(runs, replies, calls, waits, strict=True)
         ]
 
     async def one(who: Identity, run_id: UUID) -> RunView:

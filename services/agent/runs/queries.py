@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -137,18 +137,27 @@ def position(run: RunView) -> str:
     return f"{run.created_at.isoformat()}|{run.id}"
 
 
+class Costs(NamedTuple):
+    """What billing knows of the costs of runs."""
+
+    by_run: Mapping[str, billing_pb2.RunCost]
+    """By the run's id. A run without usage is missing."""
+    currency: str | None
+
+
 def view(
     run: StoredRun,
     reply: str | None,
     calls: Iterable[ToolCall],
     steps: list[StepView],
-    charges: billing_pb2.ChargesReply | None,
+    costs: Costs | None,
     waiting: Waiting | None,
 ) -> RunView:
-    """`charges`: billing's charges of the run; None if billing did not answer."""
-    rated = [charge for charge in charges.charges if charge.verdict in ("counted", "rejected")] if charges else []
+    """`costs`: None if billing did not answer."""
+    cost = costs.by_run.get(str(run.id), billing_pb2.RunCost()) if costs else None
     # Usage that is held for review or still on its way has no price yet, so the cost is not known.
-    complete = charges is not None and len(rated) == run.used and run.status not in STOPPABLE
+    if cost and (cost.records != run.used or run.status in STOPPABLE):
+        cost = None
     return RunView(
         id=run.id,
         session_key=run.session_key,
@@ -161,8 +170,8 @@ def view(
         usage=UsageView(
             input_tokens=run.input_tokens, cached_tokens=run.cached_tokens, output_tokens=run.output_tokens
         ),
-        cost_nanos=sum(charge.amount_nanos for charge in rated) if complete else None,
-        currency=charges.currency or None if charges else None,
+        cost_nanos=cost.amount_nanos if cost else None,
+        currency=costs.currency if costs else None,
         steps=steps,
         waiting=waiting,
         parent_run_id=run.parent_run_id,

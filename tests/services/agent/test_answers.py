@@ -210,6 +210,11 @@ async def test_an_agent_spends_no_more_than_its_budget(world: World, tenant: Ten
     third = await tenant.over(await tenant.say(agent, "Hi"))
     assert third["status"] == "completed"
     assert (await tenant.run(first["id"]))["cost_nanos"] == 170
+    # A page of runs is one call of billing.
+    billing.charges_asked.clear()
+    shown = {run["id"]: run["cost_nanos"] for run in (await tenant.call("GET", "/api/v1/runs?limit=2"))["items"]}
+    assert shown == {third["id"]: None, second["id"]: 0}
+    assert billing.charges_asked == [[third["id"], second["id"]]]
 
 
 async def test_a_busy_provider_is_asked_again_when_it_said(world: World, tenant: Tenant) -> None:

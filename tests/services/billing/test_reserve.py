@@ -234,6 +234,29 @@ async def test_the_charges_of_a_run_come_in_the_order_of_their_arrival(billing: 
     assert first.occurred_at.ToDatetime() <= first.rated_at.ToDatetime()
 
 
+async def test_the_costs_of_many_runs_come_in_one_answer(billing: Billing) -> None:
+    tenant, other = await billing.tenant(), await billing.tenant()
+    runs = [uuid7() for _ in range(3)]
+    for n, run_id in enumerate(runs[:2]):
+        await tenant.use(f"a{n}", run_id=run_id, input_tokens=1, output_tokens=2)
+        await tenant.use(f"b{n}", "acme/unheard-of", run_id=run_id, calls=1)
+    await tenant.use("c", run_id=runs[0], input_tokens=1, output_tokens=2)
+    await tenant.use("c", run_id=runs[0], input_tokens=1, output_tokens=2)
+    await other.use("d", run_id=runs[2], input_tokens=1, output_tokens=2)
+    await tenant.verdict("c")
+    await other.verdict("d")
+    asked = billing_pb2.ChargesRequest(run_ids=[str(run_id) for run_id in runs])
+    reply = await tenant.stub().Charges(asked, metadata=rpc.tenant_metadata(tenant.id))
+    # Neither what is held, nor the duplicate, nor another tenant's.
+    found = [(cost.run_id, cost.records, cost.amount_nanos) for cost in reply.costs]
+    assert found == [(str(runs[0]), 2, 2700), (str(runs[1]), 1, 1350)]
+    assert (reply.currency, len(reply.charges)) == ("USD", 0)
+    for many, field in ((["x"], r"run_ids\[0\]"), ([str(uuid7())] * 201, "at most 200")):
+        with pytest.raises(InvalidMessage, match=field):
+            wrong = billing_pb2.ChargesRequest(run_ids=many)
+            await tenant.stub().Charges(wrong, metadata=rpc.tenant_metadata(tenant.id))
+
+
 async def test_resources_without_a_price_in_the_tenants_currency_are_named(billing: Billing) -> None:
     async def unpriced(tenant: Tenant) -> list[str]:
         request = billing_pb2.UnpricedRequest(resources=["openai/gpt-4o-mini", "acme/unheard-of"])
