@@ -17,6 +17,7 @@ from infra.errors import EffectFailed, InvalidMessage, NotFound, TooLarge, Trans
 from infra.lanes.effects import Effects
 from infra.lanes.lane import Lane
 from infra.outgoing.client import Outgoing
+from infra.postgres.database import Database
 from infra.postgres.tx import Tx, derived_id
 from infra.security.crypto import DataKey
 from infra.security.subjects import ERASED_TEXT, Erased, SubjectKeys
@@ -218,21 +219,14 @@ async def fetch_attachments(item: FetchAttachments, effects: Effects, tx: Tx, fe
         # The agent drops it, too. It is sent nevertheless, because the later messages wait for its position.
         publish(tx, item, fact, InboundContent("", "", "", ERASED_TEXT), ERASED_TEXT)
         return
+    folder = f"{folder_of(str(tx.tenant_id), fact.subject_id)}/{item.session_key}"
     paths = {
-        n: f"{fact.subject_id}/attachments/{item.session_key}/{item.event_id}_{n}_{safe_name(one.name or one.kind)}"
+        n: f"{folder}/{item.event_id}_{n}_{safe_name(one.name or one.kind)}"
         for n, one in enumerate(content.attachments[:MAX_ATTACHMENTS], 1)
     }
     async with effects.begin() as noting:
         # Before the files, so that an erasure finds all of them.
-        await noting.sql(
-            """
-            INSERT INTO attachment (path, tenant_id, subject_id) SELECT path, $2, $3 FROM unnest($1::text[]) AS n(path)
-            ON CONFLICT DO NOTHING
-            """,
-            sorted(paths.values()),
-            noting.tenant_id,
-            fact.subject_id,
-        )
+        await _note(noting, fact.subject_id, sorted(paths.values()))
     read = []
     for n, path in paths.items():
         attachment = content.attachments[n - 1]
@@ -256,6 +250,38 @@ async def fetch_attachments(item: FetchAttachments, effects: Effects, tx: Tx, fe
     read += [_Read(reason=f"only {MAX_ATTACHMENTS} are read")] * (len(content.attachments) - len(read))
     images = tuple(result.image for result in read if result.image)
     publish(tx, item, fact, content, together(content, read), images)
+
+
+def folder_of(tenant_id: str, subject_id: str) -> str:
+    """Where files of a person are. Memory reads those of the caller's tenant only."""
+    return f"{subject_id}/attachments/{tenant_id}"
+
+
+async def in_folder(database: Database, objects: Objects, tenant_id: str, subject_id: str, path: str) -> str:
+    """The path of the file below `folder_of`. A file from before paths had the tenant is copied there."""
+    folder = folder_of(tenant_id, subject_id)
+    if path.startswith(f"{folder}/"):
+        return path
+    copy = f"{folder}/{path.partition('/attachments/')[2]}"
+    async with database.begin(tenant_id=tenant_id) as tx:
+        await _note(tx, subject_id, [copy])
+    async with objects.fetch(path) as file:
+        name = path.rpartition("/")[2]
+        content = once(await asyncio.to_thread(file.read))
+        await objects.upload(ATTACHMENT, content, name=name, user_id=subject_id, path=lambda _: copy)
+    return copy
+
+
+async def _note(tx: Tx, subject_id: str, paths: Sequence[str]) -> None:
+    await tx.sql(
+        """
+        INSERT INTO attachment (path, tenant_id, subject_id) SELECT path, $2, $3 FROM unnest($1::text[]) AS n(path)
+        ON CONFLICT DO NOTHING
+        """,
+        paths,
+        tx.tenant_id,
+        subject_id,
+    )
 
 
 class EraseFiles(msgspec.Struct, frozen=True):
@@ -292,7 +318,7 @@ async def erase_files(item: EraseFiles, effects: Effects, tx: Tx, fetcher: Fetch
     made: Sequence[str] = ()
     if item.event_id is None:
         # Files that an agent made for this person have no rows.
-        made = await fetcher.objects.paths(f"{item.subject_id}/attachments/{reading.tenant_id}/")
+        made = await fetcher.objects.paths(f"{folder_of(str(reading.tenant_id), item.subject_id)}/")
     for path in (*made, *(path for (path,) in rows)):
         await fetcher.objects.delete(path)
     await tx.sql("DELETE FROM attachment WHERE path = ANY($1::text[])", [path for (path,) in rows])

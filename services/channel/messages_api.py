@@ -26,7 +26,7 @@ from protos.messages.channel import SendMessage
 from services.channel import accounts as stored
 from services.channel import history
 from services.channel.accounts import AccountSecrets, ChannelAccount
-from services.channel.attachments import MAX_ATTACHMENTS, memory_stub
+from services.channel.attachments import MAX_ATTACHMENTS, in_folder, memory_stub, stored_objects
 from services.channel.channels import reachable
 from services.channel.domain import State
 from services.channel.events import File, InboundContent, MessageTaken, OutboundContent
@@ -61,6 +61,7 @@ WHERE e.event_id = $2
 """
 _FILE = """
 SELECT path FROM attachment WHERE tenant_id = $1 AND subject_id = $2 AND strpos(path, '/' || $3 || '_') > 0
+ORDER BY strpos(path, '/' || $1 || '/') = 0
 """
 # The first event of a delivery's stream holds its content.
 _OUTBOUND = """
@@ -213,6 +214,7 @@ def router(runtime: Runtime, secrets: AccountSecrets) -> APIRouter:
     router = APIRouter(prefix="/api/v1", tags=["messages"])
     subjects = SubjectKeys(runtime.cipher)
     memory = memory_stub(runtime)
+    objects = stored_objects(runtime)
 
     @router.get("/messages")
     async def list_messages(
@@ -339,12 +341,13 @@ def router(runtime: Runtime, secrets: AccountSecrets) -> APIRouter:
             paths = await tx.sql(_FILE, who.tenant_id, fact.subject_id, f"{message_id}_{body.attachment}")
         if not paths:
             raise Conflict("the file is not fetched yet, or could not be fetched")
+        path = await in_folder(runtime.request, objects, who.tenant_id, fact.subject_id, paths[0][0])
         made = MadeDocument(document_id=derived_id(message_id, "document", body.attachment))
         file = words.attachments[body.attachment - 1]
         request = memory_pb2.KeepFileRequest(
             document_id=str(made.document_id),
-            path=paths[0][0],
-            name=body.name or file.name or paths[0][0].rpartition("/")[2].partition("_")[2],
+            path=path,
+            name=body.name or file.name or path.rpartition("/")[2].partition("_")[2],
             audience=body.audience,
             tags=body.tags,
             actor=who.actor,

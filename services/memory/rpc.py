@@ -133,8 +133,7 @@ class MemoryRpc(memory_pb2_grpc.MemoryServicer):
         return memory_pb2.LearnReply(learned=len(learned))
 
     async def ReadFile(self, request: memory_pb2.ReadFileRequest, context: Any) -> memory_pb2.ReadFileReply:
-        rpc.tenant()
-        _attachment(request.path)
+        _check_attachment(request.path)
         if request.content_type not in READABLE:
             raise InvalidMessage("content_type", f"must be one of {', '.join(READABLE)}")
         if not 1 <= request.max_characters <= MAX_CHARACTERS:
@@ -146,7 +145,7 @@ class MemoryRpc(memory_pb2_grpc.MemoryServicer):
 
     async def KeepFile(self, request: memory_pb2.KeepFileRequest, context: Any) -> memory_pb2.KeepFileReply:
         _uuid("document_id", request.document_id)
-        _attachment(request.path)
+        _check_attachment(request.path, _person(request.subject_id))
         origin = DocumentOrigin(
             _uuid("channel_id", request.channel_id),
             _uuid("message_id", request.message_id),
@@ -183,9 +182,11 @@ def servicer(runtime: Runtime) -> tuple[Callable[[Any, Any], None], MemoryRpc]:
     return memory_pb2_grpc.add_MemoryServicer_to_server, served
 
 
-def _attachment(path: str) -> None:
-    if path.split("/")[1:2] != ["attachments"]:
-        raise InvalidMessage("path", "must be an attachment")
+def _check_attachment(path: str, person: str = "") -> None:
+    """Raises InvalidMessage for a file that is not of the call's tenant, or not of the person."""
+    owner, *folder = path.split("/")[:3]
+    if folder != ["attachments", rpc.tenant()] or owner != (person or owner):
+        raise InvalidMessage("path", "must be an attachment of the tenant, and of the person")
 
 
 def _person(subject_id: str) -> str:

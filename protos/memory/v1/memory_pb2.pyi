@@ -532,7 +532,7 @@ class ReadFileRequest(_message.Message):
     CONTENT_TYPE_FIELD_NUMBER: _builtins.int
     MAX_CHARACTERS_FIELD_NUMBER: _builtins.int
     path: _builtins.str
-    """In the object store: an attachment."""
+    """In the object store: <person>/attachments/<the call's tenant>/…"""
     content_type: _builtins.str
     """By its content: PDF, Office or HTML."""
     max_characters: _builtins.int
@@ -600,7 +600,7 @@ class KeepFileRequest(_message.Message):
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
     document_id: _builtins.str
     path: _builtins.str
-    """In the object store: an attachment."""
+    """In the object store: <subject_id>/attachments/<the call's tenant>/…"""
     name: _builtins.str
     actor: _builtins.str
     """The client that wants it."""

@@ -140,7 +140,7 @@ async def test_the_text_of_a_file_reaches_the_agent_with_the_caption(desk: Desk,
     assert text == "what is this?\n\n[The person sent an image (../a.txt). Its text:]\nGröße: 7 元"
     async with desk.platform.database("channel").begin() as tx:
         [(path,)] = await tx.sql("SELECT path FROM attachment WHERE tenant_id = $1", desk.tenant_id)
-    assert path.startswith(f"{messages[0]['subject_id']}/attachments/{messages[0]['session_key']}/")
+    assert path.startswith(f"{messages[0]['subject_id']}/attachments/{desk.tenant_id}/{messages[0]['session_key']}/")
     assert path.endswith("_1_a.txt")
 
 
@@ -297,6 +297,14 @@ async def test_a_file_becomes_a_document_of_memory_until_its_message_is_deleted(
         file = {"type": "file", "id": "m7", "fileName": "rules.txt"}
         await desk.call(channel, line.call(line.event(None, message=file)))
         [sent] = await arrived(desk, channel)
+        # As a file was stored when its path had no tenant.
+        database, objects = desk.platform.database("channel"), Objects(**desk.platform.stack.engines["s3"])
+        async with database.begin() as tx:
+            [(stored,)] = await tx.sql("SELECT path FROM attachment WHERE tenant_id = $1", desk.tenant_id)
+            old = stored.replace(f"/{desk.tenant_id}/", "/")
+            await tx.sql("UPDATE attachment SET path = $2 WHERE path = $1", stored, old)
+        await objects.delete(stored)
+        await objects.upload(FILE, once(b"Refunds take five days."), name="a.txt", user_id="u", path=lambda _: old)
         async with desk.client() as http:
             [message] = (await http.get("/api/v1/messages", params={"channel_id": channel["id"]})).json()["items"]
             assert message["attachments"] == [{"url": None, "name": "rules.txt"}]
@@ -318,10 +326,13 @@ async def test_a_file_becomes_a_document_of_memory_until_its_message_is_deleted(
         assert (first.name, list(first.audience), list(first.tags)) == ("rules.txt", ["agent:a1"], ["rules"])
         assert (first.subject_id, first.channel_id) == (sent["subject_id"], channel["id"])
         assert first.message_id == message["id"]
+        assert first.path == stored
         assert first.path.endswith(f"/{message['id']}_1_rules.txt")
+        assert await objects.paths(stored) == [stored]
 
-        async with desk.platform.database("channel").begin() as tx:
-            await tx.sql("UPDATE attachment SET path = replace(path, '_1_', '_9_') WHERE path = $1", first.path)
+        async with database.begin() as tx:
+            kept = "UPDATE attachment SET path = replace(path, '_1_', '_9_') WHERE tenant_id = $1 RETURNING path"
+            assert len(await tx.sql(kept, desk.tenant_id)) == 2
         async with desk.client() as http:
             assert (await http.post(path, json={})).status_code == 409
         await desk.call(channel, line.call(line.event(type="unsend", unsend={"messageId": "m7"})))

@@ -20,7 +20,7 @@ from tests.services.memory.files import pdf
 from tooling.testing.platform import Platform
 
 FILES = Kind("attachment", 10**7, frozenset((filetypes.PDF, filetypes.HTML, *filetypes.OFFICE)))
-PLAN, PAGE = "s-1/attachments/c/plan.pdf", "s-1/attachments/c/page.html"
+PLAN, PAGE = "s-1/attachments/t-1/c/plan.pdf", "s-1/attachments/t-1/c/page.html"
 RULES = " ".join(f"Rule {n} is number {n}." for n in range(400))
 
 
@@ -67,6 +67,8 @@ async def test_a_wrong_call_is_refused_by_its_field(memory: Platform, objects: O
     for field, value in (
         ("path", "s-1/documents/d/plan.pdf"),
         ("path", "plan.pdf"),
+        ("path", "s-1/attachments/t-2/c/plan.pdf"),
+        ("path", "s-1/attachments/t-1"[:-1]),
         ("content_type", "text/plain"),
         ("max_characters", 0),
         ("max_characters", 100_001),
@@ -76,7 +78,7 @@ async def test_a_wrong_call_is_refused_by_its_field(memory: Platform, objects: O
             await read(memory, **fields)
         assert refused.value.field == field
     with pytest.raises(NotFound):
-        await read(memory, path="s-1/attachments/c/gone.pdf")
+        await read(memory, path="s-1/attachments/t-1/c/gone.pdf")
     with pytest.raises(Forbidden):
         await read(memory, caller="plugin")
     # The content is not that of a Word document.

@@ -20,7 +20,9 @@ from tests.services.memory.conftest import Client
 from tooling.testing.platform import Platform
 
 FILES = Kind("attachment", 10**6, frozenset((*filetypes.TEXTS, "image/")))
-NOTE, PHOTO = "ann/attachments/c/note.txt", "ann/attachments/c/photo.png"
+TENANT = "tenant-of-sent-files"
+NOTE, PHOTO = f"ann/attachments/{TENANT}/c/note.txt", f"ann/attachments/{TENANT}/c/photo.png"
+BOBS = f"bob/attachments/{TENANT}/c/note.txt"
 QUERY = "Where is the key of the lighthouse?"
 
 
@@ -28,10 +30,11 @@ QUERY = "Where is the key of the lighthouse?"
 async def client(memory: Platform) -> AsyncIterator[Client]:
     memory.stack.need("s3")
     objects = Objects(**memory.stack.engines["s3"])
-    files = {NOTE: b"The key of the lighthouse hangs behind the barometer.", PHOTO: b"\x89PNG\r\n\x1a\n picture"}
+    note = b"The key of the lighthouse hangs behind the barometer."
+    files = {NOTE: note, BOBS: note, PHOTO: b"\x89PNG\r\n\x1a\n picture"}
     for path, content in files.items():
         await objects.upload(FILES, once(content), name=path, user_id="u", path=lambda _, path=path: path)  # type: ignore[misc]
-    client = Client(memory, "tenant-of-sent-files")
+    client = Client(memory, TENANT)
     yield client
     await client.http.aclose()
 
@@ -121,7 +124,7 @@ async def test_a_version_that_was_uploaded_belongs_to_no_message(client: Client)
 
 
 async def test_the_erasure_of_the_person_deletes_the_document(client: Client) -> None:
-    id_, other = await keep(client, subject_id="bob"), await keep(client)
+    id_, other = await keep(client, path=BOBS, subject_id="bob"), await keep(client)
     erased = SubjectErased(tenant_id=client.tenant_id, subject_id="bob")
     await client.platform.produce(PLATFORM_EVENTS, erased, key=client.tenant_id, tenant_id=client.tenant_id)
 
@@ -131,12 +134,14 @@ async def test_the_erasure_of_the_person_deletes_the_document(client: Client) ->
     await client.platform.until(gone)
     assert not await is_gone(client, other)
     with pytest.raises(NotFound):
-        await keep(client, subject_id="bob")
+        await keep(client, path=BOBS, subject_id="bob")
 
 
 async def test_a_wrong_call_is_refused_by_its_field(client: Client) -> None:
     wrong: tuple[tuple[str, Any, str], ...] = (
         ("path", "ann/documents/d/plan.pdf", "path"),
+        ("path", "ann/attachments/another-tenant/c/note.txt", "path"),
+        ("path", BOBS, "path"),
         ("path", PHOTO, "file"),
         ("document_id", "one", "document_id"),
         ("message_id", "", "message_id"),
@@ -150,6 +155,6 @@ async def test_a_wrong_call_is_refused_by_its_field(client: Client) -> None:
             await keep(client, **{field: value})
         assert refused.value.field == named
     with pytest.raises(NotFound):
-        await keep(client, path="ann/attachments/c/gone.txt")
+        await keep(client, path=f"ann/attachments/{TENANT}/c/gone.txt")
     with pytest.raises(Forbidden):
         await keep(client, caller="plugin")
