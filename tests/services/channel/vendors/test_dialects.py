@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.outgoing.client import Outgoing
-from services.channel.vendors import VENDORS, discord, feishu, qq, slack, teams, telegram, whatsapp
+from services.channel.vendors import VENDORS, discord, feishu, markdown, qq, slack, teams, telegram, whatsapp
 from services.channel.vendors.markdown import PLAIN, render
 from services.channel.vendors.splitting import utf8_length, utf16_length
 from tests.services.channel.vendors.conftest import Adapter
@@ -209,3 +209,11 @@ async def test_each_piece_is_accepted_by_the_vendor(name: str, outgoing: Outgoin
                 answers = f"m{n}" if name == "qq" else None
                 await adapter.send(part, place, f"d{n}-{m}", answers=answers, part=m)
     assert fake.refusals == []
+
+
+def test_a_small_text_does_not_become_a_large_table() -> None:
+    text = "|a" * 300 + "|\n" + "|-" * 300 + "|\n" + "a\n" * 300
+    cells = [token for token in markdown._parse(text) if token.type == "td_open"]
+    assert len(cells) <= 300 + 1_000
+    small = "|a|b|c|\n|-|-|-|\n" + "|1|\n" * 400
+    assert sum(token.type == "td_open" for token in markdown._parse(small)) == 1_200
