@@ -23,7 +23,7 @@ _BREAK = re.compile(r"<br ?/?>", re.IGNORECASE)
 # After the scheme; marks around an address do not belong to it.
 _ADDRESS = re.compile(r"://(?:[^\x00-\x20\"&*<>\[\\\]`{|}~\x7f-\U0010ffff]|&(?!amp;)|~(?!~))+")
 
-# The parser adds the cells that the rows of a table lack. With its own limit, 65,536, a text of 2 KB would take a second
+# The parser adds the cells that rows of a table lack. With its own limit, 65,536, a text of 2 KB would take a second
 # and 100 MB, and parsed texts are kept for a while. The package has a function of the module's name in its place.
 vars(sys.modules["markdown_it.rules_block.table"])["MAX_AUTOCOMPLETED_CELLS"] = 1_000
 

@@ -510,6 +510,13 @@ async def identity(tenant: httpx.AsyncClient, key: str) -> dict[str, str]:
     return {"x-claw-identity": answer.headers["x-claw-identity"]}
 
 
+class NoRefusals:
+    """Records nothing."""
+
+    async def record_message(self, who: Identity, name: str) -> None:
+        pass
+
+
 @asynccontextmanager
 async def in_this_process(platform: Platform, user_grpc: str) -> AsyncIterator[str]:
     """The URL of a gateway in this process, so that a test can change its intervals."""
@@ -518,7 +525,7 @@ async def in_this_process(platform: Platform, user_grpc: str) -> AsyncIterator[s
         keys = ApiKeys(platform.channels("ws_gateway").to(user_grpc, "user", safe=SAFE))
         hub = Hub(Cache(redis), Clients(keys, asyncio.Event()))
         caller = Caller(platform.url("agent"), identities)
-        route = api.websocket(hub, caller, identities, cast(Refusals, None))
+        route = api.websocket(hub, caller, identities, cast(Refusals, NoRefusals()))
         server = await serve_http(create_app([route], Health("ws_gateway", "1"), Metrics(CollectorRegistry())), 0)
         yield f"http://127.0.0.1:{server.port}"
         await server.stop()
