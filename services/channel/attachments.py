@@ -253,7 +253,7 @@ async def fetch_attachments(item: FetchAttachments, effects: Effects, tx: Tx, fe
 
 
 def folder_of(tenant_id: str, subject_id: str) -> str:
-    """Where files of a person are. Memory reads those of the caller's tenant only."""
+    """The folder of a person's files. Memory reads those of the caller's tenant only."""
     return f"{subject_id}/attachments/{tenant_id}"
 
 

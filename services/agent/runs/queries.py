@@ -138,7 +138,7 @@ def position(run: RunView) -> str:
 
 
 class Costs(NamedTuple):
-    """What billing knows of the costs of runs."""
+    """The costs of runs that billing knows."""
 
     by_run: Mapping[str, billing_pb2.RunCost]
     """By the run's id. A run without usage is missing."""

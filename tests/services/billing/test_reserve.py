@@ -247,7 +247,7 @@ async def test_the_costs_of_many_runs_come_in_one_answer(billing: Billing) -> No
     await other.verdict("d")
     asked = billing_pb2.ChargesRequest(run_ids=[str(run_id) for run_id in runs])
     reply = await tenant.stub().Charges(asked, metadata=rpc.tenant_metadata(tenant.id))
-    # Neither what is held, nor the duplicate, nor another tenant's.
+    # Without the held records, the duplicate, and the record of another tenant.
     found = [(cost.run_id, cost.records, cost.amount_nanos) for cost in reply.costs]
     assert found == [(str(runs[0]), 2, 2700), (str(runs[1]), 1, 1350)]
     assert (reply.currency, len(reply.charges)) == ("USD", 0)

@@ -224,8 +224,27 @@ async def test_a_tenant_has_a_limited_number_of_keys(user: Platform, tenant: htt
         f"a tenant may have {MAX_KEYS} API keys; revoke one first",
     )
     assert (await tenant.delete(f"/api/v1/api-keys/{made['id']}")).status_code == 204
-    made = await asyncio.gather(*(tenant.post("/api/v1/api-keys", json={"name": "more"}) for _ in range(4)))
-    assert sorted(answer.status_code for answer in made) == [201, 409, 409, 409]
+    # One place is left, and another transaction is about to take it.
+    tenant_id = (await tenant.get("/api/v1/tenant")).json()["id"]
+    async with user.database("user").begin() as tx:
+        await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"API keys of {tenant_id}")
+        await tx.sql(
+            """
+            INSERT INTO api_key (id, tenant_id, name, prefix, hash, scopes, created_by)
+            VALUES (gen_random_uuid(), $1, 'x', 'x', sha256(convert_to($1, 'UTF8')), '{}', 'x')
+            """,
+            tenant_id,
+        )
+        asked = asyncio.create_task(tenant.post("/api/v1/api-keys", json={"name": "more"}))
+
+        async def waits() -> bool:
+            return asked.done() or bool(
+                await tx.sql("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+            )
+
+        await user.until(waits)
+        assert not asked.done()
+    assert (await asked).status_code == 409
 
 
 async def test_a_revoked_key_and_one_that_expired_let_nobody_in(user: Platform, tenant: httpx.AsyncClient) -> None:
