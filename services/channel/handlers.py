@@ -79,8 +79,10 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
         await _decide(tx, due.delivery_id, MarkFailed(str(reason)))
         return
     account = sendable.account
+    run_id = parts[0].run_id
+    about = {"channel_id": str(account.id), **({"run_id": str(run_id)} if run_id else {})}
     last = shown = None
-    if account.vendor.preview == "edit" and (run_id := parts[0].run_id):
+    if account.vendor.preview == "edit" and run_id:
         async with effects.begin() as taking:
             shown = await take_over(taking, account, run_id, sendable.session_key, due.delivery_id)
     for n, part in enumerate(parts, 1):
@@ -98,16 +100,16 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
         which = f"part {n} of {len(parts)}: " if len(parts) > 1 else ""
         if outcome.state == "failed":
             error = outcome.error or ""
-            await _decide(tx, due.delivery_id, MarkFailed(which + error))
+            await _decide(tx, due.delivery_id, MarkFailed(which + error), **about)
             if error.startswith(AccountRefused.PREFIX):
                 await break_account(tx, account, error)
             return
         if outcome.state == "unknown":
-            await _decide(tx, due.delivery_id, MarkUnknown(f"{which}{outcome.error or 'no answer'}"))
+            await _decide(tx, due.delivery_id, MarkUnknown(f"{which}{outcome.error or 'no answer'}"), **about)
             return
         assert outcome.result is not None
         last = outcome.result.vendor_message_id
-    await _decide(tx, due.delivery_id, MarkSent(last))
+    await _decide(tx, due.delivery_id, MarkSent(last), **about)
 
 
 async def _replaced(effects: Effects, sender: Sender, account: ChannelAccount, part: Outbound, shown: str) -> bool:
@@ -121,11 +123,13 @@ async def _replaced(effects: Effects, sender: Sender, account: ChannelAccount, p
     return edited.state == "succeeded"
 
 
-async def _decide(tx: Tx, delivery_id: UUID, command: Command) -> None:
+async def _decide(tx: Tx, delivery_id: UUID, command: Command, **about: str) -> None:
+    """`about`: fields by which the log line is searched. The tenant sees the line."""
+    fields = {"tenant": tx.tenant_id, "delivery_id": str(delivery_id), **about}
     for event in await tx.decide(DELIVERY.stream(str(delivery_id)), command):
         await projections.project(tx, delivery_id, event)
         match event:
             case DeliverySent():
-                _log.info("reply delivered", delivery_id=str(delivery_id))
+                _log.info("reply delivered", **fields)
             case DeliveryFailed(reason=reason) | DeliveryUnknown(reason=reason):
-                _log.warning("reply not delivered", delivery_id=str(delivery_id), reason=reason)
+                _log.warning("reply not delivered", reason=reason, **fields)

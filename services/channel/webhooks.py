@@ -128,7 +128,12 @@ class Webhooks:
         except (UnreadableCall, RecursionError) as error:
             # RecursionError: parts within parts, a thousand deep.
             with telemetry.current(call.span):
-                _log.warning("webhook event ignored: unexpected shape", channel_id=str(account.id), error=str(error))
+                _log.warning(
+                    "webhook event ignored: unexpected shape",
+                    tenant=account.tenant_id,
+                    channel_id=str(account.id),
+                    error=str(error),
+                )
             digest = hashlib.sha256(call.request.body).hexdigest()
             return Received([Ignored((f"body/{digest}",), f"unexpected shape: {error}"[:200])])
         except Exception as error:

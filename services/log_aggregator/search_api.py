@@ -37,8 +37,12 @@ def router(runtime: Runtime) -> APIRouter:
         search: searches.Name | None = None,
         service: Annotated[str | None, Query(min_length=1, max_length=100)] = None,
         since: Time | None = None,
+        until: Time | None = None,
     ) -> dict[str, Any]:
-        """Lists log lines, newest first. A tenant sees its own. q: required words, "phrases", and -excluded words."""
+        """Lists log lines, newest first. A tenant sees its own.
+
+        until: exclusive. q: required words, "phrases", and -excluded words.
+        """
         values: dict[searches.Field, object] = {
             "tenant": tenant,
             "trace": trace_id,
@@ -49,9 +53,10 @@ def router(runtime: Runtime) -> APIRouter:
         must: list[dict[str, Any]] = [{"term": {field: str(value)}} for field, value in terms.items() if value]
         if search:
             must.append(searches.clause(searches.QUERIES[search]))
-        if since:
-            # OpenSearch takes no offset of more than 18 hours.
-            must.append({"range": {"timestamp": {"gte": since.astimezone(UTC).isoformat()}}})
+        # OpenSearch takes no offset of more than 18 hours.
+        bounds = {name: time.astimezone(UTC).isoformat() for name, time in (("gte", since), ("lt", until)) if time}
+        if bounds:
+            must.append({"range": {"timestamp": bounds}})
         if q:
             query = {"query": q, "fields": ["text"], "default_operator": "and", "flags": "AND|NOT|PHRASE|WHITESPACE"}
             must.append({"simple_query_string": query})

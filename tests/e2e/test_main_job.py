@@ -292,6 +292,16 @@ async def test_one_trace_shows_the_way_from_the_webhook_to_the_vendor_and_the_ch
 
     await until(logged)
 
+    async def told() -> bool:
+        """The tenant finds what happened to its run and in its channel."""
+        of_run = (await company.get("/api/v1/logs", run_id=run["id"]))["items"]
+        [channel] = (await company.get("/api/v1/channels"))["items"]
+        of_channel = (await company.get("/api/v1/logs", channel_id=channel["id"]))["items"]
+        texts = [{line["message"] for line in lines} for lines in (of_run, of_channel)]
+        return all({"run completed", "reply delivered"} <= found for found in texts)
+
+    await until(told)
+
 
 async def test_fifty_conversations_of_five_tenants_hear_only_their_own_and_in_order(
     system: System, models: ModelServer

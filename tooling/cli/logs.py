@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+from datetime import datetime
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -34,6 +35,8 @@ def logs(
     channel: Annotated[UUID | None, typer.Option(help="Search the index: lines of this channel.")] = None,
     tenant: Annotated[str, typer.Option(help="Search the index: lines of this tenant.")] = "",
     saved: Annotated[str, typer.Option(help=f"Search the index: {' or '.join(searches.QUERIES)}.")] = "",
+    since: Annotated[datetime | None, typer.Option(help="With a search: the first moment, local time.")] = None,
+    until: Annotated[datetime | None, typer.Option(help="With a search: the end, exclusive, local time.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=_PAGE, help="With a search: the maximum number of lines.")] = 50,
     as_json: Annotated[bool, typer.Option("--json", help="With a search: print one JSON document.")] = False,
 ) -> None:
@@ -43,7 +46,8 @@ def logs(
     if params.keys() - {"service"}:
         if follow:
             raise EngineError("--follow: a search shows stored lines; leave it out")
-        found = asyncio.run(_search(params | {"limit": str(limit)}))
+        times = {name: time.astimezone().isoformat() for name, time in (("since", since), ("until", until)) if time}
+        found = asyncio.run(_search(params | times | {"limit": str(limit)}))
         if as_json:
             print(json.dumps(found))  # noqa: T201
         else:

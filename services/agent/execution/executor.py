@@ -157,7 +157,7 @@ async def _complete(started: StartedRun, reply: Reply, expected_messages: int) -
             raise MessagesArrived
         return reply
     ended = await journal.complete(row, started.conversation, reply, expected_messages)
-    _log.info("run completed", run_id=str(row.id))
+    _log.info("run completed", **row.log_fields)
     return ended
 
 

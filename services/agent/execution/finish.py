@@ -86,7 +86,7 @@ async def _complete(tx: Tx, row: RunRow, context: RunContext, reply: Reply) -> N
         await keep_summary(tx, context.key, row.subject_id, row.session_key, row.id, reply.summary)
     if row.parent_run_id:
         await resume_parent(tx, row.id)
-    _log.info("run completed", run_id=str(row.id))
+    _log.info("run completed", **row.log_fields)
 
 
 async def _suspend(tx: Tx, subjects: SubjectKeys, row: RunRow, suspended: Suspended) -> None:
@@ -101,7 +101,7 @@ async def _suspend(tx: Tx, subjects: SubjectKeys, row: RunRow, suspended: Suspen
     [(now,)] = await tx.sql("SELECT clock_timestamp()")
     await tx.decide(stream(row.id), msgspec.structs.replace(command, at=now))
     await projections.suspended(tx, row.id, command.reason, command.text)
-    _log.info("run suspended", run_id=str(row.id), reason=command.text)
+    _log.info("run suspended", reason=command.text, **row.log_fields)
     for child_run in suspended.children:
         await open_child(tx, subjects, row.id, child_run)
 
@@ -109,7 +109,7 @@ async def _suspend(tx: Tx, subjects: SubjectKeys, row: RunRow, suspended: Suspen
 async def _fail(tx: Tx, row: RunRow, loaded: Conversation | None, outcome: Ended) -> None:
     await fail_run(tx, row.id, row.session_key, outcome.status, outcome.error)
     level = _log.info if outcome.status == "cancelled" else _log.warning
-    level(f"run {outcome.status}", run_id=str(row.id), error=outcome.error)
+    level(f"run {outcome.status}", error=outcome.error, **row.log_fields)
     await _send(tx, row, loaded, outcome.notice)
 
 

@@ -103,6 +103,12 @@ class RunRow:
     def is_over(self) -> bool:
         return self.status not in projections.STOPPABLE
 
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """Fields by which log lines are searched. The tenant sees lines that name it."""
+        channel = {"channel_id": str(self.channel_id)} if self.channel_id else {}
+        return {"tenant": self.tenant_id, "run_id": str(self.id), **channel}
+
 
 @dataclass(frozen=True)
 class LoadedRun:

@@ -125,6 +125,8 @@ async def test_lines_come_newest_first_in_pages_and_since_a_time(aggregator: Pla
     assert set(seen[:2]) == {"n3", "n4"}
     since = (now - timedelta(hours=1)).isoformat()
     assert {item["message"] for item in await found(aggregator, tenant, 3, since=since)} == {"n2", "n3", "n4"}
+    lines = await found(aggregator, tenant, 2, until=since)
+    assert {item["message"] for item in lines} == {"n0", "n1"}
     # OpenSearch itself would refuse this offset.
     since = (now - timedelta(hours=1)).astimezone(timezone(timedelta(hours=23, minutes=59))).isoformat()
     assert {item["message"] for item in await found(aggregator, tenant, 3, since=since)} == {"n2", "n3", "n4"}
