@@ -13,6 +13,7 @@ CANCELLED = "it was cancelled"
 EventKind = Literal[
     "succeeded",
     "failed",
+    "declined",
     "refunded",
     "refund",
     "refund_failed",
@@ -61,7 +62,7 @@ class ProviderEvent(NamedTuple):
     withdrawn for it."""
     currency: str
     detail: str
-    """failed: the reason. refund, dispute: the provider's id of it."""
+    """failed, declined: the reason. refund, dispute: the provider's id of it."""
     refund_id: str = ""
     """refund: ours, if it was asked for here."""
     movements: int = 0

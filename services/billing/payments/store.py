@@ -265,16 +265,18 @@ async def _apply(tx: Tx, payment_id: UUID, event: ProviderEvent) -> None:
                 *place,
                 event.minor,
             )
-        case "failed":
-            # A failure that arrives after the success is older than it.
+        case "failed" | "declined":
+            # A failure that arrives after the success is older than it. In the browser the payer may try another card
+            # with the same payment: a second one beside it could be paid too.
             await tx.sql(
                 """
                 UPDATE payment
-                SET status = 'failed', failure = $3
+                SET status = CASE WHEN method_id IS NULL AND $4 THEN status ELSE 'failed' END, failure = $3
                 WHERE tenant_id = $1 AND payment_id = $2 AND status = 'pending'
                 """,
                 *place,
                 event.detail[:500],
+                event.kind == "declined",
             )
         case "refunded":
             await tx.sql(

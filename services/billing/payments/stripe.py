@@ -198,7 +198,7 @@ def _read(id_: str, type_: str, thing: dict[str, Any]) -> ProviderEvent:
         case "payment_intent.succeeded":
             kind, reference, minor = "succeeded", str(thing["id"]), int(thing["amount_received"])
         case "payment_intent.payment_failed":
-            kind, reference = "failed", str(thing["id"])
+            kind, reference = "declined", str(thing["id"])
             detail = str((thing.get("last_payment_error") or {}).get("message") or "the payment failed")
         case "payment_intent.canceled":
             kind, reference, detail = "failed", str(thing["id"]), CANCELLED

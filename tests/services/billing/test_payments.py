@@ -250,6 +250,33 @@ async def test_a_payment_for_another_amount_or_by_another_method_is_replaced(
     assert [payment["status"] for payment in await payments(tenant)] == ["failed", "failed", "succeeded"]
 
 
+async def test_a_card_that_is_declined_in_the_browser_leaves_the_payment_open_for_another_card(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    first = (await pay(tenant, invoice_id)).json()
+    intent = stripe.intents[first["payment"]["reference"]]
+    declined = intent | {"last_payment_error": {"message": "Your card was declined."}}
+    assert await send(billing, stripe, stripe.event("payment_intent.payment_failed", declined)) == "applied"
+    second = (await pay(tenant, invoice_id)).json()
+    assert second["client_secret"] == first["client_secret"]
+    assert (second["payment"]["status"], second["payment"]["failure"]) == ("pending", "Your card was declined.")
+    await send(billing, stripe, stripe.succeeded(intent["id"]))
+    [payment] = await payments(tenant)
+    assert (payment["status"], payment["failure"]) == ("succeeded", "")
+
+
+async def test_a_saved_card_that_is_declined_ends_its_payment(billing: Billing, stripe: StripeStandIn) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    method = await saved(tenant, DECLINED)
+    stripe.faults.extend(LOST["charged"])
+    assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code >= 500
+    intent = list(stripe.intents.values())[-1]
+    assert await send(billing, stripe, stripe.event("payment_intent.payment_failed", intent)) == "applied"
+    [payment] = await payments(tenant)
+    assert (payment["status"], payment["failure"]) == ("failed", "Your card was declined.")
+
+
 @pytest.mark.parametrize("held", ["made", "charged"])
 async def test_a_payment_that_is_replaced_during_its_request_takes_no_money(
     billing: Billing, stripe: StripeStandIn, held: str
