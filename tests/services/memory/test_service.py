@@ -96,7 +96,7 @@ async def test_words_alone_are_searched_without_an_embedding(norrland: Client, m
     document_id = await norrland.indexed("word.txt", b"The Zwicky catalogue lists galaxies.")
     before = len(await norrland.embeddings())
     # As a Chinese or Japanese keyboard writes Latin letters.
-    body = {"query": "Ｚｗｉｃｋｙ galaxy", "mode": "keyword"}
+    body = {"query": "Ｚｗｉｃｋｙ ｇａｌａｘｙ", "mode": "keyword"}
     answer = (await norrland.http.post("/api/v1/memory/search", json=body)).json()
     [item] = answer["items"]
     assert item["source"]["document_id"] == document_id
