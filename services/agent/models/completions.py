@@ -33,6 +33,8 @@ _OWN_SERVERS = ("api.openai.com", "generativelanguage.googleapis.com")
 REST_SECONDS = 1.0
 # The fields of a delta that a server may cut inside a character.
 _TEXTS = ("content", "reasoning_content", "reasoning")
+# How servers write that the answer goes on.
+_NO_FINISHES = (None, "", "null", "None")
 # The types of a content's parts that have text for the person.
 _PARTS = (None, "text", "output_text")
 # An answer has fewer tokens. Larger numbers are errors, and would be charged.
@@ -305,7 +307,8 @@ class _Repair:
             whole = None if self._has_content else choice.get("message")
             delta = choice["delta"] = choice.get("delta") or whole or {}
             choice.setdefault("index", 0)
-            choice["finish_reason"] = choice.get("finish_reason") or None
+            if choice.get("finish_reason") in _NO_FINISHES:
+                choice["finish_reason"] = None
             self._finish = choice["finish_reason"] or self._finish
             # The old completions have a text instead of a message.
             content = _text(delta.get("content") or choice.get("text"))

@@ -479,6 +479,7 @@ async def test_an_error_in_the_middle_is_no_answer(server: ModelServer, provider
         # Words of unknown ends.
         *((word, "length") for word in ("repetition", "OTHER", "pause_turn", "FINISH_REASON_OTHER")),
         *((word, "stop") for word in ("STOP", "eos", "end_turn", "stop_sequence", "COMPLETE")),
+        *((word, "stop") for word in ("", "null", "None")),
         *((word, "tool_call") for word in ("tool_calls", "tool_use", "function_call")),
     ],
 )
