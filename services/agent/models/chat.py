@@ -208,9 +208,10 @@ class ChatModel:
         if (received.is_refused or finish == "content_filter") and not text and not calls:
             raise ModelFailed(f"{self._name}: the provider's content filter withheld the answer", transient=False)
         reasoning = None
-        if calls and received.thoughts:
-            field, pieces = next(iter(received.thoughts.items()))
-            reasoning = Reasoning(field, "".join(pieces), self._sender)
+        if calls and (received.thoughts or received.details):
+            field, pieces = next(iter(received.thoughts.items()), (_THOUGHTS[0], []))
+            details = tuple(map(_joined, received.details.values()))
+            reasoning = Reasoning(field, "".join(pieces), self._sender, details)
         return ModelAnswer(
             text=without_thoughts(text),
             calls=tuple(
@@ -242,6 +243,8 @@ class _Received:
         """By index."""
         self.thoughts: dict[str, list[str]] = {}
         """By field."""
+        self.details: dict[str, list[dict[str, Any]]] = {}
+        """The pieces of each part of the thoughts."""
         self.usage: Mapping[str, Any] | None = None
         self.model = ""
         self.finish: str | None = None
@@ -249,7 +252,7 @@ class _Received:
 
     @property
     def has_begun(self) -> bool:
-        return bool(self.text or self.calls or self.thoughts)
+        return bool(self.text or self.calls or self.thoughts or self.details)
 
     def take(self, chunk: Mapping[str, Any]) -> str:
         """Adds a chunk, as `Completions` has repaired it. Returns its text."""
@@ -265,6 +268,13 @@ class _Received:
                 if isinstance(thought := delta.get(field), str) and thought:
                     self.thoughts.setdefault(field, []).append(thought)
                     break
+            details = delta.get("reasoning_details")
+            for detail in details if isinstance(details, list) else ():
+                if isinstance(detail, dict):
+                    # A text comes in pieces of one index, with its signature in the last one.
+                    is_text = detail.get("type") in ("reasoning.text", "reasoning.summary")
+                    place = (detail["type"], detail.get("index")) if is_text else len(self.details)
+                    self.details.setdefault(str(place), []).append(detail)
             for piece in delta.get("tool_calls") or ():
                 self._take_call(piece)
             if finish := choice.get("finish_reason"):
@@ -279,6 +289,15 @@ class _Received:
         call["name"] = function.get("name") or call["name"]
         call["arguments"].append(function.get("arguments") or "")
         call["extra"] |= {name: value for name, value in piece.items() if name not in CALL_FIELDS and value is not None}
+
+
+def _joined(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A part of the thoughts from its pieces: https://openrouter.ai/docs/guides/best-practices/reasoning-tokens"""
+    whole = {name: value for piece in pieces for name, value in piece.items() if value is not None}
+    for name in ("text", "summary"):
+        if name in whole:
+            whole[name] = "".join(piece[name] for piece in pieces if isinstance(piece.get(name), str))
+    return whole
 
 
 def finish_reason(word: str) -> str:
@@ -333,7 +352,8 @@ def _message(turn: Turn, model: str) -> dict[str, Any] | None:
                 return None
             message: dict[str, Any] = {"role": "assistant", "content": text or None}
             if reasoning and reasoning.model in ("", model):
-                message[reasoning.field] = reasoning.text
+                message |= {reasoning.field: reasoning.text} if reasoning.text else {}
+                message |= {"reasoning_details": reasoning.details} if reasoning.details else {}
             if calls:
                 message["tool_calls"] = [_call(call, model) for call in calls]
             return message

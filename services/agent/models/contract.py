@@ -87,6 +87,8 @@ class Reasoning(msgspec.Struct, frozen=True, omit_defaults=True):
     text: str
     model: str = ""
     """As in `Extra`. Empty in older events."""
+    details: tuple[dict[str, Any], ...] = ()
+    """The same in parts, also encrypted ones: ``reasoning_details`` of OpenRouter."""
 
 
 class AssistantTurn(msgspec.Struct, frozen=True, tag="assistant"):

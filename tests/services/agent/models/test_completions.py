@@ -353,6 +353,33 @@ async def test_thoughts_in_a_field_go_back_with_their_calls_and_nowhere_else(
     assert (plain.text, plain.reasoning) == ("Hi", None)
 
 
+DETAILS: list[dict[str, Any]] = [
+    {"type": "reasoning.text", "text": "They want ", "format": "anthropic-claude-v1", "index": 0},
+    {"type": "reasoning.text", "text": "a sum.", "signature": None, "format": "anthropic-claude-v1", "index": 0},
+    {"type": "reasoning.text", "signature": "Et8B", "format": "anthropic-claude-v1", "index": 0},
+    {"type": "reasoning.encrypted", "data": "AbC=", "id": "a", "format": "google-gemini-v1", "index": 0},
+    {"type": "reasoning.encrypted", "data": "DeF=", "id": "b", "format": "google-gemini-v1", "index": 0},
+]
+
+
+@pytest.mark.parametrize("field", [None, "reasoning"])
+async def test_parts_of_thoughts_go_back_whole(server: ModelServer, providers: Providers, field: str | None) -> None:
+    thoughts = {field: "They want a sum."} if field else {}
+    chunks = [chunk({"reasoning_details": "hm", **thoughts}), *(chunk({"reasoning_details": [one]}) for one in DETAILS)]
+    calls = (chunk({"tool_calls": [call(0, "a", "add", "{}")]}), chunk(finish="tool_calls"))
+    server.script(MODEL, Streams((*chunks, *calls)), Says("3"))
+    answer = await ask(server, providers)
+    answer = msgspec.json.decode(msgspec.json.encode(answer), type=ModelAnswer)
+    turns = (UserTurn("?"), AssistantTurn("", answer.calls, answer.reasoning), ToolTurn(answer.calls[0], "3"))
+    await ask(server, providers, Prompt("", turns, tools=PROMPT.tools))
+    sent = server.requests[-1].body["messages"][1]
+    assert sent["reasoning_details"] == [DETAILS[0] | {"text": "They want a sum.", "signature": "Et8B"}, *DETAILS[3:]]
+    assert {name: sent.get(name) for name in ("reasoning", "reasoning_content")} == {
+        "reasoning": thoughts.get("reasoning"),
+        "reasoning_content": None,
+    }
+
+
 SIGNATURE = {"extra_content": {"google": {"thought_signature": "AbC="}}}
 
 
