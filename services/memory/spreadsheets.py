@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime as dt
 import io
+import operator
 import posixpath
 import re
 import zipfile
@@ -37,6 +38,19 @@ _DRAWING = "{http://schemas.openxmlformats.org/drawingml/2006/main}"
 _FORMAT = re.compile(
     r'"(?P<quoted>[^"]*)"|\\(?P<escaped>.)|\[\$(?P<currency>[^\]-]*)[^\]]*\]|\[[^\]]*\]|[_*].|(?P<sign>.)'
 )
+# Of Excel.
+MAX_FORMAT = 255
+_CONDITION = re.compile(r"\[(<=|>=|<>|=|<|>)(-?\d{1,20}(?:\.\d{1,20})?)\]")
+_COMPARED = {
+    "<": operator.lt,
+    "<=": operator.le,
+    "=": operator.eq,
+    "<>": operator.ne,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+# Commas after the last digit before the point: each divides the shown number by 1,000.
+_THOUSANDS = re.compile(r"[0#?](,+)(?![0#?,])")
 _READ_BYTES = 65_536
 
 
@@ -225,23 +239,51 @@ def _text(cell: Any) -> str:
 
 def _number(value: float, format_: str) -> str:
     """The number with all of its digits, and with the currency or unit that the sheet shows."""
-    if format_.endswith("%"):
-        return f"{value * 100:.15g}%"
-    # 12.0 is 12, and 0.1 + 0.2 is 0.3, as the sheet shows them.
-    text = str(value) if isinstance(value, int) else f"{value:.15g}"
-    shown = format_.split(";", 1)[0]
-    if re.fullmatch("0{2,20}", shown) and text.isdecimal():
-        return text.zfill(len(shown))
-    before, after, placed = "", "", False
-    for found in _FORMAT.finditer(shown[:200]):
+    before, after, digits, is_torn = "", "", "", False
+    # Of each place of a digit an empty text, and the texts between them.
+    places: list[str] = []
+    for found in _FORMAT.finditer(_section(value, format_)):
         sign = found["sign"] or ""
-        placed = placed or (sign != "" and sign in "0#?")
-        word = found["quoted"] or found["escaped"] or found["currency"] or (sign if sign in "$€£¥ " else "")
-        if placed:
+        if sign and sign in "0#?.,%":
+            digits += sign
+        word = found["quoted"] or found["escaped"] or found["currency"] or (sign if sign and sign in "$€£¥% " else "")
+        if sign and sign in "0#?":
+            # A space between digits groups them. Other text there makes a code of the number.
+            is_torn, after = is_torn or bool(after.strip()), ""
+            places.append("")
+        elif digits.strip("%"):
             after += word
         else:
             before += word
-    return f"{before}{text}{after}".strip() if placed else text
+        if text := word or (sign if sign in "-/:()+" else ""):
+            places.append(text)
+    if "%" in digits:
+        value *= 100
+    for commas in _THOUSANDS.findall(digits):
+        value /= 1000 ** len(commas)
+    # 12.0 is 12, and 0.1 + 0.2 is 0.3, as the sheet shows them.
+    text = str(value) if isinstance(value, int) else f"{value:.15g}"
+    if digits == "0" * len(digits) and len(digits) > 1 and text.isdecimal():
+        return _code(text, places)
+    return text if is_torn or not digits else f"{before}{text}{after}".strip()
+
+
+def _section(value: float, format_: str) -> str:
+    """The part of a number format that shows this value. Without a condition, it is the one of positive numbers."""
+    for section in format_[:MAX_FORMAT].split(";"):
+        condition = _CONDITION.search(section)
+        if condition is None or _COMPARED[condition[1]](value, float(condition[2])):
+            return section
+    return ""
+
+
+def _code(text: str, places: list[str]) -> str:
+    """The number 7120 as 07-120, if its format is 00-000."""
+    width = places.count("")
+    text = text.zfill(width)
+    first = len(text) - width + 1
+    digits = iter((text[:first], *text[first:]))
+    return "".join(place or next(digits) for place in places).strip()
 
 
 def _beside(archive: zipfile.ZipFile, path: str, read: set[str]) -> Iterator[str]:
