@@ -14,6 +14,8 @@ from itertools import islice
 
 # At least this share of the letters must be common; half of it is enough if no other encoding comes near.
 MIN_SHARE = 0.4
+# Of the bytes beyond ASCII, for each part that is not valid UTF-8: in other encodings almost all are not valid.
+MIN_VALID_BYTES = 7
 # With fewer letters beyond ASCII, a statistical guess is not better than chance.
 MIN_GUESSED_LETTERS = 200
 # A sample is enough for the judgement, and a file may be large.
@@ -150,7 +152,8 @@ def _decode(content: bytes, declared: str | None, *, is_cut: bool) -> tuple[str,
                 return _without_part(content, codec) if is_cut else content.decode(codec), encoding
             except (UnicodeError, LookupError):
                 # The statement is wrong, as it is in many files, or names a codec that is none of texts.
-                pass
+                if encoding == "utf-8" and (text := _damaged_utf8(content)):
+                    return text, encoding
     shares = {encoding: _share(content, encoding, common) for encoding, common in _COMMON.items()}
     frequencies = {encoding: _frequency(content, encoding) for encoding in _FREQUENT}
     shares |= {other: 0.0 for other, found in frequencies.items() if found < _MIN_FREQUENCY.get(other, 0.0)}
@@ -162,6 +165,13 @@ def _decode(content: bytes, declared: str | None, *, is_cut: bool) -> tuple[str,
     if shares[best] >= MIN_SHARE or shares[best] >= MIN_SHARE / 2 > 2 * shares[second]:
         return content.decode(best, errors="replace"), best
     return _guess(content)
+
+
+def _damaged_utf8(content: bytes) -> str | None:
+    """The text with U+FFFD for each part that is not valid UTF-8, if there are few of them; otherwise None."""
+    text = content.decode("utf-8-sig", errors="replace")
+    beyond_ascii = len(content.translate(None, delete=bytes(range(128))))
+    return text if beyond_ascii >= MIN_VALID_BYTES * text.count("\ufffd") else None
 
 
 def wide_encoding(content: bytes) -> str | None:

@@ -155,6 +155,8 @@ class BlockReader:
             ) from None
         if encoding not in ("utf-8", "utf-16", "utf-32"):
             self.warnings.append(f"The text was read in the character encoding {encoding}.")
+        if "\ufffd" in text:
+            self.warnings.append("Some characters of the text are damaged, so they are not read.")
         return text
 
 

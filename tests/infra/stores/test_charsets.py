@@ -41,6 +41,25 @@ def test_a_short_text_is_read_in_its_encoding(encoding: str, text: str) -> None:
     assert decode(text.encode(encoding)) == (text, encoding)
 
 
+DAMAGED = [
+    "Die Rückgabe der Geräte für Köln dauert fünf Tage.",
+    "Grüße aus Köln",
+    "Été à Paris, déjà vu",
+    "Příliš žluťoučký kůň",
+    "Гарантия тридцать месяцев",
+    "保修期为三十个月",
+    "Café – 5 €",
+]
+
+
+@pytest.mark.parametrize("declared", [None, "utf-8", "cp1252"])
+@pytest.mark.parametrize("text", DAMAGED)
+def test_utf8_with_a_damaged_byte_is_utf8(text: str, declared: str | None) -> None:
+    for byte in (b"\xff", b"\xc3", b"\xa0"):
+        assert decode(text.encode() + byte + b" and more", declared) == (f"{text}\ufffd and more", "utf-8")
+    assert decode(f"{text}退款".encode()[:-1], declared) == (f"{text}退\ufffd", "utf-8")
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"\0", b"\1\0\2\0\3\0\4\0", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", bytes(range(256))]
 )

@@ -398,6 +398,13 @@ def test_a_page_is_read_in_the_encoding_of_its_declaration(tmp_path: Path) -> No
     assert passages[0]["text"] == "Żółty źrebak"
 
 
+def test_a_page_with_a_damaged_byte_is_read_with_a_warning(tmp_path: Path) -> None:
+    page = '<meta charset="utf-8"><p>保修期为三十个月</p><p>'.encode() + b"\xe9</p>"
+    lines = parse(tmp_path, page, types.HTML)
+    assert [line["text"] for line in lines if "text" in line] == ["保修期为三十个月\n\n\ufffd"]
+    assert lines[-1]["warnings"] == ["Some characters of the text are damaged, so they are not read."]
+
+
 def test_cells_that_span_rows_and_columns_keep_the_others_in_their_columns(tmp_path: Path) -> None:
     page = (
         "<table><tr><th colspan=2>Place</th><th>Sold</th></tr>"
