@@ -40,7 +40,7 @@ class PriceDifference(BaseModel):
     """Above zero: charged in addition. Below zero: given back."""
 
 
-class LeftOut(PriceDifference):
+class UnbookedDifference(PriceDifference):
     """Records whose difference is not booked. A credit note or a correction can give an amount back."""
 
     invoice_number: str | None
@@ -55,7 +55,7 @@ class Rerated(BaseModel):
     changed: int
     difference_nanos: int
     items: list[PriceDifference]
-    left_out: list[LeftOut]
+    left_out: list[UnbookedDifference]
     """Not in `changed`, `difference_nanos` and `items`."""
 
 
@@ -126,7 +126,7 @@ async def rerate(
                 break
             after = (uses[-1].occurred_at, uses[-1].usage_id)
     items: list[PriceDifference] = []
-    left_out: list[LeftOut] = []
+    left_out: list[UnbookedDifference] = []
     for (tenant, resource, before, now, obstacle), all_nanos in sorted(found.items(), key=lambda item: item[0][:4]):
         difference = PriceDifference(
             tenant_id=tenant,
@@ -137,7 +137,7 @@ async def rerate(
             difference_nanos=sum(all_nanos),
         )
         if obstacle:
-            left_out.append(LeftOut(**difference.model_dump(), **obstacle._asdict()))
+            left_out.append(UnbookedDifference(**difference.model_dump(), **obstacle._asdict()))
         else:
             items.append(difference)
     return Rerated(

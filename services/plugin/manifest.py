@@ -13,7 +13,7 @@ from infra.errors import InvalidMessage
 from infra.outgoing.webhooks import read_secret
 from infra.security.crypto import Cipher
 from infra.security.rewrap import SealedColumn
-from infra.web.json_schema import Budget, check, check_schema
+from infra.web.json_schema import StepBudget, check, check_schema
 from services.plugin.domain import McpTool, Tool, plain_name
 from services.plugin.models import LeftOut, NewPlugin
 from services.plugin.schemas import adapted, check_depth
@@ -62,13 +62,13 @@ def checked_plugin(new: NewPlugin) -> tuple[dict[str, Any], list[NamedTool]]:
         raise InvalidMessage("tools", "must have at least one tool for kind http")
     if new.secret is not None:
         read_secret(new.secret)
-    budget = Budget()
+    budget = StepBudget()
     config_schema = _checked_schema("config_schema", new.config_schema, budget)
     check_config(new.config, config_schema)
     return config_schema, _declared_tools(new, budget)
 
 
-def _checked_schema(field: str, schema: Any, budget: Budget) -> dict[str, Any]:
+def _checked_schema(field: str, schema: Any, budget: StepBudget) -> dict[str, Any]:
     """Returns a schema of an older draft in draft 2020-12. Raises InvalidMessage if it is invalid or too large."""
     new = adapted(field, schema)
     check_schema(field, new, budget)
@@ -87,7 +87,7 @@ def new_secret() -> str:
     return f"whsec_{base64.b64encode(os.urandom(32)).decode()}"
 
 
-def _declared_tools(new: NewPlugin, budget: Budget) -> list[NamedTool]:
+def _declared_tools(new: NewPlugin, budget: StepBudget) -> list[NamedTool]:
     """Returns the tools of kind http. Raises InvalidMessage for an invalid schema and for a repeated name."""
     tools: dict[str, NamedTool] = {}
     for n, tool in enumerate(new.tools):
@@ -103,7 +103,7 @@ def checked_tools(found: Sequence[McpTool]) -> tuple[list[McpTool], list[LeftOut
 
     Schemas may make it slow: call it in a thread, and before the transaction.
     """
-    budget = Budget()
+    budget = StepBudget()
     tools: list[McpTool] = []
     left_out: list[LeftOut] = []
     for offer in found:

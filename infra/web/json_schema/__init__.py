@@ -20,7 +20,7 @@ from infra.web.json_schema.evaluation import MAX_STEPS, Check, Schema
 from infra.web.json_schema.keywords import KEYWORDS
 from infra.web.json_schema.shapes import check_shape
 
-__all__ = ["MAX_BYTES", "MAX_STEPS", "Budget", "check", "check_schema"]
+__all__ = ["MAX_BYTES", "MAX_STEPS", "StepBudget", "check", "check_schema"]
 
 MAX_BYTES = 32 * 1024
 """Of a schema."""
@@ -30,19 +30,19 @@ _ENDLESS = "is nested too deeply, or refers to itself without an end"
 
 
 @dataclass
-class Budget:
+class StepBudget:
     """The steps that are left for the checks of several schemas, as one request brings them."""
 
     steps: int = 2 * MAX_STEPS
 
 
-def check_schema(field: str, schema: Schema, budget: Budget | None = None) -> None:
+def check_schema(field: str, schema: Schema, budget: StepBudget | None = None) -> None:
     """Raises InvalidMessage if `schema` is not a JSON Schema of an object, is too large, or needs too much work.
 
     field: the place of the schema, with which the path in the error begins. budget: of this schema and others.
     """
     if budget and budget.steps <= 0:
-        raise InvalidMessage(field, f"the schemas before it take {Budget.steps} steps together; make them smaller")
+        raise InvalidMessage(field, f"the schemas before it take {StepBudget.steps} steps together; make them smaller")
     try:
         encoded = msgspec.json.encode(schema)
         if len(encoded) > MAX_BYTES:

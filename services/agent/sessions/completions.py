@@ -15,7 +15,7 @@ from infra.errors import Forbidden, InvalidMessage
 from infra.security.subjects import Erased
 from infra.service.api import Runner
 from infra.service.service import Runtime
-from infra.web.json_schema import Budget, check_schema
+from infra.web.json_schema import StepBudget, check_schema
 from services.agent import adapters
 from services.agent.definitions import approvers, store
 from services.agent.definitions.models import ToolName
@@ -124,7 +124,7 @@ class NewCompletion(_Part):
 
     def check(self) -> None:
         """Raises InvalidMessage for an invalid JSON Schema."""
-        budget = Budget()
+        budget = StepBudget()
         if self.output_schema is not None:
             check_schema("output_schema", self.output_schema, budget)
         for n, tool in enumerate(self.tools):

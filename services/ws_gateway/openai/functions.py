@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from infra.errors import InvalidMessage
-from infra.web.json_schema import Budget, check_schema
+from infra.web.json_schema import StepBudget, check_schema
 from services.ws_gateway.openai.conversation import ClientFunction
 from services.ws_gateway.openai.errors import invalid_field
 from services.ws_gateway.openai.fields import check, check_name, list_of, string
@@ -25,7 +25,7 @@ def tools_of(
     tools = list_of(given, name)
     check(len(tools) <= MAX_TOOLS, name, f"must be {MAX_TOOLS} at most")
     found: dict[str, ClientFunction] = {}
-    size, budget = 0, Budget()
+    size, budget = 0, StepBudget()
     for n, each in enumerate(tools):
         function, where = function_of(each, f"{name}[{n}]", nested)
         check_name(function.get("name"), f"{where}.name")
@@ -122,11 +122,11 @@ def output_schema(format_: Any, where: str, *, nested: str = "") -> dict[str, An
                 given, where = format_.get(nested), f"{where}.{nested}"
                 check(isinstance(given, dict), where, "must be an object")
             check_name(given.get("name"), f"{where}.name")
-            return _schema(given.get("schema"), f"{where}.schema", Budget())
+            return _schema(given.get("schema"), f"{where}.schema", StepBudget())
     raise invalid_field(f"{where}.type", "must be text, json_object or json_schema")
 
 
-def _schema(schema: Any, where: str, budget: Budget) -> dict[str, Any]:
+def _schema(schema: Any, where: str, budget: StepBudget) -> dict[str, Any]:
     check(isinstance(schema, dict), where, "must be a JSON Schema of an object")
     try:
         check_schema(where, schema, budget)

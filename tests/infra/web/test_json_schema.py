@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from infra.errors import InvalidMessage
-from infra.web.json_schema import MAX_STEPS, Budget, check, check_schema
+from infra.web.json_schema import MAX_STEPS, StepBudget, check, check_schema
 from infra.web.json_schema.evaluation import Check
 from infra.web.json_schema.keywords import KEYWORDS
 from infra.web.json_schema.patterns import pattern_size
@@ -206,9 +206,9 @@ def test_a_schema_that_asks_for_too_much_without_a_value_is_refused_when_it_is_s
 
 def test_several_schemas_share_a_budget_also_if_one_was_checked_before() -> None:
     schema = OBJECT | {"properties": {"a": {"allOf": [{}] * 1_000}}}
-    budget = Budget()
+    budget = StepBudget()
     check_schema("schema", schema, budget)
-    one = Budget().steps - budget.steps
+    one = StepBudget().steps - budget.steps
     assert one >= 1_000
     budget.steps = one + 1
     check_schema("schema", schema, budget)
