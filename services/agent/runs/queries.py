@@ -21,7 +21,7 @@ from services.agent.runs.events import RunCompleted
 from services.agent.runs.family import child_id
 from services.agent.runs.projections import STOPPABLE, SUSPENDED
 from services.agent.runs.publishing import RUN, publish, published, stream
-from services.agent.runs.views import Fact, RunView, Status, StepView, ToolCallView, UsageView, Waiting
+from services.agent.runs.views import Fact, FinishReason, RunView, Status, StepView, ToolCallView, UsageView, Waiting
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class StoredRun:
     finished_at: datetime | None
     parent_run_id: UUID | None
     forked_from: UUID | None
+    finish_reason: FinishReason | None
     used: int
     """How many usage records the run has."""
 
@@ -55,6 +56,9 @@ class StoredRun:
 _COLUMNS = (
     "id, session_key, agent_id, subject_id, channel_id, status, reply, calls, error, trace_id, input_tokens, "
     "cached_tokens, output_tokens, created_at, started_at, finished_at, parent_run_id, forked_from, "
+    "(SELECT CASE WHEN (data ->> 'filtered')::boolean THEN 'content_filter' "
+    "ELSE coalesce(data ->> 'finish_reason', 'stop') END FROM (SELECT convert_from(data, 'UTF8')::jsonb AS data "
+    "FROM event WHERE stream_id = 'run:' || run.id AND type = 'RunCompleted' LIMIT 1) AS completed), "
     "(SELECT count(*) FROM run_usage u WHERE u.run_id = run.id) FROM run"
 )
 
@@ -164,6 +168,7 @@ def view(
         agent_id=run.agent_id,
         status=run.status,
         reply=reply,
+        finish_reason=run.finish_reason,
         tool_calls=[ToolCallView(id=call.id, name=call.name, arguments=call.arguments) for call in calls],
         error=run.error,
         trace_id=run.trace_id,

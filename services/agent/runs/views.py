@@ -89,6 +89,9 @@ class ToolCallView(BaseModel):
     """As the model wrote them, normally a JSON object."""
 
 
+FinishReason = Literal["stop", "length", "content_filter"]
+
+
 class RunView(BaseModel):
     """A run."""
 
@@ -98,6 +101,9 @@ class RunView(BaseModel):
     status: Status
     reply: str | None
     """With `tool_calls`: the text that the model wrote before the calls, or empty."""
+    finish_reason: FinishReason | None
+    """length: the reply is cut off at the limit of tokens. content_filter: the model's provider cut it off. Null: no
+    reply."""
     tool_calls: list[ToolCallView]
     """Calls of the caller's tools. The caller makes them and sends their results with its next request."""
     error: str | None

@@ -339,6 +339,17 @@ async def test_limits_end_a_run_that_has_had_enough(world: World, tenant: Tenant
         assert (run["status"], run["error"]) == ("failed", "the limit of 1 seconds is reached")
 
 
+@pytest.mark.parametrize("reason", ["stop", "length", "content_filter"])
+async def test_the_run_shows_why_its_reply_ends(world: World, tenant: Tenant, reason: str) -> None:
+    chunk = {"choices": [{"index": 0, "delta": {"content": "A text"}, "finish_reason": reason}]}
+    base = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": MODEL}
+    world.models.script(MODEL, Streams((base | chunk,)))
+    run = await tenant.over(await tenant.say(await tenant.agent(), "Hi"))
+    assert (run["reply"], run["finish_reason"]) == ("A text", reason)
+    [listed] = (await tenant.call("GET", "/api/v1/runs"))["items"]
+    assert listed["finish_reason"] == reason
+
+
 async def test_the_offline_model_answers_from_the_documents_and_calculates(world: World, tenant: Tenant) -> None:
     text = "# Returns\nGoods go back within 30 days. Shipping is free."
     world.peers.memory.passages.append((tenant.id, text, "handbook.md"))
