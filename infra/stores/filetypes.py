@@ -1,7 +1,7 @@
 """Finds the MIME type of a file by its content.
 
-The file's name decides only between types whose content looks the same: Markdown, CSV, e-mail and plain text; Outlook's
-e-mail and other files of old Office programs.
+The file's name decides only between types whose content looks the same: Markdown, CSV, e-mail, parts of HTML pages and
+plain text; Outlook's e-mail and other files of old Office programs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ PPTX = f"{_OPEN_XML}.presentationml.presentation"
 OFFICE = (DOCX, XLSX, PPTX)
 OLD_OFFICE = "application/x-ole-storage"
 OUTLOOK = "application/vnd.ms-outlook"
+RTF = "application/rtf"
 ZIP = "application/zip"
 EPUB = "application/epub+zip"
 HTML = "text/html"
@@ -40,6 +41,7 @@ _MAGIC = (
     (b"GIF87a", "image/gif"),
     (b"GIF89a", "image/gif"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", OLD_OFFICE),
+    (b"{\\rtf", RTF),
     (b"OggS", "audio/ogg"),
     (b"fLaC", "audio/flac"),
     (b"ID3", "audio/mpeg"),
@@ -54,11 +56,19 @@ _ISO_MEDIA = {b"M4A ": "audio/mp4", b"heic": "image/heic", b"mif1": "image/heif"
 _OFFICE_FOLDERS = {"word": DOCX, "xl": XLSX, "ppt": PPTX}
 # A comment ends at its first -->. If it could end later, too, each comment would double the work for another text.
 _HTML = re.compile(
-    rb"(?i)\s*(?:<!--(?:(?!-->).)*-->\s*|<\?xml[^>]*>\s*)*<(?:!doctype\s+html|html|head|body)\b", re.DOTALL
+    rb"(?i)\s*(?:<!--(?:(?!-->).)*-->\s*|<\?xml[^>]*>\s*)*<(?:(!doctype\s+html|html|head|body)|"
+    rb"meta|title|style|script|link|table|div)\b",
+    re.DOTALL,
 )
-EXTENSIONS = {MARKDOWN: (".md", ".markdown"), CSV: (".csv", ".tsv"), MAIL: (".eml",), OUTLOOK: (".msg",)}
+EXTENSIONS = {
+    MARKDOWN: (".md", ".markdown"),
+    CSV: (".csv", ".tsv"),
+    MAIL: (".eml", ".mht", ".mhtml"),
+    OUTLOOK: (".msg",),
+}
 """The extensions that tell types apart. The first one of each type is the usual one."""
 _NAMED = {extension: type_ for type_, extensions in EXTENSIONS.items() for extension in extensions}
+_NAMED |= dict.fromkeys((".html", ".htm", ".xhtml"), HTML)
 # Of tens of thousands of parts.
 MAX_DIRECTORY_BYTES = 4 * 1024**2
 # A field of an e-mail's head, perhaps after the line with which mailboxes separate their e-mails.
@@ -126,9 +136,11 @@ def _text(head: bytes, name: str) -> str:
     # Text need not be UTF-8: much Chinese text is GB18030.
     if _BINARY.search(head):
         return UNKNOWN
-    if _HTML.match(head.removeprefix(codecs.BOM_UTF8)):
-        return HTML
     type_ = _named(name)
+    page = _HTML.match(head.removeprefix(codecs.BOM_UTF8))
+    # Markdown may begin with a part of a page.
+    if type_ == HTML or (page and (page[1] or type_ is None)):
+        return HTML
     if type_ == MAIL and not _MAIL.match(head.removeprefix(codecs.BOM_UTF8)):
         return TEXT
     return type_ if type_ in TEXTS else TEXT

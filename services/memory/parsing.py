@@ -111,6 +111,8 @@ class BlockReader:
                     yield block._replace(text=_clean(block.text))
             case types.OLD_OFFICE:
                 raise UnreadableFile(outlook.refusal(self._file))
+            case types.RTF:
+                raise UnreadableFile("The file is in RTF. Save it as .docx and upload that.")
             case types.CSV:
                 yield from spreadsheets.text_table(_clean(self._decoded(charsets.decode)))
             case types.HTML:

@@ -39,6 +39,7 @@ DOCUMENT = Kind(
             filetypes.PDF,
             *filetypes.OFFICE,
             filetypes.OLD_OFFICE,
+            filetypes.RTF,
             filetypes.EPUB,
             filetypes.OUTLOOK,
             *filetypes.TEXTS,

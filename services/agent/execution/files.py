@@ -22,7 +22,7 @@ MAX_FILES = 10
 FILE = Kind(
     "file",
     8 * 1024 * 1024,
-    frozenset(("image/", "audio/", "video/", filetypes.PDF, *filetypes.OFFICE, *filetypes.TEXTS)),
+    frozenset(("image/", "audio/", "video/", filetypes.PDF, *filetypes.OFFICE, filetypes.RTF, *filetypes.TEXTS)),
 )
 
 

@@ -303,6 +303,7 @@ def test_the_text_of_an_e_mail_that_is_only_in_rtf_is_named(tmp_path: Path) -> N
         (files.compound(files.outlook({"0037001F": "a"})), types.OUTLOOK, "has no text"),
         (files.compound({"WordDocument": b"x"}), types.OUTLOOK, "has no text"),
         (files.compound({"WordDocument": b"x"}), types.OLD_OFFICE, "of Office before 2007"),
+        (rb"{\rtf1\ansi a}", types.RTF, "in RTF"),
         (files.compound({"EncryptedPackage": b"x"}), types.OLD_OFFICE, "encrypted"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", types.OLD_OFFICE, "file of Office; it may be damaged"),
         (files.added(files.docx("a", "b"), "word/vbaProject.bin"), types.DOCX, "macros"),
