@@ -25,6 +25,8 @@ https://platform.openai.com/docs/api-reference. These rules fill gaps of the sta
   calls both kinds at once, only the client's calls are returned and the agent's calls are not made, because nothing
   could carry their results to the next run. The next run also lacks the results of earlier calls of the agent's tools,
   so the model may call them again.
+- Thoughts of the model are not sent to the client, so a request with the result of a call cannot bring them back. A
+  server that refuses such a request (DeepSeek's thinking mode) cannot be used with functions of the client: 502.
 - ``tool_choice`` concerns only the client's functions. ``required`` or a name means that the run ends with a call of a
   function, or of the named function. ``none`` means that no function is offered. The agent's own tools are always
   available. If the model violates the choice or the schema of a ``strict`` function, it is asked again.
