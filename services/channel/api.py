@@ -36,7 +36,7 @@ from services.channel.channels import (
     view,
 )
 from services.channel.vendors import VENDORS
-from services.channel.vendors.base import Groups, Vendor
+from services.channel.vendors.base import Groups, Preview, Vendor
 
 
 class NewChannel(BaseModel):
@@ -78,6 +78,22 @@ class ChannelPage(BaseModel):
     next: str | None
 
 
+class Abilities(BaseModel):
+    """What a type of channel can do, as far as types differ."""
+
+    groups: list[Groups]
+    """The choices for a channel's `groups`."""
+    live_answers: Preview | None
+    """How a person sees an answer while it is written; null: not at all."""
+    typing: bool
+    """The vendor shows that the bot is typing."""
+    sends_files: dict[str, int]
+    """The largest file in bytes, by MIME type; of all other types under the empty name. Any other file is sent as a
+    link."""
+    registers: bool
+    """`POST …/register` tells the vendor the address of the webhook. False: a person enters it at the vendor."""
+
+
 class ChannelType(BaseModel):
     """A type of channel, with everything that is needed to connect one."""
 
@@ -86,6 +102,7 @@ class ChannelType(BaseModel):
     """JSON Schema of the credentials."""
     is_idempotent: bool
     """The vendor drops repeats of a message, so an unanswered send is repeated and not left unknown."""
+    abilities: Abilities
     steps: list[str]
 
 
@@ -124,6 +141,7 @@ def _types_router() -> APIRouter:
                     type=name,
                     credentials=_schema(vendor),
                     is_idempotent=vendor.effect == "keyed",
+                    abilities=_abilities(vendor),
                     steps=list(vendor.steps),
                 )
                 for name, vendor in sorted(VENDORS.items())
@@ -131,6 +149,16 @@ def _types_router() -> APIRouter:
         )
 
     return router
+
+
+def _abilities(vendor: Vendor[Any]) -> Abilities:
+    return Abilities(
+        groups=list(vendor.groups),
+        live_answers=vendor.preview,
+        typing=vendor.sign_seconds > 0,
+        sends_files=dict(vendor.files),
+        registers=type(vendor).register is not Vendor.register,
+    )
 
 
 def _schema(vendor: Vendor[Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from infra.web.health import Health
 from infra.web.http import create_app
 from infra.web.server import serve_http
 from protos.catalog import CHANNEL_TYPES
+from tests.abilities.table import ABILITIES, Proof
 from tests.services.channel.conftest import Desk
 from tooling.testing import keys
 from tooling.testing.vendors import TelegramStandIn, WebhookStandIn
@@ -98,6 +99,15 @@ async def test_each_type_says_how_to_connect_one(desk: Desk) -> None:
         "webhook",
         "wecom",
     ]
+    abilities = {name: item["abilities"] for name, item in types.items()}
+    assert abilities["slack"]["groups"] == ["all", "mentions", "replies"]
+    assert abilities["telegram"]["live_answers"] == "draft"
+    assert abilities["line"]["live_answers"] is None
+    assert {name for name, found in abilities.items() if found["typing"]} == {"telegram", "teams", "whatsapp", "line"}
+    assert not abilities["twilio"]["sends_files"].get("")
+    assert {name for name, found in abilities.items() if found["registers"]} == {
+        vendor for vendor, cell in ABILITIES["registers its webhook"].items() if isinstance(cell, Proof)
+    }
 
 
 async def test_a_channel_needs_an_agent_of_its_tenant(desk: Desk) -> None:
