@@ -79,7 +79,7 @@ class ChannelPage(BaseModel):
 
 
 class Abilities(BaseModel):
-    """What a type of channel can do, as far as types differ."""
+    """The abilities in which types of channels differ."""
 
     groups: list[Groups]
     """The choices for a channel's `groups`."""
