@@ -21,6 +21,7 @@ from tests.services.channel.vendors.examples import examples
 from tooling.testing.vendors.server import StandIn
 
 FAMILY = "👨\u200d👩\u200d👧\u200d👦"
+ENGLAND = "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
 PIECES = (
     "word ",
     "**bold** ",
@@ -32,6 +33,9 @@ PIECES = (
     "\n```py\nprint('`')\n\n  x = 1\n```\n",
     "\n````\n```\nnested\n```\n````\n",
     "\n~~~\n```\n~~~\n",
+    "\n10. a\n\n    ```py\n    x = 1\n\n    y = 2\n    ```\n\n    after\n",
+    "\n- ~~~\n  x\n  ~~~\n",
+    "\n> ```\n> x\n>\n> y\n> ```\n",
     "```",
     "\n- a\n  - b\n    1. c\n       > d\n",
     "\n> one\n> > two\n> > - three\n",
@@ -44,6 +48,7 @@ PIECES = (
     "<https://e.example/a|b> ",
     FAMILY,
     "🇩🇪🇫🇷👍🏽e\u0301 ",
+    ENGLAND,
     "שלום \u202eabc\u202c عربي ",
     "a\u200bb\u2060c ",
     "x" * 300,
@@ -190,8 +195,9 @@ def test_every_part_is_accepted_and_no_character_is_torn(name: str, text: str) -
     for part in parts:
         assert part.strip()
         assert check(part) <= most
-        # A cut before an accent or a joiner, or behind a joiner, would show half a character.
+        # A cut before an accent, a joiner or the letters of a flag, or behind a joiner, would show half a character.
         assert unicodedata.category(part[0]) not in ("Mn", "Me", "Mc")
+        assert not "\U000e0020" <= part[0] <= "\U000e007f"
         assert "\u200d" not in (part[0], part[-1])
         part.encode()
     # Nothing is lost but white space; fences and heads of tables may come twice.

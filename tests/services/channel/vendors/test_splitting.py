@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from services.channel.vendors import VENDORS
 from services.channel.vendors.splitting import split, utf8_length, utf16_length
@@ -42,6 +45,59 @@ def test_a_visible_character_is_not_split() -> None:
     assert split("ab" + family, 6) == ["ab", family]
     assert split("abc" + "e\u0301", 4) == ["abc", "e\u0301"]
     assert split("abc" + "👍🏽", 4) == ["abc", "👍🏽"]
+    england = "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f"
+    assert split("abc" + england, 7) == ["abc", england]
+
+
+@pytest.mark.parametrize(
+    ("before", "first", "further", "after"),
+    [
+        ("10. Do this:\n\n", "    ", "    ", "\n    So it is.\n\n11. Done."),
+        ("- Do this:\n  - and this:\n\n", "    ", "    ", "\n- Done."),
+        ("", "- ", "  ", "\n  So it is."),
+        ("> Do this:\n> ", "", "> ", "\n\nDone."),
+        ("", "> > ", "> > ", "\n> Done."),
+        ("", "> - ", ">   ", "\n>\n>   So it is."),
+        ("", "", "", "\nDone."),
+    ],
+)
+@pytest.mark.parametrize("mark", ["```", "~~~~"])
+def test_a_code_block_in_a_list_or_a_quotation_is_cut_into_code_blocks(
+    before: str, first: str, further: str, after: str, mark: str
+) -> None:
+    """Each part is read alone: the code, and nothing else, is in code blocks, with the indent that it has."""
+    code = [f"  line_{n}(*args, **more)" if n % 7 else "" for n in range(1, 80)]
+    lines = [f"{first}{mark}py", *(further + line for line in code), further + mark]
+    parts = split(before + "\n".join(lines) + after, 500)
+    assert len(parts) > 3
+    assert all(len(part) <= 500 for part in parts)
+    parsed = [MarkdownIt("commonmark").parse(part) for part in parts]
+    blocks = [token for tokens in parsed for token in tokens if token.type in ("fence", "code_block")]
+    assert all(token.type == "fence" and token.info == "py" for token in blocks)
+    assert [line for token in blocks for line in token.content.split("\n") if line] == [line for line in code if line]
+    inline = [[token.content for token in tokens if token.type == "inline"] for tokens in parsed]
+    assert not any("line_" in text or mark in text for texts in inline for text in texts)
+    assert inline[-1] == re.findall(r"So it is\.|Done\.", after)
+
+
+def test_a_code_block_that_ends_before_the_cut_is_not_open_there() -> None:
+    block = "```\n" + "code\n" * 80 + "```"
+    words = "word " * 99 + "word"
+    assert split(f"{block}\n{words}", 500) == [block, words]
+    # It ends with the quotation.
+    assert split(f"> ```\n> code\n\n{words} {words}", 500)[1].startswith("word")
+
+
+def test_a_late_code_block_and_a_table_in_a_list_begin_the_next_part_without_the_list() -> None:
+    text = "1. " + "word " * 60 + "\n\n    ```\n" + "    code\n" * 40 + "    ```"
+    assert split(text, 500)[1].startswith("```\ncode\ncode")
+    rows = [f"| {n} | {'x' * 30} |" for n in range(40)]
+    table = "\n".join(f"    {row}" for row in ("| a | b |", "|---|---|", *rows))
+    parts = split(f"10. See:\n\n{table}", 500)
+    assert all(part.startswith("| a | b |\n|---|---|\n| ") for part in parts[1:])
+    assert all(row in "\n".join(parts) for row in rows)
+    quoted = split("> | a | b |\n> |---|---|\n" + "\n".join(f"> {row}" for row in rows), 500)
+    assert all(part.startswith("> | a | b |\n> |---|---|\n> | ") for part in quoted)
 
 
 @pytest.mark.parametrize("character", ["a", "é", "报", "😀", "👨\u200d👩\u200d👧", "🇩🇪", "👍🏽", "e\u0301"])
