@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import IO, Any
 
 from lxml import etree  # type: ignore[import-untyped]
 
-from services.memory import spreadsheets
+from services.memory import spreadsheets, word
 from services.memory.markup import MAX_REPEATED_CHARACTERS
 
 _DRAWING = "{http://schemas.openxmlformats.org/drawingml/2006/main}"
-# A chart may state more points than it has, and then all of them would be looked for.
-MAX_POINTS = 10_000
+_CHART = "{http://schemas.openxmlformats.org/drawingml/2006/chart}"
+_COMPATIBILITY = "{http://schemas.openxmlformats.org/markup-compatibility/2006}"
+_EQUATION = "{http://schemas.microsoft.com/office/drawing/2010/main}m"
+# A number of a chart as the file has it: 0.1 + 0.2 is 0.30000000000000004 there.
+_NUMBER = re.compile(r"-?\d{1,30}(?:\.\d{1,30})?(?:[Ee][-+]?\d{1,3})?")
+MAX_CELLS = 200_000
+"""Of the table of a chart."""
 _RELATIONS = {"r": "http://schemas.openxmlformats.org/officeDocument/2006/relationships"}
 
 
@@ -23,6 +29,12 @@ def texts(file: IO[bytes]) -> Iterator[str]:
     # Each slide, chart and diagram once: a small file could name one a million times.
     read: set[str] = set()
     for slide in {slide.part.partname: slide for slide in Presentation(file).slides}.values():
+        # PowerPoint writes a shape that older programs do not know, such as a box with an equation, in two forms.
+        for choice in list(slide.shapes._spTree.iter(f"{_COMPATIBILITY}Choice")):
+            for shape in list(choice):
+                choice.getparent().addprevious(shape)
+        for equation in list(slide.shapes._spTree.iter(_EQUATION)):
+            equation.addprevious(equation.getparent().add_r(word.linear(equation)))
         title = slide.shapes.title
         shown = title is not None and title.text.strip()
         lines = [f"# {' '.join(title.text.split())}"] if shown else []
@@ -84,19 +96,33 @@ def _cells(table: Any) -> list[list[str]]:
 
 
 def _chart(chart: Any) -> str:
-    """The title of a chart, and its values as a table of categories and series."""
-    stated = chart._chartSpace.xpath(".//c:ptCount/@val")
-    if any(len(count) > 6 or int(count) > MAX_POINTS for count in stated):
-        return ""
+    """The title of a chart, and its values as a table of categories and series. The library reads only some kinds of
+    charts, so the series are read from the file."""
     title = chart.chart_title.text_frame.text if chart.has_title and chart.chart_title.has_text_frame else ""
-    series = list(chart.series)
-    categories = [str(category) for category in chart.plots[0].categories] if len(chart.plots) else []
-    values = [list(each.values) for each in series]
-    rows = [["", *(each.name for each in series)]]
-    for n, category in enumerate(categories):
-        cells = (each[n] if n < len(each) else None for each in values)
-        rows.append([category, *("" if cell is None else f"{cell:.15g}" for cell in cells)])
-    return f"{title}\n\n{spreadsheets.table(rows)}".strip()
+    categories: dict[str, str] = {}
+    rows, names = [], [""]
+    for series in chart._chartSpace.iter(f"{_CHART}ser"):
+        named = series.find(f"{_CHART}tx")
+        names.append("" if named is None else "".join(value.text or "" for value in named.iter(f"{_CHART}v")))
+        categories = categories or _points(series, "cat", "xVal")
+        rows.append(_points(series, "val", "yVal"))
+    if not categories:
+        categories = dict.fromkeys((n for row in rows for n in row), "")
+    # A small file could have as many series as categories, without values.
+    if len(categories) * len(rows) > MAX_CELLS:
+        return title
+    cells = [names, *([category, *(row.get(n, "") for row in rows)] for n, category in categories.items())]
+    return f"{title}\n\n{spreadsheets.table(cells)}".strip()
+
+
+def _points(series: Any, *names: str) -> dict[str, str]:
+    """The values or categories of a series by their numbers; of categories on several levels, the lowest."""
+    points: dict[str, str] = {}
+    for name in names:
+        for point in series.iterfind(f"{_CHART}{name}//{_CHART}pt"):
+            text = point.findtext(f"{_CHART}v") or ""
+            points.setdefault(point.get("idx", ""), f"{float(text):.15g}" if _NUMBER.fullmatch(text) else text)
+    return points
 
 
 def _diagram(shape: Any, read: set[str]) -> Iterator[str]:

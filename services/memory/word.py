@@ -81,13 +81,12 @@ def _rewrite(root: etree._Element) -> None:
         if hidden is not None and hidden.get(f"{_W}val") not in _OFF:
             _remove(run)
     for equation in list(root.iter(f"{_M}oMath")):
-        _replace(equation, _run(_linear(equation)))
+        _replace(equation, _run(linear(equation)))
     for ruby in list(root.iter(f"{_W}ruby")):
         # The characters, and their pronunciation in brackets.
         base, above = ("".join(part.itertext()) for part in (ruby.find(f"{_W}rubyBase"), ruby.find(f"{_W}rt")))
         _replace(ruby, _text(f"{base}({above})"))
-    for box in list(root.iter(f"{_W}txbxContent")):
-        _show_box(box)
+    _show_boxes(root)
     referred: set[tuple[str, str | None]] = set()
     for reference in list(root.iter(*_REFERENCES)):
         # Each note once: a small file could refer to one a million times.
@@ -104,20 +103,25 @@ def _rewrite(root: etree._Element) -> None:
         _replace(wrapper, *wrapper)
 
 
-def _show_box(box: etree._Element) -> None:
-    """mammoth knows text boxes in the older form only. A document may have both forms of one box."""
-    drawing = next(box.iterancestors(f"{_W}drawing"), None)
-    if drawing is None:
-        return
-    choice = next(drawing.iterancestors(f"{_COMPATIBILITY}AlternateContent"), None)
-    if choice is not None and choice.find(f"{_COMPATIBILITY}Fallback") is not None:
-        return
-    picture = etree.Element(f"{_W}pict")
-    etree.SubElement(etree.SubElement(picture, f"{_SHAPE}shape"), f"{_SHAPE}textbox").append(box)
-    _replace(drawing if choice is None else choice, picture)
+def _show_boxes(root: etree._Element) -> None:
+    """mammoth knows text boxes in the older form only. A document may have both forms of one box, or a picture of it as
+    the older form. A drawing may have several boxes."""
+    boxes: dict[etree._Element, list[etree._Element]] = {}
+    for box in root.iter(f"{_W}txbxContent"):
+        if (drawing := next(box.iterancestors(f"{_W}drawing"), None)) is not None:
+            place = next(drawing.iterancestors(f"{_COMPATIBILITY}AlternateContent"), drawing)
+            boxes.setdefault(place, []).append(box)
+    for place, shown in boxes.items():
+        older = place.find(f"{_COMPATIBILITY}Fallback")
+        if older is None or next(older.iter(f"{_W}txbxContent"), None) is None:
+            picture = etree.Element(f"{_W}pict")
+            for box in shown:
+                shape = etree.SubElement(picture, f"{_SHAPE}shape")
+                etree.SubElement(shape, f"{_SHAPE}textbox").append(box)
+            _replace(place, picture)
 
 
-def _linear(equation: etree._Element) -> str:
+def linear(equation: etree._Element) -> str:
     """An equation on one line: ``E=mc^2``."""
     parts = []
     for node in equation.iter(f"{_M}t", *_MATH_SIGNS):

@@ -54,7 +54,8 @@ def docx(body: str, parts: Mapping[str, str] | None = None) -> bytes:
 
 
 BOX = f"<w:txbxContent>{paragraph('in a box')}</w:txbxContent>"
-NEW_BOX = f"<w:drawing><a:graphic><wps:wsp><wps:txbx>{BOX}</wps:txbx></wps:wsp></a:graphic></w:drawing>"
+WSP = f"<wps:wsp><wps:txbx>{BOX}</wps:txbx></wps:wsp>"
+NEW_BOX = f"<w:drawing><a:graphic>{WSP}</a:graphic></w:drawing>"
 OLD_BOX = f"<w:pict><v:shape><v:textbox>{BOX}</v:textbox></v:shape></w:pict>"
 WORDS = {
     "tracked move": (
@@ -67,6 +68,20 @@ WORDS = {
         f"<w:p><w:r><mc:AlternateContent><mc:Choice Requires='wps'>{NEW_BOX}</mc:Choice>"
         f"<mc:Fallback>{OLD_BOX}</mc:Fallback></mc:AlternateContent></w:r></w:p>",
         "in a box",
+    ),
+    "box with a picture as its older form": (
+        f"<w:p><w:r><mc:AlternateContent><mc:Choice Requires='wps'>{NEW_BOX}</mc:Choice>"
+        "<mc:Fallback><w:pict><v:shape/></w:pict></mc:Fallback></mc:AlternateContent></w:r></w:p>",
+        "in a box",
+    ),
+    "boxes of one drawing": (
+        f"<w:p><w:r><w:drawing><a:graphic>{WSP}{WSP}</a:graphic></w:drawing></w:r></w:p>",
+        "in a box\n\nin a box",
+    ),
+    "boxes of two drawings in one choice": (
+        f"<w:p><w:r><mc:AlternateContent><mc:Choice Requires='wpg'>{NEW_BOX}{NEW_BOX}</mc:Choice>"
+        "</mc:AlternateContent></w:r></w:p>",
+        "in a box\n\nin a box",
     ),
     "field": ("<w:p><w:fldSimple w:instr='DATE'><w:r><w:t>4 May</w:t></w:r></w:fldSimple></w:p>", "4 May"),
     "marked part": (
@@ -253,6 +268,42 @@ def test_a_slide_keeps_its_chart_merged_cells_diagrams_and_descriptions(tmp_path
     assert text.startswith("Pumps\n\n|  | Sold |\n| --- | --- |\n| North | 12.5 |\n| South |  |")
     assert "| Oslo | May |\n| Oslo | June |" in text
     assert text.endswith("A red pump")
+
+
+def test_a_slide_keeps_charts_in_three_dimensions_and_boxes_with_equations(tmp_path: Path) -> None:
+    from lxml import etree  # type: ignore[import-untyped]
+    from pptx import Presentation
+    from pptx.chart.data import CategoryChartData
+    from pptx.enum.chart import XL_CHART_TYPE
+    from pptx.util import Inches
+
+    book = Presentation()
+    slide = book.slides.add_slide(book.slide_layouts[6])
+    values = CategoryChartData()  # type: ignore[no-untyped-call]
+    values.categories = ["North", "South"]
+    values.add_series("Sold", (12.5, 0.1 + 0.2))  # type: ignore[no-untyped-call]
+    size = (Inches(1), Inches(1), Inches(3), Inches(2))
+    for kind, flat in (XL_CHART_TYPE.COLUMN_CLUSTERED, "bar"), (XL_CHART_TYPE.PIE, "pie"):
+        chart = slide.shapes.add_chart(kind, *size, values).chart
+        for plot in chart._chartSpace.iter(f"{{*}}{flat}Chart"):
+            plot.tag = plot.tag.replace(f"{flat}Chart", f"{flat}3DChart")
+    box = slide.shapes.add_textbox(*size)
+    box.text_frame.text = "Energy: "
+    m14 = "http://schemas.microsoft.com/office/drawing/2010/main"
+    equation = etree.fromstring(
+        f"<a:m xmlns:a='{m14}' xmlns:m='{NAMES['m']}'><m:oMath><m:r><m:t>E=mc</m:t></m:r><m:sup><m:r><m:t>2</m:t>"
+        "</m:r></m:sup></m:oMath></a:m>"
+    )
+    box.text_frame.paragraphs[0]._p.append(equation)
+    tree = box._element.getparent()
+    both = etree.SubElement(tree, f"{{{NAMES['mc']}}}AlternateContent")
+    etree.SubElement(both, f"{{{NAMES['mc']}}}Choice", Requires="a14").append(box._element)
+    out = io.BytesIO()
+    book.save(out)
+    table = "|  | Sold |\n| --- | --- |\n| North | 12.5 |\n| South | 0.3 |"
+    text = text_of(tmp_path, out.getvalue(), types.PPTX)
+    assert text.count(table) == 2
+    assert text.endswith("Energy: E=mc^2")
 
 
 PAGES = {
