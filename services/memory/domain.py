@@ -36,6 +36,9 @@ _FENCE = re.compile(r"[ \t]*(`{3,}(?![^`]*`)|~{3,})")
 WIDE = {ord(sign) + 0xFEE0: sign for sign in f"{string.ascii_letters}{string.digits}-._"}
 
 
+DAMAGED = "Some characters of the text are damaged, so they are not read."
+
+
 class UnreadableFile(Exception):
     """The file cannot be read. The message gives the reason to the person who uploaded it."""
 

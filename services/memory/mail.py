@@ -11,7 +11,7 @@ from typing import IO
 
 from infra.stores.charsets import UnknownEncoding, decode
 from services.memory import markup
-from services.memory.domain import Block, UnreadableFile, sections
+from services.memory.domain import DAMAGED, Block, UnreadableFile, sections
 
 MAX_HEADER = 10_000
 _SHOWN = ("From", "To", "Cc", "Date")
@@ -19,6 +19,9 @@ _ENCRYPTED = frozenset(("multipart/encrypted", "application/pkcs7-mime", "applic
 
 # Why an e-mail was not delivered, and to whom (RFC 3464).
 _STATUS = "message/delivery-status"
+_READ = frozenset(("text/plain", "text/html", "text/csv", "text/markdown", _STATUS))
+# How often longer a page is than the plain text that only says that the program cannot show the page.
+_LONGER = 3
 
 
 class _ShortHeaders(Compat32):
@@ -33,6 +36,7 @@ def blocks(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
     """The e-mail under its subject, then the enclosed ones. Adds the attachments, which are not read, to `warnings`.
     Raises UnreadableFile, UnknownEncoding."""
     attached: list[str] = []
+    is_damaged = False
     waiting = [BytesParser(policy=_ShortHeaders()).parse(file)]
     while waiting:
         mail = waiting.pop()
@@ -44,16 +48,20 @@ def blocks(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
             type_ = part.get_content_type()
             if type_ in _ENCRYPTED:
                 raise UnreadableFile("The e-mail is encrypted. Upload it without encryption.")
-            is_text = part.get_content_maintype() == "text" or type_ == _STATUS
-            if not is_text or part.get_content_disposition() == "attachment":
+            if type_ not in _READ or part.get_content_disposition() == "attachment":
                 attached.append(_decoded_words(part.get_filename() or type_))
-            elif type_ == "text/html":
-                for block in sections(head + markup.markdown(_text(part))):
+                continue
+            text = _text(part).strip()
+            is_damaged = is_damaged or "\ufffd" in text
+            if type_ == "text/html":
+                for block in sections(head + markup.markdown(text)):
                     yield block._replace(section=" > ".join(filter(None, (subject, block.section))) or None)
                 head = ""
-            elif text := _text(part).strip():
+            elif text:
                 yield Block(head + text, subject)
                 head = ""
+    if is_damaged:
+        warnings.append(DAMAGED)
     note_attachments(attached, warnings)
 
 
@@ -66,25 +74,51 @@ def note_attachments(names: Sequence[str], warnings: list[str]) -> None:
 
 def _parts(mail: Message) -> tuple[list[Message], list[Message]]:
     """The parts of an e-mail that have content, and the e-mails that it encloses. Of the alternatives of one text
-    the plain one is read."""
+    one is read, and the attachments of all of them count."""
     parts: list[Message] = []
     enclosed: list[Message] = []
-    waiting = [mail]
+    # With each part, whether its text is read.
+    waiting = [(mail, True)]
     while waiting:
-        part = waiting.pop()
+        part, is_read = waiting.pop()
         type_ = part.get_content_type()
         if type_ in _ENCRYPTED or type_ == _STATUS or not part.is_multipart():
-            parts.append(part)
+            is_other = part.get_content_maintype() != "text" or part.get_filename() is not None
+            if is_read or is_other or part.get_content_disposition() == "attachment":
+                parts.append(part)
             continue
         inner = [each for each in part.get_payload() if isinstance(each, Message)]
         if type_ == "message/rfc822":
             enclosed += inner
             continue
-        if type_ == "multipart/alternative":
-            plain = [each for each in inner if each.get_content_type() == "text/plain" and _text(each).strip()]
-            inner = plain[:1] or inner[-1:]
-        waiting += reversed(inner)
+        chosen = _chosen(inner) if type_ == "multipart/alternative" else None
+        waiting += reversed([(each, is_read and chosen in (None, each)) for each in inner])
     return parts, enclosed
+
+
+def _chosen(alternatives: list[Message]) -> Message | None:
+    """The alternative that is read: the plain text, unless the page says much more."""
+    texts = []
+    for each in alternatives:
+        root = each
+        # A page stands before its pictures and attachments.
+        while root.get_content_type() in ("multipart/related", "multipart/mixed"):
+            root = next((part for part in root.get_payload() if isinstance(part, Message)), Message())
+        if (type_ := root.get_content_type()) in ("text/plain", "text/html") and (length := _length(root)):
+            texts.append((type_, length, each))
+    plain = next(((length, each) for type_, length, each in texts if type_ == "text/plain"), None)
+    page = next(((length, each) for type_, length, each in reversed(texts) if type_ == "text/html"), None)
+    if plain and not (page and page[0] > _LONGER * plain[0]):
+        return plain[1]
+    return page[1] if page else alternatives[-1] if alternatives else None
+
+
+def _length(part: Message) -> int:
+    try:
+        text = _text(part)
+    except UnknownEncoding:
+        return 0
+    return len((markup.markdown(text) if part.get_content_type() == "text/html" else text).strip())
 
 
 def _text(part: Message) -> str:

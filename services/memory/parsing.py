@@ -24,7 +24,7 @@ from infra.stores import charsets
 from infra.stores import filetypes as types
 from infra.web import data_urls
 from services.memory import ebooks, mail, markup, ocr, outlook, pdf, slides, spreadsheets, word
-from services.memory.domain import WIDE, Block, Chunk, UnreadableFile, chunk, sections
+from services.memory.domain import DAMAGED, WIDE, Block, Chunk, UnreadableFile, chunk, sections
 
 # A larger archive is refused before it is unpacked. Real ones are compressed ten times at most.
 MAX_UNPACKED_BYTES = 512 * 1024**2
@@ -158,7 +158,7 @@ class BlockReader:
         if encoding not in ("utf-8", "utf-16", "utf-32"):
             self.warnings.append(f"The text was read in the character encoding {encoding}.")
         if "\ufffd" in text:
-            self.warnings.append("Some characters of the text are damaged, so they are not read.")
+            self.warnings.append(DAMAGED)
         return text
 
 

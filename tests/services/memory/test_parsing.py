@@ -19,6 +19,7 @@ import pytest
 
 from infra.stores import filetypes as types
 from services.memory import spreadsheets
+from services.memory.domain import DAMAGED
 from tests.services.memory import files
 from tooling.stack.checkout import CHECKOUT
 
@@ -246,6 +247,62 @@ def test_an_e_mail_with_its_people_its_text_and_the_e_mails_that_it_encloses(tmp
         ("the first answer > Terms", "退货四十五天"),
     ]
     assert lines[-1]["warnings"] == ["Attachments are not read: 发票.pdf. Upload them as documents."]
+
+
+ALTERNATIVES = {
+    "attachment beside the page": (
+        [
+            ("text/plain", "See the plan."),
+            (
+                "multipart/mixed; boundary=C",
+                "--C\nContent-Type: text/html\n\n<p>See the plan.\n--C\nContent-Type: application/pdf; name=plan.pdf\n"
+                "\n%PDF\n--C\nContent-Type: message/rfc822\n\nSubject: a\n\nenclosed\n--C--",
+            ),
+        ],
+        ["See the plan.", "enclosed"],
+        ["Attachments are not read: plan.pdf. Upload them as documents."],
+    ),
+    "plain text that refers to the page": (
+        [("text/plain", "Your program cannot show it."), ("text/html", "<p>The filter costs 12 euros. " * 5)],
+        ["\n\n".join(["The filter costs 12 euros."] * 5)],
+        [],
+    ),
+    "invitation": (
+        [("text/html", "<p>We meet on Monday."), ("text/calendar", "BEGIN:VCALENDAR")],
+        ["We meet on Monday."],
+        [],
+    ),
+    "page with its pictures": (
+        [
+            ("text/rtf", "{\\rtf1 a}"),
+            ("multipart/related; boundary=C", "--C\nContent-Type: text/html\n\n<p>in the page\n--C--"),
+        ],
+        ["in the page"],
+        [],
+    ),
+    "damaged text": ([("text/plain; charset=utf-8", "Grüße aus Köln \udcff")], ["Grüße aus Köln \ufffd"], [DAMAGED]),
+}
+
+
+@pytest.mark.parametrize(("parts", "texts", "warnings"), ALTERNATIVES.values(), ids=ALTERNATIVES)
+def test_of_the_alternatives_of_an_e_mail_the_one_with_the_text_is_read(
+    tmp_path: Path, parts: list[tuple[str, str]], texts: list[str], warnings: list[str]
+) -> None:
+    mail = "Subject: a\nContent-Type: multipart/alternative; boundary=B\n\n"
+    mail += "".join(f"--B\nContent-Type: {type_}\n\n{content}\n" for type_, content in parts) + "--B--\n"
+    lines = parse(tmp_path, mail.encode(errors="surrogateescape"), types.MAIL)
+    assert [line["text"] for line in lines if "text" in line] == texts
+    assert lines[-1]["warnings"] == warnings
+
+
+def test_a_part_of_an_e_mail_in_rtf_is_named(tmp_path: Path) -> None:
+    mail = (
+        b"Subject: a\nContent-Type: multipart/mixed; boundary=B\n\n--B\n\nsee below\n--B\nContent-Type: text/rtf\n\n"
+        rb"{\rtf1 a}" + b"\n--B--\n"
+    )
+    lines = parse(tmp_path, mail, types.MAIL)
+    assert [line["text"] for line in lines if "text" in line] == ["see below"]
+    assert lines[-1]["warnings"] == ["Attachments are not read: text/rtf. Upload them as documents."]
 
 
 # 30 November 2026, 01:00 UTC, in tenths of microseconds since 1601.
