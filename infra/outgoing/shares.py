@@ -32,26 +32,27 @@ class Shares:
                 self.give(tenant)
             raise
 
-    def take_now(self, tenant: str) -> bool:
-        """Takes a place without waiting. Returns False if the tenant gets none now."""
-        if not self._may_take(tenant):
+    def take_now(self, tenant: str, places: int = 1) -> bool:
+        """Takes places without waiting. Returns False if the tenant does not get all of them now."""
+        if not self._may_take(tenant, places):
             return False
-        self._count(tenant, 1)
+        self._count(tenant, places)
         return True
 
-    def give(self, tenant: str) -> None:
-        """Gives a place back; the tenants that wait get it."""
-        self._count(tenant, -1)
-        for name, places in list(self._waiting.items()):
-            while places and self._may_take(name):
-                if not (place := places.popleft()).done():
+    def give(self, tenant: str, places: int = 1) -> None:
+        """Gives places back; the tenants that wait get them."""
+        self._count(tenant, -places)
+        for name, queue in list(self._waiting.items()):
+            while queue and self._may_take(name):
+                if not (place := queue.popleft()).done():
                     self._count(name, 1)
                     place.set_result(None)
-            if not places:
+            if not queue:
                 del self._waiting[name]
 
-    def _may_take(self, tenant: str) -> bool:
-        return self._held[tenant] < self._free
+    def _may_take(self, tenant: str, places: int = 1) -> bool:
+        # As if it took them one by one.
+        return self._held[tenant] + places - 1 < self._free - (places - 1)
 
     def _count(self, tenant: str, places: int) -> None:
         self._free -= places

@@ -30,9 +30,17 @@ class GroupCommit(Generic[W]):
     the group. If it raises, it has committed nothing.
     """
 
-    def __init__(self, commit: Callable[[Sequence[W]], Awaitable[Mapping[int, Exception]]], *, largest: int) -> None:
+    def __init__(
+        self,
+        commit: Callable[[Sequence[W]], Awaitable[Mapping[int, Exception]]],
+        *,
+        largest: int,
+        size: Callable[[W], int] = lambda _: 1,
+    ) -> None:
+        """largest: the most that the sizes of a group's writes are together. A larger write is a group of one."""
         self._commit = commit
         self._largest = largest
+        self._size = size
         self._waiting: deque[_Pending[W]] = deque()
         self.uncommitted = 0
         """The number of writes that wait or are being committed."""
@@ -62,7 +70,10 @@ class GroupCommit(Generic[W]):
                 # Writes that are submitted in the same turn of the event loop come along, above all the next write of a
                 # caller that does not await its first one.
                 await asyncio.sleep(0)
-                group = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._largest))]
+                group = [self._waiting.popleft()]
+                left = self._largest - self._size(group[0].write)
+                while self._waiting and (left := left - self._size(self._waiting[0].write)) >= 0:
+                    group.append(self._waiting.popleft())
                 try:
                     await self._end(group)
                 finally:

@@ -1,10 +1,12 @@
-"""Moves accepted messages, oldest first, into their conversations. Decision 13 has the reasons."""
+"""Moves accepted messages, the oldest of each tenant first, into their conversations. Decision 13 has the reasons."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from datetime import datetime, timedelta
+from typing import Any
 
 import msgspec
 
@@ -39,17 +41,9 @@ CLEANING_ROWS = 2_000
 
 _log = get_logger("channel.drainer")
 
-# Locks from the oldest row on. A second drainer waits for that row, and so for the end of the first one's transaction:
-# messages enter a conversation in the order in which they were accepted. Materialized: in a loop of the planner the
-# selection would be repeated, and would select further rows each time.
-_DRAIN = """
-    WITH oldest AS MATERIALIZED (
-        SELECT position FROM accepted WHERE retry_at IS NULL OR retry_at < clock_timestamp()
-        ORDER BY position LIMIT $1 FOR UPDATE
-    )
-    DELETE FROM accepted WHERE position IN (SELECT position FROM oldest)
-    RETURNING position, hash, sealed, traceparent, accepted_at, clock_timestamp() - accepted_at
-"""
+# The rows are locked in the order of the key, a tenant's from its oldest one on. A second drainer waits for that row, and
+# so for the end of the first one's transaction: messages enter a conversation in the order in which they were accepted.
+_DRAIN = "SELECT * FROM drain_accepted($1)"
 
 
 class Drainer:
@@ -77,7 +71,8 @@ class Drainer:
                 await wait_at_most(DRAIN_POLL_SECONDS, self._ingest.accepted)
             elif drained > MAX_DIRECT and self._ingest.accepted.is_set():
                 # Load: rows were accepted meanwhile.
-                share = max(0.0, 1 - self._ingest.backlog / MAX_BEHIND)
+                longest = max(self._ingest.backlog.values(), default=timedelta(0))
+                share = max(0.0, 1 - longest / MAX_BEHIND)
                 await asyncio.sleep(min(MAX_PAUSE_SECONDS, DRAIN_PAUSE * share * (ended - began)))
 
     async def stop(self) -> None:
@@ -85,7 +80,7 @@ class Drainer:
         self._ingest.accepted.set()
 
     async def drain(self) -> int:
-        """Moves the oldest accepted messages into their conversations. Returns their number."""
+        """Moves the oldest accepted messages of the tenants into their conversations. Returns their number."""
         self._ingest.accepted.clear()
         try:
             return await self._drain(DRAIN_ROWS)
@@ -102,21 +97,19 @@ class Drainer:
     async def _drain(self, limit: int) -> int:
         failpoint("before_drain")
 
-        async def work(tx: Tx) -> list[timedelta]:
+        async def work(tx: Tx) -> Sequence[tuple[Any, ...]]:
             rows = sorted(await tx.sql(_DRAIN, limit))
-            messages = [self._open(hash_, sealed, trace, at) for _, hash_, sealed, trace, at, _ in rows]
+            messages = [self._open(hash_, sealed, trace, at) for _, hash_, sealed, trace, at, *_ in rows]
             await store(tx, self._ingest.subjects, messages)
             failpoint("before_drain_commit")
-            return [age for *_, age in rows]
+            return rows
 
-        ages = await self._database.run(work)
+        rows = await self._database.run(work)
         failpoint("after_drain")
-        self._ingest.backlog = timedelta(0)
-        if len(ages) == limit:
-            self._ingest.backlog = ages[-1]
-        elif not self._ingest.accepted.is_set():
+        self._ingest.backlog = {tenant: age for *_, age, tenant, is_behind in rows if is_behind}
+        if not self._ingest.backlog and not self._ingest.accepted.is_set():
             self._ingest.is_behind = False
-        return len(ages)
+        return len(rows)
 
     async def _drain_one(self) -> int:
         try:

@@ -20,6 +20,7 @@ from infra.clock import utcnow, uuid7
 from infra.errors import TooLarge, Transient
 from infra.failpoint import failpoint
 from infra.observe import telemetry
+from infra.outgoing.shares import Shares
 from infra.postgres.database import Database
 from infra.postgres.group_commit import GroupCommit
 from infra.postgres.tx import MAX_MESSAGE_BYTES, Tx
@@ -39,14 +40,18 @@ from services.channel.vendors.items import Change, Edited, Ignored, Inbound, Ite
 ACCEPTED = SealedColumn("accepted", "sealed", "accepted", ("encode(hash, 'hex')",))
 OTHER_FIELDS_BYTES = 2_000
 """Of a MessageReceived, apart from the texts of the vendor: ids, times and names of fields."""
-# The most calls in one statement.
+# The most items in one statement; a call with more is alone in its statement.
 MAX_GROUP = 500
-# Up to this many calls are stored directly. More at once mean load, and under load acceptance comes first.
+# Up to this many items are stored directly. More at once mean load, and under load acceptance comes first.
 MAX_DIRECT = 8
-# More waiting calls than this are refused with 503, so that memory stays bounded while the database is slow.
-MAX_WAITING = 10_000
-# While accepted messages wait longer than this for their conversations, calls are refused with 503: the vendor sends
-# them again, and the table stays bounded.
+# Of one call. WhatsApp sends at most 1,000.
+MAX_ITEMS = 2_000
+# Bytes of the calls that wait, with so many for each item beside its call's body. More are refused with 503, so that
+# memory stays bounded while the database is slow; a tenant has a share, which alone is a half.
+MAX_WAITING = 32 * 1024 * 1024
+ITEM_BYTES = 1_000
+# While accepted messages of a tenant wait longer than this for their conversations, its calls are refused with 503: the
+# vendor sends them again, and the table stays bounded.
 MAX_BACKLOG = timedelta(minutes=5)
 
 # Inserts dedupe rows in the order of their hashes, so that concurrent transactions wait for each other in one order,
@@ -109,32 +114,49 @@ class Ingest:
         self.cipher = cipher
         self.subjects = subjects
         # One group after the other: messages of a conversation are stored in the order of their arrival.
-        self._commits = GroupCommit(self._commit, largest=MAX_GROUP)
+        self._commits = GroupCommit(self._commit, largest=MAX_GROUP, size=len)
+        self._room = Shares(MAX_WAITING)
         self.accepted = asyncio.Event()
         """Set after accepted rows were written, so that the drainer looks for them."""
         self.is_behind = False
         """Rows that this process accepted wait for its drainer, so a group need not ask whether it may be stored
         directly. Only a hint: the statement decides, and other processes accept rows, too."""
-        self.backlog = timedelta(0)
-        """The time that the message drained last had waited; zero once all are drained."""
+        self.backlog: Mapping[str, timedelta] = {}
+        """The time that a tenant's message drained last had waited; without the tenants whose messages are drained."""
 
     def accept(
         self,
         account: ChannelAccount,
         items: Sequence[Item],
         traceparent: str | None = None,
+        size: int = 0,
     ) -> asyncio.Future[None]:
         """Begins to commit the items. The result is done once all are committed; repeats change nothing.
 
-        Raises Transient while too many calls or accepted messages wait, TooLarge for a message that the buses could not
-        carry. The result has the error of the database. In all cases nothing is stored, and the vendor has to send the
-        call again.
-        traceparent: of the span of the call.
+        Raises Transient while too many calls or accepted messages of the tenant wait, TooLarge for too many items or a
+        message that the buses could not carry. The result has the error of the database. In all cases nothing is
+        stored, and the vendor has to send the call again.
+        traceparent: of the span of the call. size: bytes of its body.
         """
-        if self._commits.uncommitted >= MAX_WAITING:
-            raise Transient("too many webhook calls wait to be stored")
-        if self.backlog > MAX_BACKLOG:
+        tenant = account.tenant_id
+        if len(items) > MAX_ITEMS:
+            raise TooLarge(f"body: has {len(items)} events; must have at most {MAX_ITEMS}")
+        if self.backlog and self.backlog.get(tenant, timedelta(0)) > MAX_BACKLOG:
             raise Transient("accepted messages wait too long for their conversations")
+        size += ITEM_BYTES * len(items)
+        if not self._room.take_now(tenant, size):
+            raise Transient("too many webhook calls wait to be stored")
+        try:
+            accepted = self._begin(account, items, traceparent)
+        except Exception:
+            self._room.give(tenant, size)
+            raise
+        accepted.add_done_callback(lambda _: self._room.give(tenant, size))
+        return accepted
+
+    def _begin(
+        self, account: ChannelAccount, items: Sequence[Item], traceparent: str | None
+    ) -> asyncio.Future[None]:
         arrivals, changed = [], []
         has_effects = False
         for item in items:
@@ -183,7 +205,7 @@ class Ingest:
 
     async def _commit(self, group: Sequence[list[_Arrival]]) -> Mapping[int, Exception]:
         arrivals = [arrival for call in group for arrival in call]
-        if len(group) > MAX_DIRECT or self.is_behind or not await self._store_directly(arrivals):
+        if len(arrivals) > MAX_DIRECT or self.is_behind or not await self._store_directly(arrivals):
             await self._accept(arrivals)
         return {}
 

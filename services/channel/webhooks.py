@@ -147,7 +147,8 @@ class Webhooks:
             self._answer(call, received.ack)
             return
         try:
-            accepted = self._ingest.accept(account, received.items, telemetry.traceparent(call.span))
+            traceparent, size = telemetry.traceparent(call.span), len(call.request.body)
+            accepted = self._ingest.accept(account, received.items, traceparent, size)
         except Exception as error:
             self._refuse(call, error)
             return

@@ -16,11 +16,12 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from infra.clock import utcnow, uuid7
-from infra.errors import Transient
+from infra.errors import TooLarge, Transient
 from infra.observe.metrics import Metrics
 from infra.outgoing import shares, webhooks
 from infra.outgoing.client import Outgoing
 from infra.postgres.database import Database
+from infra.postgres.tx import MAX_MESSAGE_BYTES
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
 from infra.web.raw import RawRequest
@@ -29,7 +30,7 @@ from services.channel import ingest as module
 from services.channel.accounts import Accounts, AccountSecrets, ChannelAccount, new_token
 from services.channel.domain import Pseudonyms, dedupe_hash
 from services.channel.drainer import DRAIN_ROWS, Drainer
-from services.channel.ingest import MAX_DIRECT, Ingest
+from services.channel.ingest import ITEM_BYTES, MAX_DIRECT, MAX_ITEMS, Ingest
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Request
 from services.channel.vendors.items import Ignored, Inbound, Moved, Received
@@ -80,10 +81,15 @@ class Intake:
         statement = "SELECT ignored FROM inbound_seen WHERE channel_id = $1 AND ignored IS NOT NULL"
         return [reason for (reason,) in await self.rows(statement)]
 
-    async def sent(self) -> list[dict[str, Any]]:
+    def sibling(self) -> ChannelAccount:
+        """The channel of another tenant."""
+        return self.account._replace(id=uuid7(), tenant_id=str(uuid7()), pseudonyms=Pseudonyms(os.urandom(32)))
+
+    async def sent(self, account: ChannelAccount | None = None) -> list[dict[str, Any]]:
         """The messages to the agent, in the order of the outbox, with their headers."""
+        channel_id = str((account or self.account).id)
         rows = await self.platform.outbox("channel", "channel.inbound")
-        return [body | {"headers": head} for head, body in rows if body["channel_id"] == str(self.account.id)]
+        return [body | {"headers": head} for head, body in rows if body["channel_id"] == channel_id]
 
     async def texts(self) -> list[str]:
         return [body["text"] for body in await self.sent()]
@@ -130,7 +136,7 @@ async def test_the_database_says_when_a_message_came(intake: Intake, monkeypatch
     await intake.drainer.drain()
     times = {datetime.fromisoformat(body["received_at"]) for body in await intake.sent()}
     assert min(times) > utcnow() - timedelta(minutes=5)
-    assert timedelta(0) < intake.ingest.backlog < timedelta(minutes=5)
+    assert timedelta(0) < intake.ingest.backlog[intake.account.tenant_id] < timedelta(minutes=5)
 
 
 async def test_a_call_does_not_overtake_accepted_messages(intake: Intake) -> None:
@@ -302,7 +308,7 @@ async def test_the_drainer_pauses_less_the_longer_messages_have_waited(
         if (seconds := next(waited, None)) is None:
             await intake.drainer.stop()
             return 0
-        intake.ingest.backlog = timedelta(seconds=seconds)
+        intake.ingest.backlog = {"one": timedelta(0), "two": timedelta(seconds=seconds), "three": timedelta(0)}
         return DRAIN_ROWS
 
     async def pause(seconds: float) -> None:
@@ -381,11 +387,85 @@ async def test_accepted_rows_show_no_personal_content(intake: Intake) -> None:
     assert not [row for row, sealed in rows if "secret" in row or b"secret" in sealed]
 
 
-async def test_more_waiting_calls_than_the_limit_are_refused(intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_WAITING", 5)
-    outcomes = await asyncio.gather(*(intake.accept(message(n)) for n in range(9)), return_exceptions=True)
-    assert [isinstance(outcome, Transient) for outcome in outcomes] == [False] * 5 + [True] * 4
-    assert await intake.texts() == [f"text {n}" for n in range(5)]
+async def test_the_items_and_bytes_that_wait_are_bounded_and_each_tenant_has_a_share(
+    intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_WAITING", 20 * ITEM_BYTES)
+    ingest = Ingest(intake.database, intake.ingest.cipher, intake.ingest.subjects)
+    account, other = intake.account, intake.sibling()
+
+    def accept(account: ChannelAccount, first: int, items: int, size: int = 0) -> asyncio.Future[None]:
+        return ingest.accept(account, [message(first + n) for n in range(items)], None, size)
+
+    waiting = [accept(account, 0, 4), accept(account, 4, 1, 5 * ITEM_BYTES)]
+    for items, size in ((1, 0), (8, 0)):
+        with pytest.raises(Transient, match="too many"):
+            accept(account, 5, items, size)
+    waiting += [accept(other, 0, 4)]
+    await asyncio.gather(*waiting)
+    await accept(account, 5, 10)
+    with pytest.raises(Transient, match="too many"):
+        accept(account, 15, 11)
+    await Drainer(ingest).drain()
+    assert await intake.texts() == [f"text {n}" for n in range(15)]
+
+
+async def test_a_refused_message_does_not_keep_its_share(intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_WAITING", 2 * ITEM_BYTES)
+    intake.ingest = Ingest(intake.database, intake.ingest.cipher, intake.ingest.subjects)
+    for n in range(3):
+        with pytest.raises(TooLarge):
+            await intake.accept(message(n)._replace(text="x" * MAX_MESSAGE_BYTES))
+    await intake.accept(message(4))
+    assert await intake.texts() == ["text 4"]
+
+
+async def test_a_call_has_a_most_of_items_and_a_large_one_does_not_delay_others_in_its_statement(
+    intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TooLarge, match=f"must have at most {MAX_ITEMS}"):
+        await intake.accept(*(message(n) for n in range(MAX_ITEMS + 1)))
+    groups: list[int] = []
+    accept = intake.ingest._accept
+
+    async def counted(arrivals: Any) -> None:
+        groups.append(len(arrivals))
+        await accept(arrivals)
+
+    monkeypatch.setattr(intake.ingest, "_accept", counted)
+    batch = [message(n) for n in range(1_000)]  # as WhatsApp sends it
+    await asyncio.gather(intake.accept(*batch), intake.accept(*batch[:300]), intake.accept(*batch[300:600]))
+    assert groups == [1_000, 300, 300]
+    assert await intake.accepted() == 1_000
+
+
+async def test_accepted_messages_are_drained_in_turns_by_tenant(intake: Intake) -> None:
+    others = [intake.sibling() for _ in range(3)]
+    await intake.burst([message(n) for n in range(4 * DRAIN_ROWS)])
+    for account in others:
+        await intake.ingest.accept(account, [message(n) for n in range(10)])
+    assert await intake.drainer.drain() == DRAIN_ROWS
+    assert await intake.texts() == [f"text {n}" for n in range(DRAIN_ROWS - 30)]
+    for account in others:
+        sent = await intake.sent(account)
+        assert [body["text"] for body in sent] == [f"text {n}" for n in range(10)]
+        assert [body["position"] for body in sent] == list(range(1, 11))
+    assert list(intake.ingest.backlog) == [intake.account.tenant_id]
+
+
+async def test_only_the_calls_of_the_tenant_whose_messages_wait_too_long_are_refused(
+    intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_BACKLOG", timedelta(0))
+    other = intake.sibling()
+    await intake.burst([message(n) for n in range(2 * DRAIN_ROWS)])
+    await intake.ingest.accept(other, [message(1)])
+    await intake.drainer.drain()
+    with pytest.raises(Transient, match="wait too long"):
+        await intake.accept(message("refused"))
+    await intake.ingest.accept(other, [message(2)])
+    await intake.drainer.drain()
+    assert [body["text"] for body in await intake.sent(other)] == ["text 1", "text 2"]
 
 
 async def test_a_conversation_that_got_another_id_keeps_its_session(intake: Intake) -> None:
