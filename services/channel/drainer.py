@@ -41,8 +41,9 @@ CLEANING_ROWS = 2_000
 
 _log = get_logger("channel.drainer")
 
-# The rows are locked in the order of the key, a tenant's from its oldest one on. A second drainer waits for that row, and
-# so for the end of the first one's transaction: messages enter a conversation in the order in which they were accepted.
+# The rows are locked in the order of the key, a tenant's from its oldest one on. A second drainer waits for that row,
+# and so for the end of the first one's transaction: messages enter a conversation in the order in which they were
+# accepted.
 _DRAIN = "SELECT * FROM drain_accepted($1)"
 
 

@@ -154,9 +154,7 @@ class Ingest:
         accepted.add_done_callback(lambda _: self._room.give(tenant, size))
         return accepted
 
-    def _begin(
-        self, account: ChannelAccount, items: Sequence[Item], traceparent: str | None
-    ) -> asyncio.Future[None]:
+    def _begin(self, account: ChannelAccount, items: Sequence[Item], traceparent: str | None) -> asyncio.Future[None]:
         arrivals, changed = [], []
         has_effects = False
         for item in items:
