@@ -30,6 +30,7 @@ from services.channel.vendors.base import (
     read_json,
 )
 from services.channel.vendors.items import Ack, Received
+from services.channel.vendors.markdown import Dialect, backslashed, render, unfenced
 from services.channel.vendors.splitting import split
 
 # Bytes, as JSON.
@@ -42,6 +43,25 @@ _LATER = frozenset((130101, 130102, 410100, 88, 90018))
 _TRANSIENT = frozenset((-1,))
 # The session of the webhook is over or unknown.
 _EXPIRED = frozenset((300001, 310000, 310001, 400101, 400102, 400106))
+
+# Of Markdown, DingTalk names headings, quotations, bold and italic text, links, images and lists; no tables, no struck
+# text. Its programs show code too. They read HTML, also in code, and take a line break alone for a space:
+# https://open.dingtalk.com/document/orgapp/robot-message-types-and-data-format
+DIALECT = Dialect(
+    bold=("**", "**"),
+    italic=("*", "*"),
+    strike=("", ""),
+    code=("`", "`"),
+    fence=lambda text, language: f"```{language}\n{unfenced(text)}\n```",
+    quote=lambda text: "\n".join(f"> {line}" for line in text.split("\n")),
+    link=lambda label, url: f"[{label}]({url})",
+    image=lambda label, url: f"![{label}]({url})",
+    escape=lambda text: text.replace("<", "&lt;"),
+    literal=backslashed,
+    heading=("### ", ""),
+    bullet="- ",
+    line="  \n",
+)
 
 
 class DingTalkCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -116,7 +136,7 @@ class DingTalk(Vendor[DingTalkCredentials]):
         return Received([dingtalk_messages.read(request.body, credentials.robot_code)])
 
     def split(self, text: str) -> Sequence[str]:
-        return split(text, MAX_TEXT, lambda part: len(msgspec.json.encode(part)))
+        return split(text, MAX_TEXT, lambda part: len(msgspec.json.encode(render(part, DIALECT))))
 
     def limits(self, conversation: str) -> Sequence[Limit]:
         """https://open.dingtalk.com/document/orgapp/robot-message-types-and-data-format"""
@@ -149,7 +169,7 @@ class DingTalk(Vendor[DingTalkCredentials]):
     ) -> str | None:
         if message.answers and message.answers.startswith("/"):
             # Only path and query of the session's webhook are kept, so it cannot lead to another host.
-            body = {"msgtype": "markdown", "markdown": {"title": _TITLE, "text": message.text}}
+            body = {"msgtype": "markdown", "markdown": {"title": _TITLE, "text": render(message.text, DIALECT)}}
             answer = await outgoing.request(
                 "POST", f"{origin}{message.answers}", json=body, template=urlsplit(message.answers).path
             )
@@ -170,7 +190,7 @@ class DingTalk(Vendor[DingTalkCredentials]):
         body: dict[str, Any] = {
             "robotCode": credentials.robot_code,
             "msgKey": "sampleMarkdown",
-            "msgParam": msgspec.json.encode({"title": _TITLE, "text": message.text}).decode(),
+            "msgParam": msgspec.json.encode({"title": _TITLE, "text": render(message.text, DIALECT)}).decode(),
         }
         if kind == "user":
             path, body["userIds"] = "/v1.0/robot/oToMessages/batchSend", [id_]

@@ -40,7 +40,7 @@ from services.channel.vendors.base import (
 )
 from services.channel.vendors.discord_interactions import FILE_OPTION, STRING_OPTION
 from services.channel.vendors.items import Received
-from services.channel.vendors.markdown import Dialect, quoted_lines, render, unchanged, unfenced
+from services.channel.vendors.markdown import Dialect, backslashed, quoted_lines, render, unchanged, unfenced
 from services.channel.vendors.splitting import split
 
 # Characters.
@@ -74,6 +74,7 @@ DIALECT = Dialect(
     quote=quoted_lines,
     link=lambda label, url: url if label == url else f"[{label}]({url})",
     escape=unchanged,
+    literal=backslashed,
 )
 
 

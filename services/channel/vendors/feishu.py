@@ -40,7 +40,7 @@ from services.channel.vendors.base import (
     read_json,
 )
 from services.channel.vendors.items import Ack, Ignored, Received
-from services.channel.vendors.markdown import PLAIN, render
+from services.channel.vendors.markdown import PLAIN, Dialect, backslashed, quoted_lines, render, unfenced
 from services.channel.vendors.splitting import split
 
 # Bytes of a rich text or a card in the request, which may have 30 KB. Markdown is sent as rich text.
@@ -54,6 +54,27 @@ _ACCOUNT = frozenset((10003, 10012, 10014, 10015, 230006, 99991401, 99991543, 99
 
 # The beginning of a mention, of a person or of all.
 _MENTION = re.compile(r"<(?=\s*at\b)", re.IGNORECASE)
+
+
+def _without_mentions(text: str) -> str:
+    """The text without mentions, which would notify people: ``<at id=all></at>``."""
+    return _MENTION.sub("&lt;", text)
+
+
+# Feishu shows most of Markdown in a rich text and in a card, but images by its own keys only, and not in each of its
+# programs headings and tables: https://open.feishu.cn/document/server-docs/im-v1/message-content-description/create_json
+DIALECT = Dialect(
+    bold=("**", "**"),
+    italic=("*", "*"),
+    strike=("~~", "~~"),
+    code=("`", "`"),
+    fence=lambda text, language: f"```{language}\n{unfenced(text)}\n```",
+    quote=quoted_lines,
+    link=lambda label, url: f"[{label}]({url})",
+    escape=_without_mentions,
+    literal=backslashed,
+    bullet="- ",
+)
 
 
 class FeishuCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -292,14 +313,9 @@ def decrypt(credentials: FeishuCredentials, encrypted: str) -> bytes:
         raise Unauthenticated("the body is not encrypted with this channel's encrypt_key") from error
 
 
-def _without_mentions(text: str) -> str:
-    """The text without mentions, which would notify people: ``<at id=all></at>``."""
-    return _MENTION.sub("&lt;", text)
-
-
 def _length(text: str) -> int:
     """The bytes of the text in a request: JSON within JSON makes four of a quotation mark."""
-    return len(msgspec.json.encode(msgspec.json.encode(_without_mentions(text)).decode()))
+    return len(msgspec.json.encode(msgspec.json.encode(render(text, DIALECT)).decode()))
 
 
 def _content(text: str) -> dict[str, str]:
@@ -307,13 +323,13 @@ def _content(text: str) -> dict[str, str]:
     if render(text, PLAIN) == text:
         content: dict[str, Any] = {"text": _without_mentions(text)}
         return {"msg_type": "text", "content": msgspec.json.encode(content).decode()}
-    paragraph = {"tag": "md", "text": _without_mentions(text)}
+    paragraph = {"tag": "md", "text": render(text, DIALECT)}
     return {"msg_type": "post", "content": msgspec.json.encode({"zh_cn": {"content": [[paragraph]]}}).decode()}
 
 
 def _card(text: str) -> str:
     """A card that shows Markdown. ``update_multi``: everybody in a group sees its changes."""
-    element = {"tag": "markdown", "content": _without_mentions(text)}
+    element = {"tag": "markdown", "content": render(text, DIALECT)}
     card = {"schema": "2.0", "config": {"update_multi": True}, "body": {"elements": [element]}}
     return msgspec.json.encode(card).decode()
 

@@ -26,6 +26,22 @@ _ADDRESS = re.compile(r"://(?:[^\x00-\x20\"&*<>\[\\\]`{|}~\x7f-\U0010ffff]|&(?!a
 # The parser adds the cells that rows of a table lack. With its own limit, 65,536, a text of 2 KB would take a second
 # and 100 MB, and parsed texts are kept for a while. The package has a function of the module's name in its place.
 vars(sys.modules["markdown_it.rules_block.table"])["MAX_AUTOCOMPLETED_CELLS"] = 1_000
+# The signs of a text, outside of code, that a reader of Markdown would take for a mark or an escape; and addresses.
+# An underscore within a word, and a star between spaces, are none.
+_MARKS = re.compile(
+    rf"https?{_ADDRESS.pattern}"
+    r"|\\(?=[!-/:-@\[-`{-~])|`|(?<!\s)\*|\*(?!\s)|(?<![^\W_])_(?!\s)|(?<!\s)_(?![^\W_])|~(?=~)|(?<=~)~"
+    r"|\[(?=[^\[\]]*\]\()|^(?=[#>]|-#)"
+)
+
+
+def unchanged(text: str) -> str:
+    return text
+
+
+def backslashed(text: str) -> str:
+    """The text with a backslash before each of its signs that is a mark in Markdown."""
+    return _MARKS.sub(lambda sign: sign[0] if sign[0].startswith("http") else f"\\{sign[0]}", text)
 
 
 @dataclass(frozen=True)
@@ -44,8 +60,15 @@ class Dialect:
     """Renders a link from its rendered label and its URL."""
     escape: Callable[[str], str]
     """Escapes plain text so that no character of it is a mark or a mention."""
+    literal: Callable[[str], str] = unchanged
+    """Escapes marks in text that is not code, for vendors who read Markdown."""
     heading: Pair | None = None
     """None: as bold text."""
+    image: Callable[[str, str], str] | None = None
+    """Renders an image from its description and its URL. None: as a link."""
+    bullet: str = "• "
+    line: str = "\n"
+    """A line break in a paragraph."""
     joint: str = ""
     """Stands between a span's mark and a letter outside of it, for vendors that see no mark next to a letter."""
 
@@ -67,10 +90,6 @@ def fenced(text: str, language: str) -> str:
 def unfenced(text: str) -> str:
     """The text with a zero-width space in each fence, which would otherwise end the block, or begin one."""
     return _FENCE.sub(lambda fence: "\u200b".join(fence[0]), text)
-
-
-def unchanged(text: str) -> str:
-    return text
 
 
 PLAIN = Dialect(
@@ -112,7 +131,7 @@ class _State(StateInline):
         """Lets a mark between a wide letter and punctuation begin or end a span, as in ``他说**“好”**了``.
 
         CommonMark takes spaces for the ends of words; models write Chinese, Japanese and Korean without them, and
-        the marks would be shown.
+        the marks would be shown. So would those of ``**Note:**text``. A star between digits is a sign, as in ``2*3*4``.
         """
         can_open, can_close, length = super().scanDelims(start, canSplitWord)
         end = start + length
@@ -120,6 +139,11 @@ class _State(StateInline):
         if canSplitWord and not before.isspace() and not after.isspace():
             can_open |= unicodedata.east_asian_width(before) in "WF"
             can_close |= unicodedata.east_asian_width(after) in "WF"
+            if length == 2:
+                can_open |= before.isalpha() and not after.isalnum()
+                can_close |= after.isalpha() and not before.isalnum()
+        if self.src[start] == "*" and before.isdecimal() and after.isdecimal():
+            can_open = can_close = False
         return Scanned(can_open, can_close, length)
 
 
@@ -210,7 +234,7 @@ class _Renderer:
             text = self.blocks(inner[at + 1 : end], depth + 1)
             if tight:
                 text = text.replace("\n\n", "\n")
-            mark = "• " if number is None else f"{number}. "
+            mark = self._dialect.bullet if number is None else f"{number}. "
             indent = "    "
             items.append(mark + text.replace("\n", f"\n{indent}"))
             number = None if number is None else number + 1
@@ -227,7 +251,7 @@ class _Renderer:
             kind = child.type.removesuffix("_open").removesuffix("_close")
             marked = False
             if child.type in ("softbreak", "hardbreak"):
-                text = "\n"
+                text = dialect.line
             elif child.type == "code_inline":
                 before, after = dialect.code
                 # No dialect with this mark can show it in a code.
@@ -236,7 +260,7 @@ class _Renderer:
             elif child.type == "image":
                 # A link in the label of another one would tear it.
                 url = "" if links else str(child.attrGet("src") or "")
-                text = self._link(self._text(child.content), url)
+                text = self._link(self._text(child.content), url, dialect.image or dialect.link)
             elif child.nesting == 1:
                 stack.append([])
                 if kind == "link":
@@ -246,7 +270,7 @@ class _Renderer:
                 text = self._joined(stack.pop())
                 if kind == "link":
                     url = links.pop()
-                    text = self._link(text, url) if text else ""
+                    text = self._link(text, url, dialect.link) if text else ""
                 elif kind in pairs and kind not in within and text:
                     before, after = pairs[kind]
                     text, marked = f"{before}{text}{after}", True
@@ -266,17 +290,17 @@ class _Renderer:
         return joined
 
     def _text(self, text: str) -> str:
-        escaped = self._dialect.escape(text)
+        escaped = self._dialect.escape(self._dialect.literal(text))
         return unfenced(escaped) if self._dialect.code[0] == "`" else escaped
 
-    def _link(self, label: str, url: str) -> str:
+    def _link(self, label: str, url: str, rendered: Callable[[str, str], str]) -> str:
         """Only a link to a page, an address or a number. Others mean something to a vendor: tg://user notifies a
         person, and a path leads nowhere."""
-        label = label.replace("\n", " ")
+        label = label.replace(self._dialect.line, " ")
         if not url.lower().startswith(_SCHEMES):
             return plain_link(label, self._text(url)) if url else label
         # Parentheses end the address in Markdown.
-        return self._dialect.link(label, url.replace("(", "%28").replace(")", "%29"))
+        return rendered(label, url.replace("(", "%28").replace(")", "%29"))
 
 
 def _end(tokens: Sequence[Token], at: int) -> int:

@@ -40,7 +40,7 @@ from services.channel.vendors.base import (
     read_json,
 )
 from services.channel.vendors.items import Ack, Received
-from services.channel.vendors.markdown import Dialect, quoted_lines, render, unchanged, unfenced
+from services.channel.vendors.markdown import Dialect, backslashed, quoted_lines, render, unchanged, unfenced
 from services.channel.vendors.splitting import split, utf8_length
 
 # Bytes. A message may have about 100 KB with everything around its text.
@@ -67,6 +67,7 @@ DIALECT = Dialect(
     quote=quoted_lines,
     link=lambda label, url: f"[{label}]({url})",
     escape=unchanged,
+    literal=backslashed,
 )
 
 

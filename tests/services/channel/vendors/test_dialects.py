@@ -8,12 +8,13 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.outgoing.client import Outgoing
-from services.channel.vendors import VENDORS, discord, feishu, markdown, qq, slack, teams, telegram, whatsapp
+from services.channel.vendors import VENDORS, dingtalk, discord, feishu, markdown, qq, slack, teams, telegram, whatsapp
 from services.channel.vendors.markdown import PLAIN, render
 from services.channel.vendors.splitting import utf8_length, utf16_length
 from tests.services.channel.vendors.conftest import Adapter
@@ -124,9 +125,13 @@ def plain(length: Callable[[str], int]) -> Callable[[str], int]:
 
 
 def markdown_of_feishu(part: str) -> int:
-    text = feishu._without_mentions(part)
-    assert not re.search(r"<\s*at\b", text, re.IGNORECASE)
-    return utf8_length(text)
+    assert not re.search(r"<\s*at\b", render(part, feishu.DIALECT), re.IGNORECASE)
+    return fences(feishu.DIALECT, utf8_length)(part)
+
+
+def markdown_of_dingtalk(part: str) -> int:
+    assert "<" not in render(part, dingtalk.DIALECT)
+    return fences(dingtalk.DIALECT, lambda text: len(msgspec.json.encode(text)))(part)
 
 
 def text_of_qq(part: str) -> int:
@@ -143,7 +148,7 @@ CHECKS: dict[str, tuple[Callable[[str], int], int]] = {
     "whatsapp": (fences(whatsapp.DIALECT, len), 4_096),
     "teams": (fences(teams.DIALECT, utf8_length), 28_000),
     "feishu": (markdown_of_feishu, 28_000),
-    "dingtalk": (utf8_length, 15_000),
+    "dingtalk": (markdown_of_dingtalk, 15_000),
     "line": (plain(utf16_length), 5_000),
     "twilio": (plain(len), 1_600),
     "wecom": (plain(utf8_length), 2_048),
@@ -180,6 +185,44 @@ CHECKS: dict[str, tuple[Callable[[str], int], int]] = {
 def test_marks_beside_wide_letters_and_in_addresses(text: str, telegram_html: str, slack_marks: str) -> None:
     assert render(text, telegram.HTML) == telegram_html
     assert render(text, slack.MRKDWN) == slack_marks
+
+
+@pytest.mark.parametrize(
+    ("text", "plain", "read_as_markdown"),
+    [
+        (r"\_\_init\_\_(\*args)", "__init__(*args)", r"\_\_init\_\_(\*args)"),
+        (r"\*a* b \`c\` \~~d\~~ \[e](https://e.example) 1 * 2", "*a* b `c` ~~d~~ [e](https://e.example) 1 * 2", None),
+        (r"\# no heading", "# no heading", r"\# no heading"),
+        (r"a\\_b", r"a\_b", r"a\\\_b"),
+        (
+            "snake_case_word https://e.example/_a_",
+            "snake_case_word https://e.example/_a_",
+            "snake_case_word https://e.example/_a_",
+        ),
+        ("`__init__`", "__init__", "`__init__`"),
+        ("2*3*4=24 and 2**3**4", "2*3*4=24 and 2**3**4", r"2\*3\*4=24 and 2\*\*3\*\*4"),
+        ("**Note:**text, so**(yes)** and **b**c", "Note:text, so(yes) and bc", "**Note:**text, so**(yes)** and **b**c"),
+    ],
+)
+def test_escaped_marks_stay_text(text: str, plain: str, read_as_markdown: str | None) -> None:
+    assert render(text, PLAIN) == plain
+    for dialect in (discord.DIALECT, teams.DIALECT, dingtalk.DIALECT, feishu.DIALECT):
+        shown = render(text, dialect)
+        if read_as_markdown is not None:
+            assert shown == read_as_markdown
+        # A reader of Markdown shows the same again.
+        assert render(shown, PLAIN) == plain
+
+
+def test_dingtalk_and_feishu_get_only_markdown_that_they_show() -> None:
+    text = "# Title\n\none\ntwo ~~gone~~\n\n- a\n  - b\n- c\n\n> q\n> r\n\n![i](https://e.example/i.png)"
+    table = "| a | b |\n|---|---|\n| 1 | <x> |"
+    lines = "### Title\n\none  \ntwo gone\n\n- a\n    - b\n- c\n\n> q  \n> r\n\n![i](https://e.example/i.png)"
+    assert render(text, dingtalk.DIALECT) == lines
+    assert render(table, dingtalk.DIALECT) == "```\na  b\n-  ---\n1  &lt;x>\n```"
+    lines = "**Title**\n\none\ntwo ~~gone~~\n\n- a\n    - b\n- c\n\n> q\n> r\n\n[i](https://e.example/i.png)"
+    assert render(text, feishu.DIALECT) == lines
+    assert render(table, feishu.DIALECT) == "```\na  b\n-  ---\n1  <x>\n```"
 
 
 def test_every_vendor_is_checked() -> None:
