@@ -267,7 +267,8 @@ ABILITIES: Mapping[str, Mapping[str, Cell]] = {
         ("telegram", "slack", "teams", "feishu", "line"),
         Proof("../test_routing.py", "test_adapters_tell_groups_mentions_and_replies"),
     )
-    | dict.fromkeys(("dingtalk", "qq", "discord"), Lacking("of a group it gets only messages for the bot"))
+    | {"qq": Proof("test_qq.py", "test_a_message_of_a_group_is_for_the_bot_if_it_mentions_it")}
+    | dict.fromkeys(("dingtalk", "discord"), Lacking("of a group it gets only messages for the bot"))
     | dict.fromkeys(("whatsapp", "twilio", "wecom", "webhook"), Lacking("there are no groups")),
     "sends files": dict.fromkeys(VENDORS, Lacking("a file is sent as a link"))
     | dict.fromkeys(

@@ -22,6 +22,7 @@ from services.channel.vendors import qq_events
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
     AccountRefused,
+    Groups,
     Limit,
     Outbound,
     Request,
@@ -91,6 +92,7 @@ class QQ(Vendor[QQCredentials]):
     kinds: ClassVar[Mapping[str, str]] = qq_events.KINDS
     origin: ClassVar[str] = "https://api.sgroup.qq.com"
     addresses: ClassVar[tuple[str, ...]] = ()
+    groups: ClassVar[tuple[Groups, ...]] = ("all", "mentions")
     effect: ClassVar[Kind] = "keyed"
     steps: ClassVar[tuple[str, ...]] = (
         "Create a bot; copy the app id and the secret.",

@@ -108,9 +108,14 @@ class _Card(msgspec.Struct):
     """A line about the card, such as ``[Location] Main Street``."""
 
 
+class _Mention(msgspec.Struct):
+    is_you: bool | None = None
+
+
 class _Message(msgspec.Struct):
     id: str
     author: _Author
+    mentions: list[_Mention] | None = None
     content: str | None = None
     message_type: int = 0
     msg_elements: list[_Element] | None = None
@@ -163,9 +168,13 @@ def read(kind: str, event_id: str, raw: msgspec.Raw) -> Inbound | Ignored:
     place, id_ = places.get(kind, ("groups", message.group_openid))
     if not person or not id_ or message.author.bot:
         return Ignored(ids, "a message without an author")
+    in_group = place in ("groups", "channels")
+    # The owner of a group may let a bot have all its messages. The other events bring messages to the bot only.
+    told = kind != "GROUP_MESSAGE_CREATE" or any(one.is_you for one in message.mentions or ())
     files = list(message.attachments or ())
     own = ""
-    words = [_words(_MENTION.sub("", message.content or "", count=1), files)]
+    content = message.content or ""
+    words = [_words(_MENTION.sub("", content, count=1) if told else content, files)]
     elements = message.msg_elements or ()
     about = "\n".join(filter(None, (_words(one.content or "", one.attachments or ()) for one in elements)))
     if message.message_type == _FORWARDED:
@@ -181,7 +190,17 @@ def read(kind: str, event_id: str, raw: msgspec.Raw) -> Inbound | Ignored:
     text = "\n\n".join(filter(None, words))
     if not text and files and not attachments:
         text = placeholder("a file", *(file.filename or "" for file in files))
-    return Inbound(ids, f"{place}/{id_}", person, message.id, text, attachments=attachments, words=own)
+    return Inbound(
+        ids,
+        f"{place}/{id_}",
+        person,
+        message.id,
+        text,
+        in_group=in_group,
+        mentions_bot=in_group and told,
+        attachments=attachments,
+        words=own,
+    )
 
 
 def _words(content: str, files: Sequence[_File]) -> str:

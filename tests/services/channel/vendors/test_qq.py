@@ -11,6 +11,7 @@ import pytest
 from infra.clock import uuid7
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
+from services.channel.routing import is_for_the_bot
 from services.channel.vendors.base import AccountRefused, Outbound, UnreadableCall
 from services.channel.vendors.items import Ignored, Inbound
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
@@ -33,10 +34,30 @@ async def test_messages_of_people_and_groups_are_read(fake: QQStandIn, qq: Adapt
     assert received.items == [Inbound(("message/msg1",), "users/u1", "u1", "msg1", "größer 😀")]
     assert msgspec.json.decode(received.ack.body) == {"op": 12}
     group = qq.one(fake.signed(fake.event("hi", group="g1")))
-    assert group == Inbound(("message/msg2",), "groups/g1", "m1", "msg2", "hi")
+    assert group == Inbound(("message/msg2",), "groups/g1", "m1", "msg2", "hi", in_group=True, mentions_bot=True)
     picture = qq.one(fake.signed(fake.event("", attachments=[{"filename": "a.png"}])))
     assert isinstance(picture, Inbound)
     assert "a.png" in picture.text
+
+
+async def test_a_message_of_a_group_is_for_the_bot_if_it_mentions_it(fake: QQStandIn, qq: Adapter) -> None:
+    """The owner of a group may let a bot have all messages. Only the mention of the bot is left out of the text."""
+    you, other = {"is_you": True, "member_openid": "B1"}, {"is_you": False, "member_openid": "M2"}
+    given = [
+        ("GROUP_MESSAGE_CREATE", "<@B1> hi", [you, other], "hi", True),
+        ("GROUP_MESSAGE_CREATE", "<@M2> hi", [other], "<@M2> hi", False),
+        ("GROUP_MESSAGE_CREATE", "hi", None, "hi", False),
+        ("GROUP_AT_MESSAGE_CREATE", "<@B1> hi", None, "hi", True),
+        ("AT_MESSAGE_CREATE", "<@!7> hi", None, "hi", True),
+    ]
+    for kind, content, mentions, text, told in given:
+        event = fake.event(content, group="g1", mentions=mentions, channel_id="c1") | {"t": kind}
+        item = qq.one(fake.signed(event))
+        assert isinstance(item, Inbound)
+        assert (item.text, item.in_group, item.mentions_bot) == (text, True, told)
+        assert is_for_the_bot("all", item)
+        assert is_for_the_bot("mentions", item) == told
+    assert qq.vendor.groups == ("all", "mentions")
 
 
 async def test_a_changed_call_is_refused(fake: QQStandIn, qq: Adapter) -> None:
