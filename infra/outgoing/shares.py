@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 
 tenant: ContextVar[str] = ContextVar("tenant", default="")
@@ -18,6 +20,15 @@ class Shares:
         self._free = places
         self._held: Counter[str] = Counter()
         self._waiting: defaultdict[str, deque[asyncio.Future[None]]] = defaultdict(deque)
+
+    @asynccontextmanager
+    async def place(self, tenant: str) -> AsyncIterator[None]:
+        """Waits for a place, and holds it for the length of the block."""
+        await self.take(tenant)
+        try:
+            yield
+        finally:
+            self.give(tenant)
 
     async def take(self, tenant: str) -> None:
         """Waits for a place."""
@@ -47,6 +58,8 @@ class Shares:
                 if not (place := queue.popleft()).done():
                     self._count(name, 1)
                     place.set_result(None)
+                    # The others come first next time.
+                    self._waiting[name] = self._waiting.pop(name)
             if not queue:
                 del self._waiting[name]
 

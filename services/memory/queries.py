@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from infra.clock import uuid7
 from infra.errors import EffectFailed, InvalidMessage, Transient, Unanswered
+from infra.outgoing.shares import Shares
 from infra.postgres.database import Database
 from services.memory.credit import Credit
 from services.memory.embeddings import BATCH, MAX_TOKENS, Embedded, Embedder
@@ -30,6 +31,8 @@ class QueryVectors:
         self._credit = credit
         self._known: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
         self._together = Together(self._embed, at_once=embedder.calls_at_once, most=BATCH)
+        # A tenant alone has half of the places: one full call for each that runs. Others wait in turns by tenant.
+        self._places = Shares(4 * embedder.calls_at_once * BATCH)
 
     async def of(self, tenant_id: str, text: str) -> NDArray[np.float32]:
         """One that the tenant has asked lately is not embedded again, and costs nothing.
@@ -42,7 +45,8 @@ class QueryVectors:
             return known
         await self._credit.use(tenant_id, embedding(self._embedder.model), "input_tokens", MAX_TOKENS)
         try:
-            embedded = await self._together.ask(None, text)
+            async with self._places.place(tenant_id):
+                embedded = await self._together.ask(None, text)
         except EffectFailed as error:
             raise InvalidMessage("query", f"could not be embedded: {error.reason}") from error
         except Unanswered as error:

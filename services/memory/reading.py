@@ -8,6 +8,7 @@ import tempfile
 from contextlib import aclosing
 from typing import NamedTuple
 
+from infra.outgoing.shares import Shares
 from infra.stores.objects import Objects
 from services.memory.domain import Chunk
 from services.memory.parser import DocumentRefused, Findings, parsed
@@ -28,15 +29,16 @@ class Text(NamedTuple):
 
 
 class FileReader:
-    """Reads one file at a time: a parser may need 768 MB, and indexing has up to three of them beside."""
+    """Reads one file at a time, in turns by tenant: a parser may need 768 MB, and indexing has up to three of them
+    beside."""
 
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
-        self._turn = asyncio.Semaphore(1)
+        self._places = Shares(1)
 
-    async def read(self, path: str, type_: str, most: int) -> Text:
+    async def read(self, tenant_id: str, path: str, type_: str, most: int) -> Text:
         """At most `most` characters of the object at `path`. Raises NotFound, and Transient if the store is away."""
-        async with self._turn, self._objects.fetch(path) as stored:
+        async with self._places.place(tenant_id), self._objects.fetch(path) as stored:
             # Without a name: only the parser that gets the open file can read it.
             with tempfile.TemporaryFile() as file:
                 await asyncio.to_thread(shutil.copyfileobj, stored, file)

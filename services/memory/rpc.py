@@ -138,7 +138,7 @@ class MemoryRpc(memory_pb2_grpc.MemoryServicer):
             raise InvalidMessage("content_type", f"must be one of {', '.join(READABLE)}")
         if not 1 <= request.max_characters <= MAX_CHARACTERS:
             raise InvalidMessage("max_characters", f"must be from 1 to {MAX_CHARACTERS}")
-        found = await self._files.read(request.path, request.content_type, request.max_characters)
+        found = await self._files.read(rpc.tenant(), request.path, request.content_type, request.max_characters)
         return memory_pb2.ReadFileReply(
             text=found.text, is_cut=found.is_cut, refused=found.refused, warnings=found.warnings
         )

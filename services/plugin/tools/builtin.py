@@ -12,6 +12,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from infra.clock import utcnow
 from infra.errors import EffectFailed
 from infra.outgoing.client import Outgoing
+from infra.outgoing.shares import Shares
 from infra.web import rpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from services.plugin.domain import Tool, ToolRequest
@@ -29,7 +30,7 @@ class Backends:
 
     outgoing: Outgoing
     memory: memory_pb2_grpc.MemoryStub
-    readers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(pages.MAX_READERS))
+    readers: Shares = field(default_factory=lambda: Shares(pages.MAX_READERS))
     """The processes that read pages."""
 
 
@@ -73,7 +74,7 @@ async def http_fetch(call: ToolRequest, backends: Backends) -> Any:
     if not kind.startswith(_TEXTS):
         raise EffectFailed(f"{kind}: only text can be read")
     try:
-        async with asyncio.timeout(call.seconds), backends.readers:
+        async with asyncio.timeout(call.seconds), backends.readers.place(call.tenant_id):
             title, text = await pages.read(kind, answer.body, _charset(parameters), MAX_PAGE_TEXT)
     except (TimeoutError, pages.UnreadablePage):
         raise EffectFailed("the page takes too much time or memory to be read") from None

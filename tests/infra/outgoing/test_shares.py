@@ -54,6 +54,20 @@ async def test_who_waits_gets_the_place_that_becomes_free_in_turn() -> None:
     assert places._waiting == {}
 
 
+async def test_tenants_that_wait_get_places_in_turns() -> None:
+    places = Shares(1)
+    got: list[str] = []
+
+    async def hold(tenant: str) -> None:
+        async with places.place(tenant):
+            got.append(tenant)
+            await asyncio.sleep(0)
+
+    await asyncio.gather(*(hold(tenant) for tenant in "aaaaaabbc"))
+    assert "".join(got) == "aabcabaaa"
+    assert places._waiting == {}
+
+
 async def test_a_place_that_comes_as_its_taker_is_cancelled_is_not_lost() -> None:
     places = Shares(2)
     await places.take("a")

@@ -109,3 +109,13 @@ async def test_a_caller_whose_time_is_over_is_left_out(slow: Slow, vectors: Quer
     slow.go.set()
     await asyncio.gather(first, other)
     assert slow.calls == [["first"], ["other"]]
+
+
+async def test_a_query_waits_for_few_queries_of_another_tenant(slow: Slow, vectors: QueryVectors) -> None:
+    many = await begun(slow, vectors, [f"many {n}" for n in range(4 * BATCH)])
+    one = asyncio.create_task(vectors.of("one", "one"))
+    await asyncio.sleep(0)
+    slow.go.set()
+    await asyncio.gather(*many, one)
+    assert ["one" in texts for texts in slow.calls].index(True) == 2
+    assert len(slow.calls) > 4

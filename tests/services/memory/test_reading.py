@@ -87,11 +87,11 @@ async def test_a_wrong_call_is_refused_by_its_field(memory: Platform, objects: O
 
 async def test_a_file_has_a_limited_time(objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "READ_SECONDS", 0.01)
-    found = await FileReader(objects).read(PLAN, filetypes.PDF, 1_000)
+    found = await FileReader(objects).read("t-1", PLAN, filetypes.PDF, 1_000)
     assert (found.text, found.refused) == ("", "The file could not be read within 0.01 s.")
 
 
-async def test_one_file_is_read_at_a_time(objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_file_is_read_at_a_time_in_turns_by_tenant(objects: Objects, monkeypatch: pytest.MonkeyPatch) -> None:
     running, most = 0, 0
 
     async def slow(*_: Any) -> AsyncIterator[list[Chunk]]:
@@ -104,5 +104,12 @@ async def test_one_file_is_read_at_a_time(objects: Objects, monkeypatch: pytest.
 
     monkeypatch.setattr(reading, "parsed", slow)
     reader = FileReader(objects)
-    await asyncio.gather(*(reader.read(PLAN, filetypes.PDF, 1_000) for _ in range(5)))
+    ended: list[str] = []
+
+    async def read_for(tenant_id: str) -> None:
+        await reader.read(tenant_id, PLAN, filetypes.PDF, 1_000)
+        ended.append(tenant_id)
+
+    await asyncio.gather(*(read_for("many") for _ in range(5)), read_for("one"))
     assert most == 1
+    assert ended == ["many", "many", "one", *["many"] * 3]

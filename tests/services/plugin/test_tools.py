@@ -7,7 +7,8 @@ import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -23,6 +24,10 @@ from infra.web.http import Health, create_app
 from infra.web.server import serve_http
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.plugin.v1 import plugin_pb2, plugin_pb2_grpc
+from services.plugin.domain import ToolRequest
+from services.plugin.tools import builtin, pages
+from services.plugin.tools.builtin import Backends
+from services.plugin.tools.pages import MAX_READERS
 from tests.services.plugin.conftest import CallReply, call
 from tooling.testing import keys
 from tooling.testing.platform import Platform
@@ -217,3 +222,27 @@ async def test_fetching_many_pages_does_not_keep_others_waiting(plugin: Platform
     sums = [result(plugin, "calculator", {"expression": f"{n} + 1"}) for n in range(20)]
     answers = await asyncio.gather(*pages, *sums)
     assert [answer["result"] for answer in answers[20:]] == [str(n + 1) for n in range(20)]
+
+
+async def test_pages_are_read_in_turns_by_tenant(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    class Web:
+        async def request(self, _: str, url: str, **__: Any) -> Any:
+            return SimpleNamespace(status=200, headers={"content-type": "text/html"}, body=url.encode())
+
+    async def slow(_: str, body: bytes, *__: Any) -> tuple[str, str]:
+        read.append(body.decode())
+        await asyncio.sleep(0)
+        return "", ""
+
+    monkeypatch.setattr(pages, "read", slow)
+    backends = Backends(cast(Any, Web()), cast(Any, None))
+    await asyncio.gather(
+        *(
+            builtin.http_fetch(ToolRequest(tenant, "http_fetch", {"url": tenant}, "key", 60.0), backends)
+            for tenant in [*["many"] * 20, "one"]
+        )
+    )
+    assert len(read) == 21
+    assert read.index("one") <= MAX_READERS
