@@ -36,7 +36,11 @@ async def fake() -> AsyncIterator[TeamsStandIn]:
 
 @pytest.fixture
 def teams(fake: TeamsStandIn, outgoing: Outgoing) -> Adapter:
-    return Adapter("teams", fake, outgoing)
+    adapter = Adapter("teams", fake, outgoing)
+    assert isinstance(adapter.vendor, module.Teams)
+    # The keys are cached by address, and this fake may have the port of an earlier one.
+    adapter.vendor._published.clear()
+    return adapter
 
 
 async def receive(teams: Adapter, call: Call) -> Received:
