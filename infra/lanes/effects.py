@@ -134,17 +134,17 @@ class Effects:
         as `Unanswered`, the end is not known: with kind once the outcome is ``unknown``; with the other kinds the error
         is raised, and the next attempt calls again.
 
-        key_known: how long the other side knows the key of a keyed effect; None: for as long as it is tried. If the end
-        of a call is still not known after that, a repeat could happen twice: the outcome is ``unknown``. `InDoubt` is
-        an end that is not known.
+        key_known: the other side remembers the key of a keyed effect for this time. None: it remembers the key for as
+        long as the effect is tried. After this time the other side would act on a repeat again. So if the result of an
+        earlier call is not known by then, the effect is not called again, and the outcome is ``unknown``. A call whose
+        result is not known raises `InDoubt`.
 
         Raises RuntimeError if the item's tx is in use already, and LaneLost if another process has the lane.
         """
         name = str(key)
-        started = await self._start(name, kind, key_known, result, before, after)
-        if isinstance(started, Outcome):
-            return started
-        begun = started.attempt
+        begun = await self._start(name, kind, key_known, result, before, after)
+        if isinstance(begun, Outcome):
+            return begun
         failpoint("after_effect_started")
         self._lease.check()
         body = None
@@ -152,17 +152,17 @@ class Effects:
             value = await call(self.idempotency_key(name))
             body = msgspec.json.encode(value)
         except EffectFailed as error:
-            outcome = Outcome[R]("failed", None, _text(error.reason), begun, saved=False)
+            outcome = Outcome[R]("failed", None, _text(error.reason), begun.attempt, saved=False)
         except Transient as error:
-            if not (kind == "keyed" and (started.in_doubt or isinstance(error, InDoubt))):
+            if not (kind == "keyed" and (begun.in_doubt or isinstance(error, InDoubt))):
                 await self._end(name, "undone", None, _text(describe(error)), None)
             raise
         except Exception as error:
             if kind != "once":
                 raise
-            outcome = Outcome[R]("unknown", None, _text(describe(error)), begun, saved=False)
+            outcome = Outcome[R]("unknown", None, _text(describe(error)), begun.attempt, saved=False)
         else:
-            outcome = Outcome("succeeded", value, None, begun, saved=False)
+            outcome = Outcome("succeeded", value, None, begun.attempt, saved=False)
         failpoint("after_effect_call")
         await self._end(name, outcome.state, body, outcome.error, after and (lambda tx: after(tx, outcome)))
         failpoint("after_effect_commit")

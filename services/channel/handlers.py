@@ -79,10 +79,11 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
         await _decide(tx, due.delivery_id, MarkFailed(str(reason)))
         return
     account = sendable.account
+    vendor = account.vendor
     run_id = parts[0].run_id
     about = {"channel_id": str(account.id), **({"run_id": str(run_id)} if run_id else {})}
     last = shown = None
-    if account.vendor.preview == "edit" and run_id:
+    if vendor.preview == "edit" and run_id:
         async with effects.begin() as taking:
             shown = await take_over(taking, account, run_id, sendable.session_key, due.delivery_id)
     for n, part in enumerate(parts, 1):
@@ -93,7 +94,6 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
         async def call(_: str, part: Outbound = part) -> Sent:
             return await sender.send(account, part)
 
-        vendor = account.vendor
         outcome = await effects.run(
             part.key, call, kind=vendor.effect_of(part), key_known=vendor.key_known, result=Sent
         )

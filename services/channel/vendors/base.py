@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, overload
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -272,6 +272,14 @@ def mended(body: bytes) -> bytes:
     return _ESCAPED.sub(lambda found: rb"\ufffd" if found[1] else found[0], body)
 
 
+@overload
+def from_json(body: bytes | str | msgspec.Raw) -> Any: ...
+
+
+@overload
+def from_json(body: bytes | str | msgspec.Raw, type_: type[T]) -> T: ...
+
+
 def from_json(body: bytes | str | msgspec.Raw, type_: Any = Any) -> Any:
     """JSON as `type_`, `mended` if it has to be. Raises the errors of MALFORMED."""
     try:
@@ -286,25 +294,23 @@ def read_json(answer: Answer, type_: type[T]) -> T:
     """The vendor's answer to a send. Raises as `raise_for_transient`, and Unanswered if a good answer is malformed."""
     raise_for_transient(answer)
     try:
-        found: T = from_json(answer.body, type_)
+        return from_json(answer.body, type_)
     except MALFORMED as error:
         if answer.status == 401:
             raise AccountRefused("HTTP 401") from error
         if answer.status >= 400:
             raise EffectFailed(f"HTTP {answer.status}") from error
         raise Unanswered(f"HTTP {answer.status} with a malformed body") from error
-    return found
 
 
 def decode(body: bytes | msgspec.Raw, type_: type[T]) -> T:
     """JSON of a vendor as `type_`. Raises InvalidMessage if it is not JSON, UnreadableCall if it has another shape."""
     try:
-        found: T = from_json(body, type_)
+        return from_json(body, type_)
     except msgspec.ValidationError as error:
         raise UnreadableCall(str(error)) from error
     except MALFORMED as error:
         raise InvalidMessage("body", str(error)) from error
-    return found
 
 
 def of_each(parts: Iterable[msgspec.Raw], read: Callable[[msgspec.Raw], Iterable[Item]]) -> Iterator[Item]:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Any, ClassVar
 from urllib.parse import urlsplit
@@ -30,7 +31,7 @@ from services.channel.vendors.base import (
     read_json,
 )
 from services.channel.vendors.items import Ack, Received
-from services.channel.vendors.markdown import Dialect, backslashed, render, unfenced
+from services.channel.vendors.markdown import MARKDOWN, render
 from services.channel.vendors.splitting import split
 
 # Bytes, as JSON.
@@ -47,17 +48,12 @@ _EXPIRED = frozenset((300001, 310000, 310001, 400101, 400102, 400106))
 # Of Markdown, DingTalk names headings, quotations, bold and italic text, links, images and lists; no tables, no struck
 # text. Its programs show code too. They read HTML, also in code, and take a line break alone for a space:
 # https://open.dingtalk.com/document/orgapp/robot-message-types-and-data-format
-DIALECT = Dialect(
-    bold=("**", "**"),
-    italic=("*", "*"),
+DIALECT = replace(
+    MARKDOWN,
     strike=("", ""),
-    code=("`", "`"),
-    fence=lambda text, language: f"```{language}\n{unfenced(text)}\n```",
     quote=lambda text: "\n".join(f"> {line}" for line in text.split("\n")),
-    link=lambda label, url: f"[{label}]({url})",
     image=lambda label, url: f"![{label}]({url})",
     escape=lambda text: text.replace("<", "&lt;"),
-    literal=backslashed,
     heading=("### ", ""),
     bullet="- ",
     line="  \n",

@@ -234,7 +234,7 @@ def _words(part: Any) -> str:
 def _forwarded(record: str) -> list[str]:
     """A line for each of the forwarded messages."""
     try:
-        messages: list[dict[str, Any]] = from_json(record, list[dict[str, Any]])
+        messages = from_json(record, list[dict[str, Any]])
     except (msgspec.DecodeError, RecursionError):
         return [record]
     lines = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Annotated, Any, ClassVar
 
@@ -40,7 +41,7 @@ from services.channel.vendors.base import (
 )
 from services.channel.vendors.discord_interactions import FILE_OPTION, STRING_OPTION
 from services.channel.vendors.items import Received
-from services.channel.vendors.markdown import Dialect, backslashed, quoted_lines, render, unchanged, unfenced
+from services.channel.vendors.markdown import MARKDOWN, render
 from services.channel.vendors.splitting import split
 
 # Characters.
@@ -65,17 +66,7 @@ _LATER = frozenset((20016, 20022, 20028, 20029, 40062))
 _TRANSIENT = frozenset((40006, 130000))
 
 # Discord shows Markdown itself, but no tables and no images.
-DIALECT = Dialect(
-    bold=("**", "**"),
-    italic=("*", "*"),
-    strike=("~~", "~~"),
-    code=("`", "`"),
-    fence=lambda text, language: f"```{language}\n{unfenced(text)}\n```",
-    quote=quoted_lines,
-    link=lambda label, url: url if label == url else f"[{label}]({url})",
-    escape=unchanged,
-    literal=backslashed,
-)
+DIALECT = replace(MARKDOWN, link=lambda label, url: url if label == url else f"[{label}]({url})")
 
 
 class DiscordCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Annotated, Any, ClassVar
 from urllib.parse import quote
@@ -40,7 +41,7 @@ from services.channel.vendors.base import (
     read_json,
 )
 from services.channel.vendors.items import Ack, Ignored, Received
-from services.channel.vendors.markdown import PLAIN, Dialect, backslashed, quoted_lines, render, unfenced
+from services.channel.vendors.markdown import MARKDOWN, PLAIN, render
 from services.channel.vendors.splitting import split
 
 # Bytes of a rich text or a card in the request, which may have 30 KB. Markdown is sent as rich text.
@@ -63,18 +64,7 @@ def _without_mentions(text: str) -> str:
 
 # Feishu shows most of Markdown in a rich text and in a card, but images by its own keys only, and not in each of its
 # programs headings and tables: https://open.feishu.cn/document/server-docs/im-v1/message-content-description/create_json
-DIALECT = Dialect(
-    bold=("**", "**"),
-    italic=("*", "*"),
-    strike=("~~", "~~"),
-    code=("`", "`"),
-    fence=lambda text, language: f"```{language}\n{unfenced(text)}\n```",
-    quote=quoted_lines,
-    link=lambda label, url: f"[{label}]({url})",
-    escape=_without_mentions,
-    literal=backslashed,
-    bullet="- ",
-)
+DIALECT = replace(MARKDOWN, escape=_without_mentions, bullet="- ")
 
 
 class FeishuCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -23,6 +23,8 @@ _BREAK = re.compile(r"<br ?/?>", re.IGNORECASE)
 # After the scheme; marks around an address do not belong to it.
 _ADDRESS = re.compile(r"://(?:[^\x00-\x20\"&*<>\[\\\]`{|}~\x7f-\U0010ffff]|&(?!amp;)|~(?!~))+")
 
+# Of a code block. It is sent without escapes, so it must be no mention and no mark.
+_LANGUAGE = re.compile(r"[\w+#.-]{1,40}")
 # The parser adds the cells that rows of a table lack. With its own limit, 65,536, a text of 2 KB would take a second
 # and 100 MB, and parsed texts are kept for a while. The package has a function of the module's name in its place.
 vars(sys.modules["markdown_it.rules_block.table"])["MAX_AUTOCOMPLETED_CELLS"] = 1_000
@@ -92,6 +94,19 @@ def unfenced(text: str) -> str:
     return _FENCE.sub(lambda fence: "\u200b".join(fence[0]), text)
 
 
+MARKDOWN = Dialect(
+    bold=("**", "**"),
+    italic=("*", "*"),
+    strike=("~~", "~~"),
+    code=("`", "`"),
+    fence=lambda text, language: f"```{language}\n{unfenced(text)}\n```",
+    quote=quoted_lines,
+    link=lambda label, url: f"[{label}]({url})",
+    escape=unchanged,
+    literal=backslashed,
+)
+"""Of the vendors who read Markdown, apart from their own rules."""
+
 PLAIN = Dialect(
     bold=("", ""),
     italic=("", ""),
@@ -110,7 +125,8 @@ def render(text: str, dialect: Dialect) -> str:
 
     A text of nothing but marks, such as an empty code block, is shown as it is: vendors refuse empty messages.
     """
-    return _Renderer(dialect).blocks(list(_parse(text)), 0).strip("\n") or dialect.escape(text)
+    renderer = _Renderer(dialect)
+    return renderer.blocks(list(_parse(text)), 0).strip("\n") or renderer.text(text)
 
 
 @lru_cache(maxsize=64)
@@ -212,8 +228,8 @@ class _Renderer:
             case "fence" | "code_block" if not token.content.strip():
                 return ""
             case "fence" | "code_block":
-                language = token.info.strip().split(" ")[0] if token.info else ""
-                return dialect.fence(dialect.escape(token.content.rstrip("\n")), language)
+                language = _LANGUAGE.match(token.info.strip())
+                return dialect.fence(dialect.escape(token.content.rstrip("\n")), language[0] if language else "")
             case "blockquote_open":
                 return dialect.quote(self.blocks(inner, depth))
             case "bullet_list_open" | "ordered_list_open":
@@ -260,7 +276,7 @@ class _Renderer:
             elif child.type == "image":
                 # A link in the label of another one would tear it.
                 url = "" if links else str(child.attrGet("src") or "")
-                text = self._link(self._text(child.content), url, dialect.image or dialect.link)
+                text = self._link(self.text(child.content), url, dialect.image or dialect.link)
             elif child.nesting == 1:
                 stack.append([])
                 if kind == "link":
@@ -275,7 +291,7 @@ class _Renderer:
                     before, after = pairs[kind]
                     text, marked = f"{before}{text}{after}", True
             else:
-                text = self._text(child.content)
+                text = self.text(child.content)
             stack[-1].append((text, marked))
         return self._joined(stack[0])
 
@@ -289,7 +305,7 @@ class _Renderer:
             after_mark = marked
         return joined
 
-    def _text(self, text: str) -> str:
+    def text(self, text: str) -> str:
         escaped = self._dialect.escape(self._dialect.literal(text))
         return unfenced(escaped) if self._dialect.code[0] == "`" else escaped
 
@@ -298,7 +314,7 @@ class _Renderer:
         person, and a path leads nowhere."""
         label = label.replace(self._dialect.line, " ")
         if not url.lower().startswith(_SCHEMES):
-            return plain_link(label, self._text(url)) if url else label
+            return plain_link(label, self.text(url)) if url else label
         # Parentheses end the address in Markdown.
         return rendered(label, url.replace("(", "%28").replace(")", "%29"))
 

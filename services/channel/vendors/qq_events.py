@@ -234,7 +234,7 @@ def _pressed(event_id: str, press: _Interaction) -> Inbound | Ignored:
 def _named(face: re.Match[str]) -> str:
     """The name of a face, such as ``[Emoji: /smile]``."""
     try:
-        name: str = from_json(base64.b64decode(face[1]), _Face).text
+        name = from_json(base64.b64decode(face[1]), _Face).text
     except (ValueError, *MALFORMED):
         name = ""
     return described("Emoji", name)

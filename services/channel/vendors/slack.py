@@ -264,7 +264,7 @@ def _read(answer: Answer, *, account: Set[str] = _ACCOUNT | _METHOD) -> _Respons
     if answer.status >= 400:
         raise EffectFailed(f"HTTP {answer.status}")
     try:
-        response: _Response = from_json(answer.body, _Response)
+        response = from_json(answer.body, _Response)
     except MALFORMED as error:
         raise Unanswered(f"HTTP {answer.status} with a malformed body") from error
     if response.ok:

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from contextvars import Context, copy_context
+from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Any, ClassVar
 from urllib.parse import quote, urlencode, urlsplit
@@ -40,7 +41,7 @@ from services.channel.vendors.base import (
     read_json,
 )
 from services.channel.vendors.items import Ack, Received
-from services.channel.vendors.markdown import Dialect, backslashed, quoted_lines, render, unchanged, unfenced
+from services.channel.vendors.markdown import MARKDOWN, render
 from services.channel.vendors.splitting import split, utf8_length
 
 # Bytes. A message may have about 100 KB with everything around its text.
@@ -58,17 +59,7 @@ _SCOPE = "https://api.botframework.com/.default"
 _DEFAULT_SERVICE = "https://smba.trafficmanager.net/teams/"
 
 # Teams shows most of Markdown, but no tables.
-DIALECT = Dialect(
-    bold=("**", "**"),
-    italic=("_", "_"),
-    strike=("~~", "~~"),
-    code=("`", "`"),
-    fence=lambda text, language: f"```{language}\n{unfenced(text)}\n```",
-    quote=quoted_lines,
-    link=lambda label, url: f"[{label}]({url})",
-    escape=unchanged,
-    literal=backslashed,
-)
+DIALECT = replace(MARKDOWN, italic=("_", "_"))
 
 
 # https://learn.microsoft.com/microsoftteams/platform/task-modules-and-cards/cards/universal-actions-for-adaptive-cards

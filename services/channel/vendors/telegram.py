@@ -290,16 +290,15 @@ def _is_number(text: str) -> bool:
 
 def _result(response: _Response, type_: type[T]) -> T:
     try:
-        found: T = from_json(response.result, type_)
+        return from_json(response.result, type_)
     except MALFORMED as error:
         raise EffectFailed("the answer is not Telegram's") from error
-    return found
 
 
 def _read(answer: Answer) -> _Response:
     """Parses the answer to one message. Raises if it is about the account or about all messages."""
     try:
-        response: _Response = from_json(answer.body, _Response)
+        response = from_json(answer.body, _Response)
     except MALFORMED:
         # The body is not Telegram's: only the status counts, and 200 alone does not prove that it was accepted.
         raise_for_transient(answer)

@@ -219,27 +219,27 @@ def why_ignored(fields: Mapping[str, msgspec.Raw]) -> str:
 
 
 def _location(raw: msgspec.Raw) -> str:
-    place: _Location = from_json(raw, _Location)
+    place = from_json(raw, _Location)
     return described("Location", place.latitude, place.longitude)
 
 
 def _venue(raw: msgspec.Raw) -> str:
-    venue: _Venue = from_json(raw, _Venue)
+    venue = from_json(raw, _Venue)
     return described("Location", venue.title, venue.address, venue.location.latitude, venue.location.longitude)
 
 
 def _contact(raw: msgspec.Raw) -> str:
-    contact: _Contact = from_json(raw, _Contact)
+    contact = from_json(raw, _Contact)
     return described("Contact", f"{contact.first_name} {contact.last_name}".strip(), contact.phone_number)
 
 
 def _dice(raw: msgspec.Raw) -> str:
-    dice: _Dice = from_json(raw, _Dice)
+    dice = from_json(raw, _Dice)
     return described("Dice", dice.emoji, dice.value)
 
 
 def _game(raw: msgspec.Raw) -> str:
-    game: _Game = from_json(raw, _Game)
+    game = from_json(raw, _Game)
     return described("Game", game.title, game.description, game.text)
 
 
@@ -248,7 +248,7 @@ def _sticker(raw: msgspec.Raw) -> str:
 
 
 def _poll(raw: msgspec.Raw) -> str:
-    poll: _Poll = from_json(raw, _Poll)
+    poll = from_json(raw, _Poll)
     return "\n".join([described("Poll", poll.question), *(f"- {option.text}" for option in poll.options)])
 
 
@@ -257,7 +257,7 @@ def _option(raw: msgspec.Raw) -> str:
 
 
 def _checklist(raw: msgspec.Raw) -> str:
-    list_: _Checklist = from_json(raw, _Checklist)
+    list_ = from_json(raw, _Checklist)
     tasks = (f"- [{'x' if task.completion_date else ' '}] {task.text}" for task in list_.tasks)
     return "\n".join([described("Checklist", list_.title), *tasks])
 
@@ -268,7 +268,7 @@ def _tasks_added(raw: msgspec.Raw) -> str:
 
 
 def _tasks_done(raw: msgspec.Raw) -> str:
-    done: _Done = from_json(raw, _Done)
+    done = from_json(raw, _Done)
     list_ = (done.checklist_message and done.checklist_message.checklist) or _Checklist()
     names = {task.id: task.text for task in list_.tasks}
     marked = {"x": done.marked_as_done_task_ids, " ": done.marked_as_not_done_task_ids}
@@ -277,7 +277,7 @@ def _tasks_done(raw: msgspec.Raw) -> str:
 
 
 def _web_app(raw: msgspec.Raw) -> str:
-    return str(from_json(raw, _WebApp).data)
+    return from_json(raw, _WebApp).data
 
 
 # A message with a venue has the field location, too. A file is among them if its content cannot be found.

@@ -151,9 +151,10 @@ def _failures(campaigns: Sequence[tuple[Path, Made, Report]], mutants: Sequence[
     if missing := [mutant.guard for mutant in MUTANTS if mutant.guard not in tried]:
         lines.append(f"- Mutants that were not tried: {', '.join(missing)}")
     injected = [len(report.injected) for _, _, report in campaigns]
-    if max(injected, default=0) < FAULTS_WANTED:
+    largest = max(injected, default=0)
+    if largest < FAULTS_WANTED:
         lines.append(
-            f"- The largest campaign had {max(injected, default=0)} faults, all together {sum(injected)}. "
+            f"- The largest campaign had {largest} faults, all together {sum(injected)}. "
             f"The goal is {FAULTS_WANTED:,} in one campaign."
         )
     done = {fault for _, _, report in campaigns for fault in report.faults}

@@ -225,6 +225,13 @@ def test_dingtalk_and_feishu_get_only_markdown_that_they_show() -> None:
     assert render(table, feishu.DIALECT) == "```\na  b\n-  ---\n1  <x>\n```"
 
 
+def test_a_fence_without_code_is_text_and_a_language_is_no_mention() -> None:
+    for dialect in (discord.DIALECT, teams.DIALECT, dingtalk.DIALECT, feishu.DIALECT, slack.MRKDWN, whatsapp.DIALECT):
+        assert "```" not in render("```word ", dialect)
+        assert "<" not in render("```<at\tid=all></at> x\ncode\n```", dialect)
+    assert render("```c++ numbers\nx\n```", discord.DIALECT) == "```c++\nx\n```"
+
+
 def test_every_vendor_is_checked() -> None:
     assert set(CHECKS) == set(VENDORS)
 
