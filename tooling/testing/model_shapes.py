@@ -69,7 +69,8 @@ def _check_calls_answered(open_calls: set[str]) -> None:
 
 class _OpenAI:
     def check(self, headers: Mapping[str, str], body: Any, key: str) -> None:
-        _need(headers.get("authorization") == f"Bearer {key}", "authorization", 401)
+        given = headers.get("authorization")
+        _need(given == f"Bearer {key}", f"authorization {given!r}", 401)
         _need(headers.get("content-type", "").startswith("application/json"), "content-type", 415)
         _need(isinstance(body, dict) and body.keys() <= set(_OPENAI_FIELDS.split()), f"fields {sorted(body)}")
         _need(isinstance(body.get("model"), str) and body["model"], "model")

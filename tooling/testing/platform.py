@@ -185,11 +185,19 @@ class Platform:
         return {IDENTITY_HEADER: keys.identity_token(identity)}
 
     def client(self, name: str, tenant_id: str = "", **kwargs: Any) -> httpx.AsyncClient:
-        """An HTTP client of one service for this tenant, or for the operator."""
-        headers = self.headers(tenant_id, **kwargs)
-        return httpx.AsyncClient(
-            base_url=self.url(name), headers=headers, trust_env=False, timeout=ANSWER_SECONDS, verify=_NO_TLS
-        )
+        """An HTTP client of one service for this tenant, or for the operator.
+
+        It signs each request anew: an identity is valid for a minute, and the tests of a module may take longer.
+        """
+        client = httpx.AsyncClient(base_url=self.url(name), trust_env=False, timeout=ANSWER_SECONDS, verify=_NO_TLS)
+
+        async def identify(request: httpx.Request) -> None:
+            # A client that follows an address elsewhere must not take its identity there.
+            if (request.url.host, request.url.port) == (client.base_url.host, client.base_url.port):
+                request.headers.update(self.headers(tenant_id, **kwargs))
+
+        client.event_hooks = {"request": [identify]}
+        return client
 
     def database(self, name: str) -> Database:
         """A `Database` of the service's worker role in this process."""

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from time import sleep
 from typing import Any, cast
 
-import httpx
 import pytest
 from pymilvus import MilvusClient
 
@@ -29,13 +28,7 @@ class Client:
         self.platform = platform
         self.tenant_id = tenant_id
         self.http = platform.client("memory", tenant_id)
-        # A new client each time: an identity is valid for one minute, and indexing may take longer on a busy machine.
-        self.http.event_hooks = {"request": [self._identify]}
         self._memory = memory_pb2_grpc.MemoryStub(platform.channels("agent").to(platform.grpc("memory"), "memory"))
-
-    async def _identify(self, request: httpx.Request) -> None:
-        if request.url.host == self.http.base_url.host and request.url.port == self.http.base_url.port:
-            request.headers.update(self.platform.headers(self.tenant_id))
 
     async def upload(self, name: str, content: bytes, **headers: str) -> str:
         """Uploads a file. Returns the id of the new document."""

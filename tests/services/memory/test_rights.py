@@ -77,13 +77,7 @@ async def vaults(client: Client) -> dict[str, str]:
 
 def member(platform: Platform, actor: str, tenant: str = TENANT, **identity: Any) -> httpx.AsyncClient:
     """An HTTP client of another caller of the tenant."""
-    client = httpx.AsyncClient(base_url=platform.url("memory"), trust_env=False, timeout=30)
-
-    async def identify(request: httpx.Request) -> None:
-        request.headers.update(platform.headers(tenant, actor=actor, **identity))
-
-    client.event_hooks = {"request": [identify]}
-    return client
+    return platform.client("memory", tenant, actor=actor, **identity)
 
 
 CALLERS = {

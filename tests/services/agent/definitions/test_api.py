@@ -88,7 +88,7 @@ async def test_scopes_are_required(world: World, tenant: Tenant) -> None:
         async with world.platform.client("agent", tenant.id, scopes=(scope,)) as client:
             assert (await client.request(method, path, json=GOOD)).status_code == 403
     async with world.platform.client("agent", tenant.id) as client:
-        client.headers.clear()
+        client.event_hooks = {}
         assert (await client.get("/api/v1/agents")).status_code == 401
 
 
