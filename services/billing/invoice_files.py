@@ -37,6 +37,12 @@ def note_page(note: CreditNote, invoice: Invoice) -> pdf.Page:
 
 def _page(title: str, invoice: Invoice, lines: Sequence[InvoiceLine], credited: Invoice | None) -> pdf.Page:
     period, day = invoice.period, invoice.finalised_at or invoice.made_at
+    due = invoice.total_minor - invoice.applied_minor
+    due_name = "Amount due" if invoice.applied_minor else "Total"
+    prepaid = [
+        ("Total", format_minor(invoice.total_minor, invoice.currency)),
+        ("Paid by credit", format_minor(-invoice.applied_minor, invoice.currency)),
+    ]
     return pdf.Page(
         title,
         [
@@ -46,7 +52,7 @@ def _page(title: str, invoice: Invoice, lines: Sequence[InvoiceLine], credited: 
             *([f"For invoice {credited.number} of {credited.finalised_at or day:%Y-%m-%d}"] if credited else []),
             f"Period: {period.begins:%Y-%m-%d %H:%M} to {period.ends:%Y-%m-%d %H:%M} UTC",
             f"Amounts in {invoice.currency}",
-            *([f"Due: {invoice.due_at:%Y-%m-%d}"] if invoice.due_at else []),
+            *([f"Due: {invoice.due_at:%Y-%m-%d}"] if invoice.due_at and due > 0 else []),
         ],
         [
             (str(number), _short(line.description), f"{line.quantity:,}", exact(line.amount_nanos))
@@ -56,8 +62,9 @@ def _page(title: str, invoice: Invoice, lines: Sequence[InvoiceLine], credited: 
             *_more(lines[MOST_PRINTED:]),
             ("Subtotal", exact(invoice.subtotal_nanos)),
             (f"Tax: {invoice.tax_note}" if invoice.tax_note else "Tax", exact(invoice.tax_nanos)),
+            *(prepaid if invoice.applied_minor else []),
         ],
-        f"Total {format_minor(invoice.total_minor, invoice.currency)} {invoice.currency}",
+        f"{due_name} {format_minor(due, invoice.currency)} {invoice.currency}",
         day.strftime("%Y-%m-%d"),
         "" if einvoice.obstacle(invoice, lines) else einvoice.document(invoice, lines, credited).decode(),
     )

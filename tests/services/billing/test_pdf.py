@@ -13,8 +13,10 @@ from pypdfium2 import PdfDocument, raw  # type: ignore[import-untyped]
 
 from infra.errors import TooLarge, TooManyRequests
 from services.billing import pdf
+from services.billing.invoice_files import page
 from services.billing.pdf import Page, document
 from tests.services.billing.conftest import pdf_pages
+from tests.services.billing.test_einvoice import UNIT, invoice, line
 
 PAGE = Page(
     "Invoice INV-000001",
@@ -46,6 +48,23 @@ async def test_every_line_is_on_a_page_in_its_order_with_any_character() -> None
 
 async def test_the_same_data_gives_the_same_bytes() -> None:
     assert await document(lines("中文")) == await document(lines("中文"))
+
+
+@pytest.mark.parametrize(
+    ("applied", "totals", "total", "due"),
+    [
+        (0, [], "Total 119.00 EUR", "119.00"),
+        (1900, [("Total", "119.00"), ("Paid by credit", "-19.00")], "Amount due 100.00 EUR", "100.00"),
+        (11900, [("Total", "119.00"), ("Paid by credit", "-119.00")], "Amount due 0.00 EUR", "0.00"),
+    ],
+)
+def test_the_page_asks_for_what_credit_has_not_paid_as_its_e_invoice_does(
+    applied: int, totals: list[tuple[str, str]], total: str, due: str
+) -> None:
+    shown = page(invoice([line(100 * UNIT)], applied_minor=applied), [line(100 * UNIT)])
+    assert (shown.totals[2:], shown.total) == (totals, total)
+    assert ("Due: 2026-11-17" in shown.head) is (applied < 11900)
+    assert f"<ram:DuePayableAmount>{due}<" in shown.xml
 
 
 async def test_a_document_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> None:
