@@ -38,7 +38,7 @@ class Grant(BaseModel):
     expired_nanos: int
     """The part that nothing had burned when it expired."""
     rollover_until: datetime | None
-    """The rest at `expires_at` stays until then. Null: nothing, or it has been rolled over."""
+    """The rest at `expires_at` becomes a grant until then. Null: nothing, or that has been made."""
     rollover_nanos: int | None
     """The largest amount that is rolled over. Null: the whole rest."""
     reason: str
@@ -220,11 +220,8 @@ async def _expire(tx: Tx, tenant_id: str) -> None:
 async def _expire_once(tx: Tx, tenant_id: str) -> None:
     rows = await tx.sql(
         """
-        SELECT grant_id, kind, expires_at, expires_at > clock_timestamp() - interval '1 day',
-               CASE
-                   WHEN rollover_until IS NULL THEN left_nanos
-                   ELSE greatest(0, left_nanos - coalesce(rollover_nanos, left_nanos))
-               END
+        SELECT grant_id, kind, expires_at, expires_at > clock_timestamp() - interval '1 day', left_nanos,
+               CASE WHEN rollover_until IS NULL THEN 0 ELSE least(left_nanos, coalesce(rollover_nanos, left_nanos)) END
         FROM credit_grant
         WHERE tenant_id = $1 AND left_nanos > 0 AND expires_at <= clock_timestamp()
         ORDER BY priority, expires_at, number
@@ -240,7 +237,10 @@ async def _expire_once(tx: Tx, tenant_id: str) -> None:
         """,
         tenant_id,
     )
-    for grant_id, kind, expires_at, is_new, rest in rows:
+    for grant_id, kind, expires_at, is_new, left_nanos, rolled in rows:
+        if rolled:
+            await _roll_over(tx, tenant_id, grant_id, rolled)
+        rest = left_nanos - rolled
         kept = await _keep(tx, tenant_id, grant_id, expires_at, rest)
         waits = min(rest - kept, reserved) if is_new else 0
         reserved -= waits
@@ -248,14 +248,14 @@ async def _expire_once(tx: Tx, tenant_id: str) -> None:
         await tx.sql(
             """
             UPDATE credit_grant
-            SET expired_nanos = expired_nanos + $3, left_nanos = left_nanos - $3 - $4,
-                expires_at = coalesce(rollover_until, expires_at), rollover_until = NULL, rollover_nanos = NULL
+            SET expired_nanos = expired_nanos + $3, left_nanos = left_nanos - $3 - $4, rollover_until = NULL,
+                rollover_nanos = NULL
             WHERE tenant_id = $1 AND grant_id = $2
             """,
             tenant_id,
             grant_id,
             gone,
-            kept,
+            kept + rolled,
         )
         if not gone:
             continue
@@ -276,6 +276,24 @@ async def _expire_once(tx: Tx, tenant_id: str) -> None:
             f"grant {grant_id} expired",
         )
         await tx.sql("UPDATE account SET credit_nanos = credit_nanos - $2 WHERE tenant_id = $1", tenant_id, gone)
+
+
+async def _roll_over(tx: Tx, tenant_id: str, grant_id: UUID, nanos: int) -> None:
+    """Makes a grant of the part that is rolled over. The parts that wait for holds and invoices stay in the old one, so
+    they expire with it. The debt to the tenant stays the same, so nothing is booked."""
+    await tx.sql(
+        """
+        INSERT INTO credit_grant (tenant_id, grant_id, kind, nanos, left_nanos, priority, expires_at, reason, actor)
+        SELECT tenant_id, $3, kind, $4, $4, priority, rollover_until, $5, actor
+        FROM credit_grant
+        WHERE tenant_id = $1 AND grant_id = $2
+        """,
+        tenant_id,
+        grant_id,
+        uuid7(),
+        nanos,
+        f"rest of grant {grant_id}",
+    )
 
 
 async def _keep(tx: Tx, tenant_id: str, grant_id: UUID, expired_at: datetime, rest: int) -> int:

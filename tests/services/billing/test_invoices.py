@@ -492,12 +492,13 @@ async def test_the_rest_of_a_grant_rolls_over_once_up_to_a_limit(billing: Billin
     soon, later = ((utcnow() + timedelta(hours=n)).isoformat() for n in (1, 2))
     body = {"tenant_id": tenant.id, "nanos": 1000, "reason": "test", "kind": "prepaid", "expires_at": soon}
     await post(billing, "grants", body | {"rollover_until": later, "rollover_nanos": 300})
-    for left, expired in ((300, 700), (0, 1000)):
+    for left, expired in ((300, 0), (0, 300)):
         await tenant.sql("UPDATE credit_grant SET expires_at = now() - interval '1 s' WHERE tenant_id = $1", tenant.id)
         await tenant.sql("UPDATE account SET next_expiry = now() WHERE tenant_id = $1", tenant.id)
         assert (await tenant.get("balance"))["balance_nanos"] == left
-        [made] = (await tenant.http.get("/api/v1/grants")).json()["items"]
-        assert (made["left_nanos"], made["expired_nanos"], made["rollover_until"]) == (left, expired, None)
+        [old, new] = (await tenant.http.get("/api/v1/grants")).json()["items"]
+        assert (old["left_nanos"], old["expired_nanos"], old["rollover_until"]) == (0, 700, None)
+        assert (new["left_nanos"], new["expired_nanos"], new["reason"]) == (left, expired, f"rest of grant {old['id']}")
     entries = (await tenant.get("ledger"))["items"]
     assert sorted(e["amount_nanos"] for e in entries if e["kind"] == "expiry") == [-700, -300]
     assert await journal(tenant) == {"cash": 1000, "revenue": -1000}
@@ -583,9 +584,9 @@ async def expire(tenant: Tenant, ago: timedelta) -> None:
     await tenant.sql("UPDATE account SET next_expiry = now() WHERE tenant_id = $1", tenant.id)
 
 
-@pytest.mark.parametrize(("markup", "total"), [(0, 40), (-50, 20)])
+@pytest.mark.parametrize(("markup", "total", "rolled"), [(0, 40, 0), (-50, 20, 10)])
 async def test_credit_that_expires_before_the_invoice_still_pays_the_usage_until_then(
-    billing: Billing, markup: int, total: int
+    billing: Billing, markup: int, total: int, rolled: int
 ) -> None:
     tenant, _, model = await limited(billing, 100 * UNIT, base_nanos=0, usage_markup_percent=markup)
     await tenant.use("before", model, occurred_at=START, input_tokens=400)
@@ -593,34 +594,50 @@ async def test_credit_that_expires_before_the_invoice_still_pays_the_usage_until
     await tenant.use("after", model, input_tokens=10)
     for usage_id in ("before", "after"):
         await tenant.verdict(usage_id)
+    if rolled:
+        await tenant.sql(
+            """
+            UPDATE credit_grant
+            SET rollover_until = now() + interval '1 day', rollover_nanos = $2, expires_at = now()
+            WHERE tenant_id = $1
+            """,
+            tenant.id,
+            rolled * UNIT,
+        )
     await expire(tenant, timedelta(hours=2))
-    assert (await balance(tenant), await left(tenant)) == (-UNIT, 0)
-    assert await journal(tenant) == {"cash": 100 * UNIT, "prepaid": -40 * UNIT, "revenue": -60 * UNIT}
+    assert (await balance(tenant), await left(tenant)) == ((rolled - 1) * UNIT, rolled * UNIT)
+    owed = {"cash": 100 * UNIT, "prepaid": -(40 + rolled) * UNIT, "revenue": (rolled - 60) * UNIT}
+    assert await journal(tenant) == owed
     done = await finalised(billing, tenant)
     assert (done["applied_minor"], done["due_minor"], done["status"]) == (total * 100, 0, "paid")
     # The part that the invoice did not need has expired, too.
-    assert (await balance(tenant), await left(tenant)) == (-UNIT, 0)
-    assert await journal(tenant) == {"cash": 100 * UNIT, "revenue": -100 * UNIT}
-    [grant] = (await tenant.http.get("/api/v1/grants")).json()["items"]
-    assert grant["expired_nanos"] == (100 - total) * UNIT
+    assert (await balance(tenant), await left(tenant)) == ((rolled - 1) * UNIT, rolled * UNIT)
+    owed = {"cash": 100 * UNIT, "prepaid": -rolled * UNIT, "revenue": (rolled - 100) * UNIT}
+    assert await journal(tenant) == {account: nanos for account, nanos in owed.items() if nanos}
+    grant = (await tenant.http.get("/api/v1/grants")).json()["items"][0]
+    assert grant["expired_nanos"] == (100 - total - rolled) * UNIT
 
 
-async def test_credit_that_a_hold_reserves_expires_when_the_hold_has_ended(billing: Billing) -> None:
+@pytest.mark.parametrize("rolled", [0, 100])
+async def test_credit_that_a_hold_reserves_expires_when_the_hold_has_ended(billing: Billing, rolled: int) -> None:
     tenant = await billing.tenant(credit_nanos=0)
-    await post(billing, "grants", {"tenant_id": tenant.id, "nanos": 1000, "kind": "prepaid", "reason": "r"})
+    body = {"tenant_id": tenant.id, "nanos": 1000, "kind": "prepaid", "reason": "r"}
+    soon, later = ((utcnow() + timedelta(hours=n)).isoformat() for n in (1, 2))
+    rollover = {"expires_at": soon, "rollover_until": later, "rollover_nanos": rolled}
+    await post(billing, "grants", body | (rollover if rolled else {}))
     hold_id = uuid7()
     assert (await tenant.reserve(hold_id=hold_id, input_tokens=4)).granted
     await expire(tenant, timedelta(seconds=1))
-    assert (await balance(tenant), await left(tenant)) == (600, 600)
+    assert (await balance(tenant), await left(tenant)) == (600 + rolled, 600 + rolled)
     [(soon,)] = await tenant.sql("SELECT next_expiry > now() FROM account WHERE tenant_id = $1", tenant.id)
     assert soon, "each request would look at the grants again"
     await tenant.use("a", hold_id=hold_id, input_tokens=3, output_tokens=0)
     await tenant.verdict("a")
-    await expire(tenant, timedelta(seconds=1))
-    assert (await balance(tenant), await left(tenant)) == (0, 0)
-    assert await journal(tenant) == {"cash": 1000, "revenue": -1000}
-    [grant] = (await tenant.http.get("/api/v1/grants")).json()["items"]
-    assert grant["expired_nanos"] == 550
+    await tenant.sql("UPDATE account SET next_expiry = now() WHERE tenant_id = $1", tenant.id)
+    assert (await balance(tenant), await left(tenant)) == (rolled, rolled)
+    assert (await journal(tenant))["revenue"] == rolled - 1000
+    grant = (await tenant.http.get("/api/v1/grants")).json()["items"][0]
+    assert grant["expired_nanos"] == 550 - rolled
 
 
 async def test_a_hold_keeps_expired_credit_for_a_day_at_most(billing: Billing) -> None:
