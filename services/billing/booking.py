@@ -142,24 +142,36 @@ async def receive(tx: Tx, tenant_id: str, invoice_id: UUID, minor: int, *, refer
 async def add_paid(tx: Tx, tenant_id: str, invoice_id: UUID, minor: int) -> None:
     """Adds a paid amount (below zero: taken back), and marks the invoice as paid or as open again.
 
-    Money for an invoice that was written off takes the write-off back; money above it is owed as elsewhere.
+    One that is open again is reminded of from the first reminder on. Money for an invoice that was written off takes
+    the write-off back; money above it is owed as elsewhere.
     """
-    [(status, currency, rest)] = await tx.sql(
+    [(before, status, currency, rest)] = await tx.sql(
         """
-        UPDATE invoice
-        SET paid_minor = paid_minor + $3,
+        UPDATE invoice AS i
+        SET paid_minor = i.paid_minor + $3,
             status = CASE
-                WHEN status NOT IN ('finalised', 'paid') THEN status
-                WHEN applied_minor + credited_minor + paid_minor + $3 >= total_minor THEN 'paid'
+                WHEN i.status NOT IN ('finalised', 'paid') THEN i.status
+                WHEN i.applied_minor + i.credited_minor + i.paid_minor + $3 >= i.total_minor THEN 'paid'
                 ELSE 'finalised'
             END
-        WHERE tenant_id = $1 AND invoice_id = $2
-        RETURNING status, currency, total_minor - applied_minor - credited_minor - paid_minor
+        FROM invoice AS old
+        WHERE i.tenant_id = $1 AND i.invoice_id = $2 AND old.tenant_id = $1 AND old.invoice_id = $2
+        RETURNING old.status, i.status, i.currency, i.total_minor - i.applied_minor - i.credited_minor - i.paid_minor
         """,
         tenant_id,
         invoice_id,
         minor,
     )
+    if (before, status) == ("paid", "finalised"):
+        await tx.sql(
+            """
+            UPDATE invoice
+            SET reopened_at = clock_timestamp(), dunning_step = least(dunning_step, 1), dunning_at = clock_timestamp()
+            WHERE tenant_id = $1 AND invoice_id = $2
+            """,
+            tenant_id,
+            invoice_id,
+        )
     if status == "uncollectible":
         nanos = (max(0, rest + minor) - max(0, rest)) * nanos_per_minor(currency)
         await journal.post(

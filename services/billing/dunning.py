@@ -48,7 +48,7 @@ async def step(tx: Tx, tenant_id: str, invoice_id: UUID, document: bytes | None,
     await accounts.lock_one(tx, tenant_id)
     rows = await tx.sql(
         f"""
-        SELECT dunning_step
+        SELECT dunning_step, greatest(due_at, reopened_at)
         FROM invoice
         WHERE tenant_id = $1 AND invoice_id = $2 AND {_OPEN}
         """,
@@ -58,11 +58,10 @@ async def step(tx: Tx, tenant_id: str, invoice_id: UUID, document: bytes | None,
     if not rows:
         # It was paid or ended meanwhile.
         return
-    [(number,)] = rows
+    [(number, since)] = rows
     invoice = await invoices.get(tx, tenant_id, invoice_id)
-    assert invoice.due_at is not None
     agreed = await terms.get(tx, tenant_id)
-    times = agreed.steps(invoice.due_at)
+    times = agreed.steps(since)
     reminders = len(agreed.reminder_days)
     if number == 0:
         assert document is not None

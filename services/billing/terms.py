@@ -23,10 +23,11 @@ class Terms(BaseModel):
     write_off_days: Days | None = None
     """So many days after its due date an unpaid invoice becomes uncollectible. Null: an operator decides."""
 
-    def steps(self, due_at: datetime) -> list[datetime]:
-        """Returns the times of the reminders and, as the last one, of the write-off if there is one."""
+    def steps(self, since: datetime) -> list[datetime]:
+        """Returns the times of the reminders and, as the last one, of the write-off if there is one. `since`: the due
+        date or, if it is later, the time at which the paid invoice was open again."""
         days = self.reminder_days if self.write_off_days is None else [*self.reminder_days, self.write_off_days]
-        return [due_at + timedelta(days=n) for n in days]
+        return [since + timedelta(days=n) for n in days]
 
     def check(self) -> None:
         """Raises InvalidMessage for steps that are not in the order of their time."""

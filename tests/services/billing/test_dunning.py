@@ -12,7 +12,7 @@ import pytest
 
 from infra.clock import utcnow
 from infra.security import subjects
-from services.billing import credit_notes, dunning, invoice_files, invoices, pdf
+from services.billing import booking, credit_notes, dunning, invoice_files, invoices, pdf
 from services.billing.clock import Clock
 from services.billing.tax import Seller
 from tests.services.billing.conftest import Billing, Tenant, pdf_pages
@@ -139,6 +139,35 @@ async def test_an_invoice_that_is_not_paid_in_time_is_written_off_and_not_during
     await step(tenant, invoice, days=45 if during == "an abandoned payment" else days)
     assert (await shown(tenant, invoice))["status"] == "uncollectible"
     assert await journal(tenant) == {"revenue": -30 * UNIT, "write_off": 30 * UNIT}
+
+
+async def test_a_paid_invoice_that_is_open_again_is_reminded_of_before_it_is_written_off(
+    billing: Billing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenant, _ = await subscribed(billing, charges=[], included=[], usage_markup_percent=None)
+    body = {"tenant_id": tenant.id, "due_days": 0, "reminder_days": [1], "write_off_days": 30}
+    assert (await billing.operator.put("/api/v1/billing/payment-terms", json=body)).status_code == 200
+    invoice = await draft(billing, tenant)
+    with monkeypatch.context() as patch:
+        patch.setattr(booking, "utcnow", lambda: utcnow() - timedelta(days=90))
+        async with tenant.platform.database("billing").begin(tenant_id=tenant.id) as tx:
+            await booking.finalise(tx, tenant.id, UUID(invoice["id"]), Seller(), "test")
+    await step(tenant, invoice)
+    path, transfer = f"invoices/{invoice['id']}/received", {"amount_minor": 3000, "reference": "SEPA 1"}
+    await post(billing, path, transfer, status=200)
+    await tenant.sql("UPDATE invoice SET dunning_step = 2, dunning_at = 'infinity' WHERE tenant_id = $1", tenant.id)
+    await post(billing, f"{path}/reverse", {"reference": "SEPA 1"}, status=200)
+    async with tenant.platform.database("billing").begin() as tx:
+        assert UUID(invoice["id"]) in {id_ for _, id_, _ in await dunning.due(tx, utcnow(), 10_000)}
+    for days, status, reminders in (
+        (0, "finalised", 0),
+        (2, "finalised", 1),
+        (29, "finalised", 1),
+        (31, "uncollectible", 1),
+    ):
+        await step(tenant, invoice, days=days)
+        assert (await shown(tenant, invoice))["status"] == status
+        assert len(await mails(tenant)) == 1 + reminders
 
 
 async def test_an_erased_tenant_gets_no_mails(billing: Billing) -> None:
