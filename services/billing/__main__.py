@@ -6,6 +6,7 @@ from infra.service.service import Runtime, Service
 from infra.stores.cache import Cache
 from services.billing import api, handlers, rpc, tenants
 from services.billing.clock import Clock
+from services.billing.payments.api import providers
 from services.billing.read_models import READ_MODELS
 from services.billing.settings import BillingSettings
 
@@ -33,7 +34,7 @@ service.consume(handlers.count_messages, metrics=metrics)
 service.consume(handlers.note_channel_types)
 service.consume(erasure("billing"))
 service.erase_tenants(tenants.KEPT, tenants.end_billing)
-service.beside("clock", lambda runtime: Clock(runtime.worker, runtime.settings.seller))
+service.beside("clock", lambda runtime: Clock(runtime.worker, runtime.settings.seller, providers(runtime)))
 
 if __name__ == "__main__":
     service.run()

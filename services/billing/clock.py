@@ -1,9 +1,9 @@
-"""The loop that closes periods, finalises drafts, ends expired grants, sends mails and deletes old records when their
-time has come."""
+"""The loop that closes periods, finalises drafts, ends expired grants, looks payments up, sends mails and deletes old
+records when their time has come."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -23,6 +23,9 @@ from services.billing import (
     pdf,
     retention,
 )
+from services.billing.payments import store
+from services.billing.payments.provider import PaymentProvider
+from services.billing.payments.store import Payment
 from services.billing.tax import Seller
 
 # Records of a period that arrive within this time after its end are still in its invoice.
@@ -39,13 +42,15 @@ class Clock(Periodic):
     pause = 60.0
     failure = "could not close billing periods"
 
-    def __init__(self, database: Database, seller: Seller) -> None:
+    def __init__(self, database: Database, seller: Seller, providers: Mapping[str, PaymentProvider]) -> None:
         super().__init__()
         self._database = database
         self._seller = seller
+        self._providers = providers
 
     async def tick(self) -> None:
         await self.close()
+        await self.look_up()
         await self.mail()
         await self.forget()
 
@@ -86,6 +91,13 @@ class Clock(Periodic):
         for tenant_id, invoice_id in drafts:
             await self._try(tenant_id, self._finalise(tenant_id, invoice_id))
 
+    async def look_up(self) -> None:
+        """Asks the providers about payments whose event may be lost, at most MOST."""
+        async with self._database.begin() as tx:
+            due = await store.to_look_up(tx, list(self._providers), MOST)
+        for payment in due:
+            await self._try(payment.tenant_id, self._look_up(payment))
+
     async def mail(self) -> None:
         """Sends the invoices and reminders that are due, at most MOST, and as many credit notes."""
         async with self._database.begin() as tx:
@@ -116,8 +128,19 @@ class Clock(Periodic):
                 page = invoice_files.page(*await invoices.whole(tx, tenant_id, invoice_id))
             # Between two transactions: printing takes seconds, and a finalised invoice does not change meanwhile.
             document = await pdf.document(page)
+        else:
+            # If the event of its payment is lost, a paid invoice would be written off.
+            async with self._database.begin(tenant_id=tenant_id) as tx:
+                payment = await store.pending(tx, tenant_id, invoice_id)
+            if payment and payment.reference and payment.provider in self._providers:
+                await self._look_up(payment)
         async with self._database.begin(tenant_id=tenant_id) as tx:
             await dunning.step(tx, tenant_id, invoice_id, document, utcnow())
+
+    async def _look_up(self, payment: Payment) -> None:
+        intent = await self._providers[payment.provider].look(payment.reference)
+        async with self._database.begin(tenant_id=payment.tenant_id) as tx:
+            await store.keep_answer(tx, payment, intent)
 
     async def _mail_note(self, tenant_id: str, invoice_id: UUID, note_id: UUID) -> None:
         async with self._database.begin(tenant_id=tenant_id) as tx:

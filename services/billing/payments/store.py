@@ -7,6 +7,7 @@ follows from the state and the one that the journal has is booked.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Literal, NamedTuple
 from uuid import UUID, uuid5
@@ -89,7 +90,7 @@ async def outdated(tx: Tx, tenant_id: str, invoice_id: UUID, method_id: UUID | N
     One without the provider's id was never charged, and no payer can complete it: it is ended here.
     """
     await accounts.lock_one(tx, tenant_id)
-    found = await _pending(tx, tenant_id, invoice_id)
+    found = await pending(tx, tenant_id, invoice_id)
     if found is None or _is_current(found, await invoices.get(tx, tenant_id, invoice_id), method_id):
         return None
     if found.reference:
@@ -105,10 +106,10 @@ async def begin(tx: Tx, tenant_id: str, invoice_id: UUID, provider: str, method_
     """
     await accounts.lock_one(tx, tenant_id)
     invoice = await invoices.get(tx, tenant_id, invoice_id)
-    if pending := await _pending(tx, tenant_id, invoice_id):
-        if _is_current(pending, invoice, method_id):
-            return pending
-        raise Conflict(f"payment {pending.id} of the invoice is being processed; ask again when it is decided")
+    if found := await pending(tx, tenant_id, invoice_id):
+        if _is_current(found, invoice, method_id):
+            return found
+        raise Conflict(f"payment {found.id} of the invoice is being processed; ask again when it is decided")
     if invoice.status != "finalised":
         raise Conflict(f"the invoice is {invoice.status}; only a finalised one can be paid")
     payment_id = uuid7()
@@ -128,7 +129,32 @@ async def begin(tx: Tx, tenant_id: str, invoice_id: UUID, provider: str, method_
     return await get(tx, payment_id)
 
 
-async def _pending(tx: Tx, tenant_id: str, invoice_id: UUID) -> Payment | None:
+async def to_look_up(tx: Tx, providers: Sequence[str], limit: int) -> list[Payment]:
+    """Returns payments of these providers that are not decided for long: the event of one may be lost. Each is due
+    again at twice its age, and after a day at the latest."""
+    rows = await tx.sql(
+        """
+        UPDATE payment
+        SET look_at = clock_timestamp() + least(clock_timestamp() - made_at, interval '1 day')
+        WHERE payment_id IN (
+            SELECT payment_id
+            FROM payment
+            WHERE status = 'pending' AND reference <> '' AND provider = ANY($1::text[]) AND look_at <= clock_timestamp()
+            ORDER BY look_at
+            LIMIT $2
+            -- Without the account's lock: another process looks the others up, and none waits.
+            FOR UPDATE SKIP LOCKED
+        )
+        RETURNING payment_id
+        """,
+        providers,
+        limit,
+    )
+    return [await get(tx, payment_id) for (payment_id,) in rows]
+
+
+async def pending(tx: Tx, tenant_id: str, invoice_id: UUID) -> Payment | None:
+    """Returns the payment of an invoice that is not decided yet."""
     rows = await tx.sql(
         f"{_PAYMENT} WHERE tenant_id = $1 AND invoice_id = $2 AND status = 'pending'", tenant_id, invoice_id
     )

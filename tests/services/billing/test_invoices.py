@@ -665,7 +665,7 @@ async def test_totals_use_the_minor_unit_of_the_currency(billing: Billing) -> No
 
 async def test_the_clock_closes_and_finalises_what_is_due(billing: Billing) -> None:
     tenant, _ = await subscribed(billing)
-    clock = Clock(billing.platform.database("billing"), Seller())
+    clock = Clock(billing.platform.database("billing"), Seller(), {})
     start = utcnow() - CLOSE_AFTER - timedelta(hours=1)
     await tenant.sql("UPDATE period SET ends = $2 WHERE tenant_id = $1 AND begins = $3", tenant.id, start, START)
 

@@ -7,14 +7,19 @@ import random
 import time
 from collections.abc import AsyncIterator
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from pydantic import SecretStr
 
 from infra.errors import Conflict
-from services.billing.payments.stripe import amount_of, minor_of
+from infra.outgoing.client import Outgoing
+from services.billing.clock import Clock
+from services.billing.payments.stripe import Stripe, amount_of, minor_of
+from services.billing.tax import Seller
 from tests.services.billing.conftest import Billing, Tenant
+from tests.services.billing.test_dunning import finalised_before, put_terms
 from tests.services.billing.test_invoices import ANCHOR, START, UNIT, draft, field_of, journal, plan, post, subscribed
 from tooling.testing.platform import Platform
 from tooling.testing.stripe import DECLINED, StripeStandIn
@@ -186,6 +191,29 @@ async def test_an_answer_that_is_lost_does_not_charge_twice(billing: Billing, st
     assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code == 200
     assert stripe.received == before + 3000
     assert await status(tenant, invoice_id) == ("paid", 0)
+
+
+@pytest.mark.parametrize("at", ["an hour", "the write-off"])
+async def test_a_payment_whose_event_was_lost_is_looked_up(
+    billing: Billing, stripe: StripeStandIn, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    tenant, invoice = await finalised_before(billing, monkeypatch)
+    payment = (await pay(tenant, invoice["id"])).json()["payment"]
+    stripe.succeeded(payment["reference"])
+    outgoing = Outgoing(allow_private=True)
+    provider = Stripe(outgoing, stripe.url, SecretStr(stripe.key), SecretStr(stripe.webhook_secret))
+    clock = Clock(tenant.platform.database("billing"), Seller(), {"stripe": provider})
+    await clock.look_up()
+    assert await status(tenant, invoice["id"]) == ("finalised", 3000)
+    if at == "an hour":
+        await tenant.sql("UPDATE payment SET look_at = look_at - interval '1 hour' WHERE tenant_id = $1", tenant.id)
+        await clock.look_up()
+    else:
+        await put_terms(billing, tenant, reminder_days=[], write_off_days=60)
+        await tenant.sql("UPDATE invoice SET dunning_step = 1 WHERE tenant_id = $1", tenant.id)
+        await clock._mail(tenant.id, UUID(invoice["id"]), first=False)
+    await outgoing.close()
+    assert await status(tenant, invoice["id"]) == ("paid", 0)
 
 
 @pytest.mark.parametrize("change", ["void", "received", "credit-notes"])

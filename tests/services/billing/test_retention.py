@@ -90,7 +90,7 @@ async def test_lines_stay_provable_and_sums_can_be_rebuilt(billing: Billing) -> 
 
 async def test_the_clock_deletes_old_records_and_a_repeat_is_never_charged_again(billing: Billing) -> None:
     tenant = await billing.tenant(credit_nanos=10**9)
-    clock = Clock(billing.platform.database("billing"), Seller())
+    clock = Clock(billing.platform.database("billing"), Seller(), {})
     records = {
         usage_id: UsageRecorded(
             tenant_id=tenant.id,
@@ -276,7 +276,7 @@ async def test_old_holds_are_deleted_and_those_that_still_hold_are_not(billing: 
         """,
         tenant.id,
     )
-    clock = Clock(billing.platform.database("billing"), Seller())
+    clock = Clock(billing.platform.database("billing"), Seller(), {})
     await clock.forget()
     left = await tenant.sql("SELECT request FROM hold WHERE tenant_id = $1", tenant.id)
     assert {name for (name,) in left} == {"resolved late", "held for review", "of today", "open"}
