@@ -187,7 +187,7 @@ class Platform:
     def client(self, name: str, tenant_id: str = "", **kwargs: Any) -> httpx.AsyncClient:
         """An HTTP client of one service for this tenant, or for the operator.
 
-        It signs each request anew: an identity is valid for a minute, and the tests of a module may take longer.
+        It signs each request again: an identity is valid for a minute, and the tests of a module may take longer.
         """
         client = httpx.AsyncClient(base_url=self.url(name), trust_env=False, timeout=ANSWER_SECONDS, verify=_NO_TLS)
 

@@ -1,4 +1,4 @@
-"""An invoice that is open again is reminded of anew."""
+"""An invoice that is open again is reminded of from the first reminder on."""
 
 from alembic import op
 
