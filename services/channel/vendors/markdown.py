@@ -33,7 +33,7 @@ vars(sys.modules["markdown_it.rules_block.table"])["MAX_AUTOCOMPLETED_CELLS"] = 
 _MARKS = re.compile(
     rf"https?{_ADDRESS.pattern}"
     r"|\\(?=[!-/:-@\[-`{-~])|`|(?<!\s)\*|\*(?!\s)|(?<![^\W_])_(?!\s)|(?<!\s)_(?![^\W_])|~(?=~)|(?<=~)~"
-    r"|\[(?=[^\[\]]*\]\()|^(?=[#>]|-#)"
+    r"|\[(?=[^\[\]]*\]\()|^\[(?=[^\[\]]*\]:)|^(?=[#>]|-#)"
 )
 
 
@@ -138,6 +138,9 @@ def _parse(text: str) -> tuple[Token, ...]:
 @cache
 def _parser() -> MarkdownIt:
     parser = MarkdownIt("commonmark", {"html": False, "linkify": False}).enable("table")
+    # The rule takes a line such as ``[Result]: 42`` out of the text. Links by reference stay text, as their definitions
+    # do: after a cut, the two may stand in different messages.
+    parser.disable("reference")
     parser.inline = _Inline()
     return parser
 

@@ -56,6 +56,7 @@ PIECES = (
     "一二三四五。",
     "\n\n",
     "\n---\n",
+    "\n[1]: https://e.example/a?b=_c_ 'title'\n[ERROR]: timeout\n",
 )
 TEXTS = (
     st.lists(st.sampled_from(PIECES), max_size=40)
@@ -212,6 +213,23 @@ def test_escaped_marks_stay_text(text: str, plain: str, read_as_markdown: str | 
             assert shown == read_as_markdown
         # A reader of Markdown shows the same again.
         assert render(shown, PLAIN) == plain
+
+
+@pytest.mark.parametrize(
+    ("text", "read_as_markdown"),
+    [
+        ("Here:\n\n[Result]: 42\n\nBye", "Here:\n\n\\[Result]: 42\n\nBye"),
+        ("[ERROR]: timeout\n[WARN]: disk", "\\[ERROR]: timeout\n\\[WARN]: disk"),
+        ("[The report][1].\n\n[1]: https://e.example/_a_", "[The report][1].\n\n\\[1]: https://e.example/_a_"),
+    ],
+)
+def test_a_line_that_could_define_a_link_stays_text(text: str, read_as_markdown: str) -> None:
+    for dialect in (PLAIN, telegram.HTML, slack.MRKDWN, whatsapp.DIALECT):
+        assert render(text, dialect) == text
+    for dialect in (discord.DIALECT, teams.DIALECT, dingtalk.DIALECT, feishu.DIALECT):
+        # A reader of Markdown would take it out of the text.
+        shown = render(text, dialect)
+        assert [line.rstrip() for line in shown.split("\n")] == read_as_markdown.split("\n")
 
 
 def test_dingtalk_and_feishu_get_only_markdown_that_they_show() -> None:
