@@ -46,9 +46,13 @@ _DISPATCH, _HEARTBEAT_ACK, _VALIDATION = 0, 12, 13
 # The message with this msg_id and msg_seq was accepted before, or is accepted and waits for QQ's audit.
 _ACCEPTED = frozenset((40054005, 304027, 304023, 304024))
 _TOKEN_REFUSED = frozenset((11241, 11242, 11243, 11244, 11251, 11252, 11253, 11281))
+# The text has an address that is not registered for the bot, or a name such as README.md that QQ takes for one.
+_ADDRESSES = frozenset((40034028, 40054010, 304003))
 _LATER = frozenset((22009, 20028, 304045, 304046, 304047, 304048, 304049, 304050))
 
 
+# The dots that make an address: those before a letter, and those before the last two numbers of an IP address.
+_DOT = re.compile(r"(?<=\w)\.(?=[^\W\d])|(?<=\d)\.(?=\d{1,3}\.\d)")
 # The beginning of a mention.
 _MENTION = re.compile(r"<(?=[@#]|qqbot-|emoji:)|@(?=everyone|all\b|全体成员)", re.IGNORECASE)
 
@@ -152,7 +156,12 @@ class QQ(Vendor[QQCredentials]):
             body["msg_id" if event == message.answers else "event_id"] = event
         kind = message.conversation.partition("/")[0]
         path = f"{'/v2' if kind in ('users', 'groups') else ''}/{message.conversation}/messages"
-        return (await self._call(outgoing, origin, credentials, "POST", path, body)).id
+        try:
+            return (await self._call(outgoing, origin, credentials, "POST", path, body)).id
+        except _AddressRefused:
+            # Nothing was sent. The person can read the address, and type it.
+            body["content"] = _DOT.sub("．", body["content"])
+            return (await self._call(outgoing, origin, credentials, "POST", path, body)).id
 
     async def _call(
         self,
@@ -222,8 +231,14 @@ def _ack(answer: dict[str, Any]) -> Ack:
     return Ack(msgspec.json.encode(answer), "application/json")
 
 
+class _AddressRefused(EffectFailed):
+    """The text has an address that is not registered for the bot."""
+
+
 def _refuse(code: int, message: str) -> None:
     reason = f"{code}: {message}"[:200]
+    if code in _ADDRESSES:
+        raise _AddressRefused(reason)
     if code in _LATER:
         raise RetryLater(DEFAULT_RETRY, reason)
     # Among them: the message that it answers is too old, or was answered five times.

@@ -40,6 +40,8 @@ from services.channel.vendors.splitting import split
 MAX_TEXT = 1_600
 # Files of one message.
 MAX_MEDIA = 10
+# By these words a person can only opt in. YES, by which a person opts in too, may answer a question of the bot.
+_OPT_IN = ("START", "UNSTOP")
 # By the parameter of the webhook. Empty: it is read; else why it is ignored.
 # https://www.twilio.com/docs/messaging/guides/webhook-request
 KINDS: Mapping[str, str] = {
@@ -137,7 +139,8 @@ class Twilio(Vendor[TwilioCredentials]):
             for n in range(MAX_MEDIA)
             if (url := fields.get(f"MediaUrl{n}"))
         )
-        if fields.get("OptOutType"):
+        kind = fields.get("OptOutType")
+        if kind and (kind != "START" or fields["Body"].strip().upper() in _OPT_IN):
             # Twilio has answered, and takes no message to a person who has opted out.
             return Received([Ignored(ids, KINDS["OptOutType"])])
         text = _text(fields)

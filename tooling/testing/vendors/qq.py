@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import secrets
 import time
 from typing import Annotated, Any, Literal
@@ -11,6 +12,10 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tooling.testing.vendors.server import Call, Refused, Reply, StandIn, encoded
+
+
+# QQ also takes names of files for addresses.
+_ADDRESS = re.compile(r"[a-z0-9-]\.[a-z]{2,}", re.IGNORECASE)
 
 
 class _Login(msgspec.Struct, forbid_unknown_fields=True):
@@ -26,7 +31,7 @@ class _Send(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class QQStandIn(StandIn):
-    """One bot. A message may be answered five times, and each number once."""
+    """One bot. A message may be answered five times, and each number once. A text with an address is refused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,6 +100,8 @@ class QQStandIn(StandIn):
         if send.msg_seq in sent:
             self.repeats += 1
             return Reply(400, {"code": 40054005, "message": "the message was sent before"})
+        if _ADDRESS.search(send.content):
+            return Reply(400, {"code": 40054010, "message": "url not allowed"})
         if len(sent) == 5:
             raise Refused(Reply(400, {"code": 304031, "message": "passive replies are used up"}))
         sent.add(send.msg_seq)

@@ -106,6 +106,26 @@ async def test_a_second_delivery_to_the_same_message_is_no_repeat(fake: QQStandI
     assert (fake.texts(), fake.repeats) == (["May I?", "Done"], 0)
 
 
+@pytest.mark.parametrize("code", [40034028, 40054010, 304003])
+async def test_a_text_with_an_address_is_sent_again_without_its_dots(fake: QQStandIn, qq: Adapter, code: int) -> None:
+    text = "See [it](https://e.example/a.html), README.md, http://10.0.0.1 and 3.14. End."
+    await qq.send("first", "users/u1", answers="m0")
+    fake.faults.append(answer(400, {"code": code, "message": "url not allowed"}))
+    await qq.send(text, "users/u1", answers="m1")
+    assert fake.texts()[1:] == ["See it (https://e．example/a．html), README．md, http://10．0．0.1 and 3.14. End."]
+    # Another refusal is final.
+    fake.faults += [answer(400, {"code": code, "message": "url not allowed"})] * 2
+    with pytest.raises(EffectFailed, match=f"{code}: url not allowed"):
+        await qq.send(text, "users/u1", answers="m2")
+    assert len(fake.ledger) == 2
+
+
+async def test_an_answer_with_an_address_keeps_its_number(fake: QQStandIn, qq: Adapter) -> None:
+    for _ in range(2):
+        await qq.send("at e.example", "users/u1", answers="m1")
+    assert (fake.texts(), fake.repeats) == (["at e．example"], 1)
+
+
 VOICE = {"content_type": "voice", "url": "https://m.qq.com.cn/silk", "voice_wav_url": "https://m.qq.com.cn/wav"}
 QUOTED = {"content": "old", "attachments": [{"content_type": "image/png", "url": "https://m.qq.com.cn/p"}]}
 

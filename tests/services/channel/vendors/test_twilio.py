@@ -94,6 +94,18 @@ async def test_statuses_other_accounts_and_pictures(fake: TwilioStandIn, twilio:
         twilio.receive(fake.signed(URL, {"Body": "hi"}), url=URL)
 
 
+async def test_a_yes_that_also_opts_in_is_a_message(fake: TwilioStandIn, twilio: Adapter) -> None:
+    for kind, text, expected in (
+        ("START", "YES", Inbound),
+        ("START", " start\n", Ignored),
+        ("START", "Unstop", Ignored),
+        ("STOP", "YES", Ignored),
+        ("HELP", "INFO", Ignored),
+    ):
+        item = twilio.one(fake.message(URL, text, OptOutType=kind), url=URL)
+        assert type(item) is expected
+
+
 async def test_receipts_tell_what_became_of_a_message(fake: TwilioStandIn, twilio: Adapter) -> None:
     sid = await twilio.send(to="+4915550002", webhook=URL)
     assert sid
