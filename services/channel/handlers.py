@@ -8,7 +8,7 @@ from functools import partial
 from uuid import UUID
 
 from infra.errors import InvalidMessage
-from infra.lanes.effects import Effects
+from infra.lanes.effects import Effects, Outcome
 from infra.lanes.resequencer import MissingMessages
 from infra.observe.logs import get_logger
 from infra.postgres.tx import Tx
@@ -91,12 +91,9 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
             last = shown
             continue
 
-        async def call(_: str, part: Outbound = part) -> Sent:
-            return await sender.send(account, part)
-
-        outcome = await effects.run(
-            part.key, call, kind=vendor.effect_of(part), key_known=vendor.key_known, result=Sent
-        )
+        outcome = await _sent(effects, sender, account, part)
+        if outcome.state == "failed" and (other := vendor.otherwise(part, outcome.error or "")):
+            outcome = await _sent(effects, sender, account, other)
         which = f"part {n} of {len(parts)}: " if len(parts) > 1 else ""
         if outcome.state == "failed":
             error = outcome.error or ""
@@ -110,6 +107,15 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
         assert outcome.result is not None
         last = outcome.result.vendor_message_id
     await _decide(tx, due.delivery_id, MarkSent(last), **about)
+
+
+async def _sent(effects: Effects, sender: Sender, account: ChannelAccount, part: Outbound) -> Outcome[Sent]:
+    vendor = account.vendor
+
+    async def call(_: str) -> Sent:
+        return await sender.send(account, part)
+
+    return await effects.run(part.key, call, kind=vendor.effect_of(part), key_known=vendor.key_known, result=Sent)
 
 
 async def _replaced(effects: Effects, sender: Sender, account: ChannelAccount, part: Outbound, shown: str) -> bool:

@@ -92,6 +92,8 @@ class Outbound(NamedTuple):
     """This part is a file. `text` is its link."""
     webhook: str = ""
     """The public URL of the channel's webhook, if `receipts_asked`."""
+    follows_up: bool = False
+    """It is sent by what the person's message allows, and not by what the account allows; see `Vendor.otherwise`."""
 
 
 class Limit(NamedTuple):
@@ -209,6 +211,10 @@ class Vendor(ABC, Generic[C]):
         Transient or RetryLater if it certainly was not sent and may be sent later, Unanswered if the outcome is
         unknown.
         """
+
+    def otherwise(self, message: Outbound, reason: str) -> Outbound | None:
+        """The message as it is sent after the vendor refused it for this reason, with a key of its own. None: not."""
+        return None
 
     async def show_typing(self, outgoing: Outgoing, origin: str, credentials: C, message: Outbound) -> None:
         """Shows that the bot is typing, if `sign_seconds` is not 0. Raises as `send` does."""

@@ -59,6 +59,9 @@ _ASK = {
 # The token of the interaction is no longer valid: unknown webhook, invalid webhook token, unknown message.
 _EXPIRED = (10008, 10015, 50027)
 
+# The bot is not in the channel, or may not write or send files there: missing access, missing permissions.
+_NO_ACCESS = ("50001: ", "50013: ")
+
 # https://discord.com/developers/docs/topics/opcodes-and-status-codes#json: the account is unauthorized, or has to be
 # verified; limits of one channel or resource; a feature that is off for a while, an overloaded resource.
 _ACCOUNT = frozenset((40001, 40002))
@@ -86,7 +89,8 @@ class _Message(msgspec.Struct):
 class Discord(Vendor[DiscordCredentials]):
     """The text is the string option of a command. It is answered at once with "is thinking"; the reply replaces that.
 
-    Further parts, and replies after the fifteen minutes of the interaction, are messages of the bot with a nonce.
+    Further parts, and replies after the fifteen minutes of the interaction, are messages of the bot with a nonce. In a
+    channel that the bot has no access to, further parts are follow-ups of the interaction.
     """
 
     name: ClassVar[str] = "discord"
@@ -103,7 +107,13 @@ class Discord(Vendor[DiscordCredentials]):
     steps: ClassVar[tuple[str, ...]] = (
         "Create an application; copy its id, its public key and the token of its bot.",
         "Register a command with one string option, and enter the webhook's public URL as Interactions Endpoint URL.",
+        "Add the app to the server with the scopes applications.commands and bot, and the permissions View Channels, Send "
+        "Messages, Send Messages in Threads and Attach Files.",
     )
+
+    def effect_of(self, message: Outbound) -> Kind:
+        """A follow-up has no nonce."""
+        return "once" if message.follows_up else self.effect
 
     def receive(self, request: Request, credentials: DiscordCredentials, now: datetime) -> Received:
         timestamp = request.headers.get("x-signature-timestamp", "")
@@ -142,12 +152,14 @@ class Discord(Vendor[DiscordCredentials]):
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: DiscordCredentials, message: Outbound
     ) -> str | None:
+        if message.follows_up:
+            answer, response = await _by_token(outgoing, origin, credentials, message, "POST", "", _body(message))
+            return _accepted(answer, response).id
         if message.part == 1 and message.answers:
-            answer, response = await _change(outgoing, origin, credentials, message, "@original")
-            if answer.status < 400:
-                return response.id
-            if response.code not in _EXPIRED and answer.status != 404:
-                raise EffectFailed(f"{response.code}: {response.message}"[:200])
+            path = "/messages/@original"
+            answer, response = await _by_token(outgoing, origin, credentials, message, "PATCH", path, _body(message))
+            if not _is_over(answer, response):
+                return _accepted(answer, response).id
         nonce = hashlib.sha256(message.key.encode()).hexdigest()[:_NONCE_LENGTH]
         body = _body(message) | {"nonce": nonce, "enforce_nonce": True}
         path = f"channels/{message.conversation}/messages"
@@ -157,15 +169,25 @@ class Discord(Vendor[DiscordCredentials]):
         self, outgoing: Outgoing, origin: str, credentials: DiscordCredentials, message: Outbound, shown: str
     ) -> None:
         """An interaction can change its own messages only, for fifteen minutes."""
-        answer, response = await _change(outgoing, origin, credentials, message, shown)
-        if answer.status >= 400:
-            raise EffectFailed(f"{response.code}: {response.message}"[:200])
+        path = f"/messages/{shown}"
+        _accepted(*await _by_token(outgoing, origin, credentials, message, "PATCH", path, _body(message)))
 
     async def retract(
         self, outgoing: Outgoing, origin: str, credentials: DiscordCredentials, message: Outbound, shown: str
     ) -> None:
+        """By the interaction, which needs no access to the channel, or by the bot."""
+        if message.answers:
+            answer, response = await _by_token(outgoing, origin, credentials, message, "DELETE", f"/messages/{shown}")
+            if not _is_over(answer, response):
+                _accepted(answer, response)
+                return
         path = f"channels/{message.conversation}/messages/{shown}"
         await _as_bot(outgoing, origin, credentials, "DELETE", path)
+
+    def otherwise(self, message: Outbound, reason: str) -> Outbound | None:
+        if message.part == 1 or not message.answers or not reason.startswith(_NO_ACCESS):
+            return None
+        return message._replace(key=f"{message.key}/follow-up", follows_up=True)
 
 
 def _body(message: Outbound) -> dict[str, Any]:
@@ -174,14 +196,19 @@ def _body(message: Outbound) -> dict[str, Any]:
     return {"content": text, "allowed_mentions": {"parse": []}}
 
 
-async def _change(
-    outgoing: Outgoing, origin: str, credentials: DiscordCredentials, message: Outbound, id_: str
+async def _by_token(
+    outgoing: Outgoing,
+    origin: str,
+    credentials: DiscordCredentials,
+    message: Outbound,
+    method: str,
+    path: str,
+    body: dict[str, Any] | None = None,
 ) -> tuple[Answer, _Message]:
-    """Edits a message of the interaction that the delivery answers."""
-    path = f"/api/v10/webhooks/{credentials.application_id}/{message.answers}/messages/{id_}"
-    template = "/api/v10/webhooks/{id}/{token}/messages/{id}"
-    answer = await outgoing.request("PATCH", f"{origin}{path}", json=_body(message), template=template)
-    return answer, _read(answer)
+    """Sends, edits or deletes a message of the interaction that the delivery answers."""
+    url = f"{origin}/api/v10/webhooks/{credentials.application_id}/{message.answers}{path}"
+    template = "/api/v10/webhooks/{id}/{token}" + ("/messages/{id}" if path else "")
+    return await _request(outgoing, method, url, {}, body, None if path else message.file, template)
 
 
 async def _as_bot(
@@ -194,17 +221,38 @@ async def _as_bot(
     file: OutboundFile | None = None,
 ) -> _Message:
     headers = {"authorization": f"Bot {credentials.bot_token}"}
-    url = f"{origin}/api/v10/{path}"
+    answer, response = await _request(outgoing, method, f"{origin}/api/v10/{path}", headers, body, file)
+    if answer.status == 401:
+        raise AccountRefused("HTTP 401")
+    return _accepted(answer, response)
+
+
+async def _request(
+    outgoing: Outgoing,
+    method: str,
+    url: str,
+    headers: dict[str, str],
+    body: dict[str, Any] | None,
+    file: OutboundFile | None = None,
+    template: str | None = None,
+) -> tuple[Answer, _Message]:
     if file:
         fields = {"payload_json": msgspec.json.encode(body).decode()}
         header, content = multipart(fields, "files[0]", file.name, file.content_type, file.content)
-        answer = await outgoing.request(method, url, headers=headers | header, content=content)
+        answer = await outgoing.request(method, url, headers=headers | header, content=content, template=template)
     else:
-        answer = await outgoing.request(method, url, headers=headers, json=body)
+        answer = await outgoing.request(method, url, headers=headers, json=body, template=template)
     # A deletion is answered without a body.
-    response = _Message() if answer.status == 204 else _read(answer)
-    if answer.status == 401:
-        raise AccountRefused("HTTP 401")
+    return answer, _Message() if answer.status == 204 else _read(answer)
+
+
+def _is_over(answer: Answer, response: _Message) -> bool:
+    """True if the interaction can no longer change the message."""
+    return response.code in _EXPIRED or answer.status == 404
+
+
+def _accepted(answer: Answer, response: _Message) -> _Message:
+    """Raises EffectFailed if the message was refused."""
     if answer.status >= 400:
         raise EffectFailed(f"{response.code}: {response.message}"[:200])
     return response

@@ -144,6 +144,17 @@ async def test_discord_line_twilio_and_whatsapp_get_their_replies(desk: Desk) ->
             assert answered.status_code == status
 
 
+async def test_a_long_answer_in_a_channel_that_the_bot_has_no_access_to(desk: Desk) -> None:
+    async with DiscordStandIn() as discord:
+        channel = await desk.connect("discord", discord.credentials, discord.url)
+        discord.missing.add("77")
+        await desk.call(channel, discord.signed(discord.command("question", channel="77")))
+        [inbound] = await desk.received(channel)
+        delivery = await desk.settled(await desk.reply(inbound, "x" * 5_000))
+        assert (delivery["state"], delivery["vendor_message_id"]) == ("sent", discord.ledger[-1].id)
+        assert [len(text) for text in discord.texts("77")] == [2_000, 2_000, 1_000]
+
+
 async def test_dingtalk_feishu_qq_teams_and_wecom_get_their_replies(desk: Desk) -> None:
     async with (
         DingTalkStandIn() as dingtalk,

@@ -27,11 +27,14 @@ class _Create(_Edit, forbid_unknown_fields=True, kw_only=True):
     enforce_nonce: bool
 
 
-class _WithFile(msgspec.Struct, forbid_unknown_fields=True):
+class _EditWithFile(msgspec.Struct, forbid_unknown_fields=True):
     """The text beside a file is empty."""
 
     content: Annotated[str, msgspec.Meta(max_length=0)]
     allowed_mentions: _Mentions
+
+
+class _CreateWithFile(_EditWithFile, forbid_unknown_fields=True, kw_only=True):
     nonce: Annotated[str, msgspec.Meta(min_length=1, max_length=25)]
     enforce_nonce: bool
 
@@ -107,6 +110,12 @@ class DiscordStandIn(StandIn):
         match call.method, call.path.strip("/").split("/"):
             case "PATCH", ["api", "v10", "webhooks", self.application, token, "messages", id_]:
                 return self._edit(token, id_, call)
+            case "POST", ["api", "v10", "webhooks", self.application, token]:
+                return self._follow_up(token, call)
+            case "DELETE", ["api", "v10", "webhooks", self.application, token, "messages", id_]:
+                if token in self.expired or id_ != self._originals.get(token) or not self.withdraw(id_):
+                    raise Refused(Reply(404, {"code": 10008, "message": "Unknown Message"}))
+                return Reply(204, None)
             case "POST", ["api", "v10", "channels", channel, "messages"]:
                 return self._create(channel, call)
         if call.path.startswith("/attachments/"):
@@ -114,7 +123,9 @@ class DiscordStandIn(StandIn):
         if call.headers.get("authorization") != f"Bot {self.token}":
             raise Refused(Reply(401, {"code": 0, "message": "401: Unauthorized"}))
         match call.method, call.path.strip("/").split("/"):
-            case "DELETE", ["api", "v10", "channels", _, "messages", id_]:
+            case "DELETE", ["api", "v10", "channels", channel, "messages", id_]:
+                if channel in self.missing:
+                    raise Refused(Reply(403, {"code": 50001, "message": "Missing Access"}))
                 if not self.withdraw(id_):
                     raise Refused(Reply(404, {"code": 10008, "message": "Unknown Message"}))
                 return Reply(204, None)
@@ -145,26 +156,38 @@ class DiscordStandIn(StandIn):
             self.record(channel, edit.content, self._originals[token], msgspec.to_builtins(edit))
         return Reply(200, {"id": self._originals[token], "channel_id": channel, "content": edit.content})
 
+    def _follow_up(self, token: str, call: Call) -> Reply:
+        """A command that was not answered yet would get this as its answer."""
+        if token not in self._originals or token in self.expired:
+            raise Refused(Reply(404, {"code": 10015, "message": "Unknown Webhook"}))
+        _, shown, fields = _content(call, _Edit, _EditWithFile)
+        id_ = str(next(self._ids))
+        self.record(self._channels[token], shown, id_, fields)
+        return Reply(200, {"id": id_, "channel_id": self._channels[token]})
+
     def _create(self, channel: str, call: Call) -> Reply:
         if call.headers.get("authorization") != f"Bot {self.token}":
             raise Refused(Reply(401, {"code": 0, "message": "401: Unauthorized"}))
         if channel in self.missing:
             raise Refused(Reply(403, {"code": 50001, "message": "Missing Access"}))
-        if call.headers.get("content-type", "").startswith("multipart/form-data"):
-            texts, files = read_form(call)
-            create = _decode(call._replace(body=texts["payload_json"].encode()), _WithFile)
-            file = files["files[0]"]
-            shown = f"[file {file.name}]"
-            fields: dict[str, object] = {"type": file.content_type, "content": file.content}
-        else:
-            create = _decode(call, _Create)
-            shown, fields = create.content, msgspec.to_builtins(create)
+        create, shown, fields = _content(call, _Create, _CreateWithFile)
         if (channel, create.nonce) in self._nonces:
             self.repeats += 1
         else:
             id_ = self._nonces[channel, create.nonce] = str(next(self._ids))
             self.record(channel, shown, id_, fields)
         return Reply(200, {"id": self._nonces[channel, create.nonce], "channel_id": channel, "nonce": create.nonce})
+
+
+def _content(call: Call, of_text: type[Any], of_file: type[Any]) -> tuple[Any, str, dict[str, object]]:
+    """The message, the text that a person sees, and the fields for the ledger."""
+    if not call.headers.get("content-type", "").startswith("multipart/form-data"):
+        message = _decode(call, of_text)
+        return message, message.content, msgspec.to_builtins(message)
+    texts, files = read_form(call)
+    file = files["files[0]"]
+    message = _decode(call._replace(body=texts["payload_json"].encode()), of_file)
+    return message, f"[file {file.name}]", {"type": file.content_type, "content": file.content}
 
 
 def _decode(call: Call, type_: type[Any]) -> Any:

@@ -12,7 +12,7 @@ import pytest
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
 from services.channel.events import Attachment
-from services.channel.vendors.base import AccountRefused, Request
+from services.channel.vendors.base import AccountRefused, Outbound, OutboundFile, Request
 from services.channel.vendors.discord import Discord, DiscordCredentials
 from services.channel.vendors.items import Ignored, Inbound
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
@@ -158,6 +158,45 @@ async def test_after_fifteen_minutes_the_reply_is_a_message_of_the_bot(fake: Dis
     fake.expired.add(token)
     sent = await discord.send("late", "77", answers=token)
     assert [(message.id, message.text, "nonce" in message.fields) for message in fake.ledger] == [(sent, "late", True)]
+
+
+async def test_without_access_to_the_channel_parts_are_follow_ups_of_the_command(
+    fake: DiscordStandIn, discord: Adapter
+) -> None:
+    fake.missing.add("77")
+    token = fake.command(channel="77")["token"]
+    await discord.send("one", "77", "d-1", answers=token)
+    file = OutboundFile("https://e.example/a", "a.png", "image/png", b"png")
+    for part, given in ((2, None), (3, file)):
+        message = Outbound(f"d-{part}", "77", "@everyone two", answers=token, part=part, file=given)
+        arguments = discord.outgoing, fake.url, discord.credentials
+        with pytest.raises(EffectFailed) as refused:
+            await discord.vendor.send(*arguments, message)
+        other = discord.vendor.otherwise(message, str(refused.value))
+        assert other
+        assert other.key != message.key
+        assert (discord.vendor.effect_of(message), discord.vendor.effect_of(other)) == ("keyed", "once")
+        assert await discord.vendor.send(*arguments, other) == fake.ledger[-1].id
+    assert fake.texts("77") == ["one", "@everyone two", "[file a.png]"]
+    for part, answers, reason in ((1, token, "50001: m"), (2, None, "50001: m"), (2, token, "50035: m")):
+        message = Outbound("d-1", "77", "x", answers=answers, part=part)
+        assert discord.vendor.otherwise(message, reason) is None
+
+
+async def test_a_preview_is_deleted_by_its_command_or_by_the_bot(fake: DiscordStandIn, discord: Adapter) -> None:
+    arguments = discord.outgoing, fake.url, discord.credentials
+    for is_missing in (True, False):
+        command = fake.command(channel="77")
+        message = Outbound("d1", "77", "half", answers=command["token"])
+        shown = await discord.vendor.send(*arguments, message)
+        assert shown
+        if is_missing:
+            fake.missing.add("77")
+        else:
+            fake.missing.clear()
+            fake.expired.add(command["token"])
+        await discord.vendor.retract(*arguments, message, shown)
+        assert fake.ledger == []
 
 
 @pytest.mark.parametrize(
