@@ -93,7 +93,7 @@ class Outbound(NamedTuple):
     webhook: str = ""
     """The public URL of the channel's webhook, if `receipts_asked`."""
     follows_up: bool = False
-    """It is sent by what the person's message allows, and not by what the account allows; see `Vendor.otherwise`."""
+    """It is sent by the rights of the person's message instead of those of the account; see `Vendor.otherwise`."""
 
 
 class Limit(NamedTuple):

@@ -13,7 +13,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tooling.testing.vendors.server import Call, Refused, Reply, StandIn, encoded
 
-
 # QQ also takes names of files for addresses.
 _ADDRESS = re.compile(r"[a-z0-9-]\.[a-z]{2,}", re.IGNORECASE)
 
