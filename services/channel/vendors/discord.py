@@ -107,8 +107,8 @@ class Discord(Vendor[DiscordCredentials]):
     steps: ClassVar[tuple[str, ...]] = (
         "Create an application; copy its id, its public key and the token of its bot.",
         "Register a command with one string option, and enter the webhook's public URL as Interactions Endpoint URL.",
-        "Add the app to the server with the scopes applications.commands and bot, and the permissions View Channels, Send "
-        "Messages, Send Messages in Threads and Attach Files.",
+        "Add the app to the server with the scopes applications.commands and bot, and the permissions View Channels, "
+        "Send Messages, Send Messages in Threads and Attach Files.",
     )
 
     def effect_of(self, message: Outbound) -> Kind:
