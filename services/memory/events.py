@@ -51,6 +51,8 @@ class MemoryRepeated(msgspec.Struct, frozen=True, kw_only=True):
 
     run_id: UUID | None
     at: datetime
+    topic: bytes | None = None
+    """Digest of the topic that a memory without one has from now on."""
 
 
 class MemoryChanged(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,6 +152,8 @@ def evolve(state: State | None, event: Event) -> State | None:
                 uses=state.uses + 1,
                 importance=min(MAX_IMPORTANCE, state.importance + REINFORCEMENT),
                 used_at=max(state.used_at, event.at),
+                # A newer fact on one topic would replace all that a memory of several parts says.
+                topic=state.topic or (None if state.parts else event.topic),
                 archived_at=None,
                 # An expired one would stay hidden although it was said again.
                 expires_at=None if state.expires_at and state.expires_at <= event.at else state.expires_at,

@@ -38,12 +38,19 @@ def _rule(pattern: str, kind: Kind, importance: int, topic: str | None = None) -
 
 _I = r"\bI(?: a|['’])m\b"
 _IS = rf"{_I}(?: not| no longer)?(?: an?)?"
-_HOME = r"\bI(?:(?: now)? live in|(?:['’]ve| have)? moved to)"
+_LIVE = r"\bI(?: now)? live in"
+_MOVED = r"\bI(?:['’]ve| have)? moved to"
 _WORK = r"\bI(?: now)? work"
 _OBJECT = r"([^;!]{2,})"
 # Before a name, as most people write it; before a place and not a kind of home.
 _NAMED = r"(?=(?:the )?(?-i:[^\W\d_a-z]))"
 _PLACE = r"(?!(?:an?|my|our|this) |the (?-i:[^A-Z]))"
+# People move to these, too, and do not live there.
+_NO_TOWN = r"(?!(?:\w+ )?\d|(?:\w+ ){0,3}(?:plan|team|department|version|Windows|Linux|macOS|iOS|Android)\b)"
+_NO_TOWN_ZH = r"(?![^，；]*(?:[\d楼层组]|部门|会议室|办公室|工位))"
+_MONTH = r"(?:Jan|Feb|Mar|Apr|May|June?|July?|Aug|Sep|Oct|Nov|Dec)[a-z]*\.?"
+# And not next week: a day of the year.
+_DAY = rf"(?: on)?(?: the)? (?:\d+[./-]\d|\d+(?:st|nd|rd|th)?(?: of)? {_MONTH}|{_MONTH} (?:the )?\d{{1,2}}\b)"
 # The first rule that fits a sentence decides. It has a topic only if its sentences contradict each other.
 _RULES = (
     _rule(rf"{_I}(?: not| severely| very| no longer)? allergic to {_OBJECT}", "fact", 9, "allergy {}"),
@@ -56,21 +63,24 @@ _RULES = (
     _rule(rf"{_IS} co?eliac", "fact", 8, "coeliac disease"),
     _rule(rf"\bmy name is {_NAMED}", "fact", 7, "name"),
     _rule(r"\bmy name is \w", "fact", 7),
-    # And not, for example, on Monday.
-    _rule(r"\bcall me (?-i:(?!\w*day\b)[^\W\d_a-z])", "fact", 7, "form of address"),
+    # And not, for example, on Monday or ASAP.
+    _rule(r"\bcall me (?-i:(?!\w*day\b|[A-Z]{2})[^\W\d_a-z])", "fact", 7, "form of address"),
     # With these signs it means to order, or to call a person.
-    _rule(r"我叫(?![了过不他她它你您人外])|我的名字是", "fact", 7, "name"),
-    _rule(r"请叫我", "fact", 7, "form of address"),
-    _rule(rf"{_HOME} {_PLACE}", "fact", 6, "home"),
-    _rule(_HOME, "fact", 6),
-    _rule(r"我(?:现在)?住在(?!一|这|那|公寓|宿舍|酒店)|我搬到", "fact", 6, "home"),
-    _rule(r"我(?:现在)?住在", "fact", 6),
+    _rule(r"我叫(?![了过不他她它你您人外的车快辆个服]|一[辆个份杯声下])|我的名字是", "fact", 7, "name"),
+    # With these signs it means to call or to wake somebody.
+    _rule(r"请叫我(?!一[声下]|起床|[醒来去])", "fact", 7, "form of address"),
+    _rule(rf"{_LIVE} {_PLACE}|{_MOVED} {_PLACE}{_NO_TOWN}", "fact", 6, "home"),
+    _rule(rf"{_LIVE}|{_MOVED}", "fact", 6),
+    _rule(rf"我(?:现在)?住在(?!一|这|那|公寓|宿舍|酒店)|我搬到{_NO_TOWN_ZH}", "fact", 6, "home"),
+    _rule(r"我(?:现在)?住在|我搬到", "fact", 6),
     _rule(rf"{_WORK} (?:at|for) {_NAMED}", "fact", 6, "work"),
     _rule(rf"{_WORK} as an?\b", "fact", 6, "occupation"),
     _rule(rf"{_WORK} (?:at|for|as|in)\b", "fact", 6),
     _rule(r"我(?:现在)?在[^,，。；;！]{1,20}(?:工作|上班)", "fact", 6),
-    _rule(r"\bmy birthday is|\bI was born on\b|我的生日是", "fact", 7, "birthday"),
-    _rule(r"\bI was born in\b|我出生", "fact", 7),
+    _rule(
+        rf"\b(?:my birthday is|I was born){_DAY}|我的生日是[\d一二三四五六七八九十]+[年月./-]", "fact", 7, "birthday"
+    ),
+    _rule(r"\bmy birthday is|\bI was born [io]n\b|我的生日是|我出生", "fact", 7),
     _rule(
         rf"\bI (?:do not |don['’]t |really |now |no longer )*(?:like|love|prefer|enjoy|hate|dislike) {_OBJECT}",
         "preference",
@@ -90,11 +100,16 @@ _FORGET = re.compile(
 # The part of a sentence outside of its fact says more of the person, or doubts the fact. If a newer fact replaced the
 # sentence, this part would be lost.
 _SAYS_MORE = re.compile(r"(?i)\b(?:I|my|and|but)\b|[我和]|，\S|而且")
+# A single letter before one of these words is no initial.
+_BEGINNING = r"""
+    (?:I|My|We|Our|You|Your|It|This|That|The|There|Do|Does|Did|Is|Are|Am|Can|Could|Would|Should|What|Where|When|Who|Which
+    |Why|How|Please|Thanks?|Also|But|And)['’\s]
+"""
 # Signs that end a sentence do not end it within a number or an address, nor after an initial, a title or "no.".
 _SENTENCE = re.compile(
-    r"""
+    rf"""
     (?:
-        \b(?:[A-HJ-Za-z]|(?i:St|Mrs?|Ms|Dr|Prof|No(?=\.[ ]?\d)))\.
+        \b(?:[A-HJ-Za-z](?!\.\s+{_BEGINNING})|(?i:St|Mrs?|Ms|Dr|Prof|No(?=\.[ ]?\d)))\.
         | (?<![.!?])[.!?]+(?=[a-z\d])
         | [^.!?。！？；\n]
     )+

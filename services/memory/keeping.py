@@ -102,9 +102,15 @@ class Keeping:
         digest = key.digest(normal(new.text))
         topic = key.digest(new.topic) if new.topic else None
         await lock(tx, new.scope, new.scope_id)
+        if await self._state(tx, new.id):
+            # A client may have corrected it.
+            return new.id, False
         for same in await _known(tx, new, "(m.digest = $4 OR m.id = $5)", digest, new.same_as):
             id_ = same.whole or same.id
-            await self._write(tx, id_, MemoryRepeated(run_id=new.run_id, at=new.at))
+            # Only one memory in force has the topic: the other one.
+            taken = topic and await _known(tx, new, "m.topic = $4 AND m.id <> $5", topic, id_)
+            repeated = MemoryRepeated(run_id=new.run_id, at=new.at, topic=None if taken else topic)
+            await self._write(tx, id_, repeated)
             return id_, False
         replaced_by = None
         contradicted = await _known(tx, new, "(m.topic = $4 OR m.id = $5)", topic, new.replaces)

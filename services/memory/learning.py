@@ -15,7 +15,7 @@ from infra.security.subjects import Erased
 from services.memory.credit import Credit
 from services.memory.embed_text import embed_text
 from services.memory.embeddings import Embedder
-from services.memory.extraction import Kind, facts
+from services.memory.extraction import Kind, facts, normal
 from services.memory.forgetting import is_withdrawn
 from services.memory.keeping import Keeping, New
 from services.memory.memories import Memories
@@ -106,8 +106,9 @@ class Learning:
             )
 
         try:
-            for n, fact in enumerate(found):
-                memory_id, is_new = await self._keeping.learn(tx, new(n, **fact._asdict()))
+            for fact in found:
+                # Of a run with a deleted message the same facts are found again, in other places.
+                memory_id, is_new = await self._keeping.learn(tx, new(normal(fact.text), **fact._asdict()))
                 if is_new:
                     learned.append(memory_id)
             for n, merge in enumerate(merged):

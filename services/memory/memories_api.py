@@ -25,7 +25,7 @@ from infra.service.service import Runtime
 from infra.web.times import Time
 from services.memory import adapters
 from services.memory.events import Scope
-from services.memory.extraction import MAX_TEXT, Kind
+from services.memory.extraction import MAX_TEXT, Kind, topic_of
 from services.memory.handlers import enqueue_memory
 from services.memory.keeping import MAX_PARTS, New
 from services.memory.memories import Memory, id_of
@@ -149,7 +149,8 @@ def router(runtime: Runtime) -> APIRouter:
                 subject_id=scope_id if body.scope == "user" else "",
                 text=body.text.strip(),
                 kind=body.kind,
-                topic=None,
+                # A fact on one topic replaces another one for good, so one that ends must not.
+                topic=topic_of(body.text) if body.scope == "user" and body.expires_at is None else None,
                 importance=body.importance,
                 confidence=body.confidence,
                 speaker=who.actor,

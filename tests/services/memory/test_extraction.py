@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.memory.extraction import MAX_FACTS, facts
+from services.memory.extraction import MAX_FACTS, facts, is_stated
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,14 @@ from services.memory.extraction import MAX_FACTS, facts
         ("我不喜欢浓咖啡了，太苦了。", "preference", "taste 浓咖啡"),
         ("I promise to pay on Friday.", "promise", None),
         ("Please remember that the door code changes on Monday.", "fact", None),
+        ("Please call me Liz.", "fact", "form of address"),
+        ("请叫我小王。", "fact", "form of address"),
+        ("I moved to Bergen in 2024.", "fact", "home"),
+        ("我搬到上海了。", "fact", "home"),
+        ("My birthday is on the 3rd of May.", "fact", "birthday"),
+        ("I was born on July 12, 1990.", "fact", "birthday"),
+        ("My birthday is 12.03.1990.", "fact", "birthday"),
+        ("我的生日是五月三日。", "fact", "birthday"),
     ],
 )
 def test_a_statement_is_a_fact(said: str, kind: str, topic: str | None) -> None:
@@ -60,6 +68,12 @@ def test_a_statement_is_a_fact(said: str, kind: str, topic: str | None) -> None:
         "Please call me Monday.",
         "我叫了外卖。",
         "我叫他明天来。",
+        "我叫的外卖还没到。",
+        "我叫车了。",
+        "我叫一辆车。",
+        "开会前请叫我一声。",
+        "明天八点请叫我起床。",
+        "Please call me ASAP.",
     ],
 )
 def test_questions_and_other_sentences_are_not(said: str) -> None:
@@ -88,6 +102,13 @@ def test_questions_and_other_sentences_are_not(said: str) -> None:
         ("I work at Acme.", "I work in the morning."),
         ("我在上海工作。", "我在银行工作。"),
         ("My birthday is on 3 May.", "I was born in Oslo."),
+        ("My birthday is on 3 May.", "My birthday is next week."),
+        ("My birthday is on 3 May.", "My birthday is in 3 weeks."),
+        ("I was born on 3 May.", "I was born on a Tuesday."),
+        ("我的生日是5月3日。", "我的生日是星期一。"),
+        ("I live in Oslo.", "I moved to Windows 11 last week."),
+        ("I live in Oslo.", "I have moved to the Pro plan."),
+        ("我住在上海。", "我搬到二楼会议室了。"),
         ("I like tea, coffee and milk.", "I like tea."),
         ("我喜欢茶，咖啡。", "我喜欢茶。"),
         (f"我喜欢{'很' * 30}长的散步。", f"我喜欢{'很' * 30}短的散步。"),
@@ -115,10 +136,23 @@ def test_facts_that_are_both_true_have_different_topics(older: str, newer: str) 
             ["Please remember that my email is ann.b@example.com."],
         ),
         ("我对坚果过敏.我住在上海。我吃素", ["我对坚果过敏.", "我住在上海。", "我吃素"]),
+        ("I live in the U.K. Do you deliver there?", ["I live in the U.K."]),
+        ("I am allergic to penicillin G. What can I take?", ["I am allergic to penicillin G."]),
+        (
+            "My name is T. Do. I'm allergic to vitamin B. I like tea",
+            ["My name is T. Do.", "I'm allergic to vitamin B.", "I like tea"],
+        ),
     ],
 )
 def test_a_sentence_does_not_end_within_a_number_a_name_or_an_address(said: str, texts: list[str]) -> None:
     assert [fact.text for fact in facts(said)] == texts
+
+
+def test_a_fact_before_a_question_is_stated() -> None:
+    said = "I am allergic to penicillin G. What can I take? I live in the U.K."
+    assert is_stated("allergic to penicillin G", said)
+    assert is_stated("I live in the U.K.", said)
+    assert not is_stated("What can I take", said)
 
 
 def test_a_long_message_gives_a_bounded_number_of_facts_in_bounded_time() -> None:

@@ -66,14 +66,17 @@ class Person:
         async with self._database.begin(tenant_id=TENANT) as tx:
             return (await self._keeping.learn(tx, self.new(text, **fields)))[0]
 
-    async def tells(self, *texts: str) -> None:
-        """Says this; rules find the facts."""
+    async def tells(self, *texts: str, run_id: UUID | None = None, after_deletion: bool = False) -> list[UUID]:
+        """Says this; rules find the facts. Returns the ids of the runs."""
         learning = Learning(self._keeping, self._memories, cast(Any, None), CREDIT)
+        runs = []
         for text in texts:
             self._seconds += 1
-            run = FinishedRun(uuid7(), self.id, None, None, BEGAN + timedelta(seconds=self._seconds))
+            run = FinishedRun(run_id or uuid7(), self.id, None, None, BEGAN + timedelta(seconds=self._seconds))
             async with self._database.begin(tenant_id=TENANT) as tx:
-                await learning.by_rules(tx, run, text)
+                await learning.by_rules(tx, run, text, after_deletion=after_deletion)
+            runs.append(run.id)
+        return runs
 
     async def merges(self, text: str, *parts: UUID) -> UUID:
         async with self._database.begin(tenant_id=TENANT) as tx:
@@ -149,6 +152,17 @@ async def test_what_was_learned_from_a_deleted_message_is_forgotten(database: Da
         assert len(await learning.by_rules(tx, about, "I am allergic to nuts.", after_deletion=True)) == 1
 
 
+async def test_what_is_learned_again_after_a_deletion_overwrites_no_other_memory(person: Person) -> None:
+    [run] = await person.tells("I live in Oslo. I like tea. I like figs.")
+    await person.tells("I live in Oslo. I like figs.")
+    figs = next(memory.id for memory in await person.memories() if "figs" in memory.text)
+    await person.does("change", figs, text="I like ripe figs.")
+    # "I live in Oslo." was in the deleted message.
+    await person.deletes(run)
+    await person.tells("I like tea. I like figs.", run_id=run, after_deletion=True)
+    assert await person.in_force() == {"I live in Oslo.", "I like tea.", "I like ripe figs."}
+
+
 async def test_a_forgotten_fact_gives_its_place_to_the_one_before(person: Person) -> None:
     run = uuid7()
     oslo = await person.says("Lives in Oslo.")
@@ -203,6 +217,19 @@ async def test_a_corrected_memory_is_about_the_topic_of_its_new_text(database: D
     await person.does("change", whole, text="I like walks, in forests")
     await person.tells("I don't like walks, in forests")
     assert "I like walks, in forests" in await person.in_force()
+    assert (await verified(database)).different == 0
+
+
+async def test_a_memory_without_a_topic_gets_that_of_a_repetition(database: Database, person: Person) -> None:
+    await person.says("I live in Oslo.")
+    await person.says("I like tea.")
+    await person.tells("I live in Oslo.", "I moved to Bergen.", "I do not like tea.", "I like tea.")
+    assert await person.in_force() == {"I moved to Bergen.", "I do not like tea.", "I like tea."}
+    # A memory of several parts has none.
+    boats = await person.merges("I like boats.", await person.says("I like sails."), await person.says("I like oars."))
+    await person.tells("I like boats.", "I don't like boats.")
+    assert {"I like boats.", "I don't like boats."} <= await person.in_force()
+    assert boats in {memory.id for memory in await person.memories()}
     assert (await verified(database)).different == 0
 
 

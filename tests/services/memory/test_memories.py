@@ -259,6 +259,12 @@ async def test_a_client_adds_memories_of_all_scopes(memory: Platform, client: Cl
         assert (await add({"text": "i like WINDOW seats"}, http=http))["id"] == mine["id"]
         await add({"text": "x", "scope": "tenant"}, 403, http)
         await add({"text": "x", "scope_id": "member:m2"}, 403, http)
+    async with person(memory, "member:m3") as http:
+        await add({"text": "I live in Oslo."}, http=http)
+        # One that ends replaces none for good.
+        await add({"text": "I live in Turku.", "expires_at": "2999-01-01T00:00:00Z"}, http=http)
+        bergen = await add({"text": "I moved to Bergen."}, http=http)
+        assert [item["replaced_by"] for item in await listed(http, scope="user")] == [None, None, bergen["id"]]
     run_id = str(uuid4())
     await add({"text": "We close at six.", "scope": "tenant", "importance": 8, "source": {"run_id": run_id}})
     await add({"text": "Speak formally.", "scope": "agent", "scope_id": "a1", "kind": "preference"})
