@@ -67,7 +67,7 @@ _RULES = (
     _rule(r"\bcall me (?-i:(?!\w*day\b|[A-Z]{2})[^\W\d_a-z])", "fact", 7, "form of address"),
     # With these signs it means to order, or to call a person.
     _rule(r"我叫(?![了过不他她它你您人外的车快辆个服]|一[辆个份杯声下])|我的名字是", "fact", 7, "name"),
-    # With these signs it means to call or to wake somebody.
+    # With these signs it means to call or to wake a person.
     _rule(r"请叫我(?!一[声下]|起床|[醒来去])", "fact", 7, "form of address"),
     _rule(rf"{_LIVE} {_PLACE}|{_MOVED} {_PLACE}{_NO_TOWN}", "fact", 6, "home"),
     _rule(rf"{_LIVE}|{_MOVED}", "fact", 6),
@@ -100,7 +100,7 @@ _FORGET = re.compile(
 # The part of a sentence outside of its fact says more of the person, or doubts the fact. If a newer fact replaced the
 # sentence, this part would be lost.
 _SAYS_MORE = re.compile(r"(?i)\b(?:I|my|and|but)\b|[我和]|，\S|而且")
-# A single letter before one of these words is no initial.
+# A single letter before one of these words is not an initial.
 _BEGINNING = r"""
     (?:I|My|We|Our|You|Your|It|This|That|The|There|Do|Does|Did|Is|Are|Am|Can|Could|Would|Should|What|Where|When|Who|Which
     |Why|How|Please|Thanks?|Also|But|And)['’\s]
