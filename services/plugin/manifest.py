@@ -14,9 +14,9 @@ from infra.outgoing.webhooks import read_secret
 from infra.security.crypto import Cipher
 from infra.security.rewrap import SealedColumn
 from infra.web.json_schema import StepBudget, check, check_schema
+from infra.web.json_schema.drafts import adapted, check_depth
 from services.plugin.domain import McpTool, Tool, plain_name
 from services.plugin.models import LeftOut, NewPlugin
-from services.plugin.schemas import adapted, check_depth
 
 SEALED = SealedColumn("plugin", "access", "plugin access", ("tenant_id", "id::text"))
 MAX_CONFIG_BYTES = 16 * 1024

@@ -58,9 +58,22 @@ def _need(holds: object, reason: str, status: int = 400) -> None:
         raise Refused(status, reason)
 
 
-def _check_tool(name: object, schema: object) -> None:
+def _check_tool(name: object, schema: Any, not_at_the_root: Sequence[str]) -> None:
     _need(isinstance(name, str) and _NAME.fullmatch(name), f"tool name {name!r}")
     _need(isinstance(schema, dict) and schema.get("type") == "object", f"schema of {name}: must be of type object")
+    _need(schema.keys().isdisjoint(not_at_the_root), f"schema of {name}: has one of {not_at_the_root} at the top level")
+
+
+def _check_items(name: object, schema: Any) -> None:
+    if isinstance(schema, list):
+        for part in schema:
+            _check_items(name, part)
+    elif isinstance(schema, dict):
+        types = schema.get("type")
+        is_array = types == "array" or (isinstance(types, list) and "array" in types)
+        _need(not is_array or "items" in schema, f"schema of {name}: array schema missing items")
+        for part in schema.values():
+            _check_items(name, part)
 
 
 def _check_calls_answered(open_calls: set[str]) -> None:
@@ -78,7 +91,9 @@ class _OpenAI:
         _need("stream_options" not in body or body.get("stream") is True, "stream_options without stream")
         for tool in body.get("tools", ()):
             _need(tool.get("type") == "function", "type of a tool")
-            _check_tool(tool["function"].get("name"), tool["function"].get("parameters"))
+            name, schema = tool["function"].get("name"), tool["function"].get("parameters")
+            _check_tool(name, schema, ("oneOf", "anyOf", "allOf", "enum", "not"))
+            _check_items(name, schema)
         open_calls: set[str] = set()
         for n, message in enumerate(body["messages"]):
             role, content = message.get("role"), message.get("content")
@@ -161,7 +176,7 @@ class _Anthropic:
         _need(isinstance(body.get("model"), str) and body["model"], "model")
         _need(isinstance(body.get("max_tokens"), int) and body["max_tokens"] > 0, "max_tokens")
         for tool in body.get("tools", ()):
-            _check_tool(tool.get("name"), tool.get("input_schema"))
+            _check_tool(tool.get("name"), tool.get("input_schema"), ("oneOf", "allOf", "anyOf"))
         messages = body.get("messages")
         _need(isinstance(messages, list) and messages and messages[0]["role"] == "user", "messages")
         open_calls: set[str] = set()

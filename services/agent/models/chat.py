@@ -36,6 +36,7 @@ from services.agent.models.contract import (
 )
 from services.agent.models.pieces import CALL_FIELDS, MAX_EVENT_BYTES, lines, whole_arguments
 from services.agent.models.thoughts import without_thoughts
+from services.agent.models.tool_schemas import tool_schema
 from services.agent.models.wording import system_message, valid_arguments, wire_name
 
 OPENAI = "https://api.openai.com/v1"
@@ -312,10 +313,11 @@ def finish_reason(word: str) -> str:
 def _tool(tool: Tool) -> dict[str, Any]:
     from pydantic_ai.exceptions import UserError
 
+    parameters = tool_schema(tool.schema)
     try:
-        parameters = _transformer(tool.schema, strict=tool.strict).walk()
+        parameters = _transformer(parameters, strict=tool.strict).walk()
     except UserError:
-        parameters = tool.schema  # malformed, by a client of /v1: the server judges it
+        pass  # malformed, by a client of /v1: the server judges it
     function = {"name": wire_name(tool.name), "description": tool.description, "parameters": parameters} | (
         {"strict": True} if tool.strict else {}
     )  # not every server knows it

@@ -48,6 +48,7 @@ from services.agent.models.contract import (
     UserTurn,
 )
 from services.agent.models.thoughts import without_thoughts
+from services.agent.models.tool_schemas import tool_schema
 from services.agent.models.wording import system_message, valid_arguments, wire_name
 
 _TRANSIENT = (
@@ -109,7 +110,7 @@ class ProviderModel:
                 # Set for each tool: without it the library makes schemas strict that were not meant to be.
                 ToolDefinition(
                     name=wire_name(tool.name),
-                    parameters_json_schema=tool.schema,
+                    parameters_json_schema=tool_schema(tool.schema),
                     description=tool.description,
                     strict=tool.strict,
                 )

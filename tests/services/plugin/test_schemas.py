@@ -10,9 +10,9 @@ import pytest
 
 from infra.errors import InvalidMessage
 from infra.web.json_schema import check, check_schema
+from infra.web.json_schema.drafts import MAX_DEPTH, adapted
 from services.plugin.domain import without_base64
 from services.plugin.files import ResultFiles
-from services.plugin.schemas import MAX_DEPTH, adapted
 
 
 def properties(**schemas: Any) -> dict[str, Any]:

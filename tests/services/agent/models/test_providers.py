@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from typing import Any
 
 import msgspec
 import pytest
@@ -24,6 +25,7 @@ from services.agent.models.contract import (
     UserTurn,
 )
 from services.agent.models.providers import Providers
+from services.agent.models.tool_schemas import tool_schema
 from tooling.testing import model_shapes as shapes
 from tooling.testing.model_server import KEY, Fails, ModelServer, Refuses, Says, Streams, model_server
 
@@ -267,6 +269,67 @@ async def test_a_call_of_an_unknown_tool_keeps_its_name(server: ModelServer, pro
     server.script("gpt-4o-mini", Says(calls=(("made_up", "{}"),)))
     answer = await ask(server, providers, OPENAI, Prompt("", (UserTurn("?"),), tools=(WEATHER,)))
     assert answer.calls == (ToolCall("call_0", "made_up", "{}"),)
+
+
+def of(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties}
+
+
+A = {"type": "object", "properties": {"kind": {"const": "a"}, "x": {}}, "required": ["kind", "x"]}
+B = {"type": "object", "properties": {"kind": {"const": "b"}, "y": {}}, "required": ["kind"]}
+KIND = {"anyOf": [{"const": "a"}, {"const": "b"}]}
+SCHEMAS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (of(tags={"type": "array"}), of(tags={"type": "array", "items": {}})),
+    (of(a={"type": ["array", "null"]}), of(a={"type": ["array", "null"], "items": {}})),
+    (of(a={"anyOf": [{"type": "array"}, B]}), of(a={"anyOf": [{"type": "array", "items": {}}, B]})),
+    (
+        of(a={"type": "array", "prefixItems": [{"type": "array"}]}),
+        of(a={"type": "array", "prefixItems": [{"type": "array", "items": {}}], "items": {}}),
+    ),
+    (
+        of(a={}, b={}) | {"anyOf": [{"required": ["a"]}, {"required": ["b"]}], "not": {"required": ["c"]}},
+        of(a={}, b={}),
+    ),
+    ({"type": "object", "oneOf": [A, B, {"type": "null"}]}, of(kind=KIND, x={}, y={}) | {"required": ["kind"]}),
+    (
+        of(kind={"type": "string"}) | {"allOf": [A, {"allOf": [{"required": ["y"]}]}, True]},
+        of(kind={"type": "string"}, x={}) | {"required": ["kind", "x", "y"]},
+    ),
+    ({"$ref": "#/definitions/A", "type": "object", "definitions": {"A": A}}, A | {"definitions": {"A": A}}),
+    (
+        {"type": "object", "anyOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}], "$defs": {"A": A, "B": B}},
+        of(kind=KIND, x={}, y={}) | {"required": ["kind"], "$defs": {"A": A, "B": B}},
+    ),
+    (of(x={}) | {"allOf": [{"$ref": "#"}]}, of(x={})),
+]
+
+
+@BOTH
+@pytest.mark.parametrize("n", range(len(SCHEMAS)))
+async def test_the_schema_of_a_tool_is_one_that_providers_take(
+    name: str, n: int, server: ModelServer, providers: Providers
+) -> None:
+    given, sent = SCHEMAS[n]
+    kept = msgspec.json.encode(given)
+    await ask(server, providers, name, Prompt("", (UserTurn("?"),), tools=(Tool("f", "", given),)))
+    [tool] = server.requests[-1].body["tools"]
+    assert (tool["function"]["parameters"] if name == OPENAI else tool["input_schema"]) == sent
+    # The arguments are checked against the whole schema.
+    assert msgspec.json.encode(given) == kept
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        of(a={"type": "array"}) | {"allOf": [of(**{f"p{n}": {} for n in range(400)})] * 400},  # too much work
+        {"type": "object", "allOf": 7},
+        {"type": "object", "anyOf": [7]},
+        {"type": "object", "properties": [{"type": "array"}], "allOf": [of()]},
+        {"type": "object", "$ref": "https://a.example/schema"},
+    ],
+)
+def test_a_schema_that_cannot_be_merged_stays(schema: dict[str, Any]) -> None:
+    assert tool_schema(schema) is schema
 
 
 async def test_an_open_schema_is_sent_unchanged(server: ModelServer, providers: Providers) -> None:

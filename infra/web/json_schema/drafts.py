@@ -1,4 +1,4 @@
-"""Converts JSON Schemas of older drafts, as tool servers send them, to draft 2020-12. Pure.
+"""Converts JSON Schemas of older drafts, as tool servers and clients send them, to draft 2020-12. Pure.
 
 Keywords that the check of arguments does not support are left out, so that the tool is offered and only they are not
 checked. The tool's server checks its arguments anyway.
@@ -6,7 +6,7 @@ checked. The tool's server checks its arguments anyway.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from infra.errors import InvalidMessage
@@ -65,20 +65,27 @@ def check_depth(field: str, value: Any) -> None:
     raise InvalidMessage(field, f"must be nested at most {MAX_DEPTH} levels deep")
 
 
+def with_parts(schema: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """The schema with its direct subschemas changed."""
+    new: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in _BY_NAME and isinstance(value, Mapping):
+            value = {key: change(part) for key, part in value.items()}
+        elif name in _LISTS and isinstance(value, list):
+            value = [change(part) for part in value]
+        elif name in _SCHEMAS and isinstance(value, Mapping):
+            value = change(value)
+        new[name] = value
+    return new
+
+
 def _adapted(schema: Any) -> Any:
     if not isinstance(schema, Mapping):
         return {} if schema is None else schema
-    new: dict[str, Any] = {}
-    for name, value in schema.items():
-        if name in _LEFT_OUT or (value is None and name not in _DATA):
-            continue
-        if name in _BY_NAME and isinstance(value, Mapping):
-            value = {key: _adapted(part) for key, part in value.items()}
-        elif name in _LISTS and isinstance(value, list):
-            value = [_adapted(part) for part in value]
-        elif name in _SCHEMAS and isinstance(value, Mapping):
-            value = _adapted(value)
-        new[name] = value
+    kept = {
+        name: value for name, value in schema.items() if name not in _LEFT_OUT and (value is not None or name in _DATA)
+    }
+    new = with_parts(kept, _adapted)
     if isinstance(schema.get("patternProperties"), Mapping):
         # Names that match a pattern would be refused as additional ones.
         new.pop("additionalProperties", None)
