@@ -122,7 +122,7 @@ class ModelServer:
     def __init__(self) -> None:
         self.url = ""
         """Base URL; it ends in ``/v1``."""
-        self.rules: dict[str, Callable[[Asked], Says]] = {}
+        self.rules: dict[str, Callable[[Asked], Says | Refuses]] = {}
         """Model → how it answers a request if nothing is scripted."""
         self.requests: list[Asked] = []
         """All well-formed requests."""

@@ -59,7 +59,7 @@ class Completions(httpx2.AsyncBaseTransport):
         refused, lasting = set(self._refused.get(endpoint, ())), set[str]()
         response = await self._inner.handle_async_request(_again(request, body, refused) if refused else request)
         for _ in range(_MOST_OPTIONS):
-            if response.status_code not in (400, 422, 500):
+            if response.status_code not in (400, 413, 422, 429, 500):
                 break
             answer = await response.aread()
             await response.aclose()

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from typing import Any
+from uuid import uuid4
 
 import httpx2
 import msgspec
@@ -223,7 +224,8 @@ class ToolCalls:
 
     def _new(self, given_id: str | None) -> _Call:
         index = len(self._calls)
-        id_ = given_id or f"call_{index}"
+        # Unlike any of earlier answers: Anthropic refuses a conversation with an id twice.
+        id_ = given_id or f"call_{uuid4().hex[:12]}"
         call = _Call(index, given_id, id_ if id_ not in self._ids else f"{id_}_{index}")
         self._calls.append(call)
         self._ids.add(call.id)

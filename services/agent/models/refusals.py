@@ -18,7 +18,9 @@ _OPTIONS = (*_FIXED, *LIMITS, "tool_choice", "response_format", "seed")
 _VALUES = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "stop", "reasoning_effort")
 # Other words for an option than its name.
 _WORDS = {
-    **dict.fromkeys(LIMITS, r"\bmax_(completion_|new_|output_)?tokens\b|(context|token) (length|limit)|maximum tokens"),
+    **dict.fromkeys(
+        LIMITS, r"\bmax_?(completion_|new_|output_?)?tokens\b|(context|token) (length|limit)|maximum tokens"
+    ),
     "response_format": r"response.?(format|schema|mime)|json.?schema|structured.output|grammar",
 }
 # The server does not know the option.
@@ -33,10 +35,14 @@ _VALUE = re.compile(
     r"reduce|\bvalue\b|(\b|response_)schema\b",
     re.IGNORECASE,
 )
-# The largest limit that a server takes, in the words of OpenAI, Volcengine, Groq, DeepSeek and Anthropic.
+# The largest limit that a server takes, in the words of OpenAI, Volcengine, Groq, DeepSeek, Anthropic and Google.
 _LARGEST = re.compile(
-    r"(?:at most|<=|less than or equal to|\[\d{1,9},)\s*[`'\"]?(\d{1,9})|(\d{1,9}), which is the maximum", re.IGNORECASE
+    r"(?:at most|<=|less than or equal to|\[\d{1,9},)\s*[`'\"]?(\d{1,9})|(\d{1,9}), which is the maximum|"
+    r"range is from \d{1,9} \(inclusive\) to (\d{1,9}) \((in|ex)clusive",
+    re.IGNORECASE,
 )
+# Groq and OpenAI count the limit of the answer among the tokens of a minute. No wait would help.
+_TOO_LARGE = re.compile(r"request too large", re.IGNORECASE)
 # Google and Groq take a format or tools, not both.
 _FORMAT_WITH_TOOLS = "format with tools"
 _FORMAT, _TOOLS = re.compile(r"json|mime|format", re.IGNORECASE), re.compile(r"tool|function", re.IGNORECASE)
@@ -51,6 +57,15 @@ _IDS = {
         r"tool.?call.?id.{0,200}(a-z|length)|tool_calls\S{0,20}id\b.{0,100}(length|too long)", re.IGNORECASE
     )
 }
+
+# Kimi and DeepSeek want thoughts with each call. Calls of another model, and calls that a client sends back, have none.
+_THOUGHTS = {
+    "missing thoughts": re.compile(
+        r"reasoning_content\b.{0,60}\b(missing|passed back)|missing\W{1,3}reasoning_content", re.IGNORECASE
+    )
+}
+# Kimi takes an empty text for a missing one.
+_NO_THOUGHTS = " "
 
 Body = Mapping[str, Any]
 
@@ -70,12 +85,14 @@ def found(status: int, answer: bytes, body: Body, known: set[str]) -> Refusal | 
     """The refusal in this answer; None if it names no part of the request, or only known parts."""
     text = answer.decode(errors="replace")
     # llama.cpp answers 500 if a template refuses.
-    for name, pattern in (_ROLES | _IDS).items() if status in (400, 422, 500) else ():
+    for name, pattern in (_ROLES | _IDS | _THOUGHTS).items() if status in (400, 422, 500) else ():
         if name not in known and pattern.search(text):
             return Refusal(frozenset((name,)), lasts=True)
+    sent = without(body, known)
+    if status in (413, 429) and _limit(sent) and _TOO_LARGE.search(text):
+        return Refusal(frozenset(LIMITS))
     if status not in (400, 422):
         return None
-    sent = without(body, known)
     is_value = bool(_VALUE.search(text))
     if {"tools", "response_format"} <= sent.keys() and _FORMAT.search(text) and _TOOLS.search(text) and not is_value:
         return Refusal(frozenset((_FORMAT_WITH_TOOLS,)), lasts=True)
@@ -101,7 +118,7 @@ def _named(option: str, text: str) -> re.Match[str] | None:
 
 def largest(text: str, limit: int) -> int | None:
     """The largest limit of an answer that this refusal of `limit` names; None if it names none."""
-    named = (int(one or other) for one, other in _LARGEST.findall(text))
+    named = (int(one or other or end) - (kind.lower() == "ex") for one, other, end, kind in _LARGEST.findall(text))
     return max((number for number in named if 0 < number < limit), default=None)
 
 
@@ -118,6 +135,10 @@ def without(body: Body, refused: set[str]) -> dict[str, Any]:
         kept["messages"] = _in_turns(kept["messages"])
     if refused & _IDS.keys():
         kept["messages"] = [_with_short_ids(message) for message in kept["messages"]]
+    if refused & _THOUGHTS.keys():
+        kept["messages"] = [
+            {"reasoning_content": _NO_THOUGHTS} | m if m["role"] == "assistant" else m for m in kept["messages"]
+        ]
     return kept
 
 

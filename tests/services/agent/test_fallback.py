@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.services.agent.conftest import MODEL, Tenant, World
-from tooling.testing.model_server import KEY, Fails, Says, Streams
+from tooling.testing.model_server import KEY, Asked, Fails, Refuses, Says, Streams
 from tooling.testing.service_fakes import WEATHER
 
 OTHER = "gpt-4o"
@@ -42,6 +42,21 @@ async def test_the_thoughts_of_a_model_are_not_sent_to_its_fallback(world: World
     ]
     told = [request.body["messages"][-2] for request in (own, others)]
     assert [set(one) for message in told for one in (message, message["tool_calls"][0])] == fields
+
+
+async def test_a_fallback_that_wants_thoughts_gets_blank_ones(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(tools=[WEATHER], fallback={"model": f"openai/{OTHER}"})
+    message = "thinking is enabled but reasoning_content is missing in assistant tool call message at index 2"
+
+    def thinking(asked: Asked) -> Says | Refuses:
+        called = [message for message in asked.body["messages"] if "tool_calls" in message]
+        complete = all(message.get("reasoning_content") for message in called)
+        return Says("Wet.") if complete else Refuses(400, {"error": {"message": message}})
+
+    world.models.rules[OTHER] = thinking
+    world.models.script(MODEL, Says(calls=((WEATHER, '{"city":"Bern"}'),)), Fails(400))
+    run = await tenant.over(await tenant.say(agent, "Weather?"))
+    assert (run["status"], run["reply"]) == ("completed", "Wet.")
 
 
 async def test_a_fallback_elsewhere_has_a_key_of_its_own(world: World, tenant: Tenant) -> None:

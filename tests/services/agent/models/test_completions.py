@@ -300,6 +300,13 @@ async def test_two_calls_that_share_an_index_or_an_id_are_two_calls(
     assert (await ask(server, providers, Prompt("", turns, tools=PROMPT.tools))).text == "Done."
 
 
+async def test_calls_without_ids_get_other_ids_in_each_answer(server: ModelServer, providers: Providers) -> None:
+    stream = two(call(0, None, "add", "{}"), call(1, "", "add", "{}"))
+    server.script(MODEL, stream, stream)
+    answers = [await ask(server, providers) for _ in range(2)]
+    assert len({made.id for answer in answers for made in answer.calls}) == 4
+
+
 @pytest.mark.parametrize(
     "pieces",
     [
@@ -351,6 +358,31 @@ async def test_thoughts_in_a_field_go_back_with_their_calls_and_nowhere_else(
     assert (sent["role"], sent[field], sent["tool_calls"][0]["id"]) == ("assistant", "They want a sum.", "a")
     plain = await ask(server, providers)
     assert (plain.text, plain.reasoning) == ("Hi", None)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "thinking is enabled but reasoning_content is missing in assistant tool call message at index 1",
+        "The `reasoning_content` in the thinking mode must be passed back to the API.",
+        "Missing `reasoning_content` field in the assistant message at message index 1",
+    ],
+)
+async def test_thoughts_that_a_server_misses_are_blank_from_then_on(
+    server: ModelServer, providers: Providers, message: str
+) -> None:
+    server.script(MODEL, Refuses(400, {"error": {"message": message, "type": "invalid_request_error"}}))
+    sender = f"openai/{MODEL} 127.0.0.1"
+    others, own = (Reasoning("reasoning_content", "a sum", model) for model in ("openai/other b.example", sender))
+    turns: list[Turn] = [UserTurn("?")]
+    for n, thoughts in enumerate((None, others, own)):
+        made = ToolCall(f"c{n}", "add", "{}")
+        turns += [AssistantTurn("", (made,), thoughts), ToolTurn(made, "3")]
+    for _ in range(2):
+        await ask(server, providers, Prompt("", tuple(turns), tools=PROMPT.tools))
+    sent = [[m.get("reasoning_content") for m in request.body["messages"][1::2]] for request in server.requests]
+    # Kimi takes an empty text for a missing one.
+    assert sent == [[None, None, "a sum"], [" ", " ", "a sum"], [" ", " ", "a sum"]]
 
 
 DETAILS: list[dict[str, Any]] = [
@@ -724,6 +756,16 @@ async def test_several_refused_options_are_left_out_and_a_limit_gets_its_newer_n
             12288,
         ),
         ("max_tokens must be greater than or equal to 1 and less than or equal to `8192`", 8192),
+        (
+            "Unable to submit request because it has a maxOutputTokens value of 90000 but the supported range is from 1 "
+            "(inclusive) to 65537 (exclusive). Update the value and try again.",
+            65536,
+        ),
+        (
+            "Unable to submit request because it has a maxOutputTokens value of 90000 but the supported range is from 1 "
+            "(inclusive) to 65536 (inclusive). Update the value and try again.",
+            65536,
+        ),
         ("max_tokens: 90000 is not supported, the maximum is 4K", None),
         ("max_tokens", None),
     ],
@@ -737,6 +779,31 @@ async def test_a_limit_that_is_too_large_for_a_server_is_lowered_for_this_reques
     bodies = [request.body for request in server.requests]
     assert [body.get("max_tokens") for body in bodies] == [90000, most, 50]
     assert not any("max_completion_tokens" in body for body in bodies)
+
+
+TOO_LARGE = (
+    "Request too large for model `llama-3.3-70b-versatile` in organization `org_x` service tier `on_demand` on tokens "
+    "per minute (TPM): Limit 6000, Requested 90020, please reduce your message size and try again."
+)
+
+
+@pytest.mark.parametrize("status", [413, 429])
+async def test_a_limit_above_the_tokens_of_a_minute_is_left_out_once(
+    server: ModelServer, providers: Providers, status: int
+) -> None:
+    refusal = Refuses(status, {"error": {"message": TOO_LARGE, "type": "tokens", "code": "rate_limit_exceeded"}})
+    server.script(MODEL, refusal)
+    limited = msgspec.structs.replace(PROMPT, max_output_tokens=90000)
+    for _ in range(2):
+        await ask(server, providers, limited)
+    assert [request.body.get("max_tokens") for request in server.requests] == [90000, None, 90000]
+    # Without a limit, and for another reason, it is final.
+    server.script(MODEL, refusal, Refuses(status, {"error": {"message": "Rate limit reached: Limit 6000"}}))
+    for prompt in (PROMPT, limited):
+        with pytest.raises(ModelFailed, match="imit 6000") as failed:
+            await ask(server, providers, prompt)
+        assert failed.value.transient is (status == 429)
+    assert len(server.requests) == 5
 
 
 @pytest.mark.parametrize("host", ["api.openai.com", "eu.api.openai.com", "me.openai.azure.com", "generic.example"])
