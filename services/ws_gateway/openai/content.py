@@ -18,6 +18,11 @@ from services.ws_gateway.openai.fields import check, string
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 # The image parts of a content: the field is the address, or in chat completions an object that has it.
 _IMAGES = ("image_url", "input_image")
+# What stands in a function's result for parts that its model does not see.
+_NOTES = {
+    **dict.fromkeys(_IMAGES, "[image left out]"),
+    **dict.fromkeys(("input_file", "file"), "[file left out]"),
+}
 # Thoughts of another server's model, among the parts of its message: nothing that this agent could go on from.
 _THOUGHTS = ("thinking", "redacted_thinking", "reasoning")
 _DATA_URL = re.compile(r"data:image/[a-z]+;base64,([A-Za-z0-9+/]+={0,2})")
@@ -25,14 +30,16 @@ _DATA_URL = re.compile(r"data:image/[a-z]+;base64,([A-Za-z0-9+/]+={0,2})")
 _HEAD = 64
 
 
-def text_and_images(content: Any, where: str, *, seen: bool) -> tuple[str, tuple[str, ...]]:
-    """`seen`: images may be among the parts."""
+def text_and_images(content: Any, where: str, role: Any) -> tuple[str, tuple[str, ...]]:
+    """Only a user's images are shown to the model. Those in a function's result are left out."""
     images: tuple[str, ...] = ()
+    seen = role == "user"
     if isinstance(content, list):
         parts = [(part, f"{where}[{n}]") for n, part in enumerate(content) if not _is_thought(part, seen=seen)]
         shown = [one for one in parts if seen and isinstance(one[0], dict) and one[0].get("type") in _IMAGES]
         images = tuple(_image(part, place) for part, place in shown)
-        content = "\n".join(_part(part, place) for part, place in parts if (part, place) not in shown)
+        notes = _NOTES if role == "tool" else {}
+        content = "\n".join(_part(part, place, notes) for part, place in parts if (part, place) not in shown)
     check(content is None or isinstance(content, str), where, "must be text or a list of parts")
     return string(content or "", where), images
 
@@ -65,8 +72,10 @@ def _type(data: str) -> str:
         return filetypes.UNKNOWN  # the beginning of an archive
 
 
-def _part(part: Any, where: str) -> str:
+def _part(part: Any, where: str, notes: Mapping[str, str]) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind in notes:
+        return notes[kind]
     name = _TEXTS.get(kind) if isinstance(kind, str) else None
     if name is None:
         raise invalid_field(f"{where}.type", "only text, and images of the user, are supported")

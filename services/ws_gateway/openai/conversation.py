@@ -104,7 +104,7 @@ def conversation(field: str, turns: Iterable[Turn], constraints: Constraints) ->
     # The field of the last user's message, if it is empty.
     empty = ""
     for turn in turns:
-        content, images = text_and_images(turn.content, turn.where + turn.field, seen=turn.role == "user")
+        content, images = text_and_images(turn.content, turn.where + turn.field, turn.role)
         check(not open_ or turn.role not in ("user", "assistant"), turn.where, _unanswered(open_))
         match turn.role:
             case "system" | "developer":

@@ -8,6 +8,7 @@ import msgspec
 
 from infra.errors import InvalidMessage
 from infra.web.json_schema import StepBudget, check_schema
+from infra.web.json_schema.drafts import adapted
 from services.ws_gateway.openai.conversation import ClientFunction
 from services.ws_gateway.openai.errors import invalid_field
 from services.ws_gateway.openai.fields import check, check_name, list_of, string
@@ -122,13 +123,16 @@ def output_schema(format_: Any, where: str, *, nested: str = "") -> dict[str, An
                 given, where = format_.get(nested), f"{where}.{nested}"
                 check(isinstance(given, dict), where, "must be an object")
             check_name(given.get("name"), f"{where}.name")
-            return _schema(given.get("schema"), f"{where}.schema", StepBudget())
+            is_strict = given.get("strict") is True
+            return _schema(given.get("schema"), f"{where}.schema", StepBudget(), strict=is_strict)
     raise invalid_field(f"{where}.type", "must be text, json_object or json_schema")
 
 
-def _schema(schema: Any, where: str, budget: StepBudget) -> dict[str, Any]:
+def _schema(schema: Any, where: str, budget: StepBudget, *, strict: bool = True) -> dict[str, Any]:
+    """`strict`: False if the schema may be of an older draft, and have keywords that the check does not support."""
     check(isinstance(schema, dict), where, "must be a JSON Schema of an object")
     try:
+        schema = schema if strict else adapted(where, schema)
         check_schema(where, schema, budget)
     except InvalidMessage as error:
         raise invalid_field(error.field, error.reason) from None

@@ -403,6 +403,29 @@ def test_thoughts_of_another_servers_model_are_left_out() -> None:
     assert responses([HI, thoughts, answer, HI]) == responses([HI, answer, HI])
 
 
+def test_a_reference_is_refused_with_the_way_to_send_its_item() -> None:
+    with pytest.raises(CompletionError) as refused:
+        responses([HI, {"type": "item_reference", "id": "msg_1"}, HI])
+    assert "store: false" in refused.value.error["message"]
+
+
+def test_images_and_files_in_the_result_of_a_function_are_left_out() -> None:
+    png = "data:image/png;base64,iVBORw0KGgo="
+    parts = [
+        {"type": "input_text", "text": "The chart:"},
+        {"type": "input_image", "image_url": png},
+        {"type": "input_file", "file_id": "file_1"},
+    ]
+    text = "The chart:\n[image left out]\n[file left out]"
+    assert responses([HI, FUNCTION_CALL, OUTPUT | {"output": parts}]) == responses(
+        [HI, FUNCTION_CALL, OUTPUT | {"output": text}]
+    )
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    result = {"role": "tool", "tool_call_id": "c", "content": [{"type": "image_url", "image_url": {"url": png}}]}
+    found = chat(HI, {"role": "assistant", "tool_calls": [call]}, result)
+    assert found.since[-1].text == "[image left out]"
+
+
 @pytest.mark.parametrize(
     ("field", "value", "param"),
     [
@@ -490,6 +513,24 @@ def test_a_format_that_cannot_be_taken_is_named(format_: Any, where: str) -> Non
         chat(response_format=format_)
     param = f"response_format{'.json_schema' if is_schema else ''}{where}"
     assert (refused.value.status, refused.value.error["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("part", "newer"),
+    [
+        ({"items": [{"type": "number"}]}, {"prefixItems": [{"type": "number"}]}),
+        ({"minimum": 1, "exclusiveMinimum": True}, {"exclusiveMinimum": 1}),
+        ({"patternProperties": {"^x": {}}}, {}),
+    ],
+)
+def test_a_format_that_is_not_strict_may_be_of_an_older_draft(part: dict[str, Any], newer: dict[str, Any]) -> None:
+    old, new = ({"type": "object", "properties": {"a": one}} for one in (part, newer))
+    for strict in ({}, {"strict": False}, {"strict": None}):
+        format_ = {"name": "x", "schema": old, **strict}
+        assert responses(text={"format": {"type": "json_schema"} | format_}).output_schema == new
+        assert chat(response_format={"type": "json_schema", "json_schema": format_}).output_schema == new
+    with pytest.raises(CompletionError, match="must|not supported"):
+        responses(text={"format": {"type": "json_schema", "name": "x", "schema": old, "strict": True}})
 
 
 def test_a_json_schema_without_its_fields_is_named() -> None:
