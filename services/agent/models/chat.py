@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx2
@@ -314,10 +314,8 @@ def _tool(tool: Tool) -> dict[str, Any]:
     from pydantic_ai.exceptions import UserError
 
     parameters = tool_schema(tool.schema)
-    try:
+    with suppress(UserError):  # malformed, by a client of /v1: the server judges it
         parameters = _transformer(parameters, strict=tool.strict).walk()
-    except UserError:
-        pass  # malformed, by a client of /v1: the server judges it
     function = {"name": wire_name(tool.name), "description": tool.description, "parameters": parameters} | (
         {"strict": True} if tool.strict else {}
     )  # not every server knows it

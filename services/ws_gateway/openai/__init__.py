@@ -28,15 +28,15 @@ https://platform.openai.com/docs/api-reference. These rules fill gaps of the sta
   so the model may call them again.
 - Thoughts of the model are not sent to the client, so a request with the result of a call cannot bring them back. A
   server that refuses such a request (the thinking modes of DeepSeek and Kimi) gets a blank in their place, so its model
-  goes on without them. A server that refuses the request in other words cannot be used with functions of the client: 502.
+  goes on without them. A server that refuses it in other words cannot be used with functions of the client: 502.
 - ``tool_choice`` concerns only the client's functions. ``required`` or a name means that the run ends with a call of a
   function, or of the named function. ``none`` means that no function is offered. The agent's own tools are always
   available. If the model violates the choice or the schema of a ``strict`` function, it is asked again.
 - A format (``response_format``, ``text.format``) is enforced for its run, ``strict`` or not: if an answer does not fit,
   the model is asked again, and if no answer fits, the client gets a 502. A schema replaces the agent's own
   ``output_schema``, because the client knows its own needs. ``json_object`` and ``text`` do not replace it. A schema
-  must describe an object, as in the standard. One that is not ``strict`` may be of an older draft of JSON Schema, and of
-  its keywords ``patternProperties`` and dynamic references are left out.
+  must describe an object, as in the standard. One that is not ``strict`` may be of an older draft of JSON Schema. Of
+  its keywords, ``patternProperties`` and dynamic references are left out.
 - An answer that must fit a schema or call a function is sent as one piece when it is complete. Nothing is sent before.
 - Only text of the agent's steps is shown. A whole answer has the run's reply. A stream also has the text that the model
   wrote before it called a tool, because the call is not known in time: before the reply's text and separated by an

@@ -18,7 +18,7 @@ from services.ws_gateway.openai.fields import check, string
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 # The image parts of a content: the field is the address, or in chat completions an object that has it.
 _IMAGES = ("image_url", "input_image")
-# What stands in a function's result for parts that its model does not see.
+# The notes in a function's result, in the place of parts that the model does not see.
 _NOTES = {
     **dict.fromkeys(_IMAGES, "[image left out]"),
     **dict.fromkeys(("input_file", "file"), "[file left out]"),

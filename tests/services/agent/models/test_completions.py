@@ -757,13 +757,13 @@ async def test_several_refused_options_are_left_out_and_a_limit_gets_its_newer_n
         ),
         ("max_tokens must be greater than or equal to 1 and less than or equal to `8192`", 8192),
         (
-            "Unable to submit request because it has a maxOutputTokens value of 90000 but the supported range is from 1 "
-            "(inclusive) to 65537 (exclusive). Update the value and try again.",
+            "Unable to submit request because it has a maxOutputTokens value of 90000 but the supported range is from "
+            "1 (inclusive) to 65537 (exclusive). Update the value and try again.",
             65536,
         ),
         (
-            "Unable to submit request because it has a maxOutputTokens value of 90000 but the supported range is from 1 "
-            "(inclusive) to 65536 (inclusive). Update the value and try again.",
+            "Unable to submit request because it has a maxOutputTokens value of 90000 but the supported range is from "
+            "1 (inclusive) to 65536 (inclusive). Update the value and try again.",
             65536,
         ),
         ("max_tokens: 90000 is not supported, the maximum is 4K", None),
