@@ -69,6 +69,8 @@ def _unpack(pieces: Iterable[bytes], data: Path, owner: int) -> None:
 def _replay(folder: Path, archive: Archive, at: datetime, owner: int) -> None:
     """Starts a server that reads the WAL until `at`, waits until it has, and stops it."""
     data = folder / _DATA
+    with reaching(archive.to):
+        timeline = wal.timeline(archive, wal.system_of(data), at)
     supply = _Supply(folder, archive, owner)
     (data / "recovery.signal").touch()
     os.chown(data / "recovery.signal", owner, -1)
@@ -79,6 +81,7 @@ def _replay(folder: Path, archive: Archive, at: datetime, owner: int) -> None:
         "hot_standby": "off",
         "restore_command": supply.command,
         "recovery_target_time": at.isoformat(),
+        "recovery_target_timeline": timeline,
         "recovery_target_action": "promote",
         # With archiving, and no command: the history of the new timeline waits, until the restored stack archives it.
         "archive_mode": "on",
@@ -173,7 +176,8 @@ def _refusal(supply: _Supply, archive: Archive, system: int, at: datetime, log: 
     log.seek(0)
     text = log.read().decode(errors="replace")
     if "before configured recovery target" in text and (name := supply.missing):
-        if any(other > name for other in wal.segments(archive, system)):
+        # Of the same timeline, the first eight digits: another one has segments of its own.
+        if any(other > name and other[:8] == name[:8] for other in wal.segments(archive, system)):
             return EngineError(f"{archive.to}: the segment {name} of the WAL is missing, and later ones are there")
         return EngineError(
             f"{archive.to}: the archive ends before the segment {name}, and does not reach {at.isoformat()}"

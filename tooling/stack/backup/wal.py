@@ -30,6 +30,7 @@ from tooling.stack.engines.base import EngineError
 from tooling.stack.services import KEYS_FOLDER
 
 _SEGMENT = re.compile(r"[0-9A-F]{24}")
+_HISTORY = re.compile(r"([0-9A-F]{8})\.history")
 _KEYS = "keys-"
 
 
@@ -107,6 +108,18 @@ def is_segment(name: str) -> bool:
 def segments(archive: Archive, system: int) -> list[str]:
     """The names of all segments, in order."""
     return sorted(filter(is_segment, archive.of(system).stored()))
+
+
+def timeline(archive: Archive, system: int, at: datetime) -> str:
+    """The timeline that the database had at that moment, as PostgreSQL's setting ``recovery_target_timeline``.
+
+    Each restore to a moment begins a timeline, whose history is archived at the start. Before that the database had
+    the one before, or that of the base. PostgreSQL's default, the newest one, would leave out what a later restore has
+    undone.
+    """
+    stored = archive.of(system).stored()
+    began = [int(found[1], 16) for name in stored if stored[name] <= at and (found := _HISTORY.fullmatch(name))]
+    return str(max(began)) if began else "current"
 
 
 def prune(archive: Archive, system: int, before: datetime) -> int:

@@ -34,6 +34,8 @@ class Archived:
     base: list[bytes]
     between: datetime
     """The moment between two rows."""
+    dropped: datetime
+    """The moment before their table was dropped."""
     needed: str
     """The segment of the first of them."""
 
@@ -72,10 +74,11 @@ async def archived(running: tuple[Stack, Archive]) -> Archived:
     needed = await connection.fetchval("SELECT pg_walfile_name(pg_current_wal_insert_lsn())")
     await database.archive_now(url)
     await connection.execute("INSERT INTO kept VALUES (3)")
+    dropped = await connection.fetchval("SELECT clock_timestamp()")
     await connection.execute("DROP TABLE kept")
     await database.archive_now(url)
     await connection.close()
-    return Archived(stack, archive, base, between, needed)
+    return Archived(stack, archive, base, between, dropped, needed)
 
 
 @contextmanager
@@ -108,6 +111,24 @@ def test_a_recovery_ends_before_the_mistake(archived: Archived) -> None:
     with at(archived, archived.between) as data:
         assert rows(data) == ["1,2"]
         assert wal.system_of(data) == archived.system
+
+
+def test_a_later_recovery_follows_the_timeline_of_its_moment(archived: Archived) -> None:
+    """Otherwise a second restore would end in the first one's timeline, and undo more than it was asked for."""
+    restored = utcnow()
+    names = ("00000002.history", f"00000002{archived.needed[8:]}")
+    with at(archived, archived.between) as data:
+        for name in names:
+            wal.push(archived.archive, archived.system, name, (data / "pg_wal" / name).read_bytes())
+    try:
+        with at(archived, archived.dropped) as data:
+            assert rows(data) == ["1,2,3"]
+        # Segments of another timeline are not behind the end of this one.
+        with pytest.raises(EngineError, match="the archive ends before the segment 00000001"), at(archived, restored):
+            pass
+    finally:
+        for name in names:
+            (archived.folder / name).unlink()
 
 
 def test_damaged_wal_is_named(archived: Archived) -> None:
@@ -264,6 +285,17 @@ def test_old_wal_is_removed_and_keys_and_histories_stay(tmp_path: Path) -> None:
     assert names[0] not in left
     assert {names[1], names[2]} < left.keys()
     assert len(left) == 3
+
+
+def test_the_timeline_of_a_moment_is_the_newest_that_had_begun(tmp_path: Path) -> None:
+    archive, now = Archive(str(tmp_path / "archive"), "secret", {}), utcnow()
+    wal.push(archive, 7, "000000030000000000000001", b"content")
+    for name, hours in (("00000002.history", 3), ("0000000B.history", 1)):
+        wal.push(archive, 7, name, b"content")
+        began = (now - timedelta(hours=hours)).timestamp()
+        os.utime(tmp_path / "archive" / "wal-7" / name, (began, began))
+    moments = [now - timedelta(hours=hours) for hours in (4, 2, 0)]
+    assert [wal.timeline(archive, 7, moment) for moment in moments] == ["current", "2", "11"]
 
 
 @pytest.mark.parametrize("name", ["000000010000000000000009", "00000002.history"])
