@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Protocol, cast
@@ -23,6 +24,8 @@ from tooling.stack.engines.base import EngineError
 _NAME = re.compile(r"clawbus-(\d{8}T\d{6}Z)\.backup")
 # An upload keeps one part in memory. 10,000 parts of an object make backups up to 320 GB possible.
 _PART_BYTES = 32 * 1024 * 1024
+_UNFINISHED = ".unfinished"
+_LEFT_SECONDS = 24 * 3600
 
 
 def file_name(at: datetime) -> str:
@@ -64,7 +67,7 @@ class Folder:
     def new(self, name: str) -> Iterator[IO[bytes]]:
         self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Of this process: another one that was killed may have left its file.
-        unfinished = self._path / f"{name}.{os.getpid()}.unfinished"
+        unfinished = self._path / f"{name}.{os.getpid()}{_UNFINISHED}"
         descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -77,6 +80,11 @@ class Folder:
             raise EngineError(f"{self.where(name)}: exists already and is not overwritten") from None
         finally:
             unfinished.unlink(missing_ok=True)
+        # Parts of processes that were killed.
+        for left in self._path.glob(f"*{_UNFINISHED}"):
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
+                    left.unlink()
         # Without this a power loss could take the name away, after PostgreSQL was told that its WAL is archived.
         folder = os.open(self._path, os.O_RDONLY)
         try:
@@ -97,7 +105,7 @@ class Folder:
     def stored(self) -> dict[str, datetime]:
         if not self._path.is_dir():
             return {}
-        files = {path.name: path.stat() for path in self._path.iterdir() if path.is_file()}
+        files = {p.name: p.stat() for p in self._path.iterdir() if p.is_file() and not p.name.endswith(_UNFINISHED)}
         return {name: datetime.fromtimestamp(stat.st_mtime, UTC) for name, stat in files.items()}
 
     def remove(self, name: str) -> None:

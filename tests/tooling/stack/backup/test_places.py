@@ -96,6 +96,18 @@ def test_a_folder_overwrites_no_file(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first"]
 
 
+def test_parts_of_killed_processes_are_no_files_and_are_removed_after_a_day(tmp_path: Path) -> None:
+    place, old, new = Folder(tmp_path), tmp_path / "old.7.unfinished", tmp_path / "new.8.unfinished"
+    for part, hours in ((old, 25), (new, 23)):
+        part.write_bytes(b"x")
+        written = (utcnow() - timedelta(hours=hours)).timestamp()
+        os.utime(part, (written, written))
+    assert place.stored() == {}
+    put(place, "one")
+    assert list(place.stored()) == ["one"]
+    assert {path.name for path in tmp_path.iterdir()} == {"one", new.name}
+
+
 def test_a_file_that_is_missing_is_read_as_none(place: Target) -> None:
     with place.read("one") as file:
         assert file is None
