@@ -93,6 +93,7 @@ class Relay:
         self._sealing = database.sealing
         self._publisher = publisher
         self._metrics = metrics
+        metrics.dead_letters.labels("outbox")
         self.leases = Leases(engine, f"outbox-{publisher.bus}", BUCKETS, seconds=lease_seconds)
         # The leases are renewed between two polls.
         self._poll_seconds_alone = min(POLL_SECONDS_ALONE, lease_seconds / 3)
@@ -198,6 +199,15 @@ class Relay:
             for (destination, key), error in sorted(held_back.items()):
                 await self._hold_back(connection, destination, key, error)
         self._metrics.outbox_published.labels(bus).inc(len(done) - len(dead))
+        self._metrics.dead_letters.labels("outbox").inc(len(dead))
+        for letter in dead:
+            self._log.error(
+                "message of the outbox stored as a dead letter; see claw dlq list",
+                destination=letter.destination,
+                tenant=letter.tenant_id,
+                message_id=letter.message_id,
+                error=letter.error,
+            )
 
     async def _mark_published(
         self, connection: AsyncConnection, positions: list[int], confirmed: Sequence[Pending]

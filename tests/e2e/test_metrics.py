@@ -118,7 +118,7 @@ async def test_each_query_of_the_dashboard_has_an_answer_and_each_alert_is_evalu
     assert await prometheus.get("metadata", metric="claw_dead_letters_open")
     # An alert on an increase does not see the first value of a series, so these begin at 0.
     consumers = {series["consumer"] for series in await prometheus.labels("claw_dead_letters_total")}
-    assert {"billing", "runs", "channel.outbound"} <= consumers
+    assert {"billing", "runs", "channel.outbound", "outbox"} <= consumers
     verdicts = {series["verdict"] for series in await prometheus.labels("claw_usage_records_total")}
     assert {"held", "conflict"} <= verdicts
     addresses = {status["address"] for status in json.loads(run_claw(system.home, "status", "--json"))}

@@ -17,6 +17,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 from aiokafka.partitioner import DefaultPartitioner
+from structlog.testing import capture_logs
 
 from infra.bus.kafka import MAX_HEADER_BYTES, MAX_RECORD_BYTES, KafkaPublisher
 from infra.bus.outbox import HeldBack, Outcome, Pending, Relay, resend
@@ -66,7 +67,7 @@ async def log_of(buses: Buses, topic: Topic, key: str | None = None) -> list[Sen
 
 
 async def publish(desk: Database, topic: Topic, key: str, number: int, text: str = "x") -> UUID:
-    async with desk.begin() as tx:
+    async with desk.begin(tenant_id="t1") as tx:
         return tx.publish(topic, NoteTaken(notebook=key, number=number, text=text), key=key)
 
 
@@ -134,8 +135,14 @@ async def test_a_row_that_is_too_large_is_a_dead_letter_and_its_key_goes_on(
         *[await publish(desk, SAMPLE_EVENTS, "large", n, "x" * 60_000) for n in range(3, 8)],
         await publish(desk, SAMPLE_EVENTS, "k" * (MAX_HEADER_BYTES + 1), 1),
     ]
-    async with buses.relay(desk):
-        await until(is_published(desk, *ids))
+    counted = buses.metrics.dead_letters.labels("outbox")
+    before = counted._value.get()
+    with capture_logs() as lines:
+        async with buses.relay(desk):
+            await until(is_published(desk, *ids))
+    assert counted._value.get() == before + 2
+    told = {line["message_id"]: line["tenant"] for line in lines if "dead letter" in line["event"]}
+    assert told == dict.fromkeys((str(ids[1]), str(ids[-1])), "t1")
     assert [message.note.number for message in await log_of(buses, SAMPLE_EVENTS, "large")] == [1, 3, 4, 5, 6, 7]
     async with desk.engine.connect() as connection:
         letters = {x.message_id: x for x in await list_dead_letters(connection, "sample_desk")}
