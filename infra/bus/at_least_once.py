@@ -136,6 +136,7 @@ class AtLeastOnceReader(GroupReader):
         self._log.error(
             "record stored as a dead letter; see claw dlq list",
             topic=tp.topic,
+            tenant=letter.tenant_id,
             place=letter.place,
             error=letter.error,
         )

@@ -350,17 +350,19 @@ class Batches:
         if letters:
             await store_dead_letters(connection, self._group, "kafka", letters, self._database.sealing)
             self._metrics.dead_letters.labels(self._group).inc(len(letters))
-            first = letters[0]
-            self._log.error(
-                "records stored as dead letters; see claw dlq list",
-                group=self._group,
-                topic=self._topic.name,
-                partition=self._partition,
-                count=len(letters),
-                first_message_id=first.message_id,
-                key=first.key,
-                error=first.error,
-            )
+            for tenant_id in dict.fromkeys(letter.tenant_id for letter in letters):
+                own = [letter for letter in letters if letter.tenant_id == tenant_id]
+                self._log.error(
+                    "records stored as dead letters; see claw dlq list",
+                    group=self._group,
+                    topic=self._topic.name,
+                    partition=self._partition,
+                    tenant=tenant_id,
+                    count=len(own),
+                    first_message_id=own[0].message_id,
+                    key=own[0].key,
+                    error=own[0].error,
+                )
         return good
 
     async def _handled(self, tx: Tx, items: Sequence[Item]) -> set[str]:

@@ -110,6 +110,7 @@ class Workers:
         self._log.error(
             "message stored as a dead letter; see claw dlq list",
             queue=queue.name,
+            tenant=letter.tenant_id,
             message_id=letter.message_id,
             attempts=attempts,
             error=error,

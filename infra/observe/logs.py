@@ -13,10 +13,12 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -41,6 +43,7 @@ _LIBRARY_LINES, _LIBRARY_SECONDS = 5, 30.0
 MAX_LINE_BYTES = 512 * 1024
 """About half of the largest record that the log topic takes."""
 
+_work: ContextVar[Mapping[str, str]] = ContextVar("work", default=MappingProxyType({}))
 _service = ""
 _unprinted = 0
 _sinks: list[Callable[[bytes], None]] = []
@@ -55,7 +58,7 @@ def setup(service: str, level: str = "info") -> None:
     _service = service
     number = logging.getLevelNamesMapping()[{"warn": "warning", "fatal": "critical"}.get(level, level).upper()]
     structlog.configure(
-        processors=[structlog.contextvars.merge_contextvars, _emit],
+        processors=[_emit],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.ReturnLoggerFactory(),
     )
@@ -77,10 +80,24 @@ def get_logger(name: str, **fields: Any) -> FilteringBoundLogger:
     return logger
 
 
+def work_for(tenant_id: str) -> None:
+    """The lines that this task logs from now on have the field ``for_tenant``; empty for the platform.
+
+    The operator finds them. The tenant sees only lines with the field ``tenant``: others may show the inside of a
+    service.
+    """
+    _work.set({"for_tenant": tenant_id} if tenant_id else {})
+
+
+def work_on(**ids: str) -> None:
+    """The lines that this task logs until the next `work_for` have these fields."""
+    _work.set({**_work.get(), **ids})
+
+
 def _emit(_: WrappedLogger, method: str, event: EventDict) -> str:
     message = event.pop("event", "")
     # The log call returns this; structlog has nothing left to print.
-    _write(_LEVELS.get(method, method), message, dict(event))
+    _write(_LEVELS.get(method, method), message, {**_work.get(), **event})
     return ""
 
 

@@ -29,6 +29,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from infra import VERSION
 from infra.errors import Forbidden, InvalidMessage, NotFound, Unauthenticated, WrongType
+from infra.observe import logs
 from infra.outgoing import shares
 from infra.security.auth import IDENTITY_HEADER, SCOPES, Identities, Identity
 from infra.service.refusals import Refusals
@@ -106,7 +107,9 @@ def api(
             allow_body(scope, max_body)
             _check_address(scope)
             with suppress(Unauthenticated):
-                shares.tenant.set(identity(HTTPConnection(scope), runtime.identities).tenant_id)
+                tenant_id = identity(HTTPConnection(scope), runtime.identities).tenant_id
+                shares.tenant.set(tenant_id)
+                logs.work_for(tenant_id)
             if not routes_check_bodies and media_type(Headers(scope=scope)) == JSON:
                 receive = await _checked(scope, receive)
         try:

@@ -10,6 +10,7 @@ from uuid import UUID
 from infra.errors import InvalidMessage
 from infra.lanes.effects import Effects, Outcome
 from infra.lanes.resequencer import MissingMessages
+from infra.observe import logs
 from infra.observe.logs import get_logger
 from infra.postgres.tx import Tx
 from infra.security.subjects import SubjectKeys, erasure
@@ -82,6 +83,7 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
     vendor = account.vendor
     run_id = parts[0].run_id
     about = {"channel_id": str(account.id), **({"run_id": str(run_id)} if run_id else {})}
+    logs.work_on(**about)
     last = shown = None
     if vendor.preview == "edit" and run_id:
         async with effects.begin() as taking:

@@ -303,6 +303,20 @@ async def test_one_trace_shows_the_way_from_the_webhook_to_the_vendor_and_the_ch
     await until(told)
 
 
+async def test_a_failed_run_is_found_among_the_errors(company: Company, models: ModelServer) -> None:
+    models.script("gpt-4o-mini", Fails(400))
+    agent = await company.agent(models)
+    await company.make(f"/api/v1/agents/{agent}/sessions/s/messages", {"text": "hello"})
+    [run] = await company.ended(agent)
+    assert run["status"] == "failed"
+
+    async def found() -> bool:
+        lines = (await company.get("/api/v1/logs", search="errors", run_id=run["id"]))["items"]
+        return "run failed" in {line["message"] for line in lines}
+
+    await until(found)
+
+
 async def test_fifty_conversations_of_five_tenants_hear_only_their_own_and_in_order(
     system: System, models: ModelServer
 ) -> None:

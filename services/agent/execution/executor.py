@@ -12,7 +12,7 @@ import grpc.aio
 from infra.clock import utcnow
 from infra.errors import InvalidMessage, NotFound, RetryLater, describe
 from infra.lanes.effects import Effects, ItemEnded
-from infra.observe import telemetry
+from infra.observe import logs, telemetry
 from infra.observe.logs import get_logger
 from infra.postgres.database import Database
 from infra.postgres.tx import Tx
@@ -73,8 +73,11 @@ class Executor:
         lane's item.
         """
         started: StartedRun | None = None
+        logs.work_on(run_id=str(run_id))
         try:
             loaded = await self._loader.load(run_id)
+            if loaded.row.channel_id:
+                logs.work_on(channel_id=str(loaded.row.channel_id))
             started = await start(loaded, self._database, self._subjects, effects, self._writer)
             if started is None:
                 return None

@@ -108,8 +108,8 @@ async def _suspend(tx: Tx, subjects: SubjectKeys, row: RunRow, suspended: Suspen
 
 async def _fail(tx: Tx, row: RunRow, loaded: Conversation | None, outcome: Ended) -> None:
     await fail_run(tx, row.id, row.session_key, outcome.status, outcome.error)
-    level = _log.info if outcome.status == "cancelled" else _log.warning
-    level(f"run {outcome.status}", error=outcome.error, **row.log_fields)
+    levels = {"cancelled": _log.info, "failed": _log.error}
+    levels.get(outcome.status, _log.warning)(f"run {outcome.status}", error=outcome.error, **row.log_fields)
     await _send(tx, row, loaded, outcome.notice)
 
 

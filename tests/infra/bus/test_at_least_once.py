@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
+from structlog.testing import capture_logs
 
 from infra.bus.at_least_once import AtLeastOnceReader
 from infra.bus.dispatch import Decoded
@@ -86,7 +87,7 @@ async def reading(buses: Buses, database: Database, store: Store) -> AsyncIterat
 async def send(producer: AIOKafkaProducer, buses: Buses, *texts: str, body: bytes | None = None) -> None:
     for text in texts:
         message = NoteTaken(notebook="n", number=1, text=text)
-        envelope = Envelope(id=uuid7(), source="test", type=NoteTaken.wire_name(), time=utcnow())
+        envelope = Envelope(id=uuid7(), source="test", type=NoteTaken.wire_name(), time=utcnow(), tenant_id="t")
         headers = [(name, value.encode()) for name, value in envelope.headers().items()]
         value = msgspec.json.encode(message) if body is None else body
         await producer.send_and_wait(buses.prefix + SAMPLE_EVENTS.name, value, key=b"n", headers=headers)
@@ -149,14 +150,16 @@ async def test_one_that_is_refused_or_unreadable_is_set_aside_alone_and_redriven
     await send(producer, buses, *(f"c{n}" for n in range(10)))
     await send(producer, buses, "-", body=b"{no json")
     await send(producer, buses, "c10")
-    async with reading(buses, ledger_database, store):
-        await has(store, *(f"c{n}" for n in range(11) if n not in (3, 6)))
+    with capture_logs() as lines:
+        async with reading(buses, ledger_database, store):
+            await has(store, *(f"c{n}" for n in range(11) if n not in (3, 6)))
 
-        async def three() -> list[tuple[str, str, int]] | None:
-            letters = await dead(ledger_database)
-            return letters if len(letters) == 3 else None
+            async def three() -> list[tuple[str, str, int]] | None:
+                letters = await dead(ledger_database)
+                return letters if len(letters) == 3 else None
 
-        letters = {payload: (state, attempts) for payload, state, attempts in await until(three)}
+            letters = {payload: (state, attempts) for payload, state, attempts in await until(three)}
+    assert {line["tenant"] for line in lines if "dead letter" in line["event"]} == {"t"}
     assert letters.pop("{no json") == ("failed", 1)
     by_text = {msgspec.json.decode(payload)["text"]: found for payload, found in letters.items()}
     # A refused message would be refused again; a fault might pass.

@@ -10,6 +10,7 @@ from uuid import UUID
 import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from infra.bus.batch import Batches, Fenced
 from infra.bus.dispatch import decode_records
@@ -106,6 +107,15 @@ async def test_a_message_that_a_batch_holds_twice_is_handled_once(batches: Batch
     await batches.process(TOPIC_ID, [record(0, twice), record(1), record(2, twice)])
     assert taken.batches == [[0, 1]]
     assert position(batches) == 3
+
+
+async def test_each_tenant_has_a_line_about_its_dead_letters(batches: Batches) -> None:
+    other = {"tenant_id": b"other", "ce_type": b"sample.v9.Unknown"}
+    unreadable = [{"ce_type": b"sample.v9.Unknown"}, other, other]
+    with capture_logs() as lines:
+        await batches.process(TOPIC_ID, [record(n, changed=changed) for n, changed in enumerate(unreadable)])
+    told = {line["tenant"]: line["count"] for line in lines if "dead letters" in line["event"]}
+    assert told == {"acme": 1, "other": 2}
 
 
 @pytest.mark.parametrize("committed", [True, False])

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from aio_pika.exceptions import AMQPError, DeliveryError
 from msgspec.structs import replace
+from structlog.testing import capture_logs
 
 from infra.bus import rabbit, rabbit_publisher
 from infra.bus.outbox import Pending
@@ -150,12 +151,14 @@ async def test_the_resequencer_knows_a_dead_letter_by_its_key_and_position(
     working: Database, buses: Buses, handler: Desk
 ) -> None:
     handler.failures["dead seventh"] = [InvalidMessage("notebook", "is closed")]
-    async with working.begin(tenant_id="t") as tx:
-        id_ = tx.send(SAMPLE_WORK, TakeNote(notebook="b", text="dead seventh"), key="conversation", position=7)
-        other = tx.send(SAMPLE_WORK, TakeNote(notebook="b", text="done"), key="conversation", position=8)
-    found = await until(lambda: letter(working, id_))
-    assert found.key == "conversation"
-    await until(lambda: effects(working, "done"))
+    with capture_logs() as lines:
+        async with working.begin(tenant_id="t") as tx:
+            id_ = tx.send(SAMPLE_WORK, TakeNote(notebook="b", text="dead seventh"), key="conversation", position=7)
+            other = tx.send(SAMPLE_WORK, TakeNote(notebook="b", text="done"), key="conversation", position=8)
+        found = await until(lambda: letter(working, id_))
+        assert found.key == "conversation"
+        await until(lambda: effects(working, "done"))
+    assert [line["tenant"] for line in lines if "dead letter" in line["event"]] == ["t"]
     async with working.begin(tenant_id="t") as tx:
         assert await Resequencer(Lane("gaps", MissingMessages))._dead(tx, "conversation") == {7}
         buckets = await tx.sql("SELECT DISTINCT bucket FROM outbox WHERE message_id = ANY($1::uuid[])", [id_, other])

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
 from typing import Any
 
+import msgspec
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -23,7 +24,7 @@ from infra.lanes.claims import SUSPECT_RECOVERIES, Claims
 from infra.lanes.effects import Effects
 from infra.lanes.processor import IN_A_ROW, MAX_RECOVERIES
 from infra.lanes.runner import LaneRunner
-from infra.observe import telemetry
+from infra.observe import logs, telemetry
 from infra.observe.metrics import Metrics
 from infra.postgres.database import Database
 from infra.postgres.db import create_engine
@@ -130,6 +131,31 @@ async def test_an_id_that_two_transactions_enqueue_in_different_lanes_is_enqueue
         await until(lambda: sql(desk, WAITS))
     await second
     assert await items(desk, kind, "lane") == [("a",)]
+
+
+async def test_lines_about_an_item_have_its_tenant_and_ids_and_none_of_the_item_before(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[bytes] = []
+    monkeypatch.setattr(logs, "_sinks", [lines.append])
+    log, kind = logs.get_logger("test"), new_lane()
+
+    async def handle(parcel: Parcel, effects: Effects, tx: Tx) -> None:
+        log.info("begun")
+        logs.work_on(run_id=f"run {parcel.number}")
+        log.info("handled")
+        raise InvalidMessage("parcel", "is damp")
+
+    async with world.process(kind.runner(concurrency=1)(handle)) as database:
+        await put(database, kind, "a", 1, 2, tenant_id="one")
+        await all_over(database, kind)
+    seen = [msgspec.json.decode(line) for line in lines]
+    told = [(line["message"][:6], line["data"].get("for_tenant"), line["data"].get("run_id")) for line in seen]
+    assert told == [
+        (message, "one", run)
+        for number in (1, 2)
+        for message, run in (("begun", None), ("handle", f"run {number}"), ("item s", f"run {number}"))
+    ]
 
 
 async def test_the_same_lane_and_id_of_another_tenant_are_another_thing(world: World, notes: Notes) -> None:

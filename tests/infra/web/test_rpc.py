@@ -28,7 +28,7 @@ from infra.errors import (
     Transient,
     Unauthenticated,
 )
-from infra.observe import telemetry
+from infra.observe import logs, telemetry
 from infra.observe.metrics import Metrics
 from infra.outgoing import shares
 from infra.web import rpc
@@ -77,7 +77,7 @@ class Service:
     async def echo(self, request: bytes, context: Any) -> bytes:
         self.asked.append(request.decode())
         self.tenant = rpc.tenant_if_any()
-        assert shares.tenant.get() == (self.tenant or "")
+        assert shares.tenant.get() == logs._work.get().get("for_tenant", "") == (self.tenant or "")
         self.caller, self.left, self.carrier = rpc.caller(), context.time_remaining(), telemetry.carrier()
         if self.fail_times:
             self.fail_times -= 1

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from infra.clock import utcnow, uuid7
 from infra.errors import TooLarge, Transient
+from infra.observe import logs
 from infra.observe.metrics import Metrics
 from infra.outgoing import shares, webhooks
 from infra.outgoing.client import Outgoing
@@ -269,7 +270,7 @@ async def test_the_keys_of_a_vendor_are_read_for_the_tenant_of_the_channel(
     whose: list[str] = []
 
     async def keys(*_: object) -> dict[str, object]:
-        whose.append(shares.tenant.get())
+        whose.extend((shares.tenant.get(), logs._work.get()["for_tenant"]))
         raise Transient("the vendor is away")
 
     token, answered = new_token(), asyncio.Event()
@@ -291,7 +292,7 @@ async def test_the_keys_of_a_vendor_are_read_for_the_tenant_of_the_channel(
     take(cast(RawRequest, request))
     async with asyncio.timeout(10):
         await answered.wait()
-    assert whose == [intake.account.tenant_id]
+    assert whose == [intake.account.tenant_id] * 2
 
 
 async def test_the_drainer_pauses_less_the_longer_messages_have_waited(

@@ -134,8 +134,10 @@ async def test_lines_come_newest_first_in_pages_and_since_a_time(aggregator: Pla
 
 async def test_a_tenant_sees_its_own_lines_and_the_operator_all(aggregator: Platform, tenant: str) -> None:
     word = f"word{uuid4().hex}"
-    await log(aggregator, line(word, tenant=tenant), line(word, tenant="somebody else"), line(word))
-    assert len(await found(aggregator, "", 3, q=word)) == 3
+    inside = line(word, data={"for_tenant": tenant})
+    await log(aggregator, inside, line(word, tenant=tenant), line(word, tenant="somebody else"), line(word))
+    assert len(await found(aggregator, "", 4, q=word)) == 4
+    assert len(await found(aggregator, "", 2, q=word, tenant_id=tenant)) == 2
     assert [item["data"] for item in await found(aggregator, tenant, 1, q=word)] == [{"tenant": tenant}]
     assert len(await found(aggregator, "", 1, q=word, tenant_id="somebody else")) == 1
     async with aggregator.client("log_aggregator", tenant) as client:
