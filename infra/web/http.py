@@ -144,7 +144,7 @@ class _Observed:
             try:
                 await self._answer(scope, exchange)
             finally:
-                self._observe(scope, span, method, exchange.status, time.perf_counter() - began)
+                self._observe(scope, span, method, exchange, began)
 
     async def _open(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves a WebSocket. Until it is accepted it is a request: counted, and an error is answered as a problem.
@@ -201,9 +201,12 @@ class _Observed:
                 raise
             await response(scope, exchange.receive, exchange.send)
 
-    def _observe(self, scope: Scope, span: Span, method: str, status: int, seconds: float) -> None:
-        pattern = _pattern(scope)
-        self._metrics.http_seconds.labels(method, pattern, str(status)).observe(seconds)
+    def _observe(self, scope: Scope, span: Span, method: str, exchange: _Exchange, began: float) -> None:
+        pattern, status, ended = _pattern(scope), exchange.status, time.perf_counter()
+        seconds = ended - began
+        # A stream of events lasts as long as its subject: it is slow if it begins late.
+        answered = (exchange.streaming_since or ended) - began
+        self._metrics.http_seconds.labels(method, pattern, str(status)).observe(answered)
         log = _log.debug if status < 400 else _log.info
         path = _shown_path(scope)
         log("request served", method=method, path=path, status=status, ms=round(seconds * 1000, 1))
@@ -246,6 +249,8 @@ class _Exchange:
         self._received = 0
         self.max_body = max_body
         self.status = 0
+        self.streaming_since: float | None = None
+        """When a stream of events began, as `time.perf_counter`. None for another answer."""
 
     async def receive(self) -> Message:
         # With a declared length over the limit, nothing needs to be read.
@@ -260,6 +265,8 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            if dict(message.get("headers", ())).get(b"content-type", b"").startswith(b"text/event-stream"):
+                self.streaming_since = time.perf_counter()
         await self._send(message)
 
     def _too_large(self) -> TooLarge:

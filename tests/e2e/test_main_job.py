@@ -306,7 +306,7 @@ async def test_one_trace_shows_the_way_from_the_webhook_to_the_vendor_and_the_ch
 async def test_a_failed_run_is_found_among_the_errors(company: Company, models: ModelServer) -> None:
     models.script("gpt-4o-mini", Fails(400))
     agent = await company.agent(models)
-    await company.make(f"/api/v1/agents/{agent}/sessions/s/messages", {"text": "hello"})
+    await company.api.post(f"/api/v1/agents/{agent}/sessions/s/messages", json={"text": "hello"})
     [run] = await company.ended(agent)
     assert run["status"] == "failed"
 

@@ -10,6 +10,7 @@ import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
@@ -84,6 +85,7 @@ class App:
         self.metrics = Metrics(CollectorRegistry())
         self.health = http.Health("front", "1")
         self.traceparent: dict[str, str] = {}
+        self.now = 0.0
 
     def routes(self) -> list[Route | Mount | WebSocketRoute]:
         return [
@@ -93,6 +95,7 @@ class App:
             Route("/hooks/{type}/{token}", self.order, methods=["POST"]),
             Route("/slow", self.slow),
             Route("/broken-stream", self.broken_stream),
+            Route("/events", self.events),
             Mount("/mounted", routes=[Route("/{x}", self.fail)]),
         ]
 
@@ -116,6 +119,16 @@ class App:
         while (text := await websocket.receive_text()) != "fail":
             await websocket.send_text(text)
         raise ValueError("hunter2")
+
+    async def events(self, _: Request) -> Response:
+        """A stream of events that begins after 2 seconds and lasts for 98."""
+        self.now = 2.0
+
+        async def parts() -> AsyncIterator[str]:
+            self.now = 100.0
+            yield "data: x\n\n"
+
+        return StreamingResponse(parts(), media_type="text/event-stream")
 
     async def broken_stream(self, _: Request) -> Response:
         async def pieces() -> AsyncIterator[bytes]:
@@ -352,6 +365,16 @@ async def test_a_broken_off_answer_is_not_taken_for_a_complete_one(
     assert app.metrics.registry.get_sample_value("claw_http_request_seconds_count", labels) == 1
     [span] = exporter.get_finished_spans()
     assert span.status.status_code is StatusCode.ERROR
+
+
+async def test_a_stream_of_events_is_measured_until_it_begins(
+    client: httpx.AsyncClient, app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lasts as long as a run, and would make the P99 of a service useless."""
+    monkeypatch.setattr(http, "time", SimpleNamespace(perf_counter=lambda: app.now))
+    assert (await client.get("/events")).text == "data: x\n\n"
+    labels = {"method": "GET", "route": "/events", "status": "200"}
+    assert app.metrics.registry.get_sample_value("claw_http_request_seconds_sum", labels) == 2
 
 
 async def test_a_client_that_leaves_is_not_an_error(server: HttpServer, app: App, exporter: Exporter) -> None:
