@@ -18,12 +18,13 @@ from services.log_aggregator import searches
 from tooling.cli.client import gateway
 from tooling.stack import operator
 from tooling.stack.engines.base import EngineError
-from tooling.stack.home import home_folder
+from tooling.stack.home import SERVICES, home_folder
 from tooling.stack.operator import printable
 from tooling.stack.services import parts
 from tooling.stack.supervisor import Supervisor
 
 _PAGE = 200
+_LINES = 50
 
 
 def logs(
@@ -35,33 +36,49 @@ def logs(
     channel: Annotated[UUID | None, typer.Option(help="Search the index: lines of this channel.")] = None,
     tenant: Annotated[str, typer.Option(help="Search the index: lines of this tenant.")] = "",
     saved: Annotated[str, typer.Option(help=f"Search the index: {' or '.join(searches.QUERIES)}.")] = "",
-    since: Annotated[datetime | None, typer.Option(help="With a search: the first moment, local time.")] = None,
-    until: Annotated[datetime | None, typer.Option(help="With a search: the end, exclusive, local time.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=_PAGE, help="With a search: the maximum number of lines.")] = 50,
+    since: Annotated[datetime | None, typer.Option(help="Search the index: the first moment, local time.")] = None,
+    until: Annotated[datetime | None, typer.Option(help="Search the index: the end, exclusive, local time.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help=f"With a search: the maximum number of lines; {_LINES} without it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With a search: print one JSON document.")] = False,
 ) -> None:
     """Show the last lines of an engine's or a service's log, or search the lines of all services."""
     wanted = {"q": search, "trace_id": trace, "run_id": run, "channel_id": channel, "tenant_id": tenant}
-    params = {key: str(value) for key, value in (wanted | {"search": saved, "service": name}).items() if value}
+    times = {key: time.astimezone().isoformat() for key, time in (("since", since), ("until", until)) if time}
+    params = {key: str(value) for key, value in (wanted | {"search": saved, "service": name} | times).items() if value}
     if params.keys() - {"service"}:
         if follow:
             raise EngineError("--follow: a search shows stored lines; leave it out")
-        times = {name: time.astimezone().isoformat() for name, time in (("since", since), ("until", until)) if time}
-        found = asyncio.run(_search(params | times | {"limit": str(limit)}))
+        if name and name not in SERVICES:
+            raise EngineError(f"{name!r}: the index has lines of {', '.join(SERVICES)}")
+        found, more = asyncio.run(_search(params, limit or _LINES))
         if as_json:
             print(json.dumps(found))  # noqa: T201
         else:
             show(Console(highlight=False), found)
+        if more:
+            Console(stderr=True, highlight=False).print(
+                f"Older lines match too: these are the newest {len(found)}. --limit shows more.", soft_wrap=True
+            )
         return
+    if as_json or limit:
+        raise EngineError(f"{'--json' if as_json else '--limit'}: needs a search, such as --since or --saved errors")
     _tail(name, follow=follow)
 
 
-async def _search(params: dict[str, str]) -> list[dict[str, Any]]:
-    """The lines that match, the newest first."""
+async def _search(params: dict[str, str], limit: int) -> tuple[list[dict[str, Any]], bool]:
+    """The lines that match, the newest first, and whether there are more."""
     access = operator.access()
+    found: list[dict[str, Any]] = []
+    cursor: dict[str, str] = {}
     async with gateway(access["base_url"], access["admin_token"]) as api:
-        found: list[dict[str, Any]] = (await api.get("/api/v1/logs", **params))["items"]
-    return found
+        while True:
+            page = await api.get("/api/v1/logs", **params, **cursor, limit=str(min(limit - len(found), _PAGE)))
+            found += page["items"]
+            if not page["next"] or len(found) >= limit:
+                return found, bool(page["next"])
+            cursor = {"cursor": page["next"]}
 
 
 def show(console: Console, lines: list[dict[str, Any]]) -> None:

@@ -6,11 +6,14 @@ import ast
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
+import httpx
 import msgspec
 import pytest
 import typer
@@ -26,7 +29,8 @@ from tests.infra.conftest import desk as desk
 from tests.infra.conftest import ledger_database as ledger_database
 from tests.infra.conftest import sample as sample
 from tooling.cli import app as cli
-from tooling.cli import dlq, outbox, replay
+from tooling.cli import dlq, logs, outbox, replay
+from tooling.cli.client import Gateway
 from tooling.stack import operator
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines.base import EngineError
@@ -388,3 +392,50 @@ def test_text_from_outside_is_never_read_as_markup() -> None:
                 if not plain and any("printable(" in ast.unparse(text) for text in texts):
                     wrong.append(f"{file.name}:{call.lineno}")
     assert wrong == []
+
+
+@pytest.fixture
+def index(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """The searches that a gateway with 450 matching lines was asked for."""
+    asked: list[dict[str, str]] = []
+    template = {"timestamp": "t", "level": "error", "service": "agent", "message": "m", "data": {}}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(dict(request.url.params))
+        first, limit = int(asked[-1].get("cursor", "0")), int(asked[-1]["limit"])
+        assert limit <= 200
+        last = min(first + limit, 450)
+        items = [template | {"data": {"n": n}} for n in range(first, last)]
+        return httpx.Response(200, json={"items": items, "next": str(last) if last < 450 else None})
+
+    @asynccontextmanager
+    async def gateway(*_: object) -> AsyncIterator[Gateway]:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://gateway") as client:
+            yield Gateway(client)
+
+    monkeypatch.setattr(logs, "gateway", gateway)
+    monkeypatch.setattr(operator, "access", lambda: {"base_url": "", "admin_token": ""})
+    return asked
+
+
+def test_a_search_of_logs_tells_that_there_are_more_lines(index: list[dict[str, str]]) -> None:
+    command = cli.build(("logs",))
+    for options, count, more in (((), 50, True), (("--limit", "430"), 430, True), (("--limit", "500"), 450, False)):
+        result = claw(command, "logs", "--saved", "errors", "--json", *options)
+        assert [line["data"]["n"] for line in json.loads(result.stdout)] == list(range(count))
+        assert ("Older lines match too" in result.stderr) is more
+
+
+def test_the_log_of_a_service_is_searched_by_time(index: list[dict[str, str]]) -> None:
+    command, times = cli.build(("logs",)), ("--since", "2026-11-30T08:00:00", "--until", "2026-11-30T09:00:00")
+    told(command, "logs", "channel", *times)
+    [asked] = index
+    assert asked == {
+        "service": "channel",
+        "since": datetime.fromisoformat(times[1]).astimezone().isoformat(),
+        "until": datetime.fromisoformat(times[3]).astimezone().isoformat(),
+        "limit": "50",
+    }
+    assert "the index has lines of" in refused(command, "logs", "postgres", *times)
+    for option in (("--json",), ("--limit", "7")):
+        assert f"{option[0]}: needs a search" in refused(command, "logs", "channel", *option)
