@@ -14,7 +14,7 @@ import typer
 
 from tooling.cli.up import alone, console, wait_ready
 from tooling.stack.engines import nginx
-from tooling.stack.engines.base import EngineError, Place
+from tooling.stack.engines.base import EngineError, Place, write_atomically
 from tooling.stack.home import SERVICES, Home, home_folder
 from tooling.stack.provision import provision
 from tooling.stack.services import LocalService
@@ -59,9 +59,13 @@ async def _replace_all(supervisor: Supervisor, place: Place, names: Sequence[str
 
 def _reload_gateway(supervisor: Supervisor, place: Place) -> None:
     """Writes the gateway's configuration, and lets its running process read it. Raises EngineError if it is wrong."""
+    file = place.folder(nginx.NAME) / "nginx.conf"
+    old = file.read_text()
     nginx.prepare(place)
     tested = subprocess.run([*nginx.program(place).command, "-t"], capture_output=True, text=True, check=False)
     if tested.returncode:
+        # Otherwise the next restart of nginx would fail.
+        write_atomically(file, old)
         raise EngineError(f"the gateway goes on with its old configuration, the new one has an error: {tested.stderr}")
     os.kill(supervisor.processes()[nginx.NAME].pid, signal.SIGHUP)
 

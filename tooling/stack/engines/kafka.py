@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from typing import Any
 
@@ -32,6 +33,9 @@ def install() -> None:
 def prepare(place: Place) -> None:
     folder = place.folder(NAME)
     data = folder / "data"
+    # Java unpacks libraries into it and deletes them at its end, unless it is killed.
+    shutil.rmtree(folder / "temp", ignore_errors=True)
+    (folder / "temp").mkdir()
     if not data.exists():
         fresh = fresh_folder(data)
         configuration = _configure(place, str(fresh))
@@ -49,8 +53,9 @@ def prepare(place: Place) -> None:
 
 def program(place: Place) -> Program:
     folder = place.folder(NAME)
-    logging = f"-Dlog4j2.configurationFile={folder}/log4j2.properties"
-    return Program((*_java("-Xms128m", "-Xmx384m", logging), "kafka.Kafka", str(folder / "server.properties")))
+    options = ("-Xms128m", "-Xmx384m", f"-Dlog4j2.configurationFile={folder}/log4j2.properties")
+    command = _java(*options, f"-Djava.io.tmpdir={folder}/temp")
+    return Program((*command, "kafka.Kafka", str(folder / "server.properties")))
 
 
 async def ready(place: Place) -> str:

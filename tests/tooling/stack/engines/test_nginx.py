@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -25,7 +26,12 @@ from starlette.routing import Route
 
 from infra.web.server import serve_http
 from protos.catalog import SERVICES
+from tooling.cli.rolling_restart import _reload_gateway
+from tooling.stack.engines import nginx
+from tooling.stack.engines.base import EngineError, Place, Secrets
 from tooling.stack.engines.nginx import LOCAL_LIMITS, Limits
+from tooling.stack.home import Home
+from tooling.stack.supervisor import Supervisor
 from tooling.testing.gateway import running_gateway
 from tooling.testing.stack import free_port
 
@@ -506,3 +512,15 @@ async def test_the_error_log_holds_no_webhook_token(services: StandIns, capfd: p
     log = capfd.readouterr().err
     assert "/api/v1/agents" in log
     assert "my-token" not in log
+
+
+def test_a_configuration_that_nginx_refuses_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the next restart of nginx would fail."""
+    place = Place(tmp_path, Home(tmp_path).place().ports, Secrets(tmp_path / "secrets.json"))
+    nginx.prepare(place)
+    served = (tmp_path / "nginx" / "nginx.conf").read_text()
+    (tmp_path / "broken.conf").write_text("events {")
+    monkeypatch.setattr(nginx, "_TEMPLATE", tmp_path / "broken.conf")
+    with pytest.raises(EngineError, match="goes on with its old configuration"):
+        _reload_gateway(Supervisor(tmp_path), place)
+    assert (tmp_path / "nginx" / "nginx.conf").read_text() == served
