@@ -114,8 +114,8 @@ def timeline(archive: Archive, system: int, at: datetime) -> str:
     """The timeline that the database had at that moment, as PostgreSQL's setting ``recovery_target_timeline``.
 
     Each restore to a moment begins a timeline, whose history is archived at the start. Before that the database had
-    the one before, or that of the base. PostgreSQL's default, the newest one, would leave out what a later restore has
-    undone.
+    the one before, or that of the base. PostgreSQL's default, the newest one, would leave out the changes that a
+    later restore has undone.
     """
     stored = archive.of(system).stored()
     began = [int(found[1], 16) for name in stored if stored[name] <= at and (found := _HISTORY.fullmatch(name))]
