@@ -20,7 +20,7 @@ from uuid import UUID
 
 import msgspec
 
-from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered
+from infra.errors import EffectFailed, InvalidMessage, RetryLater, TooLarge, Transient, Unanswered
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
 from infra.outgoing.retry_after import delay, retry_after
@@ -42,6 +42,8 @@ PLACEHOLDER = "…"
 DEFAULT_RETRY = timedelta(seconds=5)
 # Access tokens of accounts. A forgotten one is fetched again.
 KEPT_TOKENS = 4_096
+# Of one call. WhatsApp sends at most 1,000 messages, each perhaps in a change and an entry of its own.
+MAX_PARTS = 4_000
 MAX_FILE = 8 * 1024 * 1024
 """Bytes of a file to send. Each vendor that takes files of all types takes at least this."""
 
@@ -164,7 +166,7 @@ class Vendor(ABC, Generic[C]):
         """Verifies the raw bytes first, then parses them.
 
         Raises Unauthenticated if the call is not proven to come from the vendor, InvalidMessage if it is proven but
-        malformed, UnreadableCall if it is JSON of an unexpected shape.
+        malformed, UnreadableCall if it is JSON of an unexpected shape, TooLarge if it has more than MAX_PARTS parts.
         """
 
     @abstractmethod
@@ -319,14 +321,27 @@ def decode(body: bytes | msgspec.Raw, type_: type[T]) -> T:
         raise InvalidMessage("body", str(error)) from error
 
 
-def of_each(parts: Iterable[msgspec.Raw], read: Callable[[msgspec.Raw], Iterable[Item]]) -> Iterator[Item]:
-    """The items of all parts of a batch. A part of an unexpected shape is ignored, and the others count."""
-    for part in parts:
-        try:
-            yield from read(part)
-        except UnreadableCall as error:
-            digest = hashlib.sha256(bytes(part)).hexdigest()
-            yield Ignored((f"part/{digest}",), f"unexpected shape: {error}"[:200])
+class Batch:
+    """Reads the parts of one call, and parts within parts, and counts them all before they are read."""
+
+    def __init__(self) -> None:
+        self._parts = 0
+
+    def counted(self, parts: Sequence[T]) -> Sequence[T]:
+        """Raises TooLarge if the call has more than MAX_PARTS now."""
+        self._parts += len(parts)
+        if self._parts > MAX_PARTS:
+            raise TooLarge(f"body: must have at most {MAX_PARTS} events, with the parts that hold them")
+        return parts
+
+    def of_each(self, parts: Sequence[msgspec.Raw], read: Callable[[msgspec.Raw], Iterable[Item]]) -> Iterator[Item]:
+        """The items of all parts. A part of an unexpected shape is ignored, and the others count."""
+        for part in self.counted(parts):
+            try:
+                yield from read(part)
+            except UnreadableCall as error:
+                digest = hashlib.sha256(bytes(part)).hexdigest()
+                yield Ignored((f"part/{digest}",), f"unexpected shape: {error}"[:200])
 
 
 def placeholder(kind: str, *names: str) -> str:

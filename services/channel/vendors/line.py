@@ -19,6 +19,7 @@ from infra.outgoing.client import Outgoing
 from services.channel.events import Attachment
 from services.channel.vendors.base import (
     AccountRefused,
+    Batch,
     Groups,
     Limit,
     Outbound,
@@ -28,7 +29,6 @@ from services.channel.vendors.base import (
     decode,
     described,
     download,
-    of_each,
     read_json,
 )
 from services.channel.vendors.items import Deleted, Ignored, Inbound, Received
@@ -188,7 +188,7 @@ class Line(Vendor[LineCredentials]):
             raise Unauthenticated("X-Line-Signature does not match")
         # The console sends no events when it verifies the webhook.
         events = decode(request.body, _Webhook).events
-        return Received([*of_each(events, lambda event: [_item(decode(event, _Event))])])
+        return Received([*Batch().of_each(events, lambda event: [_item(decode(event, _Event))])])
 
     def split(self, text: str) -> Sequence[str]:
         return split(text, MAX_TEXT, lambda part: utf16_length(render(part, PLAIN)))

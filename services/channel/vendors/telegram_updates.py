@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import UnreadableCall, decode, described, forwarded, kind_of, quoting
+from services.channel.vendors.base import Batch, UnreadableCall, decode, described, forwarded, kind_of, quoting
 from services.channel.vendors.items import Ack, Deleted, Edited, Ignored, Inbound, Moved, Reacted, Received
 from services.channel.vendors.telegram_kinds import KINDS, why_ignored, words
 
@@ -177,7 +177,8 @@ def _edited(ids: tuple[str, ...], raw: msgspec.Raw, bot: str, number: int) -> Ed
 
 def _deleted(number: int, deleted: _DeletedOfBusiness) -> list[Deleted]:
     place = f"{deleted.chat.id}@{deleted.business_connection_id}"
-    return [Deleted((f"update/{number}/{id_}",), f"message/{place}/{id_}") for id_ in deleted.message_ids]
+    ids = Batch().counted(deleted.message_ids)
+    return [Deleted((f"update/{number}/{id_}",), f"message/{place}/{id_}") for id_ in ids]
 
 
 def _reacted(ids: tuple[str, ...], reaction: _Reaction, number: int) -> Reacted:

@@ -10,13 +10,13 @@ import msgspec
 
 from services.channel.events import Attachment
 from services.channel.vendors.base import (
+    Batch,
     UnreadableCall,
     decode,
     described,
     forwarded,
     from_json,
     kind_of,
-    of_each,
     placeholder,
 )
 from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, Item, Moved, Reacted, Receipt
@@ -276,22 +276,24 @@ class _Webhook(msgspec.Struct):
 
 def read(body: bytes, number: str) -> list[Item]:
     """The items of all changes. `number`: the id of the channel's number."""
-    return [*of_each(decode(body, _Webhook).entry or (), lambda entry: _of_entry(entry, number))]
+    batch = Batch()
+    return [*batch.of_each(decode(body, _Webhook).entry or (), lambda entry: _of_entry(batch, entry, number))]
 
 
-def _of_entry(entry: msgspec.Raw, number: str) -> Iterator[Item]:
-    return of_each(decode(entry, _Entry).changes or (), lambda change: _of_change(decode(change, _Change), number))
+def _of_entry(batch: Batch, entry: msgspec.Raw, number: str) -> Iterator[Item]:
+    changes = decode(entry, _Entry).changes or ()
+    return batch.of_each(changes, lambda change: _of_change(batch, decode(change, _Change), number))
 
 
-def _of_change(change: _Change, number: str) -> Iterator[Item]:
+def _of_change(batch: Batch, change: _Change, number: str) -> Iterator[Item]:
     if change.field != "messages":
         ids = (f"change/{hashlib.sha256(bytes(change.value)).hexdigest()}",)
         yield Ignored(ids, KINDS.get(f"change.{change.field}") or f"a change of {change.field[:40]}")
         return
     value = decode(change.value, _Value)
     is_ours = value.metadata is not None and value.metadata.phone_number_id == number
-    yield from of_each(value.statuses or (), lambda status: [_status(decode(status, _Status))])
-    yield from of_each(value.messages or (), lambda message: [_message(decode(message, _Message), is_ours)])
+    yield from batch.of_each(value.statuses or (), lambda status: [_status(decode(status, _Status))])
+    yield from batch.of_each(value.messages or (), lambda message: [_message(decode(message, _Message), is_ours)])
 
 
 def _message(message: _Message, is_ours: bool) -> Item:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from unittest.mock import Mock
 
 import pytest
 
-from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered
+from infra.errors import EffectFailed, InvalidMessage, RetryLater, TooLarge, Transient, Unanswered
 from infra.outgoing.client import Outgoing
 from services.channel.events import Attachment
+from services.channel.vendors import base
+from services.channel.vendors import line as module
 from services.channel.vendors.base import AccountRefused, UnreadableCall
 from services.channel.vendors.items import Deleted, Ignored, Inbound
 from services.channel.vendors.splitting import utf16_length
@@ -66,6 +69,17 @@ async def test_an_odd_event_does_not_take_the_others_of_its_batch_away(fake: Lin
         assert [item.text for item in items if isinstance(item, Inbound)] == ["first", "last"]
         assert isinstance(items[1], Ignored)
         assert items[1].reason.startswith("unexpected shape")
+
+
+async def test_the_events_of_a_batch_are_counted_before_they_are_read(
+    fake: LineStandIn, line: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = Mock(wraps=base.decode)
+    monkeypatch.setattr(module, "decode", decode)
+    with pytest.raises(TooLarge, match=f"at most {base.MAX_PARTS}"):
+        line.receive(fake.call(*[1] * 520_000))  # type: ignore[list-item]
+    assert decode.call_count == 1
+    assert len(line.receive(fake.call(*[1] * base.MAX_PARTS)).items) == base.MAX_PARTS  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import msgspec
 import pytest
 
 from infra.clock import utcnow
-from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
+from infra.errors import EffectFailed, InvalidMessage, RetryLater, TooLarge, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.vendors.base import AccountRefused, Outbound, Request, UnreadableCall
+from services.channel.vendors.base import MAX_PARTS, AccountRefused, Outbound, Request, UnreadableCall
 from services.channel.vendors.items import Edited, Ignored, Inbound, Item, Moved, Reacted
 from services.channel.vendors.telegram import Telegram, TelegramCredentials
+from services.channel.vendors.telegram_updates import read
 from tooling.testing.vendors import Fault, TelegramStandIn, answer, cut
 
 CREDENTIALS = TelegramCredentials("1:token", "secret-token")
@@ -38,6 +39,16 @@ def message(**fields: object) -> Item:
 
 def test_a_message_is_read_with_what_a_reply_needs() -> None:
     assert receive(UPDATE) == Inbound(("update/10001", "message/42/7"), "42", "43", "7", "hi")
+
+
+def test_a_call_names_so_many_deleted_messages_at_most() -> None:
+    def deleted(count: int) -> bytes:
+        about = {"business_connection_id": "b", "chat": {"id": 1, "type": "private"}, "message_ids": [1] * count}
+        return msgspec.json.encode({"update_id": 1, "deleted_business_messages": about})
+
+    assert len(read(deleted(1_000), "1").items) == 1_000
+    with pytest.raises(TooLarge):
+        read(deleted(MAX_PARTS + 1), "1")
 
 
 def test_a_topic_of_a_group_is_a_separate_conversation() -> None:

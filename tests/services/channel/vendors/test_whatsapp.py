@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
@@ -10,10 +11,10 @@ import msgspec
 import pytest
 
 from infra.clock import utcnow
-from infra.errors import EffectFailed, RetryLater, Transient, Unanswered, Unauthenticated
+from infra.errors import EffectFailed, RetryLater, TooLarge, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
 from services.channel.events import Attachment
-from services.channel.vendors.base import AccountRefused, Request
+from services.channel.vendors.base import MAX_PARTS, AccountRefused, Request
 from services.channel.vendors.items import Ignored, Inbound, Reacted, Receipt
 from services.channel.vendors.whatsapp import WhatsApp, WhatsAppCredentials
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
@@ -126,6 +127,23 @@ async def test_an_odd_part_does_not_take_the_others_of_its_batch_away(fake: What
         assert items[-1] == Inbound(("message/wamid.1",), "491", "491", "wamid.1", "hi")
         assert isinstance(items[0], Ignored)
         assert items[0].reason.startswith("unexpected shape")
+
+
+async def test_the_parts_of_a_batch_are_counted_with_those_that_hold_them(
+    fake: WhatsAppStandIn, whatsapp: Adapter
+) -> None:
+    good = msgspec.json.decode(fake.call(fake.message("hi"))[0])
+
+    def items(entries: int, changes: int = 1, messages: int = 1) -> int:
+        entry = copy.deepcopy(good["entry"][0])
+        entry["changes"] *= changes
+        entry["changes"][0]["value"]["messages"] *= messages
+        return len(whatsapp.receive(fake.signed(msgspec.json.encode(good | {"entry": [entry] * entries}))).items)
+
+    assert items(1_000) == 1_000
+    for entries, changes, messages in ((5_000, 1, 1), (3, 1_000, 1), (3, 1, 1_500), (70, 1, 70)):
+        with pytest.raises(TooLarge, match=f"at most {MAX_PARTS}"):
+            items(entries, changes, messages)
 
 
 async def test_sent_statuses_and_other_numbers_are_ignored(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
