@@ -156,7 +156,7 @@ class _Said(msgspec.Struct):
 def _understood(line: bytes) -> _Said:
     try:
         return msgspec.json.decode(line, type=_Said)
-    except msgspec.MsgspecError:
+    except (ValueError, RecursionError):
         # Only a parser that its file has taken over says something else.
         raise DocumentRefused("The file cannot be read.") from None
 

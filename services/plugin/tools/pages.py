@@ -13,8 +13,10 @@ import json
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 from lxml import etree, html  # type: ignore[import-untyped]
 
 import infra
@@ -35,12 +37,14 @@ _XML_DECLARATION = re.compile(r"^\s*<\?xml[^>]{0,200}>")
 CPU_SECONDS = 5
 MEMORY_BYTES = 256 * 1024**2
 MAX_READERS = 3
+# Of a process's output: a character beyond 16 bits as JSON, and what else it has beside the text.
+_CHARACTER_BYTES, _OTHER_BYTES = 12, 16 * 1024
 _log = get_logger("plugin.pages")
 _ROOT = Path(infra.__file__).parent.parent
 
 
 class UnreadablePage(Exception):
-    """The page's process has reached its limits, or the page has crashed it."""
+    """The page's process has reached its limits, or the page has crashed it or taken it over."""
 
 
 async def read(kind: str, body: bytes, charset: str | None, limit: int) -> tuple[str, str]:
@@ -58,22 +62,42 @@ async def read(kind: str, body: bytes, charset: str | None, limit: int) -> tuple
         # Without the service's variables, for the same reason.
         env={"PYTHONUTF8": "1"},
     )
+    assert process.stdin is not None
+    assert process.stdout is not None
     try:
-        said, _ = await process.communicate(body)
-        title, text, missing = json.loads(said)
+        process.stdin.write(body)
+        process.stdin.close()
+        said = await _all(process.stdout, _CHARACTER_BYTES * limit + _OTHER_BYTES)
+        title, text, missing = msgspec.json.decode(said, type=tuple[str, str, list[str]])
     except ValueError:
         raise UnreadablePage from None
     finally:
-        if process.returncode is None:
+        with suppress(ProcessLookupError):
             process.kill()
-            await process.wait()
+        # asyncio waits for the end of the output, too, and it may have stopped to read it because there was much.
+        while await process.stdout.read(2**16):
+            pass
+        await process.wait()
+        # Without this asyncio reports a page that was not read to its end.
+        with suppress(OSError):
+            await process.stdin.wait_closed()
     if missing:
         _log.warning("page process is not fully confined", missing=missing)
-    return str(title), str(text)
+    return title, text
+
+
+async def _all(output: asyncio.StreamReader, most: int) -> bytes:
+    """The whole output. Raises UnreadablePage if it has more than `most` bytes: a page that has taken its process over
+    could write without end."""
+    try:
+        await output.readexactly(most + 1)
+    except asyncio.IncompleteReadError as error:
+        return error.partial
+    raise UnreadablePage
 
 
 def read_page(body: bytes, charset: str | None, limit: int) -> tuple[str, str]:
-    """Returns the title and the text of a page, and stops after `limit` characters of text.
+    """Returns the title and the text of a page. A text of more than `limit` characters is cut after one more.
 
     charset: as the HTTP header names it; without it the page's own declaration counts.
     """
@@ -121,7 +145,7 @@ def _text(root: etree._Element, limit: int) -> str:
             length += len(piece) + 1
             if length > limit:
                 break
-    return "\n".join(pieces)
+    return "\n".join(pieces)[: limit + 1]
 
 
 def _is_utf8(body: bytes) -> bool:

@@ -18,6 +18,8 @@ from tooling.stack.checkout import CHECKOUT
 # Acts of a parser that its file has taken over, and the reason with which the file is refused.
 TAKEN_OVER = {
     "says nothing in JSON": ("print('x' * 10)", "cannot be read"),
+    "says no UTF-8": (r"""import os; os.write(1, b'{"text": "\xff"}\n')""", "cannot be read"),
+    "says very nested JSON": ("print('{\"x\": ' + '[' * 10_000)", "cannot be read"),
     "says NUL": (r"""print('{"text": "a\u0000"}')""", "cannot be read"),
     "says a long passage": ("print('{\"text\": \"%s\"}' % ('x' * 100_001))", "cannot be read"),
     "says a page of 64 bits": ('print(\'{"text": "x", "page": 4294967296}\')', "cannot be read"),

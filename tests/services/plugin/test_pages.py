@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -43,7 +44,8 @@ def test_a_page_is_read(body: bytes, charset: str | None, found: tuple[str, str]
 
 def test_reading_stops_at_the_limit() -> None:
     _, text = read_page(b"<p>" + b"word <b>x</b>" * 100_000, None, LIMIT)
-    assert LIMIT < len(text) < LIMIT + 100
+    assert len(text) == LIMIT + 1
+    assert read_page(b"<p>" + b"x" * MAX_PAGE_BYTES, None, LIMIT) == ("", "x" * (LIMIT + 1))
 
 
 @pytest.mark.parametrize(
@@ -79,13 +81,43 @@ def _children() -> list[bytes]:
     return [Path(f"/proc/{id_}/cmdline").read_bytes() for id_ in ids]
 
 
-async def test_protections_that_the_machine_does_not_allow_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    start, log = asyncio.create_subprocess_exec, Mock()
+def _become(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    """Lets the program run as the process of a page."""
+    start = asyncio.create_subprocess_exec
 
     async def instead(python: str, *_: str, **more: Any) -> asyncio.subprocess.Process:
-        return await start(python, "-c", """print('["t", "x", ["seccomp"]]')""", **more)
+        return await start(python, "-c", program, **more)
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", instead)
+
+
+async def test_the_largest_text_passes() -> None:
+    page = "<title>" + "😀" * 300 + "</title><p>" + "😀" * 2 * LIMIT
+    assert await pages.read("text/html", page.encode(), None, LIMIT) == ("😀" * 300, "😀" * (LIMIT + 1))
+
+
+async def test_a_process_that_writes_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    _become(monkeypatch, """import sys; sys.stdout.buffer.write(b'["t", "' + b'x' * 2**26)""")
+    tracemalloc.start()
+    try:
+        with pytest.raises(pages.UnreadablePage):
+            await pages.read("text/html", b"<p>", None, LIMIT)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 1024**2
+    finally:
+        tracemalloc.stop()
+    assert [child for child in _children() if b"sys.stdout" in child] == []
+
+
+@pytest.mark.parametrize("said", ['["t", "x"]', '["t", 1, []]', "7", '["t", "\\xff", []]', "[" * 5_000, ""])
+async def test_a_process_that_says_something_else_is_not_believed(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    _become(monkeypatch, f"import sys\nsys.stdout.buffer.write({said.encode('latin-1')!r})")
+    with pytest.raises(pages.UnreadablePage):
+        await pages.read("text/html", b"<p>" * MAX_PAGE_BYTES, None, LIMIT)
+
+
+async def test_protections_that_the_machine_does_not_allow_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Mock()
+    _become(monkeypatch, """print('["t", "x", ["seccomp"]]')""")
     monkeypatch.setattr(pages, "_log", log)
     assert await pages.read("text/html", b"<p>", None, LIMIT) == ("t", "x")
     log.warning.assert_called_once_with("page process is not fully confined", missing=["seccomp"])
