@@ -34,7 +34,7 @@ from infra.outgoing import shares
 from infra.security.auth import IDENTITY_HEADER, SCOPES, Identities, Identity
 from infra.service.refusals import Refusals
 from infra.service.service import Runtime
-from infra.web.http import MAX_BODY_BYTES, allow_body, media_type
+from infra.web.http import MAX_BODY_BYTES, allow_body, is_json
 from infra.web.json_text import check_beside
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ def api(
                 tenant_id = identity(HTTPConnection(scope), runtime.identities).tenant_id
                 shares.tenant.set(tenant_id)
                 logs.work_for(tenant_id)
-            if not routes_check_bodies and media_type(Headers(scope=scope)) == JSON:
+            if not routes_check_bodies and is_json(Headers(scope=scope)):
                 receive = await _checked(scope, receive)
         try:
             await inner(scope, receive, send)
@@ -119,7 +119,7 @@ def api(
                 await refusals.record(scope, identity(HTTPConnection(scope), runtime.identities), error)
             raise
         except RequestValidationError as error:
-            if media_type(Headers(scope=scope)) != JSON and any(
+            if not is_json(Headers(scope=scope)) and any(
                 e["loc"] == ("body",) and e["type"] != "missing" for e in error.errors()
             ):
                 raise WrongType("content-type", f"must be {JSON}") from error

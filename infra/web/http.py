@@ -86,15 +86,21 @@ def media_type(headers: Mapping[str, str]) -> str:
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
+def is_json(headers: Mapping[str, str]) -> bool:
+    """The body is JSON: FastAPI reads the types with the suffix ``+json`` too."""
+    type_ = media_type(headers)
+    return type_ == "application/json" or type_.endswith("+json")
+
+
 async def read_json(request: Request, type_: type[T]) -> T:
     """The request's JSON body as `type_`.
 
     Raises InvalidMessage naming the field (``items[2].price``; ``body`` if it is not JSON), HTTPException 415 for
     another content type.
     """
-    content_type = media_type(request.headers)
-    if content_type != "application/json" and not content_type.endswith("+json"):
-        raise HTTPException(415, f"content-type: is {content_type or 'missing'}; must be application/json")
+    if not is_json(request.headers):
+        given = media_type(request.headers) or "missing"
+        raise HTTPException(415, f"content-type: is {given}; must be application/json")
     return decode_json(await request.body(), type_)
 
 

@@ -232,8 +232,10 @@ async def test_a_body_of_another_type_than_json_is_refused_as_such(client: httpx
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
         answer = await client.post("/things", content='{"name": "a"}', headers={"content-type": kind})
         assert (answer.status_code, answer.json()["detail"]) == (415, "content-type: must be application/json"), kind
-    suffixed = {"content-type": "application/JSON; charset=utf-8"}
-    assert (await client.post("/things", content='{"name": "a"}', headers=suffixed)).status_code == 201
+    for kind in ("application/JSON; charset=utf-8", "application/merge-patch+json"):
+        headers = {"content-type": kind}
+        assert (await client.post("/things", content='{"name": "a"}', headers=headers)).status_code == 201
+        assert (await client.post("/things", content="[]", headers=headers)).status_code == 422
 
 
 NESTED = "[" * 900 + "]" * 900
@@ -252,10 +254,11 @@ NESTED = "[" * 900 + "]" * 900
         ("[" * 100_000, "body"),
     ],
 )
+@pytest.mark.parametrize("kind", ["application/json", "application/merge-patch+json"])
 async def test_a_body_that_no_store_can_hold_is_refused_with_its_field(
-    client: httpx.AsyncClient, body: str, field: str
+    client: httpx.AsyncClient, body: str, field: str, kind: str
 ) -> None:
-    headers = {"content-type": "application/json"}
+    headers = {"content-type": kind}
     answer = await client.post("/things", content=body.encode("latin-1"), headers=headers)
     assert answer.status_code == 422, answer.text
     assert answer.json()["errors"][0]["field"] == field
