@@ -37,7 +37,7 @@ _XML_DECLARATION = re.compile(r"^\s*<\?xml[^>]{0,200}>")
 CPU_SECONDS = 5
 MEMORY_BYTES = 256 * 1024**2
 MAX_READERS = 3
-# Of a process's output: a character beyond 16 bits as JSON, and what else it has beside the text.
+# Of the output of a process: a character beyond 16 bits as JSON, and all that it has beside the text.
 _CHARACTER_BYTES, _OTHER_BYTES = 12, 16 * 1024
 _log = get_logger("plugin.pages")
 _ROOT = Path(infra.__file__).parent.parent
