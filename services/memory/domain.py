@@ -32,8 +32,9 @@ MAX_HEADING = 200
 _CODE = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")
 # A block of code begins and ends with such a line; in an item of a list it is indented.
 _FENCE = re.compile(r"[ \t]*(`{3,}(?![^`]*`)|~{3,})")
-# Letters, digits and signs of codes in full width, as Chinese and Japanese keyboards write them, and the plain ones.
-WIDE = {ord(sign) + 0xFEE0: sign for sign in f"{string.ascii_letters}{string.digits}-._"}
+# Letters, digits and signs of codes in full width, as Chinese and Japanese keyboards write them, the hyphens of Word,
+# and the plain ones.
+WIDE = {ord(sign) + 0xFEE0: sign for sign in f"{string.ascii_letters}{string.digits}-._"} | {0x2010: "-", 0x2011: "-"}
 
 
 DAMAGED = "Some characters of the text are damaged, so they are not read."
@@ -131,7 +132,8 @@ def sections(markdown: str) -> Iterator[Block]:
 def _fence_after(line: str, fence: str) -> str:
     """The sign that ends the block of code in which the next line is, if `fence` is that of this line; empty: none."""
     found = _FENCE.match(line)
-    if found is None or not found[1].startswith(fence):
+    # After the sign at the end of a block stands nothing.
+    if found is None or not found[1].startswith(fence) or (fence and line.strip() != found[1]):
         return fence
     return "" if fence else found[1]
 

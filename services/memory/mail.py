@@ -21,7 +21,7 @@ _ENCRYPTED = frozenset(("multipart/encrypted", "application/pkcs7-mime", "applic
 _STATUS = "message/delivery-status"
 _READ = frozenset(("text/plain", "text/html", "text/csv", "text/markdown", _STATUS))
 # How often longer a page is than the plain text that only says that the program cannot show the page.
-_LONGER = 3
+LONGER = 3
 
 
 class _ShortHeaders(Compat32):
@@ -108,7 +108,7 @@ def _chosen(alternatives: list[Message]) -> Message | None:
             texts.append((type_, length, each))
     plain = next(((length, each) for type_, length, each in texts if type_ == "text/plain"), None)
     page = next(((length, each) for type_, length, each in reversed(texts) if type_ == "text/html"), None)
-    if plain and not (page and page[0] > _LONGER * plain[0]):
+    if plain and not (page and page[0] > LONGER * plain[0]):
         return plain[1]
     return page[1] if page else alternatives[-1] if alternatives else None
 

@@ -23,8 +23,7 @@ _SKIPPED = frozenset(
         "object",
         "audio",
         "video",
-        "select",
-        "textarea",
+        "datalist",
         # The pronunciation between the characters of a word would tear it apart.
         "rt",
         "rp",
@@ -43,28 +42,33 @@ _CHARSET = re.compile(
 _PRESCANNED_BYTES = 4_096
 _ENTERED = frozenset(("text", "number", "date", "time", "email", "tel", "url", "search"))
 _WHITE = re.compile(r"\s+")
+_TICKS = re.compile(r"^[ \t]*(`{3,})", re.MULTILINE)
+_POWER = re.compile(r"[-−+]?\d")
 # A cell that spans rows stands in each of them, and one that spans columns has empty cells beside it. Without these
 # limits, a small page could become a large text.
 MAX_SPAN = 100
 MAX_REPEATED_CHARACTERS = 1_000_000
 
 
-def html_markdown(content: bytes) -> tuple[str, str]:
-    """The text of an HTML page as Markdown, and the page's encoding. Raises UnknownEncoding."""
+def html_markdown(content: bytes, *, titled: bool = False) -> tuple[str, str]:
+    """The text of an HTML page as Markdown, and the page's encoding. `titled`: as in `markdown`. Raises
+    UnknownEncoding."""
     declared = _CHARSET.search(content[:_PRESCANNED_BYTES])
     text, encoding = decode(content, declared[1].decode("ascii") if declared else None)
-    return markdown(text), encoding
+    return markdown(text, titled=titled), encoding
 
 
-def markdown(page: str) -> str:
-    """An HTML page as Markdown."""
+def markdown(page: str, *, titled: bool = False) -> str:
+    """An HTML page as Markdown. `titled`: its title is the first heading if it has none of the first level."""
     # A NUL would end the text for the parser. The parser refuses a declaration of an encoding in a decoded text.
     page = re.sub(r"^\s*<\?xml[^>]*>", "", page.replace("\0", " "), count=1)
     if not page.strip():
         return ""
     # huge_tree: without it, parts that are nested deeply are lost.
     root = html.document_fromstring(page, parser=html.HTMLParser(huge_tree=True, remove_comments=True, remove_pis=True))
-    return _Writer().write(root)
+    text = _Writer().write(root)
+    title = _WHITE.sub(" ", root.findtext("head/title") or "").strip() if titled else ""
+    return f"# {title}\n{text}" if title and root.find(".//h1") is None else text
 
 
 class _Writer:
@@ -76,8 +80,8 @@ class _Writer:
         self._line: list[str] = []
         self._outside: list[list[str]] = []
         self._prefix = ""
-        # The open block of code, and the line and the cells outside it.
-        self._pre: tuple[etree._Element, list[str], list[list[str]]] | None = None
+        # The open block of code, the line and the cells outside it, and the place of its first sign.
+        self._pre: tuple[etree._Element, list[str], list[list[str]], int] | None = None
         # The number of the next item of each open list; None without numbers.
         self._items: list[int | None] = []
         # For each open table: the cells of the row, the header with its rule, and whether a table in a cell was written
@@ -132,13 +136,16 @@ class _Writer:
             self._line = []
         elif tag == "pre" and not self._pre and (not self._outside or _has_lines(element)):
             # In a cell, its lines would become one: it stands before the row.
-            self._pre = element, self._line, self._outside
+            self._pre = element, self._line, self._outside, len(self._out)
             self._line, self._outside = [], []
-            self._out.append("\n```\n")
+            self._out.append("")
         elif tag == "br":
             self._break()
         elif tag == "img":
             self._text(element.get("alt"))
+        elif tag == "sup" and _POWER.match(element.text or "") and "".join(self._line[-1:])[-1:].isdigit():
+            # 10 to the power of 6 is not 106.
+            self._text("^")
         elif tag == "p" and not self._outside:
             self._out.append("\n")
 
@@ -160,9 +167,13 @@ class _Writer:
                 self._interrupted[-1] = True
         elif self._pre and element is self._pre[0]:
             self._break()
-            _, self._line, self._outside = self._pre
+            _, self._line, self._outside, at = self._pre
             self._pre = None
-            self._out.append("```\n")
+            # Longer than each such sign in the code.
+            signs = _TICKS.findall("".join(self._out[at:]))
+            fence = "`" * (1 + max([2, *map(len, signs)]))
+            self._out[at] = f"\n{fence}\n"
+            self._out.append(f"{fence}\n")
             if self._outside:
                 self._interrupted[-1] = True
         elif tag in _BLOCKS or tag in _HEADINGS:
@@ -261,6 +272,7 @@ def _is_hidden(element: etree._Element) -> bool:
     return (
         not isinstance(element.tag, str)
         or element.tag in _SKIPPED
+        or (element.tag == "option" and element.get("selected") is None)
         or element.get("hidden") is not None
         or element.get("aria-hidden") == "true"
         or _HIDDEN_STYLE.search(element.get("style", "")) is not None

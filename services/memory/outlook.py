@@ -16,7 +16,7 @@ from olefile import OleFileIO  # type: ignore[import-untyped]
 
 from infra.stores.charsets import UnknownEncoding, decode
 from services.memory.domain import Block, UnreadableFile, sections
-from services.memory.mail import MAX_HEADER, note_attachments
+from services.memory.mail import LONGER, MAX_HEADER, note_attachments
 from services.memory.markup import html_markdown, markdown
 
 # Tags of MS-OXPROPS, in hexadecimal; with the type if only one is read.
@@ -116,9 +116,16 @@ class _Storage:
 def _own_blocks(message: _Storage, warnings: list[str]) -> Iterator[Block]:
     subject = message.line(_SUBJECT) or None
     head = _head(message)
-    if text := message.text(_BODY).strip():
+    text = message.text(_BODY).strip()
+    try:
+        page = _page(message).strip()
+    except UnknownEncoding:
+        if not text:
+            raise
+        page = ""
+    if text and len(page) <= LONGER * len(text):
         yield Block(head + text, subject)
-    elif page := _page(message):
+    elif page:
         for block in sections(head + page):
             yield block._replace(section=" > ".join(filter(None, (subject, block.section))) or None)
     elif message.has(_RTF):

@@ -15,6 +15,7 @@ import sys
 import unicodedata
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import IO, Protocol
 
 import msgspec
@@ -116,7 +117,7 @@ class BlockReader:
             case types.CSV:
                 yield from spreadsheets.text_table(_clean(self._decoded(charsets.decode)))
             case types.HTML:
-                yield from sections(_clean(self._decoded(markup.html_markdown)))
+                yield from sections(_clean(self._decoded(partial(markup.html_markdown, titled=True))))
             case types.MARKDOWN:
                 yield from sections(_clean(self._decoded(charsets.decode)))
             case _:

@@ -36,7 +36,8 @@ _FORMULA_BYTES = 9_000
 _DRAWING = "{http://schemas.openxmlformats.org/drawingml/2006/main}"
 # Of a number format: quoted and escaped text, a currency, a colour or condition, space of the width of a character.
 _FORMAT = re.compile(
-    r'"(?P<quoted>[^"]*)"|\\(?P<escaped>.)|\[\$(?P<currency>[^\]-]*)[^\]]*\]|\[[^\]]*\]|[_*].|(?P<sign>.)'
+    r'"(?P<quoted>[^"]*)"|\\(?P<escaped>.)|\[\$(?P<currency>[^\]-]*)[^\]]*\]|\[[^\]]*\]|[_*].|'
+    r"(?P<general>General)|(?P<sign>.)"
 )
 # Of Excel.
 MAX_FORMAT = 255
@@ -196,13 +197,15 @@ def _blocks(rows: Iterator[list[str]], section: str | None = None) -> Iterator[B
 
 def _header(rows: list[list[str]]) -> int:
     """Which of the first rows is the header: the first one that fills half of the cells that the fullest one fills. A
-    row with nothing but its first cell is a title."""
+    row with nothing but its first cell is a title, and a row of a name and a value above a wider table is its label."""
     filled = [sum(map(bool, cells)) for cells in rows]
     most = max(filled)
     if not filled[0]:
         # Of the values of a chart whose series have no names.
         return 0
-    return next(n for n, count in enumerate(filled) if 2 * count >= most and not (1 == count < most and rows[n][0]))
+    at = next(n for n, count in enumerate(filled) if 2 * count >= most and not (1 == count < most and rows[n][0]))
+    wide = [n for n, count in enumerate(filled) if count >= most - 1]
+    return wide[0] if filled[at] == 2 < most - 1 and len(wide) > 1 else at
 
 
 def _titles(rows: list[list[str]]) -> list[str]:
@@ -238,12 +241,14 @@ def _text(cell: Any) -> str:
 
 
 def _number(value: float, format_: str) -> str:
-    """The number with all of its digits, and with the currency or unit that the sheet shows."""
+    """The number with all of its digits, and with the currency, unit or words that the sheet shows."""
     before, after, digits, is_torn = "", "", "", False
     # Of each place of a digit an empty text, and the texts between them.
     places: list[str] = []
-    for found in _FORMAT.finditer(_section(value, format_)):
-        sign = found["sign"] or ""
+    section, minus = _section(value, format_)
+    value = abs(value)
+    for found in _FORMAT.finditer(section):
+        sign = "0" if found["general"] else found["sign"] or ""
         if sign and sign in "0#?.,%":
             digits += sign
         word = found["quoted"] or found["escaped"] or found["currency"] or (sign if sign and sign in "$€£¥% " else "")
@@ -264,17 +269,38 @@ def _number(value: float, format_: str) -> str:
     # 12.0 is 12, and 0.1 + 0.2 is 0.3, as the sheet shows them.
     text = str(value) if isinstance(value, int) else f"{value:.15g}"
     if digits == "0" * len(digits) and len(digits) > 1 and text.isdecimal():
-        return _code(text, places)
-    return text if is_torn or not digits else f"{before}{text}{after}".strip()
+        text = _code(text, places)
+    elif not digits and before.strip():
+        # Words in place of the number: it is not lost.
+        return f"{before.strip()} ({minus}{text})"
+    elif digits and not is_torn:
+        text = f"{before}{text}{after}".strip()
+    return minus + text
 
 
-def _section(value: float, format_: str) -> str:
-    """The part of a number format that shows this value. Without a condition, it is the one of positive numbers."""
-    for section in format_[:MAX_FORMAT].split(";"):
-        condition = _CONDITION.search(section)
-        if condition is None or _COMPARED[condition[1]](value, float(condition[2])):
-            return section
-    return ""
+def _section(value: float, format_: str) -> tuple[str, str]:
+    """The part of a number format that shows this value, and the minus to be shown before it, if it needs one."""
+    sections = format_[:MAX_FORMAT].split(";")
+    minus = "-" if value < 0 else ""
+    if _CONDITION.search(format_):
+        for section in sections:
+            condition = _CONDITION.search(section)
+            if condition is None or _COMPARED[condition[1]](value, float(condition[2])):
+                return section, minus
+        return "", minus
+    positive, negative, zero = (*sections, "", "")[:3]
+    if minus and negative:
+        # Words of its own say that it is negative (Loss 3), or a sign among them does. A colour would be lost.
+        words = _words(negative)
+        is_told = "-" in words or (any(map(str.isalpha, words)) and words != _words(positive))
+        return negative, "" if is_told else minus
+    # An accountant's zero is a dash: the number says more.
+    is_shown = any(sign in zero for sign in "0#") or any(map(str.isalpha, _words(zero)))
+    return zero if value == 0 and is_shown else positive, minus
+
+
+def _words(section: str) -> str:
+    return "".join(found["quoted"] or found["escaped"] or "" for found in _FORMAT.finditer(section))
 
 
 def _code(text: str, places: list[str]) -> str:

@@ -73,10 +73,10 @@ def test_a_passage_repeats_the_end_of_the_one_before() -> None:
 
 
 def test_headings_are_paths_and_code_is_not_a_heading() -> None:
-    text = "intro\n# A\n## B\ntext b\n```\n# no heading\n```\n## C ##\n# D\n### E\ntext e\n## F\n"
+    text = "intro\n# A\n## B\ntext b\n```\n```py\n# no heading\n```\n## C ##\n# D\n### E\ntext e\n## F\n"
     assert list(sections(text)) == [
         Block("intro"),
-        Block("text b\n```\n# no heading\n```", "A > B"),
+        Block("text b\n```\n```py\n# no heading\n```", "A > B"),
         Block("C", "A > C"),
         Block("text e", "D > E"),
         Block("F", "D > F"),

@@ -53,6 +53,37 @@ def docx(body: str, parts: Mapping[str, str] | None = None) -> bytes:
     return out.getvalue()
 
 
+def _t(text: str) -> str:
+    return f"<m:r><m:t>{text}</m:t></m:r>"
+
+
+def _d(text: str, properties: str = "") -> str:
+    return f"<m:d><m:dPr>{properties}</m:dPr><m:e>{_t(text)}</m:e></m:d>"
+
+
+EQUATIONS = {
+    "2(a+b)": _t("2") + _d("a+b"),
+    "(x+1)^(2n+1)": f"<m:sSup><m:e>{_d('x+1')}</m:e><m:sup>{_t('2n+1')}</m:sup></m:sSup>",
+    "(P+Q)/(2V)": f"<m:f><m:num>{_t('P+Q')}</m:num><m:den>{_t('2V')}</m:den></m:f>",
+    "(a)/c": f"<m:f><m:num>{_d('a')}</m:num><m:den>{_t('c')}</m:den></m:f>",
+    "√(2gh)": f"<m:rad><m:radPr/><m:deg/><m:e>{_t('2gh')}</m:e></m:rad>",
+    "√[3]x": f"<m:rad><m:deg>{_t('3')}</m:deg><m:e>{_t('x')}</m:e></m:rad>",
+    "∑_(i=1)^n i": (
+        f"<m:nary><m:naryPr><m:chr m:val='∑'/></m:naryPr><m:sub>{_t('i=1')}</m:sub><m:sup>{_t('n')}</m:sup>"
+        f"<m:e>{_t('i')}</m:e></m:nary>"
+    ),
+    "|x|": _d("x", "<m:begChr m:val='|'/><m:endChr m:val='|'/>"),
+    "{x; -x": (
+        f"<m:d><m:dPr><m:begChr m:val='{{'/><m:endChr m:val=''/></m:dPr><m:e><m:eqArr><m:e>{_t('x')}</m:e>"
+        f"<m:e>{_t('-x')}</m:e></m:eqArr></m:e></m:d>"
+    ),
+    "[1, 0; 0, 1]": (
+        "<m:d><m:dPr><m:begChr m:val='['/><m:endChr m:val=']'/></m:dPr><m:e><m:m>"
+        + "".join(f"<m:mr><m:e>{_t(a)}</m:e><m:e>{_t(b)}</m:e></m:mr>" for a, b in ("10", "01"))
+        + "</m:m></m:e></m:d>"
+    ),
+    "sin x": f"<m:func><m:fName>{_t('sin')}</m:fName><m:e>{_t('x')}</m:e></m:func>",
+}
 BOX = f"<w:txbxContent>{paragraph('in a box')}</w:txbxContent>"
 WSP = f"<wps:wsp><wps:txbx>{BOX}</wps:txbx></wps:wsp>"
 NEW_BOX = f"<w:drawing><a:graphic>{WSP}</a:graphic></w:drawing>"
@@ -93,6 +124,22 @@ WORDS = {
         "<m:sup><m:r><m:t>2</m:t></m:r></m:sup></m:sSup></m:oMath></m:oMathPara></w:p>",
         "E=mc^2",
     ),
+    **{f"equation {text}": (f"<w:p><m:oMath>{equation}</m:oMath></w:p>", text) for text, equation in EQUATIONS.items()},
+    "hyphens and tabs": (
+        "<w:p><w:r><w:t>NL2</w:t><w:noBreakHyphen/><w:t>230</w:t><w:ptab/><w:t>x</w:t></w:r></w:p>",
+        "NL2-230 x",
+    ),
+    "power": (
+        "<w:p><w:r><w:t>10</w:t></w:r><w:r><w:rPr><w:vertAlign w:val='superscript'/></w:rPr><w:t>-6</w:t></w:r>"
+        "<w:r><w:t> m</w:t></w:r><w:r><w:rPr><w:vertAlign w:val='superscript'/></w:rPr><w:t>2</w:t></w:r></w:p>",
+        "10^-6 m2",
+    ),
+    "chosen entry of an older form": (
+        "<w:p><w:r><w:fldChar w:fldCharType='begin'><w:ffData><w:ddList><w:result w:val='1'/><w:listEntry w:val='Red'/>"
+        "<w:listEntry w:val='Blue'/></w:ddList></w:ffData></w:fldChar></w:r><w:r><w:instrText> FORMDROPDOWN "
+        "</w:instrText></w:r><w:r><w:fldChar w:fldCharType='end'/></w:r><w:r><w:t> car</w:t></w:r></w:p>",
+        "Blue car",
+    ),
     "pronunciation": (
         "<w:p><w:r><w:ruby><w:rt><w:r><w:t>とう</w:t></w:r></w:rt>"
         "<w:rubyBase><w:r><w:t>東</w:t></w:r></w:rubyBase></w:ruby></w:r></w:p>",
@@ -104,8 +151,9 @@ WORDS = {
         "seen",
     ),
     "breaks": (
-        "<w:p><w:r><w:t>main</w:t><w:softHyphen/><w:t>tenance</w:t><w:cr/><w:t>x</w:t></w:r></w:p>",
-        "maintenance\nx",
+        "<w:p><w:r><w:t>main</w:t><w:softHyphen/><w:t>tenance</w:t><w:cr/><w:t>x</w:t><w:br w:type='page'/>"
+        "<w:t>y</w:t></w:r></w:p>",
+        "maintenance\nx\ny",
     ),
 }
 
@@ -126,6 +174,67 @@ def test_notes_and_comments_of_a_word_document_stand_at_its_end(tmp_path: Path) 
     }
     lines = text_of(tmp_path, docx(body, parts), types.DOCX).split("\n")
     assert [line for line in lines if line] == ["text[1][A1]", "1. a footnote", "Comment [A1]", "a comment"]
+
+
+def _level(at: int, form: str, text: str, more: str = "") -> str:
+    return (
+        f"<w:lvl w:ilvl='{at}'><w:start w:val='1'/><w:numFmt w:val='{form}'/>{more}<w:lvlText w:val='{text}'/></w:lvl>"
+    )
+
+
+CLAUSE = "<w:pStyle w:val='Clause'/>"
+NUMBERING = (
+    f"<w:abstractNum w:abstractNumId='0'>{_level(0, 'decimal', '%1.', CLAUSE)}"
+    f"{_level(1, 'lowerLetter', '%1.%2)')}</w:abstractNum>"
+    f"<w:abstractNum w:abstractNumId='1'>{_level(0, 'chineseCounting', '第%1条')}</w:abstractNum>"
+    f"<w:abstractNum w:abstractNumId='2'>{_level(0, 'bullet', '•')}</w:abstractNum>"
+    f"<w:abstractNum w:abstractNumId='3'>{_level(0, 'upperRoman', 'x' * 101 + '%1')}</w:abstractNum>"
+    + "".join(f"<w:num w:numId='{n + 1}'><w:abstractNumId w:val='{n}'/></w:num>" for n in range(4))
+    + "<w:num w:numId='5'><w:abstractNumId w:val='0'/><w:lvlOverride w:ilvl='0'><w:startOverride w:val='7'/>"
+    "</w:lvlOverride></w:num>"
+)
+STYLES = (
+    "<w:style w:type='paragraph' w:styleId='Clause'><w:pPr><w:numPr><w:numId w:val='1'/></w:numPr></w:pPr></w:style>"
+    "<w:style w:type='paragraph' w:styleId='Sub'><w:basedOn w:val='Clause'/></w:style>"
+)
+
+
+def _item(text: str, list_: int | None = None, level: int = 0, style: str = "") -> str:
+    named = "" if list_ is None else f"<w:numPr><w:ilvl w:val='{level}'/><w:numId w:val='{list_}'/></w:numPr>"
+    styled = f"<w:pStyle w:val='{style}'/>" if style else ""
+    return f"<w:p><w:pPr>{styled}{named}</w:pPr><w:r><w:t>{text}</w:t></w:r></w:p>"
+
+
+def test_paragraphs_of_a_word_document_have_the_numbers_that_it_shows(tmp_path: Path) -> None:
+    body = "".join(
+        [
+            _item("Scope", style="Clause"),
+            _item("of work", 1, 1),
+            _item("of time", 1, 1),
+            _item("between"),
+            _item("Term", style="Sub"),
+            _item("deeper", 1, 1),
+            _item("anew", 5),
+            _item("none", 0, style="Clause"),
+            *(_item("条款", 2) for _ in range(12)),
+            _item("dot", 3),
+            _item("long", 4),
+        ]
+    )
+    lines = text_of(tmp_path, docx(body, {"numbering": NUMBERING, "styles": STYLES}), types.DOCX).split("\n")
+    shown = [line for line in lines if line]
+    assert shown[:8] == [
+        "1. Scope",
+        "1.a) of work",
+        "1.b) of time",
+        "between",
+        "2. Term",
+        "2.a) deeper",
+        "7. anew",
+        "none",
+    ]
+    assert [shown[n] for n in (8, 10, 17, 18, 19)] == [f"第{n}条 条款" for n in ("一", "三", "十", "十一", "十二")]
+    assert shown[20:] == ["- dot", "1. long"]
 
 
 def pdf(content: str, page: str = "", catalog: str = "", objects: tuple[str, ...] = ()) -> bytes:
@@ -197,7 +306,16 @@ def test_a_sheet_keeps_units_codes_durations_comments_and_text_boxes(tmp_path: P
         ("what", "", "what"),
         (1234.5, '#,##0.00 "€"', "1234.5 €"),
         (1234.5, '_("$"* #,##0.00_)', "$1234.5"),
-        (-5, "[$¥-804]#,##0.00;[Red]-[$¥-804]#,##0.00", "¥-5"),
+        (-5, "[$¥-804]#,##0.00;[Red]-[$¥-804]#,##0.00", "-¥5"),
+        (-6, "0.00;[Red]0.00", "-6"),
+        (-7, '"Gain "0;"Loss "0', "Loss 7"),
+        (-8, '"+"0;"-"0;0', "-8"),
+        (-9, "00000", "-00009"),
+        (12, 'General" pieces"', "12 pieces"),
+        (0, '0;-0;"sold out"', "sold out (0)"),
+        (0, '_($* #,##0_);_($* (#,##0);_($* "-"??_)', "$0"),
+        (1, '"open";"open";"paid"', "open (1)"),
+        (13, ";;;", "13"),
         (12, '0\\ "kg"', "12 kg"),
         (7, "00000", "00007"),
         (0.125, "0.0%", "12.5%"),
@@ -329,6 +447,13 @@ PAGES = {
     ),
     "code in code": ("<pre>a\n<div><pre>b\nc</pre></div>d</pre>e", "```\na\nb\nc\nd\n```\ne"),
     "pronunciation": ("<p><ruby>東<rp>(</rp><rt>とう</rt><rp>)</rp>京<rt>きょう</rt></ruby></p>", "東京"),
+    "title beside a heading": ("<title>Care - A shop</title><h1>Care</h1><p>x</p>", "x"),
+    "chosen and written": (
+        "<select><option>a<option selected>b</select> <textarea>Call us.</textarea>",
+        "b Call us.",
+    ),
+    "signs of code in code": ("<pre>a\n```py\nb</pre><h2>H</h2>c", "````\na\n```py\nb\n````\nc"),
+    "power": ("<p>5 &times; 10<sup>6</sup> m<sup>2</sup>, the 1<sup>st</sup></p>", "5 × 10^6 m2, the 1st"),
     "deleted text": ("<p>costs <del>30</del><ins>45</ins> euros</p>", "costs 45 euros"),
 }
 
@@ -336,6 +461,11 @@ PAGES = {
 @pytest.mark.parametrize(("page", "text"), PAGES.values(), ids=PAGES)
 def test_a_page_is_read_as_it_is_shown(tmp_path: Path, page: str, text: str) -> None:
     assert text_of(tmp_path, page.encode(), types.HTML) == text
+
+
+def test_the_title_of_a_page_without_a_heading_is_its_section(tmp_path: Path) -> None:
+    [passage, _] = parse(tmp_path, b"<title>Care\n of pumps</title><h2>Daily</h2><p>Clean it.</p>", types.HTML)[1:]
+    assert passage["section"] == "Care of pumps > Daily"
 
 
 def test_underlined_headings_of_markdown_give_the_section(tmp_path: Path) -> None:

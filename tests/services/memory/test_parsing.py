@@ -156,6 +156,12 @@ def test_a_title_above_a_table_is_not_its_header(tmp_path: Path, content: bytes,
             "Prices\n\n\n| Item | Qty |\n|-|\n| Valve | 3 |\n",
         ),
         ([["Prices", "of May"], ["a", "b", "c", "d", "e"]], "Prices, of May\n\n| a | b | c | d | e |\n|-|\n"),
+        (
+            [["Customer", "Ann", "", ""], ["a", "b", "c", ""], ["1", "2", "3", "4"]],
+            "Customer, Ann\n\n| a | b | c |  |\n|-|\n| 1 | 2 | 3 | 4 |\n",
+        ),
+        # One wide row does not make a header.
+        ([["k", "v", "", ""], ["1", "2", "3", "4"]], "| k | v |  |  |\n|-|\n| 1 | 2 | 3 | 4 |\n"),
         ([["", "Sold"], ["North", "5"]], "|  | Sold |\n|-|\n| North | 5 |\n"),
         # A chart without names of its series.
         ([["", ""], ["North", "5"]], "|  |  |\n|-|\n| North | 5 |\n"),
