@@ -204,6 +204,25 @@ def _some(chunks: Iterable[Chunk], reader: BlockReader) -> Iterator[Chunk]:
         raise UnreadableFile(f"The file has no text, or is damaged. {reader.images}")
 
 
+def answer(file: IO[bytes], type_: str, recognizer: ocr.Recognizer | None) -> Iterator[dict[str, object]]:
+    """The lines of the output about this file."""
+    count = 0
+    reader = BlockReader(file, type_, recognizer)
+    try:
+        for count, found in enumerate(passages(reader, type_), 1):
+            if count == 1:
+                yield {"parsed": True}
+            yield found._asdict()
+        yield {
+            "chunks": count,
+            "pages": reader.pages,
+            "pages_without_text": reader.pages_without_text,
+            "warnings": _told(reader.warnings),
+        }
+    except UnreadableFile as error:
+        yield {"error": str(error)}
+
+
 def main(type_: str, parent: str) -> None:
     recognizer = ocr.load() if type_ == types.PDF else None
     confinement.limit(confinement.MAX_CPU_SECONDS + (int(ocr.FILE_SECONDS) if recognizer else 0))
@@ -219,23 +238,8 @@ def main(type_: str, parent: str) -> None:
 
     if missing:
         say({"unconfined": missing})
-    count = 0
-    reader = BlockReader(sys.stdin.buffer, type_, recognizer)
-    try:
-        for count, found in enumerate(passages(reader, type_), 1):
-            if count == 1:
-                say({"parsed": True})
-            say(found._asdict())
-        say(
-            {
-                "chunks": count,
-                "pages": reader.pages,
-                "pages_without_text": reader.pages_without_text,
-                "warnings": _told(reader.warnings),
-            }
-        )
-    except UnreadableFile as error:
-        say({"error": str(error)})
+    for line in answer(sys.stdin.buffer, type_, recognizer):
+        say(line)
     sys.stdout.buffer.flush()
 
 
