@@ -45,7 +45,7 @@ class Numbers:
         abstract = {each.get(f"{_W}abstractNumId"): each for each in numbering if each.tag == f"{_W}abstractNum"}
         lists = {id_: _List(_levels(each)) for id_, each in abstract.items()}
         self._lists: dict[str | None, tuple[_List, ChainMap[int, _Level], dict[int, int]]] = {}
-        """By the id that paragraphs name: the list, its levels, and the levels that begin anew with a first number."""
+        """By the id that paragraphs name: the list, its levels, and the levels that start again at a first number."""
         linked: dict[str, str] = {}
         for each in numbering:
             if each.tag != f"{_W}num":

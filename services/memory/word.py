@@ -33,7 +33,7 @@ _WRAPPERS = tuple(_W + name for name in ("moveTo", "fldSimple", "bdo", "dir", "c
 _MATH_SIGNS = {
     f"{_M}{name}": sign for name, sign in {"num": "", "den": "/", "sup": "^", "sub": "_", "lim": "_"}.items()
 }
-# What stands between the cells of a matrix, the rows of it, and equations below each other.
+# The sign between the cells of a matrix, the rows of it, and equations below each other.
 _MATH_PARTS = {f"{_M}{name}": sign for name, sign in {"mr": ", ", "eqArr": "; ", "m": "; "}.items()}
 _ONE = re.compile(r"\d+(?:[.,]\d+)?|\w")
 # Its parts have limits: a name may be long, and stand in many links.
