@@ -60,6 +60,8 @@ class MessageReceived(Message, frozen=True, kw_only=True):
     words: str = ""
     """The author's own words, if `text` also quotes a message of the bot: they alone can allow or refuse a call that
     waits for approval. Empty: `text` can."""
+    for_others: bool = False
+    """Written in a group to other persons, and not to the bot: it neither allows nor refuses a call."""
 
 
 class MessageChanged(Message, frozen=True, kw_only=True):

@@ -63,6 +63,7 @@ def _incoming(message: MessageReceived, tx: Tx, trace: Callable[[], object]) -> 
         if images or message.approvers
         else None,
         words=message.words,
+        for_others=message.for_others,
     )
     return Incoming(envelope.tenant_id, message.position, arrival, trace)
 

@@ -379,6 +379,7 @@ def publish(
         text=text,
         # A file says something, too.
         words="" if content.attachments else content.words,
+        for_others=content.for_others,
         received_at=fact.received_at,
         position=item.position,
         parent_session_key=item.parent_session_key,

@@ -34,6 +34,8 @@ class InboundContent(msgspec.Struct, frozen=True):
     attachments: tuple[Attachment, ...] = ()
     words: str = ""
     """The person's own, if the text also quotes a message of the bot."""
+    for_others: bool = False
+    """Written in a group to other persons, and not to the bot."""
 
 
 class File(msgspec.Struct, frozen=True):

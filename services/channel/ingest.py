@@ -354,7 +354,9 @@ def _message(arrival: _Arrival, now: datetime) -> AcceptedMessage:
         agent_id,
         account.pseudonyms.session(item.conversation),
         account.pseudonyms.subject(item.person),
-        InboundContent(item.conversation, item.person, item.message, text, item.attachments, item.words),
+        InboundContent(
+            item.conversation, item.person, item.message, text, item.attachments, item.words, item.for_others
+        ),
         now,
         account.pseudonyms.session(item.parent) if item.parent else "",
         item.by_admin,

@@ -15,22 +15,26 @@ from services.agent.runs.events import Decision
 from services.agent.runs.publishing import stream
 
 _YES_WORDS = (
-    "y yes yep yeah ok okay sure confirm confirmed approve approved allow ja oui si sí sì sim да tak evet "
-    "好 好的 是 是的 可以 同意 批准 はい 네 예 نعم"
+    "y yes yep yeah ok okay sure confirm confirmed approve approved allow goahead ja oui si sí sì vale sim да tak так "
+    "evet 好 好的 是 是的 嗯 行 可以 同意 批准 确认 确定 はい 네 예 نعم"
 )
 _NO_WORDS = (
     "n no nope deny denied refuse stop cancel nein non não нет nie hayır "
-    "不 不行 不可以 不要 不同意 否 拒绝 いいえ 아니요 아니오 لا"
+    "不 不行 不可以 不要 不同意 否 拒绝 取消 いいえ 아니요 아니오 لا"
 )
+# Without the spaces between words: "go ahead".
 _YES, _NO = frozenset(_YES_WORDS.split()), frozenset(_NO_WORDS.split())
 # In a group the person has to name the bot: "@bot yes", "<@U0123> yes".
 # Without another < inside: otherwise each of many would search the whole rest for its end.
 _MENTION = re.compile(r"<@[^<>\n]+>|(?<!\S)@\S+")
+# Telegram adds the bot's name to a command.
+_COMMAND = re.compile(r"\A\s*(/\w+)@\w+")
 _PUNCTUATION = re.compile(r"[.!。,、;:…/*_`\"'“”()-]+")
 # Marks without a width and of the style of emoji. Keyboards and clients add them.
 _INVISIBLE = re.compile(r"[\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff]")
-# A longer text with a yes or a no in it is taken as an ordinary message.
+# A longer text with a yes or a no in it, or at its beginning, is taken as an ordinary message.
 _UNCLEAR_WORDS = 4
+_UNCLEAR_BEGINNING = 8
 
 
 def decision_in(text: str) -> Decision | None:
@@ -45,14 +49,16 @@ def decision_in(text: str) -> Decision | None:
 def is_unclear(text: str) -> bool:
     """True for a text that seems to decide but does not do so clearly: "yes please", "👍"."""
     words = _words(text)
-    if not words or len(words) > _UNCLEAR_WORDS or decision_in(text):
+    if not words or len(words) > _UNCLEAR_BEGINNING or decision_in(text):
         return False
     plain = ["".join(filter(str.isalnum, word)) for word in words]
+    if len(words) > _UNCLEAR_WORDS:
+        return plain[0] in _YES | _NO
     return not any(plain) or any(word in _YES | _NO for word in plain)
 
 
 def _words(text: str) -> list[str]:
-    text = _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
+    text = _COMMAND.sub(r"\1", _INVISIBLE.sub("", unicodedata.normalize("NFKC", text)))
     return _PUNCTUATION.sub(" ", _MENTION.sub(" ", text)).casefold().split()
 
 

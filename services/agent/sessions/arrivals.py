@@ -75,11 +75,13 @@ class Arrival:
     """Of its author, as approvers are named."""
     words: str = ""
     """The author's own, if the text also quotes the agent."""
+    for_others: bool = False
+    """Written in a group to other persons, and not to the agent."""
 
     @property
     def answer(self) -> str:
-        """The text that may answer a question of the agent."""
-        return self.words or self.text
+        """The text that may answer a question of the agent; empty if it is for other persons."""
+        return "" if self.for_others else self.words or self.text
 
 
 # One statement, so that messages cost one round trip. It locks nothing that is not locked already: the sessions and the

@@ -245,6 +245,7 @@ def _item(ids: tuple[str, ...], event: _Event) -> Inbound | Ignored:
         in_group=message.chat_type == "group",
         # If Feishu does not tell who is mentioned, it may be the bot.
         mentions_bot=any(mention.mentioned_type in ("bot", "") for mention in message.mentions or ()),
+        names_others=any(mention.mentioned_type == "user" for mention in message.mentions or ()),
     )
 
 

@@ -34,6 +34,13 @@ class Inbound(NamedTuple):
     words: str = ""
     """The author's own, if the text also has those of a message of the bot that they quote. With a message of another
     person, the author answers that person: it stays empty."""
+    names_others: bool = False
+    """It mentions other persons, or answers one of them."""
+
+    @property
+    def for_others(self) -> bool:
+        """Written in a group to other persons, and not to the bot."""
+        return self.in_group and self.names_others and not (self.mentions_bot or self.replies_to_bot)
 
 
 class Moved(NamedTuple):

@@ -296,6 +296,7 @@ def _item(event: _Event) -> Inbound | Deleted | Ignored:
     text, attachments = _content_of(message)
     if text is None:
         return Ignored(ids, f"a message of type {message.type[:40]}")
+    mentionees = (message.mention or _Mention()).mentionees
     return Inbound(
         ids,
         conversation,
@@ -304,7 +305,8 @@ def _item(event: _Event) -> Inbound | Deleted | Ignored:
         text,
         attachments=attachments,
         in_group=in_group,
-        mentions_bot=any(one.isSelf for one in (message.mention or _Mention()).mentionees),
+        mentions_bot=any(one.isSelf for one in mentionees),
+        names_others=not all(one.isSelf for one in mentionees),
     )
 
 

@@ -200,6 +200,7 @@ def read(kind: str, event_id: str, raw: msgspec.Raw) -> Inbound | Ignored:
         mentions_bot=in_group and told,
         attachments=attachments,
         words=own,
+        names_others=any(not one.is_you for one in message.mentions or ()),
     )
 
 

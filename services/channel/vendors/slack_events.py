@@ -16,6 +16,7 @@ from services.channel.vendors.slack_kinds import KINDS
 # https://docs.slack.dev/messaging/formatting-message-text#links-in-retrieved-messages
 # Of a file that Slack Connect shares, the event tells the id only.
 BY_ID = "id/"
+_MENTION = re.compile(r"<@([^<>|]+)[|>]")
 _LINK = re.compile(r"<((?:https?|mailto|tel):[^|<>\s]+)(?:\|([^<>]*))?>")
 
 
@@ -230,6 +231,7 @@ def _spoken(ids: tuple[str, ...], kind: _Kind, payload: Payload, raw: msgspec.Ra
     bots = {bot.user_id for bot in payload.authorizations or () if bot.is_bot and bot.user_id}
     if event.user in bots:
         return Ignored(ids, "a bot's message")
+    mentioned = set(_MENTION.findall(event.text or ""))
     # A change of the message that began a thread names the thread, too.
     thread = f"/{event.thread_ts}" if event.thread_ts and event.thread_ts != event.ts else ""
     return Inbound(
@@ -244,9 +246,9 @@ def _spoken(ids: tuple[str, ...], kind: _Kind, payload: Payload, raw: msgspec.Ra
         attachments=attachments(event),
         # An app_mention does not tell the type of its channel. The id of a direct message begins with D.
         in_group=event.channel_type != "im" and not event.channel.startswith("D"),
-        mentions_bot=kind.type == "app_mention"
-        or any(re.search(rf"<@{re.escape(bot)}[|>]", event.text or "") for bot in bots),
+        mentions_bot=kind.type == "app_mention" or bool(mentioned & bots),
         replies_to_bot=event.parent_user_id in bots,
+        names_others=bool(mentioned - bots),
     )
 
 

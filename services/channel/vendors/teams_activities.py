@@ -210,6 +210,8 @@ def _spoken(activity: Activity, tenant: str) -> Inbound | Ignored:
     pressed = not text and not files and activity.value is not None
     if pressed:
         text = _submitted(activity.value)
+    mentioned = {one.mentioned.id for one in activity.entities or () if one.mentioned}
+    recipient = {activity.recipient.id} if activity.recipient else set()
     return Inbound(
         (_target(activity, activity.id),),
         activity.conversation.id,
@@ -222,13 +224,10 @@ def _spoken(activity: Activity, tenant: str) -> Inbound | Ignored:
         attachments=attachments,
         in_group=activity.conversation.conversationType in ("groupChat", "channel"),
         # A button stands under a message of the bot.
-        mentions_bot=pressed
-        or any(
-            entity.mentioned and activity.recipient and entity.mentioned.id == activity.recipient.id
-            for entity in activity.entities or ()
-        ),
+        mentions_bot=pressed or bool(mentioned & recipient),
         replies_to_bot=pressed,
         words=words,
+        names_others=bool(mentioned - recipient),
     )
 
 

@@ -233,10 +233,13 @@ def _item(
     part: str | None = message.quote.text if message.quote else ""
     if not is_answer and not part:
         part = _text(quoted) or (described("File", *(file.name for file in files)) if files else words(quoted_fields))
+        if "external_reply" in fields:
+            part = part or described("Message of another chat or topic, which cannot be read here")
     if part:
         # The agent does not know the messages of others, and people ask about them: "@ada_bot translate this". Of a
         # message of its own it is told the part that the person has chosen.
         own, text = text if is_answer else "", quoting(text, part)
+    mentions_bot, names_others = _mentions(message, bot)
     return Inbound(
         # Edits and reactions name the message by chat and number.
         ids=(*ids, f"message/{_place(message)}/{message.message_id}"),
@@ -246,11 +249,12 @@ def _item(
         text=text,
         attachments=attachments + files,
         in_group=message.chat.type != "private",
-        mentions_bot=_mentions(message, bot),
+        mentions_bot=mentions_bot,
         replies_to_bot=is_answer,
         # An administrator who stays anonymous writes in the name of the group. Telegram does not tell the others.
         by_admin=message.sender_chat is not None and message.sender_chat.id == chat,
         words=own,
+        names_others=names_others,
     )
 
 
@@ -306,17 +310,19 @@ def _is(bot: str, user: _User | None) -> bool:
     return user is not None and str(user.id) == bot
 
 
-def _mentions(message: _Message, bot: str) -> bool:
-    """A command, a mention of the bot, or of a name that ends in "bot", as those of bots do. (Updates do not tell the
-    bot's own name.) Offsets count UTF-16 units."""
+def _mentions(message: _Message, bot: str) -> tuple[bool, bool]:
+    """Whether the bot is mentioned, and whether others are. A command is for the bot, and a name that ends in "bot" is
+    taken as its own: updates do not tell it. Offsets count UTF-16 units."""
+    named = others = False
     text = (message.text or message.caption or "").encode("utf-16-le", "surrogatepass")
     for entity in message.entities or message.caption_entities or ():
         part = text[entity.offset * 2 : (entity.offset + entity.length) * 2].decode("utf-16-le", "replace")
-        if entity.type == "bot_command" or _is(bot, entity.user):
-            return True
-        if entity.type == "mention" and part.lower().endswith("bot"):
-            return True
-    return False
+        ends_in_bot = entity.type == "mention" and part.lower().endswith("bot")
+        if entity.type == "bot_command" or ends_in_bot or _is(bot, entity.user):
+            named = True
+        elif entity.type in ("mention", "text_mention"):
+            others = True
+    return named, others
 
 
 def _attachments(fields: Mapping[str, msgspec.Raw]) -> tuple[Attachment, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -81,6 +82,9 @@ _FILES: dict[str, Literal["image", "voice", "video"]] = {
     "audio": "voice",
     "video": "video",
 }
+
+
+_MENTION = re.compile(r"(?<!\S)@(\S+)")
 
 
 class _Text(msgspec.Struct):
@@ -166,6 +170,8 @@ class _Referred(msgspec.Struct):
 
 
 class _Context(msgspec.Struct):
+    from_: str = msgspec.field(name="from", default="")
+    """Who has written the message that this one answers."""
     referred_product: _Referred | None = None
     forwarded: bool | None = None
     frequently_forwarded: bool | None = None
@@ -253,6 +259,7 @@ class _Status(msgspec.Struct):
 
 class _Metadata(msgspec.Struct):
     phone_number_id: str = ""
+    display_phone_number: str = ""
 
 
 class _Value(msgspec.Struct):
@@ -291,24 +298,25 @@ def _of_change(batch: Batch, change: _Change, number: str) -> Iterator[Item]:
         yield Ignored(ids, KINDS.get(f"change.{change.field}") or f"a change of {change.field[:40]}")
         return
     value = decode(change.value, _Value)
-    is_ours = value.metadata is not None and value.metadata.phone_number_id == number
+    metadata = value.metadata or _Metadata()
+    own = metadata.display_phone_number if metadata.phone_number_id == number else None
     yield from batch.of_each(value.statuses or (), lambda status: [_status(decode(status, _Status))])
-    yield from batch.of_each(value.messages or (), lambda message: [_message(decode(message, _Message), is_ours)])
+    yield from batch.of_each(value.messages or (), lambda message: [_message(decode(message, _Message), own)])
 
 
-def _message(message: _Message, is_ours: bool) -> Item:
-    """is_ours: it was written to the channel's number."""
-    return _item(message) if is_ours else Ignored((f"message/{message.id}",), "a message to another number")
+def _message(message: _Message, own: str | None) -> Item:
+    """own: the channel's number; None: the message was written to another one."""
+    return Ignored((f"message/{message.id}",), "a message to another number") if own is None else _item(message, own)
 
 
-def _item(message: _Message) -> Item:
+def _item(message: _Message, own: str) -> Item:
     ids = (f"message/{message.id}",)
     if message.reaction:
         return _reacted(ids, message, message.reaction)
     if message.revoke:
         return Deleted(ids, f"message/{message.revoke.original_message_id}")
     if message.edit:
-        return _edited(ids, message, message.edit)
+        return _edited(ids, message, message.edit, own)
     if message.system:
         # The person's new number, or else the new id for this business.
         if message.system.type == "user_changed_number" and message.system.wa_id:
@@ -327,15 +335,28 @@ def _item(message: _Message) -> Item:
         text,
         attachments=_attachments(message),
         in_group=bool(message.group_id),
+        names_others=_names_others(message, own),
     )
 
 
-def _edited(ids: tuple[str, ...], message: _Message, edit: _Changed) -> Edited | Ignored:
+def _names_others(message: _Message, own: str) -> bool:
+    """A mention is told in the text only."""
+    names = _MENTION.findall(message.text.body) if message.text else []
+    if message.context and message.context.from_:
+        names.append(message.context.from_)
+    return any(_digits(name) != _digits(own) for name in names)
+
+
+def _digits(number: str) -> str:
+    return "".join(filter(str.isdecimal, number))
+
+
+def _edited(ids: tuple[str, ...], message: _Message, edit: _Changed, own: str) -> Edited | Ignored:
     # Without an edit in the edit, which could be nested without end.
     fields = edit.message | {"id": edit.original_message_id, "from": message.person, "edit": None}
     fields |= {"group_id": message.group_id}
     try:
-        item = _item(msgspec.convert(fields, _Message))
+        item = _item(msgspec.convert(fields, _Message), own)
     except msgspec.ValidationError as error:
         raise UnreadableCall(f"edit: {error}") from error
     if not isinstance(item, Inbound):

@@ -88,6 +88,7 @@ class Tenant:
         approvers: tuple[str, ...] = (),
         seconds_late: float = 0,
         words: str = "",
+        for_others: bool = False,
     ) -> UUID:
         """A message from a channel, as the channel service's relay sends it. It was under way for `seconds_late`."""
         message = MessageReceived(
@@ -105,6 +106,7 @@ class Tenant:
             by_admin=by_admin,
             approvers=approvers,
             words=words,
+            for_others=for_others,
         )
         queue = CHANNEL_INBOUND["telegram"]
         traceparent = f"00-{trace_id}-{'1' * 16}-01" if trace_id else None

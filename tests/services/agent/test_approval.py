@@ -359,6 +359,20 @@ async def test_in_a_room_an_unclear_answer_of_another_person_is_an_ordinary_mess
     assert await acts(tenant, run["id"]) == []
 
 
+@pytest.mark.parametrize("answer", ["@bob yes", "no 👎"])
+async def test_what_the_asker_says_to_other_persons_of_a_room_decides_nothing(
+    world: World, tenant: Tenant, answer: str
+) -> None:
+    agent = await careful(tenant)
+    world.models.script(MODEL, Says(calls=(BERN,)))
+    await tenant.receive(agent, "Weather?")
+    run = await waiting(tenant)
+    await tenant.receive(agent, answer, for_others=True)
+    assert (await answers(tenant, 2))[1] == f"You said: {answer}"
+    assert (await tenant.run(run["id"]))["status"] == "waiting"
+    assert await acts(tenant, run["id"]) == []
+
+
 @pytest.mark.parametrize("approvers", [[], ["boss"], ["scope:root"], ["person:"], ["person:a b"], ["asker"] * 101])
 async def test_approvers_are_names(tenant: Tenant, approvers: list[str]) -> None:
     await careful(tenant)

@@ -200,6 +200,14 @@ async def test_the_own_words_beside_a_quotation_of_the_bot_reach_the_agent(desk:
     assert (inbound["text"], inbound["words"]) == ("yes\n\n[In reply to this message]\nMay I?", "yes")
 
 
+async def test_that_a_message_is_for_other_persons_reaches_the_agent(desk: Desk) -> None:
+    telegram = TelegramStandIn()
+    channel = await desk.connect("telegram", telegram.credentials)
+    mention = {"type": "mention", "offset": 0, "length": 4}
+    assert (await desk.call(channel, telegram.update("@bob yes", chat=-5, entities=[mention]))).status_code == 200
+    assert [one["for_others"] for one in await desk.received(channel)] == [True]
+
+
 async def test_a_forged_or_malformed_call_stores_nothing(desk: Desk) -> None:
     telegram, slack, webhook = TelegramStandIn(), SlackStandIn(), WebhookStandIn()
     channels: dict[StandIn, dict[str, Any]] = {

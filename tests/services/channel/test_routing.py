@@ -18,6 +18,7 @@ from tests.services.channel.vendors.conftest import Adapter, Call, keys_of
 from tooling.testing.vendors import (
     FeishuStandIn,
     LineStandIn,
+    QQStandIn,
     SlackStandIn,
     TeamsStandIn,
     TelegramStandIn,
@@ -95,6 +96,17 @@ SLACK = SlackStandIn()
 TEAMS = TeamsStandIn()
 FEISHU = FeishuStandIn()
 LINE = LineStandIn()
+QQ = QQStandIn()
+WHATSAPP = WhatsAppStandIn()
+FAKES: dict[str, StandIn] = {
+    "telegram": TELEGRAM,
+    "slack": SLACK,
+    "teams": TEAMS,
+    "feishu": FEISHU,
+    "line": LINE,
+    "qq": QQ,
+    "whatsapp": WHATSAPP,
+}
 BOT = {"id": int(TELEGRAM.bot_token.partition(":")[0]), "is_bot": True}
 GROUP = {"type": "group", "groupId": "C1", "userId": "U1"}
 MENTION = {"key": "@_user_1", "name": "Ada", "mentioned_type": "bot"}
@@ -155,11 +167,85 @@ MENTION = {"key": "@_user_1", "name": "Ada", "mentioned_type": "bot"}
     ],
 )
 async def test_adapters_tell_groups_mentions_and_replies(name: str, call: Call, told: tuple[bool, bool, bool]) -> None:
-    fakes: dict[str, StandIn] = {"telegram": TELEGRAM, "slack": SLACK, "teams": TEAMS, "feishu": FEISHU, "line": LINE}
-    adapter = Adapter(name, fakes[name], Outgoing(allow_private=True))
+    item = received(name, call)
+    assert (item.in_group, item.mentions_bot, item.replies_to_bot) == told
+
+
+def received(name: str, call: Call) -> Inbound:
+    adapter = Adapter(name, FAKES[name], Outgoing(allow_private=True))
     [item] = adapter.vendor.receive(_with_keys(call), adapter.credentials, SIGNED_AT).items
     assert isinstance(item, Inbound)
-    assert (item.in_group, item.mentions_bot, item.replies_to_bot) == told
+    return item
+
+
+def _of_telegram(text: str, *kinds: str, **fields: object) -> Call:
+    """With an entity for each word, if it is of a kind."""
+    entities, start = [], 0
+    for kind, word in zip(kinds, text.split(), strict=False):
+        entities.append({"type": kind, "offset": start, "length": len(word), "user": {"id": 9}})
+        start += len(word) + 1
+    return TELEGRAM.update(text, chat=-5, entities=entities, **fields)  # type: ignore[arg-type]
+
+
+def _of_whatsapp(text: str, group_id: str | None = "G", **fields: Any) -> Call:
+    return WHATSAPP.call(WHATSAPP.message(text, group_id=group_id, **fields))
+
+
+def _of_teams(*persons: str, kind: str = "channel") -> Call:
+    entities = [{"type": "mention", "mentioned": {"id": person}} for person in persons]
+    return TEAMS.signed(TEAMS.activity(conversation={"id": "19:c", "conversationType": kind}, entities=entities))
+
+
+def _of_line(*is_bot: bool) -> Call:
+    mention = {"mentionees": [{"isSelf": one} for one in is_bot]}
+    message = {"type": "text", "id": "9", "text": "@a yes", "mention": mention}
+    return LINE.call(LINE.event(source=GROUP, message=message))
+
+
+def _of_feishu(*kinds: str) -> Call:
+    mentions = [MENTION | {"mentioned_type": kind} for kind in kinds]
+    return FEISHU.call(FEISHU.event("@_user_1 yes", chat_type="group", mentions=mentions))
+
+
+def _of_qq(*is_you: bool) -> Call:
+    event = QQ.event("<@M2> yes", group="g1", mentions=[{"is_you": one} for one in is_you])
+    return QQ.signed(event | {"t": "GROUP_MESSAGE_CREATE"})
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "for_others"),
+    [
+        ("telegram", _of_telegram("yes"), False),
+        ("telegram", _of_telegram("@bob yes", "mention"), True),
+        ("telegram", _of_telegram("Bob yes", "text_mention"), True),
+        ("telegram", _of_telegram("@bob @ada_bot yes", "mention", "mention"), False),
+        ("telegram", _of_telegram("@bob yes", "mention", reply_to_message={"message_id": 1, "from": BOT}), False),
+        ("slack", SLACK.event("<@UBOB> yes", channel_type="channel"), True),
+        ("slack", SLACK.event("<@UBOB|bob> yes", channel_type="channel"), True),
+        ("slack", SLACK.event("<@U0BOT> <@UBOB> yes", channel_type="channel"), False),
+        ("slack", SLACK.event("<@UBOB> yes", kind="app_mention"), False),
+        ("slack", SLACK.event("<@UBOB> yes", channel="D1"), False),
+        ("teams", _of_teams("29:bob"), True),
+        ("teams", _of_teams("29:bob", f"28:{TEAMS.app_id}"), False),
+        ("teams", _of_teams("29:bob", kind="personal"), False),
+        ("feishu", _of_feishu("user"), True),
+        ("feishu", _of_feishu("user", "bot"), False),
+        ("line", _of_line(False), True),
+        ("line", _of_line(False, True), False),
+        ("qq", _of_qq(False), True),
+        ("qq", _of_qq(False, True), False),
+        ("whatsapp", _of_whatsapp("yes", context={"from": "4477", "id": "wamid.x"}), True),
+        ("whatsapp", _of_whatsapp("yes", context={"from": "1555", "id": "wamid.x"}), False),
+        ("whatsapp", _of_whatsapp("yes", context={"from": "491", "id": "wamid.x"}, group_id=None), False),
+        ("whatsapp", _of_whatsapp("@4477, yes"), True),
+        ("whatsapp", _of_whatsapp("@1555 yes"), False),
+        ("whatsapp", _of_whatsapp("yes"), False),
+    ],
+)
+async def test_adapters_tell_a_message_of_a_group_that_is_for_other_persons(
+    name: str, call: Call, for_others: bool
+) -> None:
+    assert received(name, call).for_others is for_others
 
 
 def _with_keys(call: Call) -> Request:

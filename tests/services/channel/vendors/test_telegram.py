@@ -199,6 +199,12 @@ def test_beside_a_quotation_of_the_bot_the_persons_own_words_are_told_apart() ->
         assert (item.text, item.words) == ("yes\n\n[In reply to this message]\nMay I", words)
 
 
+def test_a_reply_to_a_message_of_another_chat_is_told_also_if_it_cannot_be_read() -> None:
+    item = message(text="yes", external_reply={"origin": {"type": "user"}, "chat": {"id": -9}, "message_id": 3})
+    assert isinstance(item, Inbound)
+    assert item.text.startswith("yes\n\n[In reply to this message]\n[Message of another chat")
+
+
 @pytest.mark.parametrize(
     ("fields", "text", "files"),
     [
