@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from contextvars import Context
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -93,6 +94,9 @@ class AccountSecrets:
 
     def routes(self, account_id: UUID, sealed: bytes) -> tuple[Route, ...]:
         return msgspec.json.decode(self.open(account_id, "routes", sealed), type=tuple[Route, ...])
+
+    def seal_routes(self, account_id: UUID, routes: Sequence[Route]) -> bytes:
+        return self.seal(account_id, "routes", msgspec.json.encode(routes))
 
     def account(self, row: tuple[Any, ...]) -> ChannelAccount:
         id_, tenant_id, type_, agent_id, credentials, pseudonyms, api_base, enabled, broken_reason, streaming = row[:10]

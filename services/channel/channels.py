@@ -122,7 +122,7 @@ def _route(route: Route) -> AgentRoute:
 
 def sealed_routes(secrets: AccountSecrets, channel_id: UUID, routes: Sequence[AgentRoute]) -> bytes:
     stored = [Route(route.agent_id, route.conversation_id or "", route.command or "") for route in routes]
-    return secrets.seal(channel_id, "routes", msgspec.json.encode(stored))
+    return secrets.seal_routes(channel_id, stored)
 
 
 def vendor_of(type_: str) -> Vendor[Any]:

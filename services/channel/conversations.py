@@ -34,11 +34,13 @@ _COUNT = """
 """
 
 
-# Reads only: the session that each conversation had under a former id, and the author's key.
+# Reads only: the sessions that each conversation and its parent had under former ids, and the author's key.
 _LOOK = """
-    SELECT a.target, k.subject_id IS NOT NULL, k.wrapped
-    FROM unnest((SELECT $1::text[]), $2::text[], $3::text[]) WITH ORDINALITY AS n(session_key, tenant_id, subject_id, n)
+    SELECT a.target, p.target, k.subject_id IS NOT NULL, k.wrapped
+    FROM unnest((SELECT $1::text[]), $2::text[], $3::text[], $4::text[])
+            WITH ORDINALITY AS n(session_key, tenant_id, subject_id, parent, n)
         LEFT JOIN session_alias a ON a.session_key = n.session_key
+        LEFT JOIN session_alias p ON p.session_key = n.parent
         LEFT JOIN subject_key k ON k.tenant_id = n.tenant_id AND k.subject_id = n.subject_id
     ORDER BY n.n
 """
@@ -101,19 +103,23 @@ async def store(tx: Tx, subjects: SubjectKeys, messages: Sequence[UniqueMessage]
 async def _look(
     tx: Tx, subjects: SubjectKeys, messages: Sequence[UniqueMessage]
 ) -> tuple[Sequence[UniqueMessage], Mapping[Subject, DataKey | None]]:
-    """Returns the messages, with the sessions that their conversations had under former ids, and their authors' keys,
-    made if they do not exist."""
+    """Returns the messages, with the sessions that they and their parents had under former ids, and their authors'
+    keys, made if they do not exist."""
     rows = await tx.sql(
         _LOOK,
         [new.message.session_key for new in messages],
         [new.message.tenant_id for new in messages],
         [new.message.subject_id for new in messages],
+        [new.message.parent_session_key for new in messages],
     )
     found: list[UniqueMessage] = []
     keys: dict[Subject, DataKey | None] = {}
     unknown: set[Subject] = set()
-    for new, (target, has_key, wrapped) in zip(messages, rows, strict=True):
-        found.append(new._replace(message=replace(new.message, session_key=target)) if target else new)
+    for new, (session, parent, has_key, wrapped) in zip(messages, rows, strict=True):
+        if session or parent:
+            session, parent = session or new.message.session_key, parent or new.message.parent_session_key
+            new = new._replace(message=replace(new.message, session_key=session, parent_session_key=parent))
+        found.append(new)
         subject = new.message.tenant_id, new.message.subject_id
         if not has_key:
             unknown.add(subject)

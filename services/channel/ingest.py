@@ -15,6 +15,7 @@ from functools import cache
 from uuid import UUID
 
 import msgspec
+from msgspec.structs import replace
 
 from infra.clock import utcnow, uuid7
 from infra.errors import TooLarge, Transient
@@ -29,12 +30,12 @@ from infra.security.rewrap import SealedColumn
 from infra.security.subjects import SubjectKeys
 from infra.service.service import Runtime
 from services.channel import changes
-from services.channel.accounts import ChannelAccount
+from services.channel.accounts import AccountSecrets, ChannelAccount
 from services.channel.conversations import AcceptedMessage, UniqueMessage, store
 from services.channel.domain import dedupe_hash
 from services.channel.events import InboundContent
 from services.channel.receipts import record
-from services.channel.routing import is_for_the_bot, routed
+from services.channel.routing import Route, is_for_the_bot, routed
 from services.channel.vendors.items import Change, Edited, Ignored, Inbound, Item, Moved, Reacted, Receipt
 
 ACCEPTED = SealedColumn("accepted", "sealed", "accepted", ("encode(hash, 'hex')",))
@@ -113,6 +114,7 @@ class Ingest:
         self.database = database
         self.cipher = cipher
         self.subjects = subjects
+        self._secrets = AccountSecrets(cipher)
         # One group after the other: messages of a conversation are stored in the order of their arrival.
         self._commits = GroupCommit(self._commit, largest=MAX_GROUP, size=len)
         self._room = Shares(MAX_WAITING)
@@ -189,17 +191,28 @@ class Ingest:
         await self._commits.write(arrivals)
 
     async def _move(self, account: ChannelAccount, moved: Moved) -> None:
-        """From now on, messages with the new id enter the session of the old one. A repeat changes nothing."""
-        await self.database.autocommit(
-            """
-            INSERT INTO session_alias (session_key, tenant_id, target)
-            SELECT $1, $2, coalesce((SELECT target FROM session_alias WHERE session_key = $3), $3)
-            ON CONFLICT DO NOTHING
-            """,
-            account.pseudonyms.session(moved.new),
-            account.tenant_id,
-            account.pseudonyms.session(moved.old),
-        )
+        """From now on, messages with the new id enter the session of the old one and go to its agent. A repeat changes
+        nothing."""
+
+        async def work(tx: Tx) -> None:
+            await tx.sql(
+                """
+                INSERT INTO session_alias (session_key, tenant_id, target)
+                SELECT $1, $2, coalesce((SELECT target FROM session_alias WHERE session_key = $3), $3)
+                ON CONFLICT DO NOTHING
+                """,
+                account.pseudonyms.session(moved.new),
+                account.tenant_id,
+                account.pseudonyms.session(moved.old),
+            )
+            # Locks the account: a change of its routes must not get lost.
+            for (sealed,) in await tx.sql("SELECT routes FROM account WHERE id = $1 FOR UPDATE", account.id):
+                routes = self._secrets.routes(account.id, sealed) if sealed else ()
+                if any(route.conversation_id == moved.old for route in routes):
+                    sealed = self._secrets.seal_routes(account.id, [_moved(route, moved) for route in routes])
+                    await tx.sql("UPDATE account SET routes = $2 WHERE id = $1", account.id, sealed)
+
+        await self.database.run(work)
 
     async def _commit(self, group: Sequence[list[_Arrival]]) -> Mapping[int, Exception]:
         arrivals = [arrival for call in group for arrival in call]
@@ -267,23 +280,25 @@ def _ingest(database: Database, cipher: Cipher) -> Ingest:
     return Ingest(database, cipher, SubjectKeys(cipher))
 
 
+def _moved(route: Route, moved: Moved) -> Route:
+    return replace(route, conversation_id=moved.new) if route.conversation_id == moved.old else route
+
+
 def _checked(account: ChannelAccount, item: Item) -> Inbound | Change | Ignored:
-    """Ignores items of a disabled account, and messages that are not for the bot.
+    """Ignores messages and reactions of a disabled account, and messages that are not for the bot.
 
     Raises TooLarge as `_checked_message`.
     """
     match item:
-        case Inbound() if account.enabled:
+        case Inbound() | Reacted() if not account.enabled:
+            # Edits and deletions count: they are about stored messages, and the vendor does not tell them again.
+            return Ignored(item.ids[:1], "the channel is paused")
+        case Inbound():
             return _checked_message(account, item)
-        case Ignored():
-            return item
         case Moved():
             return Ignored(item.ids, "the conversation got another id")
         case Receipt():
             return Ignored(item.ids, f"a receipt: {item.state}")
-    if not account.enabled:
-        return Ignored(item.ids[:1], "the channel is paused")
-    match item:
         case Edited():
             message = _checked_message(account, item.message)
             if isinstance(message, Ignored):

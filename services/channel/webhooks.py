@@ -33,7 +33,7 @@ from services.channel.accounts import Accounts, ChannelAccount
 from services.channel.ingest import Ingest, ingest
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Request, UnreadableCall
-from services.channel.vendors.items import Ack, Ignored, Received
+from services.channel.vendors.items import Ack, Ignored, Moved, Received
 
 PREFIX = "/webhooks"
 PATH = PREFIX + "/{type}/{token}"
@@ -153,6 +153,9 @@ class Webhooks:
         except Exception as error:
             self._refuse(call, error)
             return
+        if any(isinstance(item, Moved) for item in received.items):
+            # Its routes have changed.
+            accepted.add_done_callback(lambda _: self._accounts.forget(account.id))
         accepted.add_done_callback(partial(self._end, call, received.ack))
 
     def _request(self, call: _Call, account: ChannelAccount) -> Request:

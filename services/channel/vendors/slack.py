@@ -111,7 +111,8 @@ class Slack(Vendor[SlackCredentials]):
         "Create an app; copy the Signing Secret and the bot token (xoxb-…).",
         "Give the bot the scopes chat:write, im:history, app_mentions:read, files:read and files:write; install it.",
         "Enable Event Subscriptions with the webhook's public URL, and subscribe to message.im and app_mention; for "
-        "reactions also to reaction_added and reaction_removed, with the scope reactions:read.",
+        "reactions also to reaction_added and reaction_removed, with the scope reactions:read. In private channels "
+        "also to channel_id_changed, with the scope groups:read: a shared channel gets another id.",
     )
 
     def receive(self, request: Request, credentials: SlackCredentials, now: datetime) -> Received:

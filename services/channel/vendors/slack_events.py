@@ -10,7 +10,7 @@ import msgspec
 
 from services.channel.events import Attachment
 from services.channel.vendors.base import UnreadableCall, decode, described, forwarded, kind_of, placeholder
-from services.channel.vendors.items import Change, Deleted, Edited, Ignored, Inbound, Reacted
+from services.channel.vendors.items import Change, Deleted, Edited, Ignored, Inbound, Moved, Reacted
 from services.channel.vendors.slack_kinds import KINDS
 
 # https://docs.slack.dev/messaging/formatting-message-text#links-in-retrieved-messages
@@ -148,11 +148,20 @@ class _Reaction(msgspec.Struct):
     event_ts: str
 
 
-def event(payload: Payload) -> Inbound | Change | Ignored:
+class _NewId(msgspec.Struct):
+    old_channel_id: str
+    new_channel_id: str
+
+
+def event(payload: Payload) -> Inbound | Change | Moved | Ignored:
     kind = decode(payload.event, _Kind)
     ids = (f"event/{payload.event_id}",)
     if kind.type in ("reaction_added", "reaction_removed"):
         return _reacted(ids, payload)
+    if kind.type == "channel_id_changed":
+        # A private channel is shared with another workspace.
+        changed = decode(payload.event, _NewId)
+        return Moved(ids, changed.old_channel_id, changed.new_channel_id)
     if kind.type not in ("message", "app_mention"):
         return Ignored(ids, KINDS.get(f"event.{kind.type}") or f"an event {kind.type[:40]}")
     if kind.subtype == "message_changed":

@@ -62,6 +62,7 @@ KINDS: Mapping[str, str] = {
     "event.app_mention": "",
     "event.reaction_added": "",
     "event.reaction_removed": "",
+    "event.channel_id_changed": "",
     "event.app_home_opened": _NO_MESSAGE,
     "event.app_uninstalled": _NO_MESSAGE,
     "event.tokens_revoked": _NO_MESSAGE,

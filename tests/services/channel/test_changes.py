@@ -137,6 +137,21 @@ async def test_a_deletion_removes_the_stored_texts(desk: Desk) -> None:
     assert stored == [("",)]
 
 
+async def test_a_paused_channel_takes_edits_and_deletions(desk: Desk) -> None:
+    vendor = SlackStandIn()
+    chat = Chat(desk, await desk.connect("slack", vendor.credentials), TelegramStandIn())
+    sent = {"channel": "D1", "ts": "1700000000.000001"}
+    await chat.call(vendor.event("secret", **sent))
+    await desk.received(chat.channel)
+    async with desk.client() as http:
+        await http.post(f"/api/v1/channels/{chat.channel['id']}/pause")
+    now = {"user": "U1", "text": "worse secret", "ts": sent["ts"], "edited": {"ts": "1700000001.000000"}}
+    await chat.call(vendor.event("", subtype="message_changed", channel="D1", message=now))
+    await chat.shows(text="worse secret")
+    await chat.call(vendor.event("", subtype="message_deleted", deleted_ts=sent["ts"], channel="D1"))
+    await chat.shows(state="deleted", text="[deleted]")
+
+
 async def test_reactions_to_messages_of_people_and_of_the_bot_are_in_the_history(chat: Chat) -> None:
     await chat.call(chat.vendor.update("Hi", message_id=1_000))
     [inbound] = await chat.desk.received(chat.channel)

@@ -355,6 +355,10 @@ async def test_a_late_reply_and_new_messages_follow_a_group_that_became_a_superg
     desk: Desk, telegram: TelegramStandIn
 ) -> None:
     channel = await desk.connect("telegram", telegram.credentials, telegram.url)
+    agent = str(uuid7())
+    route = {"agent_id": agent, "conversation_id": "-500", "command": None}
+    async with desk.client() as http:
+        await http.patch(f"/api/v1/channels/{channel['id']}", json={"routes": [route]})
     inbound = await receive(desk, channel, telegram, -500)
     telegram.moved[-500] = -100500
     for fields in ({"migrate_to_chat_id": -100500}, {"migrate_from_chat_id": -500}):
@@ -362,6 +366,8 @@ async def test_a_late_reply_and_new_messages_follow_a_group_that_became_a_superg
         await desk.call(channel, telegram.update(None, chat=chat, **fields))
     later = await receive(desk, channel, telegram, -100500)
     assert (later["session_key"], later["conversation_id"]) == (inbound["session_key"], "-100500")
+    assert [message["agent_id"] for message in (inbound, later)] == [agent, agent]
+    assert (await desk.channel(channel["id"]))["routes"] == [route | {"conversation_id": "-100500"}]
     for message in (inbound, later):
         assert (await desk.settled(await desk.reply(message, "answer")))["state"] == "sent"
     assert [message.to for message in telegram.ledger] == ["-100500", "-100500"]

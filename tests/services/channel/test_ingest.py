@@ -477,7 +477,9 @@ async def test_a_conversation_that_got_another_id_keeps_its_session(intake: Inta
     await intake.burst([message(n, conversation="-100500") for n in range(2, 22)])
     await intake.drainer.drain()
     await intake.accept(message(22, conversation="-100500"))
-    sent = await intake.sent()
+    await intake.accept(message(23, conversation="-100500/7")._replace(parent="-100500"))
+    *sent, thread = await intake.sent()
+    assert thread["parent_session_key"] == sent[0]["session_key"]
     assert len({body["session_key"] for body in sent}) == 1
     assert [body["position"] for body in sent] == list(range(1, 23))
     assert {body["conversation_id"] for body in sent[1:]} == {"-100500"}

@@ -133,6 +133,10 @@ def slack() -> Examples:
         "message.me_message": (event(subtype="me_message"), "hi"),
         "message.message_changed": (event(subtype="message_changed", message=edited), Edited),
         "message.message_deleted": (event(subtype="message_deleted", deleted_ts="1.000002"), Deleted),
+        "event.channel_id_changed": (
+            event(type="channel_id_changed", old_channel_id="G1", new_channel_id="C1"),
+            Moved,
+        ),
         "event.app_mention": (event(type="app_mention"), "hi"),
         "event.reaction_added": (event(type="reaction_added", reaction="eyes", item=item), Reacted),
         "event.reaction_removed": (event(type="reaction_removed", reaction="eyes", item=item), Reacted),
