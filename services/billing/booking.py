@@ -13,8 +13,9 @@ from uuid import UUID
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage
 from infra.postgres.tx import Tx
-from services.billing import accounts, grants, invoices, journal, schemes, tax, terms
+from services.billing import accounts, grants, holds, invoices, journal, schemes, tax, terms
 from services.billing.currencies import nanos_per_minor, to_minor
+from services.billing.grants import PurchasedCredit
 from services.billing.invoices import CreditNote, Invoice
 from services.billing.tax import Seller
 
@@ -22,22 +23,37 @@ SERIES, CREDIT_SERIES = "INV", "CN"
 
 
 async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, actor: str) -> Invoice:
-    """Numbers a draft, books it, and applies grants. A finalised invoice is answered as it is.
+    """Numbers a draft, books it, and applies grants. A finalised invoice is answered as it is. Raises Conflict for the
+    order of prepaid credit.
 
-    The limit of the account has counted the period's usage at the price book's prices, and the grants have paid fees,
-    markup and tax as well. If they have paid more than the usage, the limit is lowered by the difference; if they have
-    paid less and nothing is due, it is raised by it. So the tenant may use the rest of its grants.
+    Purchased credit is a line below zero, because the tax on it is paid; the other grants pay the total. The limit of
+    the account has counted the period's usage at the price book's prices, and the grants have paid fees, markup and tax
+    as well. If they have paid more than the usage, the limit is lowered by the difference; if they have paid less and
+    nothing is due, it is raised by it. So the tenant may use the rest of its grants.
     """
     await accounts.lock_one(tx, tenant_id)
     draft = await invoices.get(tx, tenant_id, invoice_id)
     if draft.status != "draft":
         return draft
-    taxed = await tax.due(tx, tenant_id, draft.subtotal_nanos, seller.country, draft.period.ends)
-    total = to_minor(draft.subtotal_nanos + taxed[0], draft.currency)
+    if draft.is_order:
+        raise Conflict("the invoice is of prepaid credit; its payment finalises it")
     unit = nanos_per_minor(draft.currency)
     now = utcnow()
     await grants.settle(tx, tenant_id)
     await grants.give_kept_back(tx, tenant_id, invoice_id)
+    purchased = await grants.burn(
+        tx,
+        tenant_id,
+        draft.subtotal_nanos,
+        for_="revenue",
+        reference=str(invoice_id),
+        only="purchased",
+    )
+    if purchased:
+        await invoices.add_line(tx, tenant_id, draft, "Credit that was paid and taxed before", -purchased)
+    subtotal = draft.subtotal_nanos - purchased
+    taxed = await tax.due(tx, tenant_id, subtotal, seller.country, draft.period.ends)
+    total = to_minor(subtotal + taxed[0], draft.currency)
     await journal.post(
         tx,
         tenant_id,
@@ -45,9 +61,9 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
         str(invoice_id),
         {
             "receivable": total * unit,
-            "revenue": -draft.subtotal_nanos,
+            "revenue": -subtotal,
             "tax": -taxed[0],
-            "rounding": draft.subtotal_nanos + taxed[0] - total * unit,
+            "rounding": subtotal + taxed[0] - total * unit,
         },
         reason="invoice finalised",
         actor=actor,
@@ -55,12 +71,12 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
     # Only whole minor units of grants are applied; the rest of a grant stays.
     applied = min(total, await grants.left(tx, tenant_id) // unit) if total > 0 else 0
     await grants.burn(tx, tenant_id, applied * unit, for_="receivable", reference=str(invoice_id))
-    number = await _number(tx, tenant_id, SERIES)
+    number = await next_number(tx, tenant_id, SERIES)
     await tx.sql(
         """
         UPDATE invoice
-        SET status = $3, number = $4, tax_nanos = $5, tax_note = $6, total_minor = $7, applied_minor = $8,
-            buyer = $9, seller = $10, finalised_at = $11, due_at = $12, dunning_at = $11
+        SET status = $3, number = $4, subtotal_nanos = $13, tax_nanos = $5, tax_note = $6, total_minor = $7,
+            applied_minor = $8, buyer = $9, seller = $10, finalised_at = $11, due_at = $12, dunning_at = $11
         WHERE tenant_id = $1 AND invoice_id = $2
         """,
         tenant_id,
@@ -74,6 +90,7 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
         seller.model_dump_json(),
         now,
         now + timedelta(days=(await terms.get(tx, tenant_id)).due_days),
+        subtotal,
     )
     if total < 0:
         # Corrections are larger than the charges: the tenant is owed the rest.
@@ -86,7 +103,7 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
             actor=actor,
             source="receivable",
         )
-    unpaid = await _usage_nanos(tx, tenant_id, invoice_id) - min(applied, total) * unit
+    unpaid = await _usage_nanos(tx, tenant_id, invoice_id) - purchased - min(applied, total) * unit
     if unpaid < 0 or applied >= total:
         reason = f"difference between invoice {number} and its usage"
         await accounts.change_limit(tx, tenant_id, unpaid, reason=reason, actor=actor)
@@ -108,7 +125,7 @@ async def _usage_nanos(tx: Tx, tenant_id: str, invoice_id: UUID) -> int:
     return int(nanos)
 
 
-async def _number(tx: Tx, tenant_id: str, series: str) -> str:
+async def next_number(tx: Tx, tenant_id: str, series: str) -> str:
     """Takes the next number. The row stays locked until the transaction ends, so a rollback leaves no gap."""
     [(number,)] = await tx.sql(
         """
@@ -190,7 +207,7 @@ async def end(
 ) -> Invoice:
     """Ends a finalised invoice that is not paid: `void` takes it back, `uncollectible` writes it off.
 
-    Raises Conflict for any other status, and for a void of an invoice that is partly paid.
+    Raises Conflict for any other status, and for a void of prepaid credit or of an invoice that is partly paid.
     """
     await accounts.lock_one(tx, tenant_id)
     invoice = await invoices.get(tx, tenant_id, invoice_id)
@@ -203,7 +220,10 @@ async def end(
     if status == "uncollectible":
         amounts: dict[journal.JournalAccount, int] = {"write_off": due, "receivable": -due}
     else:
-        if invoice.paid_minor or invoice.applied_minor or invoice.credited_minor:
+        if invoice.purpose == "credit":
+            raise Conflict("the invoice is of prepaid credit; make a credit note")
+        used = await grants.burned(tx, tenant_id, str(invoice_id))
+        if invoice.paid_minor or any(used) or invoice.credited_minor:
             raise Conflict("a part of the invoice is paid or credited; make a credit note")
         rounding = invoice.total_minor * unit - invoice.subtotal_nanos - invoice.tax_nanos
         amounts = {
@@ -220,12 +240,22 @@ async def end(
 
 
 async def credit(
-    tx: Tx, tenant_id: str, invoice_id: UUID, minor: int, *, reason: str, actor: str, refund: bool
+    tx: Tx,
+    tenant_id: str,
+    invoice_id: UUID,
+    minor: int,
+    *,
+    reason: str,
+    actor: str,
+    refund: bool,
+    money_is_gone: bool = False,
 ) -> CreditNote:
     """Takes a part of an invoice back, with its share of the tax. It reduces the amount that is due.
 
-    Money that was paid already becomes a grant or, with `refund`, is owed until a payment is refunded. Raises Conflict
-    for a draft or void invoice, and InvalidMessage for more than the invoice has or than its payments can give back.
+    Money that was paid already becomes a grant or, with `refund`, is owed until a payment is refunded. A note about
+    prepaid credit always has `refund`. It takes unspent credit back that no work in progress has reserved or, with
+    `money_is_gone`, any unspent credit. Raises Conflict for a draft or void invoice, and InvalidMessage for more than
+    the invoice has, than is unspent or than its payments can give back.
     """
     await accounts.lock_one(tx, tenant_id)
     invoice = await invoices.get(tx, tenant_id, invoice_id)
@@ -233,19 +263,16 @@ async def credit(
         raise Conflict(f"the invoice is {invoice.status}; only a finalised or paid one gets a credit note")
     if minor > invoice.total_minor - invoice.credited_minor:
         raise InvalidMessage("amount_minor", f"must be at most {invoice.total_minor - invoice.credited_minor}")
+    net = share(invoice, invoice.subtotal_nanos, minor)
+    if invoice.purpose == "credit":
+        refund = True
+        await _take_back(tx, tenant_id, invoice, net, actor=actor, money_is_gone=money_is_gone)
     over = max(0, minor - invoice.due_minor)
     if refund and over > (refundable := await _refundable(tx, invoice)):
         raise InvalidMessage("refund", f"payments can give back {refundable} of the {over} that were paid")
     unit = nanos_per_minor(invoice.currency)
-
-    def part(nanos: int) -> int:
-        """The difference of two shares: the notes of a whole invoice take back exactly the amounts that it booked."""
-        before, after = invoice.credited_minor, invoice.credited_minor + minor
-        whole = invoice.total_minor
-        return schemes.part(nanos, after, whole) - schemes.part(nanos, before, whole)
-
-    revenue, taxed = part(invoice.subtotal_nanos), part(invoice.tax_nanos)
-    credit_note_id, number = uuid7(), await _number(tx, tenant_id, CREDIT_SERIES)
+    taxed = share(invoice, invoice.tax_nanos, minor)
+    credit_note_id, number = uuid7(), await next_number(tx, tenant_id, CREDIT_SERIES)
     await tx.sql(
         """
         INSERT INTO credit_note (tenant_id, credit_note_id, invoice_id, number, amount_minor, reason, actor)
@@ -265,10 +292,10 @@ async def credit(
         "credit_note",
         str(credit_note_id),
         {
-            "revenue": revenue,
+            "purchased" if invoice.purpose == "credit" else "revenue": net,
             "tax": taxed,
             "receivable": -minor * unit,
-            "rounding": minor * unit - revenue - taxed,
+            "rounding": minor * unit - net - taxed,
         },
         reason=reason,
         actor=actor,
@@ -285,7 +312,7 @@ async def credit(
     burned = await grants.burned(tx, tenant_id, str(invoice_id))
     # Money that is owed already was promised by another note or paid twice: this note cannot give it back.
     paid = (invoice.paid_minor - invoice.owed_minor) * unit + burned.prepaid
-    for kind, nanos in grants.given_back(over * unit, paid, burned.promotional):
+    for kind, nanos in grants.given_back(over * unit, 0, paid, burned.promotional):
         await accounts.add_credit(
             tx,
             tenant_id,
@@ -298,6 +325,46 @@ async def credit(
         )
     [made] = await invoices.credit_notes(tx, tenant_id, invoice_id, number)
     return made
+
+
+def share(invoice: Invoice, nanos: int, minor: int) -> int:
+    """Returns the part of an amount of an invoice that its next credit note takes back, if that is of `minor`.
+
+    It is the difference of two shares: the notes of a whole invoice take back exactly the amounts that it booked.
+    """
+    before, after = invoice.credited_minor, invoice.credited_minor + minor
+    whole = invoice.total_minor
+    return schemes.part(nanos, after, whole) - schemes.part(nanos, before, whole)
+
+
+def most_creditable(invoice: Invoice, nanos: int) -> int:
+    """Returns the largest amount of the next credit note whose part before tax is at most `nanos`."""
+    before = schemes.part(invoice.subtotal_nanos, invoice.credited_minor, invoice.total_minor)
+    # At most one too much, because the shares are rounded.
+    after = min(invoice.total_minor, (before + nanos) * invoice.total_minor // invoice.subtotal_nanos + 1)
+    minor = after - invoice.credited_minor
+    while minor > 0 and share(invoice, invoice.subtotal_nanos, minor) > nanos:
+        minor -= 1
+    return max(0, minor)
+
+
+async def _take_back(tx: Tx, tenant_id: str, invoice: Invoice, nanos: int, *, actor: str, money_is_gone: bool) -> None:
+    """Takes purchased credit back, and lowers the limit of the account by it."""
+    if not money_is_gone:
+        await grants.settle(tx, tenant_id)
+    left, frozen = await grants.purchased(tx, tenant_id, invoice.id)
+    free = left
+    if not money_is_gone:
+        _, account = await accounts.lock_one(tx, tenant_id)
+        if account.balance_nanos is not None:
+            free = min(left, account.balance_nanos - await holds.open_nanos(tx, tenant_id))
+    if nanos > free:
+        most = most_creditable(invoice, max(0, free))
+        raise InvalidMessage("amount_minor", f"must be at most {most}: the rest of the credit is spent or in use")
+    await grants.set_purchased(tx, tenant_id, invoice.id, PurchasedCredit(left - nanos, frozen))
+    await accounts.change_limit(
+        tx, tenant_id, -nanos, reason=f"credit of invoice {invoice.number} was taken back", actor=actor
+    )
 
 
 async def _refundable(tx: Tx, invoice: Invoice) -> int:

@@ -32,6 +32,8 @@ from services.billing.tax import Seller
 CLOSE_AFTER = timedelta(days=2)
 # A draft can be looked at for this time.
 FINALISE_AFTER = timedelta(days=1)
+# The payment of an order of prepaid credit can be completed for this time.
+CANCEL_AFTER = timedelta(days=1)
 # Tenants of one tick. The others follow in the next ones.
 MOST = 100
 
@@ -77,7 +79,7 @@ class Clock(Periodic):
                 """
                 SELECT tenant_id, invoice_id
                 FROM invoice
-                WHERE status = 'draft' AND made_at <= $1
+                WHERE status = 'draft' AND purpose = 'usage' AND made_at <= $1
                 ORDER BY made_at
                 LIMIT $2
                 """,
@@ -92,7 +94,8 @@ class Clock(Periodic):
             await self._try(tenant_id, self._finalise(tenant_id, invoice_id))
 
     async def look_up(self) -> None:
-        """Asks the providers about payments whose event may be lost, at most MOST."""
+        """Asks the providers about payments whose event may be lost, at most MOST, and cancels those of abandoned
+        orders."""
         async with self._database.begin() as tx:
             due = await store.to_look_up(tx, list(self._providers), MOST)
         for payment in due:
@@ -138,7 +141,12 @@ class Clock(Periodic):
             await dunning.step(tx, tenant_id, invoice_id, document, utcnow())
 
     async def _look_up(self, payment: Payment) -> None:
-        intent = await self._providers[payment.provider].look(payment.reference)
+        provider = self._providers[payment.provider]
+        async with self._database.begin(tenant_id=payment.tenant_id) as tx:
+            invoice = await invoices.get(tx, payment.tenant_id, payment.invoice_id)
+        # The payer could complete it at any time, with the tax of today.
+        is_abandoned = invoice.is_order and payment.made_at < utcnow() - CANCEL_AFTER
+        intent = await (provider.cancel if is_abandoned else provider.look)(payment.reference)
         async with self._database.begin(tenant_id=payment.tenant_id) as tx:
             await store.keep_answer(tx, payment, intent)
 

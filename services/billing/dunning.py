@@ -112,8 +112,10 @@ async def _is_being_paid(tx: Tx, tenant_id: str, invoice_id: UUID, *, pending: b
 
 def _send_invoice(tx: Tx, tenant_id: str, invoice: Invoice, document: bytes) -> None:
     where, attachment = attached(str(invoice.number), document, str(invoice.id))
-    period = f"{invoice.period.begins:%Y-%m-%d} to {invoice.period.ends:%Y-%m-%d}"
-    text = f"Invoice {invoice.number} for {period}: {amount(invoice, invoice.total_minor)}. {where}\n\n{_due(invoice)}"
+    about = "prepaid credit"
+    if invoice.purpose == "usage":
+        about = f"{invoice.period.begins:%Y-%m-%d} to {invoice.period.ends:%Y-%m-%d}"
+    text = f"Invoice {invoice.number} for {about}: {amount(invoice, invoice.total_minor)}. {where}\n\n{_due(invoice)}"
     accounts.send_mail(tx, tenant_id, f"Invoice {invoice.number}", text, attachment)
 
 

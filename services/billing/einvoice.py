@@ -81,7 +81,7 @@ def document(invoice: Invoice, lines: Sequence[InvoiceLine], credited: Invoice |
     _party(_add(parties, "ram:BuyerTradeParty"), invoice.buyer)
     delivered = _add(_add(deal, "ram:ApplicableHeaderTradeDelivery"), "ram:ActualDeliverySupplyChainEvent")
     # The period ends before this moment, so the day of the end is not a part of it.
-    last = invoice.period.ends - timedelta(seconds=1)
+    last = max(invoice.period.begins, invoice.period.ends - timedelta(seconds=1))
     _date(_add(delivered, "ram:OccurrenceDateTime"), last)
 
     settlement = _add(deal, "ram:ApplicableHeaderTradeSettlement")
@@ -108,8 +108,8 @@ def document(invoice: Invoice, lines: Sequence[InvoiceLine], credited: Invoice |
     _add(sums, "ram:TaxBasisTotalAmount", money(net))
     _add(sums, "ram:TaxTotalAmount", money(invoice.total_minor - net), currencyID=invoice.currency)
     _add(sums, "ram:GrandTotalAmount", money(invoice.total_minor))
-    _add(sums, "ram:TotalPrepaidAmount", money(invoice.applied_minor))
-    _add(sums, "ram:DuePayableAmount", money(invoice.total_minor - invoice.applied_minor))
+    _add(sums, "ram:TotalPrepaidAmount", money(invoice.prepaid_minor))
+    _add(sums, "ram:DuePayableAmount", money(invoice.total_minor - invoice.prepaid_minor))
     if credited:
         assert credited.finalised_at
         preceding = _add(settlement, "ram:InvoiceReferencedDocument")

@@ -1,7 +1,8 @@
 """Grants of credit, in the table ``credit_grant``. They are burned by priority (low numbers first), expiry, then age.
 
 Usage outside of the time of a subscription burns grants by its price; usage of a subscription's period burns them when
-its invoice is finalised. If a grant expires before, the part for the usage until then is kept for the invoice, in the
+its invoice is finalised, those that were bought first: the tax on them was paid at the sale, so they reduce the amount
+before tax. If a grant expires before, the part for the usage until then is kept for the invoice, in the
 table ``kept_credit``. Burning is computed lazily: between two changes of the set of grants the order of burning is
 the same, so the debits since the last change are burned together at the next one. The caller holds the account's lock.
 """
@@ -19,10 +20,14 @@ from infra.postgres.tx import Tx
 from services.billing import journal
 from services.billing.journal import JournalAccount
 
-Kind = Literal["prepaid", "promotional"]
+Kind = Literal["prepaid", "promotional", "purchased"]
 DEFAULT_PRIORITY = 100
 _CORRECTIONS = "corrections of earlier usage"
-_OWED: dict[str, JournalAccount] = {"prepaid": "prepaid", "promotional": "promotional_credit"}
+_OWED: dict[str, JournalAccount] = {
+    "prepaid": "prepaid",
+    "promotional": "promotional_credit",
+    "purchased": "purchased",
+}
 
 
 class Grant(BaseModel):
@@ -32,6 +37,10 @@ class Grant(BaseModel):
     nanos: int
     left_nanos: int
     """Without the part that is kept for invoices of usage before `expires_at`."""
+    frozen_nanos: int
+    """The part that cannot be used while a bank has its money because of a dispute."""
+    invoice_id: UUID | None
+    """The invoice of the sale, of purchased credit."""
     priority: int
     expires_at: datetime | None
     """Null: never."""
@@ -59,6 +68,7 @@ async def add(
     rollover_until: datetime | None = None,
     rollover_nanos: int | None = None,
     source: JournalAccount | None = None,
+    invoice_id: UUID | None = None,
 ) -> UUID:
     """Adds a grant and books it. Does not change the credit limit of the account: `accounts.add_credit` does.
 
@@ -68,8 +78,8 @@ async def add(
     await tx.sql(
         """
         INSERT INTO credit_grant (tenant_id, grant_id, kind, nanos, left_nanos, priority, expires_at, reason, actor,
-                                  rollover_until, rollover_nanos)
-        VALUES ($1, $2, $3, $4, $4, $5, coalesce($6, 'infinity'::timestamptz), $7, $8, $9, $10)
+                                  rollover_until, rollover_nanos, invoice_id)
+        VALUES ($1, $2, $3, $4, $4, $5, coalesce($6, 'infinity'::timestamptz), $7, $8, $9, $10, $11)
         """,
         tenant_id,
         grant_id,
@@ -81,6 +91,7 @@ async def add(
         actor,
         rollover_until,
         rollover_nanos,
+        invoice_id,
     )
     if expires_at:
         await tx.sql(
@@ -94,17 +105,21 @@ async def add(
     return grant_id
 
 
-async def burn(tx: Tx, tenant_id: str, nanos: int, *, for_: JournalAccount, reference: str) -> int:
-    """Burns up to `nanos` and books them: the amount owed to the tenant becomes `for_`. Returns the burned amount."""
+async def burn(
+    tx: Tx, tenant_id: str, nanos: int, *, for_: JournalAccount, reference: str, only: Kind | None = None
+) -> int:
+    """Burns up to `nanos` of the grants, or of those of one kind, and books them: the amount owed to the tenant becomes
+    `for_`. Returns the burned amount."""
     rows = await tx.sql(
         """
         SELECT grant_id, kind, left_nanos
         FROM credit_grant
-        WHERE tenant_id = $1 AND left_nanos > 0
+        WHERE tenant_id = $1 AND left_nanos > 0 AND ($2::text IS NULL OR kind = $2)
         ORDER BY priority, expires_at, number
         -- The account's lock guards these rows; no other lock is needed.
         """,
         tenant_id,
+        only,
     )
     burned: list[tuple[UUID, str, int]] = []
     for grant_id, kind, left in rows:
@@ -137,6 +152,7 @@ async def burn(tx: Tx, tenant_id: str, nanos: int, *, for_: JournalAccount, refe
 class Burned(NamedTuple):
     """Credit that was burned, in nano-units."""
 
+    purchased: int
     prepaid: int
     promotional: int
 
@@ -160,20 +176,54 @@ async def burned(tx: Tx, tenant_id: str, reference: str) -> Burned:
     return Burned(*(found.get(_OWED[kind], 0) for kind in Burned._fields))
 
 
-def given_back(nanos: int, paid: int, promotional: int) -> list[tuple[Kind, int]]:
-    """Divides an amount that is given back into grants: up to `paid` as prepaid credit, then up to `promotional` as
-    promotional credit. Any rest was paid in another way, and is prepaid, too."""
-    free = min(max(0, nanos - max(0, paid)), max(0, promotional))
-    parts: list[tuple[Kind, int]] = [("prepaid", nanos - free), ("promotional", free)]
+def given_back(nanos: int, purchased: int, paid: int, promotional: int) -> list[tuple[Kind, int]]:
+    """Divides an amount that is given back into grants: up to `purchased` as purchased credit, then up to `paid` as
+    prepaid and up to `promotional` as promotional credit. Any rest was paid in another way, and is prepaid, too."""
+    taxed = min(nanos, max(0, purchased))
+    rest = nanos - taxed
+    free = min(max(0, rest - max(0, paid)), max(0, promotional))
+    parts: list[tuple[Kind, int]] = [("purchased", taxed), ("prepaid", rest - free), ("promotional", free)]
     return [part for part in parts if part[1]]
 
 
-async def left(tx: Tx, tenant_id: str) -> int:
-    """Returns the sum of all grants that are left."""
+async def left(tx: Tx, tenant_id: str, kind: Kind | None = None) -> int:
+    """Returns the sum of all grants that are left, or of those of one kind."""
     [(nanos,)] = await tx.sql(
-        "SELECT coalesce(sum(left_nanos), 0)::bigint FROM credit_grant WHERE tenant_id = $1", tenant_id
+        """
+        SELECT coalesce(sum(left_nanos), 0)::bigint
+        FROM credit_grant
+        WHERE tenant_id = $1 AND ($2::text IS NULL OR kind = $2)
+        """,
+        tenant_id,
+        kind,
     )
     return int(nanos)
+
+
+class PurchasedCredit(NamedTuple):
+    """The unspent credit of a sale, in nano-units."""
+
+    left: int
+    frozen: int
+
+
+async def purchased(tx: Tx, tenant_id: str, invoice_id: UUID) -> PurchasedCredit:
+    [row] = await tx.sql(
+        "SELECT left_nanos, frozen_nanos FROM credit_grant WHERE tenant_id = $1 AND invoice_id = $2",
+        tenant_id,
+        invoice_id,
+    )
+    return PurchasedCredit(*row)
+
+
+async def set_purchased(tx: Tx, tenant_id: str, invoice_id: UUID, credit: PurchasedCredit) -> None:
+    """Sets the unspent credit of a sale. Books nothing, and does not change the limit of the account."""
+    await tx.sql(
+        "UPDATE credit_grant SET left_nanos = $3, frozen_nanos = $4 WHERE tenant_id = $1 AND invoice_id = $2",
+        tenant_id,
+        invoice_id,
+        *credit,
+    )
 
 
 async def settle(tx: Tx, tenant_id: str) -> None:
@@ -260,7 +310,7 @@ async def _expire_once(tx: Tx, tenant_id: str) -> None:
         if not gone:
             continue
         # Credit that was paid for and not used is ours now; credit that was given never cost us anything.
-        to: JournalAccount = "revenue" if kind == "prepaid" else "promotional_cost"
+        to: JournalAccount = "promotional_cost" if kind == "promotional" else "revenue"
         await journal.post(
             tx, tenant_id, "expiry", str(grant_id), {_OWED[kind]: gone, to: -gone}, reason="expired", actor="billing"
         )
@@ -367,8 +417,8 @@ async def listed(
     """Returns the grants after the id `after`, or the one with `grant_id`."""
     rows = await tx.sql(
         """
-        SELECT grant_id, tenant_id, kind, nanos, left_nanos, priority, nullif(expires_at, 'infinity'), expired_nanos,
-               rollover_until, rollover_nanos, reason, actor, made_at
+        SELECT grant_id, tenant_id, kind, nanos, left_nanos, frozen_nanos, invoice_id, priority,
+               nullif(expires_at, 'infinity'), expired_nanos, rollover_until, rollover_nanos, reason, actor, made_at
         FROM credit_grant
         WHERE tenant_id = $1 AND ($2::uuid IS NULL OR grant_id > $2) AND ($4::uuid IS NULL OR grant_id = $4)
         ORDER BY grant_id

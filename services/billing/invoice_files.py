@@ -37,11 +37,14 @@ def note_page(note: CreditNote, invoice: Invoice) -> pdf.Page:
 
 def _page(title: str, invoice: Invoice, lines: Sequence[InvoiceLine], credited: Invoice | None) -> pdf.Page:
     period, day = invoice.period, invoice.finalised_at or invoice.made_at
-    due = invoice.total_minor - invoice.applied_minor
-    due_name = "Amount due" if invoice.applied_minor else "Total"
+    due = invoice.total_minor - invoice.prepaid_minor
+    due_name = "Amount due" if invoice.prepaid_minor else "Total"
     prepaid = [
         ("Total", format_minor(invoice.total_minor, invoice.currency)),
-        ("Paid by credit", format_minor(-invoice.applied_minor, invoice.currency)),
+        (
+            "Paid by credit" if invoice.purpose == "usage" else "Paid",
+            format_minor(-invoice.prepaid_minor, invoice.currency),
+        ),
     ]
     return pdf.Page(
         title,
@@ -50,7 +53,11 @@ def _page(title: str, invoice: Invoice, lines: Sequence[InvoiceLine], credited: 
             *_party("To", invoice.buyer),
             f"Date: {day:%Y-%m-%d}",
             *([f"For invoice {credited.number} of {credited.finalised_at or day:%Y-%m-%d}"] if credited else []),
-            f"Period: {period.begins:%Y-%m-%d %H:%M} to {period.ends:%Y-%m-%d %H:%M} UTC",
+            *(
+                [f"Period: {period.begins:%Y-%m-%d %H:%M} to {period.ends:%Y-%m-%d %H:%M} UTC"]
+                if period.begins < period.ends
+                else []
+            ),
             f"Amounts in {invoice.currency}",
             *([f"Due: {invoice.due_at:%Y-%m-%d}"] if invoice.due_at and due > 0 else []),
         ],
@@ -62,7 +69,7 @@ def _page(title: str, invoice: Invoice, lines: Sequence[InvoiceLine], credited: 
             *_more(lines[MOST_PRINTED:]),
             ("Subtotal", exact(invoice.subtotal_nanos)),
             (f"Tax: {invoice.tax_note}" if invoice.tax_note else "Tax", exact(invoice.tax_nanos)),
-            *(prepaid if invoice.applied_minor else []),
+            *(prepaid if invoice.prepaid_minor else []),
         ],
         f"{due_name} {format_minor(due, invoice.currency)} {invoice.currency}",
         day.strftime("%Y-%m-%d"),
@@ -78,6 +85,7 @@ def as_invoice(note: CreditNote, invoice: Invoice) -> tuple[Invoice, list[Invoic
         "subtotal_nanos": note.subtotal_nanos,
         "tax_nanos": note.tax_nanos,
         "total_minor": note.amount_minor,
+        "purpose": "usage",
         "applied_minor": 0,
         "due_at": None,
         "finalised_at": note.made_at,

@@ -12,12 +12,13 @@ from uuid import UUID
 
 from pydantic import BaseModel, Field, computed_field
 
-from infra.clock import utcnow
+from infra.clock import utcnow, uuid7
 from infra.errors import NotFound
 from infra.postgres.tx import Tx
 from services.billing.tax import Buyer, Seller
 
 Status = Literal["draft", "finalised", "paid", "void", "uncollectible"]
+Purpose = Literal["usage", "credit"]
 
 
 class InvoicePeriod(BaseModel):
@@ -30,6 +31,8 @@ class Invoice(BaseModel):
     number: str | None
     """Null: a draft."""
     status: Status
+    purpose: Purpose
+    """credit: prepaid credit that the tenant buys. Its payment finalises it."""
     currency: str
     period: InvoicePeriod
     subtotal_nanos: int
@@ -48,24 +51,36 @@ class Invoice(BaseModel):
     overdue: bool
     """It is finalised, not paid, and past `due_at`."""
     buyer: Buyer
-    """As it was when the invoice was finalised. Empty for a draft."""
+    """As it was when the invoice was finalised, or when the payment of prepaid credit began. Empty for a draft of
+    usage."""
     seller: Seller
-    """As it was when the invoice was finalised. Empty for a draft."""
+    """As `buyer`."""
     made_at: datetime
     finalised_at: datetime | None
 
     @property
+    def is_order(self) -> bool:
+        """Prepaid credit that is not paid yet."""
+        return self.purpose == "credit" and self.status == "draft"
+
+    @property
+    def prepaid_minor(self) -> int:
+        """Paid when it was finalised: by grants or, if it is of prepaid credit, by its payment."""
+        return self.applied_minor if self.purpose == "usage" or self.is_order else self.total_minor
+
+    @property
     def open_minor(self) -> int:
         """Not paid, also if it was written off."""
-        return max(0, self._rest)
+        return max(0, self.rest_minor)
 
     @property
     def owed_minor(self) -> int:
         """Above the total: owed to the tenant until payments are refunded."""
-        return max(0, -self._rest)
+        return max(0, -self.rest_minor)
 
     @property
-    def _rest(self) -> int:
+    def rest_minor(self) -> int:
+        """Below zero: owed to the tenant."""
         return self.total_minor - self.applied_minor - self.credited_minor - self.paid_minor
 
     @computed_field  # type: ignore[prop-decorator]
@@ -103,7 +118,7 @@ class CreditNote(BaseModel):
 
 
 _INVOICE = (
-    "invoice_id, number, status, currency, begins, ends, subtotal_nanos, tax_nanos, tax_note, total_minor, "
+    "invoice_id, number, status, purpose, currency, begins, ends, subtotal_nanos, tax_nanos, tax_note, total_minor, "
     "applied_minor, paid_minor, credited_minor, due_at, buyer, seller, made_at, finalised_at"
 )
 
@@ -180,6 +195,26 @@ async def lines(
     ]
 
 
+async def add_line(tx: Tx, tenant_id: str, invoice: Invoice, description: str, nanos: int) -> None:
+    """Adds a line about an amount to a draft, after its last one."""
+    await tx.sql(
+        """
+        INSERT INTO invoice_line (tenant_id, invoice_id, line, line_id, description, quantity, unit_nanos, amount_nanos,
+                                  begins, ends, source)
+        SELECT $1, $2, coalesce(max(line), 0) + 1, $3, $4, 1, '', $5, $6, $7, '{}'
+        FROM invoice_line
+        WHERE tenant_id = $1 AND invoice_id = $2
+        """,
+        tenant_id,
+        invoice.id,
+        uuid7(),
+        description,
+        nanos,
+        invoice.period.begins,
+        invoice.period.ends,
+    )
+
+
 async def whole(tx: Tx, tenant_id: str, invoice_id: UUID) -> tuple[Invoice, list[InvoiceLine]]:
     """Returns an invoice with all its lines. Raises NotFound."""
     invoice = await get(tx, tenant_id, invoice_id)
@@ -190,7 +225,9 @@ _CREDIT_NOTE = """
     SELECT n.credit_note_id, n.number, n.invoice_id, n.amount_minor, b.subtotal, b.tax, n.reason, n.made_at
     FROM credit_note AS n
     CROSS JOIN LATERAL (
-        SELECT coalesce(sum(l.amount_nanos) FILTER (WHERE l.account = 'revenue'), 0)::bigint AS subtotal,
+        SELECT coalesce(sum(l.amount_nanos) FILTER (
+                   WHERE l.account IN ('revenue', 'purchased')
+               ), 0)::bigint AS subtotal,
                coalesce(sum(l.amount_nanos) FILTER (WHERE l.account = 'tax'), 0)::bigint AS tax
         FROM journal_entry AS e
         JOIN journal_line AS l USING (tenant_id, entry)

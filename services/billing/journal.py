@@ -19,6 +19,7 @@ JournalAccount = Literal[
     "revenue",
     "tax",  # owed to the state
     "prepaid",  # owed to tenants: credit that they have paid for
+    "purchased",  # owed to tenants: credit that they have bought; the tax on it is paid
     "promotional_credit",  # owed to tenants: credit that they were given
     "promotional_cost",
     "write_off",

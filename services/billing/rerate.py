@@ -204,7 +204,7 @@ async def _obstacles(tx: Tx, tenant_id: str) -> dict[int, _Obstacle]:
             ELSE 'the invoice has credit notes'
         END
         FROM invoice
-        WHERE tenant_id = $1 AND (status IN ('void', 'uncollectible') OR credited_minor > 0)
+        WHERE tenant_id = $1 AND purpose = 'usage' AND (status IN ('void', 'uncollectible') OR credited_minor > 0)
         """,
         tenant_id,
     )

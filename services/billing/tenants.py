@@ -1,8 +1,9 @@
 """The erasure of a tenant: its last invoices are finalised, and the books that the law requires are kept.
 
 Subscriptions end at once. Ten minutes later the usage of the runs that were under way has been counted: the last
-periods are closed and every draft is finalised with the buyer's name. Then the buyer is deleted: it stands only in the
-finalised invoices. They are kept with the journal, the ledger, payments and usage, which name ids, meters and models.
+periods are closed and every draft of usage is finalised with the buyer's name. Orders of prepaid credit that are not
+paid stay drafts. Then the buyer is deleted: it stands only in the finalised invoices. They are kept with the journal,
+the ledger, payments and usage, which name ids, meters and models.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ def end_billing(runtime: Runtime) -> Before:
                     await _finalise(tx, item.tenant_id, seller)
             if item.is_late:
                 await tx.sql("DELETE FROM buyer WHERE tenant_id = $1", item.tenant_id)
+                await tx.sql(
+                    "UPDATE invoice SET buyer = '{}' WHERE tenant_id = $1 AND status = 'draft'", item.tenant_id
+                )
 
     return end
 
@@ -66,7 +70,13 @@ def end_billing(runtime: Runtime) -> Before:
 async def _finalise(tx: Tx, tenant_id: str, seller: Seller) -> None:
     await closing.close(tx, tenant_id, utcnow(), seller.country)
     drafts = await tx.sql(
-        "SELECT invoice_id FROM invoice WHERE tenant_id = $1 AND status = 'draft' ORDER BY begins", tenant_id
+        """
+        SELECT invoice_id
+        FROM invoice
+        WHERE tenant_id = $1 AND status = 'draft' AND purpose = 'usage'
+        ORDER BY begins
+        """,
+        tenant_id,
     )
     for (invoice_id,) in drafts:
         await booking.finalise(tx, tenant_id, UUID(str(invoice_id)), seller, "billing")

@@ -50,7 +50,7 @@ billing
     GET    /api/v1/subscriptions                                        read operator
     PATCH  /api/v1/subscriptions/{subscription_id}                      operator
     DELETE /api/v1/subscriptions/{subscription_id}                      operator
-    POST   /api/v1/grants                                               operator
+    POST   /api/v1/grants                                               admin operator
     GET    /api/v1/grants                                               read operator
     POST   /api/v1/billing/periods/close                                operator
     GET    /api/v1/invoices                                             read operator

@@ -71,6 +71,7 @@ def providers(runtime: Runtime) -> dict[str, PaymentProvider]:
 def router(runtime: Runtime) -> APIRouter:
     router = APIRouter(tags=["payments"])
     known = providers(runtime)
+    seller = runtime.settings.seller
 
     def provider(name: str) -> PaymentProvider:
         if name not in known:
@@ -100,17 +101,20 @@ def router(runtime: Runtime) -> APIRouter:
 
     @router.post("/api/v1/invoices/{invoice_id}/pay")
     async def pay(invoice_id: UUID, body: Pay, who: Manager) -> Paying:
-        """Pays a finalised invoice. A repeated call asks for the same payment, so it is charged once. A payment that is
-        not decided yet is cancelled first if another amount is due by now, or if it is by another method."""
+        """Pays a finalised invoice, or the order of prepaid credit. A repeated call asks for the same payment, so it is
+        charged once. A payment that is not decided yet is cancelled first if another amount is due by now, or if it is
+        by another method."""
         async with runtime.worker.begin() as tx:
             tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
-            outdated = await store.outdated(tx, tenant_id, invoice_id, body.payment_method_id)
+            outdated = await store.outdated(tx, tenant_id, invoice_id, body.payment_method_id, seller)
         if outdated:
             intent = await provider(outdated.provider).cancel(outdated.reference)
             async with runtime.worker.begin(tenant_id=tenant_id) as tx:
                 await store.keep_answer(tx, outdated, intent)
         async with runtime.worker.begin(tenant_id=tenant_id) as tx:
-            payment = await store.begin(tx, tenant_id, invoice_id, provider("stripe").name, body.payment_method_id)
+            payment = await store.begin(
+                tx, tenant_id, invoice_id, provider("stripe").name, body.payment_method_id, seller
+            )
             wanted = await store.request_for(tx, payment)
             audit(tx, who.actor, "billing.pay", "invoice", str(invoice_id), payment=str(payment.id))
         # Outside of any transaction. If the process dies here, the next call asks again with the same key.
@@ -152,8 +156,8 @@ def router(runtime: Runtime) -> APIRouter:
 
     @router.post("/api/v1/payments/{payment_id}/refunds", status_code=201)
     async def refund(payment_id: UUID, body: NewRefund, who: Operator, request: Request) -> Refund:
-        """Gives a part of a payment back. It is booked when the provider reports it. With an Idempotency-Key a repeated
-        call means the same refund."""
+        """Gives a part of a payment back; of prepaid credit, the part that credit notes have taken back. It is booked
+        when the provider reports it. With an Idempotency-Key a repeated call means the same refund."""
         key = key_of(request)
         async with runtime.worker.begin() as tx:
             payment, refund_id = await store.begin_refund(

@@ -18,11 +18,12 @@ from infra.clock import uuid7
 from infra.errors import Conflict, InvalidMessage, NotFound
 from infra.postgres.tx import Tx
 from infra.service.idempotency import HEADER
-from services.billing import accounts, booking, invoices, journal
+from services.billing import accounts, booking, invoices, journal, purchases
 from services.billing.currencies import nanos_per_minor
 from services.billing.invoices import Invoice
 from services.billing.journal import JournalAccount
 from services.billing.payments.provider import CANCELLED, Intent, PaymentRequest, ProviderEvent
+from services.billing.tax import Seller
 
 
 class Payment(BaseModel):
@@ -83,15 +84,18 @@ def balance_of(payment: Payment) -> PaymentBalance:
     return PaymentBalance(kept - payment.disputed_minor, payment.disputed_minor, kept)
 
 
-async def outdated(tx: Tx, tenant_id: str, invoice_id: UUID, method_id: UUID | None) -> Payment | None:
+async def outdated(tx: Tx, tenant_id: str, invoice_id: UUID, method_id: UUID | None, seller: Seller) -> Payment | None:
     """Returns the payment of an invoice that is not decided yet, if it is not for the amount that is due or not by this
-    method. The provider must cancel it before another one can begin.
+    method, or if the tax or the buyer of prepaid credit has changed. The provider must cancel it before another one can
+    begin.
 
     One without the provider's id was never charged, and no payer can complete it: it is ended here.
     """
     await accounts.lock_one(tx, tenant_id)
     found = await pending(tx, tenant_id, invoice_id)
-    if found is None or _is_current(found, await invoices.get(tx, tenant_id, invoice_id), method_id):
+    invoice = await invoices.get(tx, tenant_id, invoice_id)
+    due = await purchases.priced(tx, tenant_id, invoice, seller)
+    if found is None or _is_current(found, invoice, due, method_id):
         return None
     if found.reference:
         return found
@@ -99,18 +103,24 @@ async def outdated(tx: Tx, tenant_id: str, invoice_id: UUID, method_id: UUID | N
     return None
 
 
-async def begin(tx: Tx, tenant_id: str, invoice_id: UUID, provider: str, method_id: UUID | None) -> Payment:
-    """Returns the payment of an invoice that is not decided yet, or makes it for the amount that is due.
+async def begin(
+    tx: Tx, tenant_id: str, invoice_id: UUID, provider: str, method_id: UUID | None, seller: Seller
+) -> Payment:
+    """Returns the payment of an invoice that is not decided yet, or makes it for the amount that is due. The order of
+    prepaid credit gets the tax and the parties of now.
 
     Raises Conflict for an invoice that is not to be paid, and while an outdated payment is not decided.
     """
     await accounts.lock_one(tx, tenant_id)
     invoice = await invoices.get(tx, tenant_id, invoice_id)
+    due = await purchases.priced(tx, tenant_id, invoice, seller)
     if found := await pending(tx, tenant_id, invoice_id):
-        if _is_current(found, invoice, method_id):
+        if _is_current(found, invoice, due, method_id):
             return found
         raise Conflict(f"payment {found.id} of the invoice is being processed; ask again when it is decided")
-    if invoice.status != "finalised":
+    if invoice.is_order:
+        await purchases.keep_price(tx, tenant_id, due)
+    elif invoice.status != "finalised":
         raise Conflict(f"the invoice is {invoice.status}; only a finalised one can be paid")
     payment_id = uuid7()
     await tx.sql(
@@ -123,7 +133,7 @@ async def begin(tx: Tx, tenant_id: str, invoice_id: UUID, provider: str, method_
         invoice_id,
         provider,
         method_id,
-        invoice.due_minor,
+        due.due_minor,
         invoice.currency,
     )
     return await get(tx, payment_id)
@@ -161,8 +171,9 @@ async def pending(tx: Tx, tenant_id: str, invoice_id: UUID) -> Payment | None:
     return _payment(rows[0]) if rows else None
 
 
-def _is_current(payment: Payment, invoice: Invoice, method_id: UUID | None) -> bool:
-    return (payment.amount_minor, payment.method_id) == (invoice.due_minor, method_id)
+def _is_current(payment: Payment, invoice: Invoice, due: Invoice, method_id: UUID | None) -> bool:
+    """due: the invoice as a payment that begins now would pay it."""
+    return due == invoice and (payment.amount_minor, payment.method_id) == (due.due_minor, method_id)
 
 
 async def request_for(tx: Tx, payment: Payment) -> PaymentRequest:
@@ -178,9 +189,8 @@ async def request_for(tx: Tx, payment: Payment) -> PaymentRequest:
             raise NotFound(f"payment method {payment.method_id}: not found")
         [(customer, method)] = rows
     invoice = await invoices.get(tx, payment.tenant_id, payment.invoice_id)
-    return PaymentRequest(
-        payment.id, payment.amount_minor, payment.currency, customer, method, f"invoice {invoice.number}"
-    )
+    about = f"invoice {invoice.number}" if invoice.number else "prepaid credit"
+    return PaymentRequest(payment.id, payment.amount_minor, payment.currency, customer, method, about)
 
 
 async def keep_answer(tx: Tx, payment: Payment, intent: Intent) -> Payment:
@@ -381,6 +391,8 @@ async def _sum_refunds(tx: Tx, tenant_id: str, payment_id: UUID) -> None:
 async def _book(tx: Tx, before: Payment, after: Payment, event: ProviderEvent) -> None:
     unit = nanos_per_minor(after.currency)
     old, new = balance_of(before), balance_of(after)
+    if new.kept > 0:
+        await purchases.issue(tx, after.tenant_id, after.invoice_id, after.provider)
     amounts: dict[JournalAccount, int] = {
         "cash": (new.cash - old.cash) * unit,
         "disputed": (new.disputed - old.disputed) * unit,
@@ -397,6 +409,7 @@ async def _book(tx: Tx, before: Payment, after: Payment, event: ProviderEvent) -
     )
     if new.kept != old.kept:
         await booking.add_paid(tx, after.tenant_id, after.invoice_id, new.kept - old.kept)
+    await purchases.follow_money(tx, after.tenant_id, after.invoice_id, after.provider)
 
 
 async def begin_refund(
@@ -405,7 +418,7 @@ async def begin_refund(
     """Reserves a refund. The same `key` means the same refund, which the provider makes once.
 
     Raises InvalidMessage for more than is left of the payment, and for a key of another refund, and Conflict for the
-    key of a refund that has failed.
+    key of a refund that has failed, and for prepaid credit that no credit note has taken back.
     """
     payment = await get(tx, payment_id)
     await accounts.lock_one(tx, payment.tenant_id)
@@ -432,6 +445,9 @@ async def begin_refund(
     left = payment.received_minor - max(payment.refunded_minor, asked) - payment.lost_minor - payment.disputed_minor
     if minor > left:
         raise InvalidMessage("amount_minor", f"must be at most {left}, the rest of the payment")
+    invoice = await invoices.get(tx, payment.tenant_id, payment.invoice_id)
+    if invoice.purpose == "credit" and minor > (owed := await _owed(tx, invoice, payment.tenant_id)):
+        raise Conflict(f"{owed} of prepaid credit are owed; make a credit note first, which takes the credit back")
     await tx.sql(
         "INSERT INTO refund (tenant_id, refund_id, payment_id, minor, reason, actor) VALUES ($1, $2, $3, $4, $5, $6)",
         payment.tenant_id,
@@ -442,6 +458,23 @@ async def begin_refund(
         actor,
     )
     return payment, refund_id
+
+
+async def _owed(tx: Tx, invoice: Invoice, tenant_id: str) -> int:
+    """Returns the minor units that are owed for an invoice, without those of refunds that are under way."""
+    [(asked,)] = await tx.sql(
+        """
+        SELECT coalesce(sum(greatest(0, coalesce((
+            SELECT sum(minor) FROM refund AS r
+            WHERE r.tenant_id = p.tenant_id AND r.payment_id = p.payment_id AND r.status <> 'failed'
+        ), 0) - refunded_minor)), 0)::bigint
+        FROM payment AS p
+        WHERE tenant_id = $1 AND invoice_id = $2
+        """,
+        tenant_id,
+        invoice.id,
+    )
+    return max(0, invoice.owed_minor - int(asked))
 
 
 async def end_refund(tx: Tx, tenant_id: str, refund_id: UUID, status: Literal["made", "failed"]) -> None:

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos.messages.billing import UsageRecorded
+from services.billing.booking import most_creditable, share
+from services.billing.currencies import nanos_per_minor, to_minor
 from services.billing.domain import (
     MAX_AMOUNT_NANOS,
     MAX_QUANTITY,
@@ -27,6 +29,7 @@ from services.billing.domain import (
     provisional,
     settle,
 )
+from services.billing.invoices import Invoice
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
@@ -281,3 +284,18 @@ def test_however_records_are_batched_each_gets_one_verdict_and_each_debit_one_ca
     assert ledger["a"] == accounts["a"].balance_nanos
     assert ledger["b"] == -accounts["b"].debited_nanos == 0, "an account in euros has no rate for dollars"
     assert len(thresholds) == len(set(thresholds))
+
+
+@given(st.sampled_from(["USD", "JPY", "KWD"]), st.integers(1, 10**8), st.integers(0, 270), st.data())
+def test_the_largest_credit_note_takes_back_at_most_the_unspent_credit(
+    currency: str, net: int, per_mille: int, data: st.DataObject
+) -> None:
+    subtotal = net * nanos_per_minor(currency)
+    total = to_minor(subtotal + subtotal * per_mille // 1000, currency)
+    credited = data.draw(st.integers(0, total))
+    sold = Invoice.model_construct(subtotal_nanos=subtotal, total_minor=total, credited_minor=credited)
+    unspent = data.draw(st.integers(0, subtotal))
+    most = most_creditable(sold, unspent)
+    assert 0 <= most <= total - credited
+    assert share(sold, subtotal, most) <= unspent
+    assert most == total - credited or share(sold, subtotal, most + 1) > unspent

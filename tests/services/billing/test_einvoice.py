@@ -59,6 +59,7 @@ def invoice(lines: list[InvoiceLine] = LINES, **changes: Any) -> Invoice:
         "id": UUID(int=1),
         "number": "INV-000001",
         "status": "finalised",
+        "purpose": "usage",
         "currency": currency,
         "period": InvoicePeriod(begins=BEGINS, ends=ENDS),
         "subtotal_nanos": subtotal,
@@ -101,6 +102,11 @@ def rules() -> Callable[[bytes], list[str]]:
 
 ABROAD = Buyer(name=BUYER.name, country="AT", vat_id="ATU33864707")
 REVERSED = {"tax_nanos": 0, "tax_note": "reverse charge: the buyer accounts for it", "buyer": ABROAD}
+SALE: dict[str, Any] = {
+    "purpose": "credit",
+    "lines": [line(100 * UNIT)],
+    "period": InvoicePeriod(begins=BEGINS, ends=BEGINS),
+}
 CASES: list[tuple[dict[str, Any], str, str]] = [
     ({}, "S", "19"),
     ({"applied_minor": 1900}, "S", "19"),
@@ -110,6 +116,12 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"currency": "JPY"}, "S", "19"),
     ({"lines": [line(-UNIT, 3, None)]}, "S", "19"),
     ({"lines": [line(0, 7, 5)]}, "S", "19"),
+    # Credit that was bought before pays a part, or all.
+    ({"lines": [line(150 * UNIT), line(-100 * UNIT)]}, "S", "19"),
+    ({"lines": [line(60 * UNIT), line(-60 * UNIT)]}, "S", "19"),
+    # The sale of credit, at midnight.
+    (SALE, "S", "19"),
+    (SALE | REVERSED, "AE", "0"),
 ]
 
 
@@ -136,9 +148,22 @@ def test_an_e_invoice_fits_the_schema_and_the_rules_and_adds_up(
     assert sum(of_lines) == together == net
     assert list(map(Decimal, texts(content, "CalculatedAmount"))) == [tax]
     assert net + tax == total == due + prepaid
+    assert not due or made.purpose == "usage", "the money was there before the invoice"
     # BR-CO-17 allows for the rounding of the exact tax. It is at most one minor unit here.
     assert abs(tax - net * Decimal(percent) / 100) <= (1 if made.currency == "JPY" else Decimal("0.01"))
     assert document(made, lines) == content
+
+
+def test_the_sale_of_credit_is_of_one_day() -> None:
+    """BR-29: a period that ends before it begins is refused. The rules above do not compare the dates."""
+    made = invoice(**SALE)
+    dates = texts(document(made, SALE["lines"]), "DateTimeString")
+    assert dates == ["20261103", *["20261001"] * 3, "20261117"]
+    printed = page(made, SALE["lines"])
+    assert not any("Period" in text or "Due" in text for text in printed.head)
+    assert (printed.totals[-1], printed.total) == (("Paid", "-119.00"), "Amount due 0.00 EUR")
+    draft = page(made.model_copy(update={"number": None, "status": "draft"}), SALE["lines"])
+    assert draft.total == "Total 119.00 EUR"
 
 
 def credit_note(made: Invoice, minor: int) -> CreditNote:

@@ -1,13 +1,14 @@
 """Any history of one tenant's money: usage, late and repeated; periods, changes of the plan, cancellation; grants that
 expire or roll over; finalisation, credit notes, void, write-off; payments, refunds, disputes; prices, re-rating;
-deletion of old records. After each act the books agree with each other and with the records."""
+deletion of old records; credit that the tenant buys. After each act the books agree with each other and with the
+records."""
 
 from __future__ import annotations
 
 import os
 import random
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import get_args
 from uuid import UUID
@@ -29,6 +30,7 @@ from services.billing import (
     journal,
     plans,
     price_book,
+    purchases,
     rerate,
     retention,
     subscriptions,
@@ -36,6 +38,7 @@ from services.billing import (
 from services.billing.currencies import nanos_per_minor, to_minor
 from services.billing.payments import store as payments
 from services.billing.payments.provider import EventKind, ProviderEvent
+from services.billing.payments.store import Payment
 from services.billing.plans import Plan
 from services.billing.tax import Seller
 from tests.services.billing.conftest import count
@@ -43,7 +46,9 @@ from tooling.testing.platform import Platform
 
 CASES = int(os.environ.get("CLAW_BOOKS_CASES", "24"))
 BEGAN = timedelta(days=100)
-MODULES = ("booking", "closing", "price_book", "rerate", "subscriptions", "usage", "retention")
+LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
+MODULES = ("booking", "closing", "price_book", "purchases", "rerate", "subscriptions", "usage", "retention")
+SELLER = Seller(country="DE")
 
 
 @dataclass
@@ -59,7 +64,12 @@ class Clock:
 @pytest.fixture(scope="module")
 async def store(platform: Platform) -> Database:
     await platform.prepare("billing")
-    return platform.database("billing")
+    database = platform.database("billing")
+    async with database.begin() as tx:
+        await tx.sql(
+            "INSERT INTO tax_rate (country, valid_from, percent, made_by) VALUES ('DE', $1, '19', '')", LONG_AGO
+        )
+    return database
 
 
 @dataclass
@@ -119,7 +129,7 @@ class History:
         subs = await subscriptions.listed(tx, tenant_id, after=None, limit=50)
         known = await invoices.listed(tx, tenant_id, after=None, limit=100)
         paid = await payments.listed(tx, tenant_id, after=None, limit=100)
-        match rng.randrange(16):
+        match rng.randrange(17):
             case 0 | 1 | 2 | 3:
                 await self.use(tx)
             case 4:
@@ -135,7 +145,7 @@ class History:
             case 7 | 8:
                 await closing.close(tx, tenant_id, self.clock.now, "DE")
             case 9 if known:
-                await booking.finalise(tx, tenant_id, rng.choice(known).id, Seller(country="DE"), "test")
+                await booking.finalise(tx, tenant_id, rng.choice(known).id, SELLER, "test")
             case 10:
                 # The database's clock ends it at the next act, or never.
                 soon = utcnow() + timedelta(milliseconds=rng.choice([1, 10**9]))
@@ -154,22 +164,30 @@ class History:
             case 12 if known:
                 await booking.end(tx, tenant_id, rng.choice(known).id, rng.choice(["void", "uncollectible"]), "test")
             case 13 if known:
-                await payments.begin(tx, tenant_id, rng.choice(known).id, "stripe", None)
+                await payments.begin(tx, tenant_id, rng.choice(known).id, "stripe", None, SELLER)
             case 14 if paid:
                 payment = rng.choice(paid)
                 kind = rng.choice(get_args(EventKind))
                 minor = payment.amount_minor if kind != "refunded" else rng.randrange(1, payment.amount_minor + 1)
-                reference = f"pi_{payment.id}"
-                event = ProviderEvent(
-                    str(uuid7()), kind, reference, str(payment.id), minor, self.currency, "dp_1",
-                    movements=rng.randrange(3),
-                )  # fmt: skip
-                await payments.handle(tx, "stripe", event)
+                await self.report(tx, payment, kind, minor)
             case 15:
+                nanos = rng.randrange(1, 10**5) * nanos_per_minor(self.currency)
+                sold = await purchases.order(tx, tenant_id, nanos, "", SELLER)
+                if rng.random() < 0.8:
+                    payment = await payments.begin(tx, tenant_id, sold.id, "stripe", None, SELLER)
+                    await self.report(tx, payment, "succeeded", payment.amount_minor)
+            case 16:
                 if rng.random() < 0.5:
                     await self.price(tx)
                 else:
                     await retention.delete(tx, tenant_id, retention.kept_since(self.clock.now))
+
+    async def report(self, tx: Tx, payment: Payment, kind: EventKind, minor: int) -> None:
+        event = ProviderEvent(
+            str(uuid7()), kind, f"pi_{payment.id}", str(payment.id), minor, self.currency, "dp_1",
+            movements=self.rng.randrange(3),
+        )  # fmt: skip
+        await payments.handle(tx, "stripe", event)
 
     async def rerate(self) -> None:
         since = max(self.clock.now - timedelta(days=60), retention.kept_since(self.clock.now))
@@ -205,8 +223,9 @@ async def agree(history: History) -> None:
                 """
                 SELECT g.kind, sum(k.nanos)
                 FROM kept_credit AS k JOIN credit_grant AS g USING (tenant_id, grant_id)
-                WHERE tenant_id = $1 AND k.period NOT IN (
-                    SELECT period FROM invoice WHERE tenant_id = $1 AND status <> 'draft'
+                WHERE tenant_id = $1 AND NOT EXISTS (
+                    SELECT FROM invoice AS i
+                    WHERE i.tenant_id = k.tenant_id AND i.period = k.period AND i.status <> 'draft'
                 )
                 GROUP BY g.kind
                 """,
@@ -265,6 +284,9 @@ async def agree(history: History) -> None:
                 tenant_id,
             )
         }
+        [(frozen,)] = await tx.sql(
+            "SELECT coalesce(sum(frozen_nanos), 0)::bigint FROM credit_grant WHERE tenant_id = $1", tenant_id
+        )
         numbers = await tx.sql(
             """
             SELECT number FROM invoice WHERE tenant_id = $1 AND number IS NOT NULL
@@ -287,6 +309,7 @@ async def agree(history: History) -> None:
     # Grants: the debt to the tenant.
     assert balances.get("prepaid", 0) == -owed.get("prepaid", 0) - kept.get("prepaid", 0)
     assert balances.get("promotional_credit", 0) == -owed.get("promotional", 0) - kept.get("promotional", 0)
+    assert balances.get("purchased", 0) == -owed.get("purchased", 0) - frozen - kept.get("purchased", 0)
     unpaid = debited - invoiced - burned + not_asked
     assert credit is None or credit - debited <= left + sum(kept.values()) - unpaid, "more can be used than was paid"
     # Invoices.

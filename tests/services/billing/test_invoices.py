@@ -6,6 +6,7 @@ import asyncio
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any
+from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import httpx
@@ -13,6 +14,7 @@ import pytest
 from sqlalchemy.exc import DBAPIError
 
 from infra.clock import utcnow, uuid7
+from services.billing import accounts, purchases
 from services.billing.calendar import full_period
 from services.billing.clock import CLOSE_AFTER, FINALISE_AFTER, Clock
 from services.billing.tax import Seller
@@ -725,3 +727,67 @@ async def test_usage_that_is_late_for_the_last_invoice_of_a_subscription_gets_an
     await tenant.use("after", input_tokens=1_000_000, output_tokens=0)
     await tenant.verdict("after")
     assert (await post(billing, "billing/periods/close", {"tenant_id": tenant.id}, status=200))["items"] == []
+
+
+@pytest.mark.parametrize(
+    ("fee", "subtotal", "tax", "due", "rest"),
+    [(60, 0, 0, 0, 40), (100, 0, 0, 0, 0), (150, 50, 10, 6000, 0)],
+)
+async def test_credit_that_was_bought_pays_before_tax_because_the_tax_on_it_is_paid(
+    billing: Billing, fee: int, subtotal: int, tax: int, due: int, rest: int
+) -> None:
+    tenant = await billing.tenant(credit_nanos=0)
+    rate = {"country": "FR", "percent": "20", "valid_from": "2020-01-01T00:00:00Z"}
+    assert (await billing.operator.post("/api/v1/tax-rates", json=rate)).status_code in (201, 409)
+    assert (await tenant.http.put("/api/v1/billing/buyer", json={"country": "FR"})).status_code == 200
+    order = (await tenant.http.post("/api/v1/grants", json={"nanos": 100 * UNIT})).json()
+    async with billing.platform.database("billing").begin(tenant_id=tenant.id) as tx:
+        await accounts.lock_one(tx, tenant.id)
+        await purchases.issue(tx, tenant.id, UUID(order["id"]), "test")
+    await post(billing, f"invoices/{order['id']}/received", {"amount_minor": 12000, "reference": "SEPA"}, status=200)
+    # Of a lower priority number, and still after the credit that was bought.
+    await post(billing, "grants", {"tenant_id": tenant.id, "nanos": 1, "priority": 0, "reason": "r"})
+    made = await post(billing, "plans", plan(base_nanos=fee * UNIT, charges=[], included=[], usage_markup_percent=None))
+    body = {"tenant_id": tenant.id, "plan_id": made["id"], "starts_at": START.isoformat(), **ANCHOR}
+    await post(billing, "subscriptions", body)
+    done = await finalised(billing, tenant)
+    found = (done["subtotal_nanos"], done["tax_nanos"], done["due_minor"], done["applied_minor"])
+    assert found == (subtotal * UNIT, tax * UNIT, due, 0)
+    lines = (await tenant.http.get(f"/api/v1/invoices/{done['id']}/lines")).json()["items"]
+    assert [line["amount_nanos"] for line in lines] == [fee * UNIT, (subtotal - fee) * UNIT]
+    assert "paid and taxed before" in lines[1]["description"]
+    assert await left(tenant) == await balance(tenant) == rest * UNIT + 1
+    assert await journal(tenant) == nonzero(
+        cash=120 * UNIT,
+        promotional_cost=1,
+        promotional_credit=-1,
+        purchased=-rest * UNIT,
+        receivable=due * UNIT // 100,
+        revenue=-fee * UNIT,
+        tax=-(20 + tax) * UNIT,
+    )
+    if due:
+        answer = await billing.operator.post(f"/api/v1/invoices/{done['id']}/void")
+        assert (answer.status_code, "is paid" in answer.text) == (409, True)
+
+
+async def test_a_correction_gives_credit_that_was_bought_back_as_such(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=0)
+    order = (await tenant.http.post("/api/v1/grants", json={"nanos": UNIT})).json()
+    async with billing.platform.database("billing").begin(tenant_id=tenant.id) as tx:
+        await accounts.lock_one(tx, tenant.id)
+        await purchases.issue(tx, tenant.id, UUID(order["id"]), "test")
+    await tenant.use("a", input_tokens=1000, output_tokens=0)
+    assert (await tenant.verdict("a"))["amount_nanos"] == 150_000
+    assert await left(tenant) == UNIT - 150_000
+    body = {"tenant_id": tenant.id, "amount_nanos": 50_000, "reason": "r", "usage_id": "a"}
+    await post(billing, "billing/corrections", body)
+    items = (await tenant.http.get("/api/v1/grants")).json()["items"]
+    assert {(item["kind"], item["left_nanos"]) for item in items} == {
+        ("purchased", UNIT - 150_000),
+        ("purchased", 50_000),
+    }
+
+
+def nonzero(**amounts: int) -> dict[str, int]:
+    return {name: nanos for name, nanos in amounts.items() if nanos}

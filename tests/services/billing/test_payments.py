@@ -6,15 +6,22 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import httpx
 import pytest
 from pydantic import SecretStr
 
+from infra.clock import uuid7
 from infra.errors import Conflict
+from infra.lanes.effects import Effects
 from infra.outgoing.client import Outgoing
+from infra.service.service import Runtime
+from infra.service.tenant_erasure import EraseTenant
+from services.billing import tenants
 from services.billing.clock import Clock
 from services.billing.payments.stripe import Stripe, amount_of, minor_of
 from services.billing.tax import Seller
@@ -675,4 +682,334 @@ async def test_killed_between_the_answer_and_the_books_a_repeated_call_pays_once
     assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code == 200
     assert stripe.received == before + 3000
     assert await status(tenant, invoice_id) == ("paid", 0)
+    await reconciled(billing)
+
+
+# The seller is in DE. Tenants of this module without a country pay no tax, because DE has no rate here.
+FRENCH, AUSTRIAN = {"country": "FR"}, {"name": "Acme", "country": "AT", "vat_id": "ATU33864707"}
+
+
+async def buyer(billing: Billing, currency: str = "USD") -> Tenant:
+    """A tenant that pays 20 % tax, and has no credit yet."""
+    rate = {"country": "FR", "percent": "20", "valid_from": "2020-01-01T00:00:00Z"}
+    assert (await billing.operator.post("/api/v1/tax-rates", json=rate)).status_code in (201, 409)
+    tenant = await billing.tenant(credit_nanos=0, currency=currency)
+    assert (await tenant.http.put("/api/v1/billing/buyer", json=FRENCH)).status_code == 200
+    return tenant
+
+
+async def ordered(tenant: Tenant, nanos: int = 100 * UNIT, **more: Any) -> dict[str, Any]:
+    answer = await tenant.http.post("/api/v1/grants", json={"nanos": nanos, **more})
+    assert answer.status_code == 201, answer.text
+    return dict(answer.json())
+
+
+async def bought(billing: Billing, stripe: StripeStandIn, used: int = 0) -> tuple[Tenant, str, dict[str, Any]]:
+    """A tenant that has bought credit of 100 for 120 and used a part of it, the invoice, and the payment."""
+    tenant = await buyer(billing)
+    order = await ordered(tenant)
+    payment = (await pay(tenant, order["id"])).json()["payment"]
+    assert await send(billing, stripe, stripe.succeeded(payment["reference"])) == "applied"
+    if used:
+        price = {"resource": (model := f"acme/{uuid4()}"), "nanos_per_unit": {"input_tokens": str(UNIT)}}
+        await post(billing, "prices", price | {"valid_from": (START - timedelta(days=1)).isoformat()})
+        await tenant.use("a", model, input_tokens=used)
+        await tenant.verdict("a")
+    return tenant, order["id"], payment
+
+
+async def credit_of(tenant: Tenant) -> tuple[int, int, int]:
+    """The rest of the only grant, its frozen part, and the balance of the account, in whole units."""
+    [grant] = (await tenant.http.get("/api/v1/grants")).json()["items"]
+    assert grant["kind"] == "purchased"
+    balance = (await tenant.get("balance"))["balance_nanos"]
+    return grant["left_nanos"] // UNIT, grant["frozen_nanos"] // UNIT, balance // UNIT
+
+
+async def test_credit_that_a_tenant_orders_is_granted_when_its_money_arrives(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    tenant = await buyer(billing)
+    order = await ordered(tenant, reason="for the demo")
+    assert (order["status"], order["number"], order["purpose"]) == ("draft", None, "credit")
+    assert (order["subtotal_nanos"], order["tax_nanos"], order["total_minor"]) == (100 * UNIT, 20 * UNIT, 12000)
+    assert (await tenant.http.get("/api/v1/grants")).json()["items"] == []
+    assert (await tenant.get("balance"))["balance_nanos"] == 0
+    paying = (await pay(tenant, order["id"])).json()
+    assert paying["client_secret"]
+    event = stripe.succeeded(paying["payment"]["reference"])
+    assert await send(billing, stripe, event) == "applied"
+    assert await send(billing, stripe, event) == "repeated"
+    invoice = (await tenant.http.get(f"/api/v1/invoices/{order['id']}")).json()
+    assert (invoice["status"], invoice["number"], invoice["due_minor"]) == ("paid", "INV-000001", 0)
+    assert (invoice["buyer"]["country"], invoice["tax_note"]) == ("FR", "20 % FR")
+    assert [line["description"] for line in invoice["lines"]] == ["Prepaid credit: for the demo"]
+    [grant] = (await tenant.http.get("/api/v1/grants")).json()["items"]
+    assert (grant["invoice_id"], grant["nanos"]) == (order["id"], 100 * UNIT)
+    assert await credit_of(tenant) == (100, 0, 100)
+    assert await journal(tenant) == {"cash": 120 * UNIT, "purchased": -100 * UNIT, "tax": -20 * UNIT}
+    await reconciled(billing)
+    # The invoice is the receipt.
+    clock = Clock(billing.platform.database("billing"), Seller(), {})
+    for _ in range(2):
+        await clock.mail()
+    found = await billing.platform.outbox("billing", "notification")
+    mails = [body for headers, body in found if headers.get("tenant_id") == tenant.id]
+    assert [mail["subject"] for mail in mails] == ["Invoice INV-000001"]
+    assert mails[0]["text"].startswith("Invoice INV-000001 for prepaid credit: 120.00 USD.")
+    assert "Nothing is to be paid." in mails[0]["text"]
+
+
+async def test_credit_is_charged_and_granted_once_however_often_its_payment_is_asked(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    tenant = await buyer(billing)
+    key = {"Idempotency-Key": "k"}
+    orders = [await tenant.http.post("/api/v1/grants", json={"nanos": 100 * UNIT}, headers=key) for _ in range(2)]
+    assert orders[0].json() == orders[1].json()
+    invoice_id, method, before = orders[0].json()["id"], await saved(tenant), stripe.received
+    stripe.faults.extend(LOST["charged"])
+    assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code >= 500
+    answers = await asyncio.gather(*(pay(tenant, invoice_id, payment_method_id=method) for _ in range(5)))
+    assert {answer.status_code for answer in answers} <= {200, 409}
+    assert stripe.received == before + 12000
+    assert await credit_of(tenant) == (100, 0, 100)
+    assert await status(tenant, invoice_id) == ("paid", 0)
+    await reconciled(billing)
+
+
+async def test_credit_is_granted_by_the_event_if_the_answer_about_its_payment_is_lost(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    tenant = await buyer(billing)
+    order = await ordered(tenant)
+    stripe.faults.append(cut(accept=True))
+    assert (await pay(tenant, order["id"])).status_code >= 500
+    assert await send(billing, stripe, stripe.succeeded(list(stripe.intents)[-1])) == "applied"
+    assert (await pay(tenant, order["id"])).status_code == 409
+    assert await credit_of(tenant) == (100, 0, 100)
+    await reconciled(billing)
+
+
+async def test_an_order_that_is_not_paid_uses_no_number_and_nothing_else_finalises_it(billing: Billing) -> None:
+    tenant = await buyer(billing)
+    order = await ordered(tenant)
+    path = f"/api/v1/invoices/{order['id']}"
+    note = {"amount_minor": 1, "reason": "r"}
+    bank = {"amount_minor": 12000, "reference": f"bank {order['id']}"}
+    for act, body in (
+        ("finalise", {}), ("void", {}), ("uncollectible", {}), ("credit-notes", note), ("received", bank)
+    ):  # fmt: skip
+        assert (await billing.operator.post(f"{path}/{act}", json=body)).status_code == 409, act
+    await tenant.sql("UPDATE invoice SET made_at = made_at - interval '9 days' WHERE tenant_id = $1", tenant.id)
+    database = billing.platform.database("billing")
+    await Clock(database, Seller(), {}).close()
+    assert (await post(billing, "billing/periods/close", {"tenant_id": tenant.id}, status=200))["items"] == []
+    runtime = cast(Runtime, SimpleNamespace(settings=SimpleNamespace(seller=Seller())))
+    await tenants.end_billing(runtime)(EraseTenant(tenant.id, 2), cast(Effects, database))
+    found = (await tenant.http.get(path)).json()
+    assert (found["status"], found["number"], found["buyer"]["country"]) == ("draft", None, "")
+    assert await journal(tenant) == {}
+
+
+async def test_the_payment_of_an_order_is_cancelled_after_a_day(billing: Billing, stripe: StripeStandIn) -> None:
+    tenant = await buyer(billing)
+    references = [(await pay(tenant, (await ordered(tenant))["id"])).json()["payment"]["reference"] for _ in range(2)]
+    await tenant.sql(
+        """
+        UPDATE payment
+        SET look_at = now(), made_at = CASE reference WHEN $2 THEN now() - interval '2 days' ELSE made_at END
+        WHERE tenant_id = $1
+        """,
+        tenant.id,
+        references[0],
+    )
+    outgoing = Outgoing(allow_private=True)
+    provider = Stripe(outgoing, stripe.url, SecretStr(stripe.key), SecretStr(stripe.webhook_secret))
+    await Clock(billing.platform.database("billing"), Seller(), {"stripe": provider}).look_up()
+    await outgoing.close()
+
+    async def cancelled() -> bool:
+        # The clock of the service may have been faster.
+        return sorted(payment["status"] for payment in await payments(tenant)) == ["failed", "pending"]
+
+    await billing.platform.until(cancelled)
+    assert [stripe.intents[each]["status"] for each in references] == ["canceled", "requires_payment_method"]
+
+
+async def test_the_tax_of_an_order_follows_the_buyer_until_another_payment_begins(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    tenant = await buyer(billing)
+    order = await ordered(tenant)
+    unnamed = (await pay(tenant, order["id"])).json()["payment"]
+    assert (await tenant.http.put("/api/v1/billing/buyer", json=FRENCH | {"name": "Acme"})).status_code == 200
+    first = (await pay(tenant, order["id"])).json()["payment"]
+    assert first["id"] != unnamed["id"], "the receipt would not name the buyer"
+    assert (await tenant.http.put("/api/v1/billing/buyer", json=AUSTRIAN)).status_code == 200
+    # The tax of the payment that the payer may complete stays until then.
+    assert (await tenant.http.get(f"/api/v1/invoices/{order['id']}")).json()["total_minor"] == 12000
+    second = (await pay(tenant, order["id"])).json()["payment"]
+    assert (first["amount_minor"], second["amount_minor"]) == (12000, 10000)
+    assert stripe.intents[first["reference"]]["status"] == "canceled"
+    assert await send(billing, stripe, stripe.succeeded(second["reference"])) == "applied"
+    invoice = (await tenant.http.get(f"/api/v1/invoices/{order['id']}")).json()
+    assert (invoice["total_minor"], invoice["tax_note"].split(":")[0]) == (10000, "reverse charge")
+    assert (invoice["buyer"]["vat_id"], invoice["seller"]["vat_id"]) == ("ATU33864707", "DE123456789")
+    assert await journal(tenant) == {"cash": 100 * UNIT, "purchased": -100 * UNIT}
+    xml = (await tenant.http.get(f"/api/v1/invoices/{order['id']}/xml")).text
+    for text in (">AE<", "<ram:TotalPrepaidAmount>100.00<", "<ram:DuePayableAmount>0.00<"):
+        assert text in xml
+
+
+@pytest.mark.parametrize(("currency", "units", "total"), [("JPY", 101, 121), ("KWD", 7, 8400)])
+async def test_credit_is_bought_in_whole_minor_units_of_the_currency(
+    billing: Billing, stripe: StripeStandIn, currency: str, units: int, total: int
+) -> None:
+    tenant = await buyer(billing, currency)
+    part = await tenant.http.post("/api/v1/grants", json={"nanos": units * UNIT + 10**5})
+    assert field_of(part) == "nanos"
+    order = await ordered(tenant, units * UNIT)
+    assert order["total_minor"] == total
+    payment = (await pay(tenant, order["id"])).json()["payment"]
+    assert await send(billing, stripe, stripe.succeeded(payment["reference"])) == "applied"
+    assert await credit_of(tenant) == (units, 0, units)
+    assert sum((await journal(tenant)).values()) == 0
+
+
+async def test_a_tenant_orders_for_itself_and_by_the_amount_only(billing: Billing) -> None:
+    tenant, other = await buyer(billing), await billing.tenant()
+    for more, field in (
+        ({"tenant_id": other.id}, "tenant_id"),
+        ({"kind": "prepaid"}, "kind"),
+        ({"priority": 1}, "priority"),
+        ({"expires_at": None}, "expires_at"),
+        ({"rollover_until": None}, "rollover_until"),
+        ({"rollover_nanos": 1}, "rollover_nanos"),
+        ({"nanos": 10**15 + UNIT}, "nanos"),
+        ({"nanos": 0}, "nanos"),
+    ):
+        body: dict[str, Any] = {"nanos": UNIT, **more}
+        assert field_of(await tenant.http.post("/api/v1/grants", json=body)) == field
+    await ordered(tenant, tenant_id=tenant.id)
+    await post(billing, "grants", {"tenant_id": tenant.id, "nanos": 10**18 - UNIT, "reason": "r"})
+    assert field_of(await tenant.http.post("/api/v1/grants", json={"nanos": 2 * UNIT})) == "nanos"
+    for field in ("tenant_id", "reason"):
+        body = {"tenant_id": tenant.id, "nanos": UNIT, "reason": "r"}
+        del body[field]
+        assert field_of(await billing.operator.post("/api/v1/grants", json=body)) == field
+    async with billing.platform.client("billing", tenant.id, scopes=("read",)) as viewer:
+        assert (await viewer.post("/api/v1/grants", json={"nanos": UNIT})).status_code == 403
+
+
+@pytest.mark.parametrize("end", ["won", "lost"])
+async def test_credit_whose_money_is_disputed_is_frozen_until_the_dispute_ends(
+    billing: Billing, stripe: StripeStandIn, end: str
+) -> None:
+    tenant, invoice_id, payment = await bought(billing, stripe, used=30)
+    assert await credit_of(tenant) == (70, 0, 70)
+    reference = payment["reference"]
+    await send(billing, stripe, stripe.dispute_event(reference, "needs_response"))
+    assert await credit_of(tenant) == (0, 70, 0)
+    assert not (await tenant.reserve(input_tokens=1)).granted
+    if end == "won":
+        await send(billing, stripe, stripe.dispute_event(reference, "won"))
+        await send(billing, stripe, stripe.reinstated(reference))
+        assert await credit_of(tenant) == (70, 0, 70)
+        assert (await tenant.reserve(input_tokens=1)).granted
+        assert await status(tenant, invoice_id) == ("paid", 0)
+        assert (await journal(tenant))["purchased"] == -70 * UNIT
+        return
+    lost = stripe.dispute_event(reference, "lost")
+    for outcome in ("applied", "repeated"):
+        assert await send(billing, stripe, lost) == outcome
+    assert await credit_of(tenant) == (0, 0, 0)
+    [note] = (await tenant.http.get(f"/api/v1/invoices/{invoice_id}/credit-notes")).json()["items"]
+    assert (note["amount_minor"], note["subtotal_nanos"], note["tax_nanos"]) == (8400, 70 * UNIT, 14 * UNIT)
+    # The spent part is due.
+    assert await status(tenant, invoice_id) == ("finalised", 3600)
+    assert await journal(tenant) == {"receivable": 36 * UNIT, "revenue": -30 * UNIT, "tax": -6 * UNIT}
+    assert (await billing.operator.post(f"/api/v1/invoices/{invoice_id}/void")).status_code == 409
+    await reconciled(billing)
+
+
+async def test_credit_that_was_spent_is_due_after_a_lost_dispute(billing: Billing, stripe: StripeStandIn) -> None:
+    tenant, invoice_id, payment = await bought(billing, stripe, used=100)
+    await send(billing, stripe, stripe.dispute_event(payment["reference"], "lost"))
+    assert await status(tenant, invoice_id) == ("finalised", 12000)
+    assert (await billing.operator.post(f"/api/v1/invoices/{invoice_id}/void")).status_code == 409
+    again = (await pay(tenant, invoice_id)).json()["payment"]
+    assert await send(billing, stripe, stripe.succeeded(again["reference"])) == "applied"
+    assert await status(tenant, invoice_id) == ("paid", 0)
+    assert await journal(tenant) == {"cash": 120 * UNIT, "revenue": -100 * UNIT, "tax": -20 * UNIT}
+
+
+async def test_an_order_whose_money_was_lost_before_it_was_reported_stays_a_draft(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    tenant = await buyer(billing)
+    order = await ordered(tenant)
+    reference = (await pay(tenant, order["id"])).json()["payment"]["reference"]
+    paid = stripe.succeeded(reference)
+    for event in (stripe.dispute_event(reference, "lost"), paid):
+        assert await send(billing, stripe, event) == "applied"
+    assert (await status(tenant, order["id"]))[0] == "draft"
+    assert await journal(tenant) == {}
+    assert await send(billing, stripe, stripe.reinstated(reference)) == "applied"
+    assert await credit_of(tenant) == (100, 0, 100)
+
+
+async def test_a_dispute_about_a_part_freezes_that_part(billing: Billing, stripe: StripeStandIn) -> None:
+    tenant, _, payment = await bought(billing, stripe)
+    await send(billing, stripe, stripe.dispute_event(payment["reference"], "needs_response", 3000))
+    assert await credit_of(tenant) == (75, 25, 75)
+
+
+async def test_unspent_credit_is_given_back_by_a_credit_note_and_a_refund(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    tenant, invoice_id, payment = await bought(billing, stripe, used=30)
+
+    async def credit(minor: int) -> httpx.Response:
+        body = {"amount_minor": minor, "reason": "r"}
+        return await billing.operator.post(f"/api/v1/invoices/{invoice_id}/credit-notes", json=body)
+
+    async def refund(minor: int) -> httpx.Response:
+        body = {"amount_minor": minor, "reason": "r"}
+        return await billing.operator.post(f"/api/v1/payments/{payment['id']}/refunds", json=body)
+
+    refused = await credit(8401)
+    assert (field_of(refused), "at most 8400" in refused.text) == ("amount_minor", True)
+    early = await refund(8400)
+    assert (early.status_code, "make a credit note first" in early.text) == (409, True)
+    # Work in progress has reserved 0.6.
+    hold_id = uuid7()
+    assert (await tenant.reserve(hold_id=hold_id, output_tokens=1_000_000)).granted
+    refused = await credit(8400)
+    assert (field_of(refused), "at most 8328" in refused.text) == ("amount_minor", True)
+    await tenant.release(hold_id)
+
+    assert (await credit(8400)).status_code == 201
+    assert await credit_of(tenant) == (0, 0, 0)
+    assert (await refund(8401)).status_code == 409
+    assert [(await refund(minor)).status_code for minor in (8000, 401, 400)] == [201, 409, 201]
+    await send(billing, stripe, stripe.refund_event(payment["reference"]))
+    assert await status(tenant, invoice_id) == ("paid", 0)
+    assert await journal(tenant) == {"cash": 36 * UNIT, "revenue": -30 * UNIT, "tax": -6 * UNIT}
+    await reconciled(billing)
+
+
+async def test_a_refund_that_was_made_at_the_provider_takes_the_unspent_credit_back(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    tenant, invoice_id, payment = await bought(billing, stripe, used=30)
+    for minor, left, due in ((2400, 50, 0), (9600, 0, 3600)):
+        refund = stripe.give_back(payment["reference"], minor)
+        await send(billing, stripe, stripe.event("refund.created", dict(refund)))
+        await send(billing, stripe, stripe.refund_event(payment["reference"]))
+        assert await credit_of(tenant) == (left, 0, left)
+        assert (await status(tenant, invoice_id))[1] == due
+    notes = (await tenant.http.get(f"/api/v1/invoices/{invoice_id}/credit-notes")).json()["items"]
+    assert [note["amount_minor"] for note in notes] == [2400, 6000]
+    assert await journal(tenant) == {"receivable": 36 * UNIT, "revenue": -30 * UNIT, "tax": -6 * UNIT}
     await reconciled(billing)

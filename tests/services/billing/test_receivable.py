@@ -42,7 +42,7 @@ async def invoiced(store: Database, promised_nanos: int) -> tuple[str, UUID, UUI
         )
         [draft] = await closing.close(tx, tenant_id, utcnow(), "")
         invoice = await booking.finalise(tx, tenant_id, draft.id, Seller(), "test")
-        payment = await payments.begin(tx, tenant_id, invoice.id, "stripe", None)
+        payment = await payments.begin(tx, tenant_id, invoice.id, "stripe", None, Seller(country="DE"))
         assert made.starts_at < utcnow() - timedelta(days=1)
     return tenant_id, invoice.id, payment.id
 
