@@ -114,6 +114,8 @@ def show(found: Report) -> None:
         f"{there.in_time} of {there.calls} webhooks answered within 3 s; slowest {there.slowest_seconds} s, "
         f"slowest reply {there.slowest_reply_seconds} s"
     )
+    for what, times in found.unplanned.items():
+        _line(f"{times} dead letters beyond the poison: {what}")
     for verdict in found.invariants:
         mark = "[green]✓[/]" if verdict.held else "[red]✗[/]"
         out.print(f"{mark} {verdict.name} {verdict.promise}: {verdict.checked} {verdict.unit}", soft_wrap=True)

@@ -28,9 +28,10 @@ def test_a_report_is_shown_with_its_failures_and_their_history(capsys: pytest.Ca
         "2 replies, 0 unknown, 0 extra calls of the model, 1 poisoned, 1 dead letters",
         "1 of 2 webhooks answered within 3 s; slowest 4.0 s, slowest reply 4.2 s",
     ]
-    assert lines[4].startswith("✗ I1 each accepted message")
-    assert lines[5] == "    its run is failed: None c1 message 0 canaryred"
-    assert lines[6].startswith("✓ I2")
+    assert lines[4] == "50 dead letters beyond the poison: memory kafka:agent.events: boom"
+    assert lines[5].startswith("✗ I1 each accepted message")
+    assert lines[6] == "    its run is failed: None c1 message 0 canaryred"
+    assert lines[7].startswith("✓ I2")
     assert lines[-4:] == [
         "I1, seed 7: the shortest history that shows it",
         "    its run is failed: x",

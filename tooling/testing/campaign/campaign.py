@@ -70,6 +70,8 @@ class Report(msgspec.Struct, kw_only=True):
     unknown: int
     """Deliveries that the vendor may have shown or not."""
     dead_letters: int
+    unplanned: dict[str, int] = {}
+    """Of the dead letters those that no poison explains: consumer and error → their number."""
     poison: int
     extra_model_calls: int
     """Calls of the model beyond one for each step: their answers were lost."""
@@ -203,6 +205,7 @@ class Campaign:
             replies=len(evidence.replies),
             unknown=sum(run.deliveries.count("unknown") for run in evidence.runs),
             dead_letters=len(evidence.dead_letters),
+            unplanned=evidence.unplanned(),
             poison=len(evidence.poison),
             extra_model_calls=len(evidence.calls) - len(steps),
             invariants=verdicts,

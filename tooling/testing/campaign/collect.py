@@ -16,7 +16,6 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from infra.bus.kafka import printable_headers
 from protos.catalog import CATALOG, USAGE_RECORDS
-from tooling.stack.home import SERVICES
 from tooling.testing.campaign.evidence import (
     Account,
     Chain,
@@ -41,6 +40,8 @@ SETTLE_SECONDS = 120.0
 READERS = 4
 # So many of a tenant's runs are asked for by another tenant.
 FOREIGN_RUNS = 5
+# The events of so many of a tenant's own runs are searched.
+OWN_RUNS = 20
 
 
 class Collector:
@@ -182,11 +183,11 @@ class Collector:
     def _logs(self) -> Leak:
         """Log lines hold no texts of people, so no canary at all."""
         leak = Leak("logs", 0, [])
-        for name in SERVICES:
-            for path in sorted((self._system.home / "log").glob(f"{name}*.log")):
-                for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
-                    leak.searched += 1
-                    leak.found += self._foreign("", line, f"log of {name}, line {number}")
+        # Of the engines too, and with the parts that were rotated: channel.log.1.
+        for path in sorted((self._system.home / "log").glob("*.log*")):
+            for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+                leak.searched += 1
+                leak.found += self._foreign("", line, f"{path.name}, line {number}")
         return leak
 
     async def _answers(self, runs: Sequence[Run]) -> list[Leak]:
@@ -203,6 +204,11 @@ class Collector:
                 for item in answer["items"]:
                     searches.searched += 1
                     searches.found += self._foreign(tenant.name, json.dumps(item), f"a search of {tenant.name}")
+            for run in [run for run in runs if run.tenant == tenant.name and run.finished][:OWN_RUNS]:
+                # It ends with the run's last event.
+                events = await tenant.company.api.get(f"/api/v1/runs/{run.id}/events")
+                streams.searched += 1
+                streams.found += self._foreign(tenant.name, events.text, f"the events of a run of {tenant.name}")
             for run in [run for run in runs if run.tenant != tenant.name][:FOREIGN_RUNS]:
                 for part in ("", "/timeline", "/state", "/events"):
                     streams.searched += 1

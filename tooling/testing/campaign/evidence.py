@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import msgspec
@@ -185,3 +186,9 @@ class Evidence(msgspec.Struct, kw_only=True):
 
     def of_channels(self) -> list[Sent]:
         return [one for one in self.sent if not one.key]
+
+    def unplanned(self) -> dict[str, int]:
+        """Dead letters that no poison explains: consumer and error → their number."""
+        poison = {one.message_id for one in self.poison}
+        letters = [letter for letter in self.dead_letters if letter.message_id not in poison]
+        return dict(Counter(f"{one.service} {one.source}: {one.error[:100]}" for one in letters))

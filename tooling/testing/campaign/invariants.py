@@ -11,6 +11,8 @@ import msgspec
 from tooling.testing.campaign.evidence import TOOL_WORD, Evidence, Run, Sent
 
 ENDED_WELL = ("completed", "refused")
+WAY = ("channel", "agent")
+"""The services that a message passes until its reply. Others have copies of it."""
 
 
 class Violation(msgspec.Struct):
@@ -61,7 +63,7 @@ def _accepted(evidence: Evidence) -> Iterator[Violation | int]:
     for one in evidence.sent:
         yield 1
         mine = runs.get(one.text, [])
-        dead = [letter for letter in evidence.dead_letters if one.text in letter.payload]
+        dead = [letter for letter in evidence.dead_letters if letter.service in WAY and one.text in letter.payload]
         if not mine and not dead:
             yield Violation("acknowledged, and neither a run nor a dead letter has it", one.text)
         if len(mine) > 1:

@@ -141,6 +141,11 @@ def _failures(campaigns: Sequence[tuple[Path, Made, Report]], mutants: Sequence[
                 )
             elif not verdict.checked:
                 lines.append(f"- {verdict.name} checked nothing, seed {report.seed}, commit {one.commit}")
+        if report.unplanned:
+            lines.append(
+                f"- **{sum(report.unplanned.values())} dead letters beyond the poison**, seed {report.seed}, commit "
+                f"{one.commit}: {_letters(report)}. History in [{path.name}](results/{path.name})"
+            )
     tried = {result.guard for _, one in mutants for result in one.mutants}
     for _, one in mutants:
         lines += [
@@ -192,6 +197,7 @@ def _campaign(path: Path, one: Made, report: Report) -> list[str]:
         f"{len(report.injected)} faults in {report.seconds:.0f} s: {_counts([i.fault for i in report.injected])}.",
         f"{report.accepted} messages were acknowledged in {report.attempts} calls; {report.forged} forged ones,",
         f"{report.poison} poisoned. {report.replies} replies are visible, {report.unknown} deliveries unknown.",
+        *([f"Dead letters beyond the poison: {_letters(report)}."] if report.unplanned else []),
         "",
         "| invariant | checked | violations | 95 % |",
         "|---|---|---|---|",
@@ -218,6 +224,10 @@ def _campaign(path: Path, one: Made, report: Report) -> list[str]:
         for name, times in sorted(by_fault.items())
     ]
     return lines
+
+
+def _letters(report: Report) -> str:
+    return _cell("; ".join(f"{times} of {what}" for what, times in report.unplanned.items()))
 
 
 def _counts(names: Sequence[str]) -> str:

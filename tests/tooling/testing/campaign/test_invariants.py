@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from tests.tooling.testing.campaign.made_up import ASKED, ONE, TWO, good, run, sent
-from tooling.testing.campaign.evidence import Charge, Evidence, Leak, ModelCall, Reply
+from tooling.testing.campaign.evidence import Charge, DeadLetter, Evidence, Leak, ModelCall, Reply
 from tooling.testing.campaign.history import history, shortest
 from tooling.testing.campaign.invariants import INVARIANTS, judge
 
@@ -27,6 +27,11 @@ def test_all_invariants_hold_and_have_checked_something() -> None:
 def lost(e: Evidence) -> None:
     e.sent.append(sent("c9 message 0 canaryred", 1.0))
     e.sent[-1].conversation = "9"
+
+
+def lost_with_a_parked_copy(e: Evidence) -> None:
+    lost(e)
+    e.dead_letters.append(DeadLetter("x", "memory", "kafka:agent.events", "m", "boom", e.sent[-1].text))
 
 
 def two_runs(e: Evidence) -> None:
@@ -157,6 +162,7 @@ def first_step_again(e: Evidence) -> None:
     ("break_it", "expected"),
     [
         (lost, ["I1", "I4"]),
+        (lost_with_a_parked_copy, ["I1", "I4"]),
         (two_runs, ["I1"]),
         (failed_run, ["I1"]),
         (forged, ["I1"]),
@@ -211,7 +217,7 @@ def test_a_refused_run_and_an_unknown_delivery_are_promised_ends() -> None:
 def test_a_dead_letter_stands_for_a_message_that_has_no_run() -> None:
     evidence = good()
     evidence.sent[1].conversation = "2"
-    evidence.dead_letters[0].payload = f'{{"text": "{TWO}"}}'
+    evidence.dead_letters.append(DeadLetter("x", "agent", "lane:runs", "m", "boom", f'{{"text": "{TWO}"}}'))
     evidence.runs.pop(1)
     assert [v.what for verdict in judge(evidence) if verdict.name == "I1" for v in verdict.violations] == []
 

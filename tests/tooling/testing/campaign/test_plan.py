@@ -12,6 +12,7 @@ from tests.tooling.testing.campaign.made_up import good
 from tooling.stack.checkout import CHECKOUT
 from tooling.testing.campaign import faults, results
 from tooling.testing.campaign.campaign import Availability, Report, Shown
+from tooling.testing.campaign.evidence import DeadLetter
 from tooling.testing.campaign.faults import FAULTS, Injected, plan
 from tooling.testing.campaign.invariants import judge
 from tooling.testing.campaign.mutants import MUTANTS, Mutant, Result
@@ -51,6 +52,8 @@ def report(*, fails: bool) -> Report:
     evidence = good()
     if fails:
         evidence.runs[0].status = "failed"
+        letter = DeadLetter("x", "memory", "kafka:agent.events", "m", "boom", "")
+        evidence.dead_letters += [letter] * 50
     return Report(
         seed=7,
         faults=["kill"],
@@ -64,6 +67,7 @@ def report(*, fails: bool) -> Report:
         replies=2,
         unknown=0,
         dead_letters=1,
+        unplanned=evidence.unplanned(),
         poison=1,
         extra_model_calls=0,
         invariants=judge(evidence),
@@ -82,6 +86,8 @@ def test_the_page_of_results_begins_with_failures_and_keeps_other_reports(tmp_pa
     assert "- **I1 failed** 1 times, seed 7" in failures
     assert "its run is failed: x. `./claw prove --seed 7 --report`" in failures
     assert "- **Mutant survived**: without outbox (marks early)" in failures
+    assert "**50 dead letters beyond the poison**, seed 7" in failures
+    assert text.count("50 of memory kafka:agent.events: boom") == 2
     assert "no replica is lost" in failures
     assert "| I1 | each accepted message" in text
     assert "1 of 2 webhooks were answered 200" in text
@@ -89,6 +95,7 @@ def test_the_page_of_results_begins_with_failures_and_keeps_other_reports(tmp_pa
     assert json.loads((folder / "kill-7.json").read_text())["report"]["seed"] == 7
     results.write(results.made("./claw prove --seed 7 --report", "c0ffee", "here", report(fails=False)), page, folder)
     assert "I1 failed" not in page.read_text()
+    assert "beyond the poison" not in page.read_text()
     assert sorted(path.name for path in folder.iterdir()) == ["kill-7.json", "mutants.json"]
 
 
