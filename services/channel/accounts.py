@@ -19,12 +19,16 @@ import msgspec
 from infra.errors import Unauthenticated
 from infra.postgres.database import Database
 from infra.postgres.tx import Tx
+from infra.security.audit import audit
 from infra.security.crypto import KEY_BYTES, Cipher
 from infra.security.rewrap import SealedColumn
+from protos.catalog import CHANNEL_EVENTS, NOTIFICATION_EMAIL
+from protos.messages.channel import AccountBroken
+from protos.messages.notification import SendEmail
 from services.channel.domain import Pseudonyms
 from services.channel.routing import Route
 from services.channel.vendors import VENDORS
-from services.channel.vendors.base import Groups, Request, Vendor
+from services.channel.vendors.base import AccountRefused, Groups, Request, Vendor
 from services.channel.vendors.items import Received
 
 # A process may use its cached copy of an account for this long. A change by another process takes effect after it.
@@ -206,3 +210,27 @@ class Accounts:
         for token, (_, account) in list(self._known.items()):
             if account.id == account_id:
                 del self._known[token]
+
+
+async def break_account(tx: Tx, account: ChannelAccount, error: str) -> None:
+    """Marks the account as broken. The owners get one e-mail, however many deliveries fail."""
+    reason = error.removeprefix(AccountRefused.PREFIX)
+    if not await tx.sql(
+        """
+        UPDATE account SET broken_reason = $2, updated_at = clock_timestamp()
+        WHERE id = $1 AND broken_reason IS NULL RETURNING id
+        """,
+        account.id,
+        reason,
+    ):
+        return
+    type_ = account.vendor.name
+    broken = AccountBroken(channel_id=account.id, channel_type=type_, reason=reason)
+    tx.publish(CHANNEL_EVENTS, broken, key=str(account.id))
+    text = (
+        f"The vendor refuses your {type_} channel {account.id}: {reason}.\n\n"
+        "Inbound messages are still accepted, but no reply is sent until the channel has working credentials "
+        f"(PATCH /api/v1/channels/{account.id}).\n"
+    )
+    tx.send(NOTIFICATION_EMAIL, SendEmail(to="", subject=f"Your {type_} channel no longer works", text=text))
+    audit(tx, "service:channel", "channel.broken", "channel", str(account.id), reason=reason)

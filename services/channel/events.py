@@ -125,7 +125,7 @@ class DeliverySent(msgspec.Struct, frozen=True):
     session_key: str
     run_id: UUID | None
     vendor_message_id: str | None
-    """The vendor's id of the last part; null if the vendor gives none."""
+    """The vendor's id of the last part that has one; null if no part has one."""
 
 
 class DeliveryFailed(msgspec.Struct, frozen=True):

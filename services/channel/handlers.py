@@ -18,7 +18,7 @@ from protos.catalog import CHANNEL_OUTBOUND
 from protos.envelope import read_headers
 from protos.messages.channel import SendMessage
 from services.channel import projections
-from services.channel.accounts import ChannelAccount
+from services.channel.accounts import ChannelAccount, break_account
 from services.channel.domain import Command, MarkFailed, MarkSent, MarkUnknown
 from services.channel.events import DeliveryFailed, DeliverySent, DeliveryUnknown
 from services.channel.previews import take_over
@@ -33,7 +33,7 @@ from services.channel.queueing import (
     enqueue_released,
     queue_group,
 )
-from services.channel.sender import NotSendable, Sender, Sent, break_account
+from services.channel.sender import NotSendable, Sender, Sent
 from services.channel.vendors.base import AccountRefused, Outbound
 
 _log = get_logger("channel.deliveries")
@@ -107,7 +107,8 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
             await _decide(tx, due.delivery_id, MarkUnknown(f"{which}{outcome.error or 'no answer'}"), **about)
             return
         assert outcome.result is not None
-        last = outcome.result.vendor_message_id
+        # Slack gives no id of the message of a file.
+        last = outcome.result.vendor_message_id or last
     await _decide(tx, due.delivery_id, MarkSent(last), **about)
 
 

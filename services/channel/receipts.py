@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from infra.postgres.database import Database
 from infra.postgres.tx import Tx
 from services.channel import projections
-from services.channel.accounts import ChannelAccount
+from services.channel.accounts import ChannelAccount, break_account
 from services.channel.domain import MarkReceived
 from services.channel.publishing import DELIVERY
+from services.channel.vendors.base import AccountRefused
 from services.channel.vendors.items import Receipt
 
 
@@ -35,5 +36,7 @@ async def record(database: Database, account: ChannelAccount, receipts: Sequence
                 command = MarkReceived(receipt.state, receipt.reason)
                 for event in await tx.decide(DELIVERY.stream(str(delivery_id)), command):
                     await projections.project(tx, delivery_id, event)
+                    if receipt.reason.startswith(AccountRefused.PREFIX):
+                        await break_account(tx, account, receipt.reason)
 
     await database.run(work, tenant_id=account.tenant_id)

@@ -1,4 +1,4 @@
-"""Sends deliveries to vendors, and marks an account as broken when its vendor refuses it."""
+"""Sends deliveries to vendors."""
 
 from __future__ import annotations
 
@@ -18,15 +18,11 @@ from infra.errors import EffectFailed, InDoubt, InvalidMessage, NotFound, NotYet
 from infra.outgoing.client import Outgoing
 from infra.postgres import event_store
 from infra.postgres.tx import Tx
-from infra.security.audit import audit
 from infra.security.subjects import SubjectKeys
 from infra.service.service import Runtime
 from infra.stores import filetypes
 from infra.stores.cache import Cache
 from infra.stores.objects import Objects, safe_name
-from protos.catalog import CHANNEL_EVENTS, NOTIFICATION_EMAIL
-from protos.messages.channel import AccountBroken
-from protos.messages.notification import SendEmail
 from services.channel import accounts, webhooks
 from services.channel.accounts import AccountSecrets, ChannelAccount
 from services.channel.attachments import stored_objects
@@ -49,7 +45,8 @@ LONG_TEXT = 10_000
 
 _LOAD = f"""
 -- Reads only; it locks nothing. The first event of a delivery names its channel and person.
-SELECT e.types, e.versions, e.data, k.subject_id IS NOT NULL, k.wrapped, {accounts.COLUMNS}, account.token
+SELECT e.types, e.versions, e.data, k.subject_id IS NOT NULL, k.wrapped,
+       coalesce(c.last_at < clock_timestamp() - interval '24 hours', true), {accounts.COLUMNS}, account.token
 FROM (
     SELECT array_agg(type ORDER BY version) AS types, array_agg(schema_version ORDER BY version) AS versions,
            array_agg(data ORDER BY version) AS data,
@@ -58,6 +55,7 @@ FROM (
     WHERE stream_id = $1
 ) e
     LEFT JOIN account ON account.id = (e.asked ->> 'channel_id')::uuid AND account.tenant_id = $2
+    LEFT JOIN conversation c ON c.session_key = e.asked ->> 'session_key' AND c.tenant_id = $2
     LEFT JOIN subject_key k ON k.tenant_id = $2 AND k.subject_id = e.asked ->> 'subject_id'
 """
 
@@ -80,6 +78,8 @@ class SendableDelivery(NamedTuple):
     session_key: str
     webhook: str
     """The address for the vendor's receipts; empty if it is not asked for them."""
+    is_late: bool
+    """As in `Outbound`."""
 
     async def parts(self) -> list[Outbound]:
         """The text and the files in parts that the vendor accepts. Raises NotSendable if there are none."""
@@ -106,6 +106,7 @@ class SendableDelivery(NamedTuple):
                 part=n,
                 file=OutboundFile(file.url, file.name, path=file.path) if file else None,
                 webhook=self.webhook,
+                is_late=self.is_late,
             )
             for n, (text, file) in enumerate(contents, 1)
         ]
@@ -135,7 +136,9 @@ class Sender:
     async def load(self, tx: Tx, delivery_id: UUID) -> SendableDelivery:
         """Loads a delivery. Raises NotSendable with the reason, NotYet if the channel is paused."""
         stream = DELIVERY.stream(str(delivery_id))
-        [(types, versions, data, has_key, wrapped, *row, token)] = await tx.sql(_LOAD, stream.row, tx.tenant_id)
+        [(types, versions, data, has_key, wrapped, is_late, *row, token)] = await tx.sql(
+            _LOAD, stream.row, tx.tenant_id
+        )
         delivery: Delivery = event_store.folded(stream, zip(types, versions, data, strict=True))
         assert delivery.queued is not None, "DeliveryQueued is stored in the transaction that enqueues the item"
         if delivery.state != "queued":
@@ -158,7 +161,7 @@ class Sender:
         words = msgspec.json.decode(content, type=OutboundContent)
         webhook = self._webhook(account, token) if account.vendor.receipts_asked else ""
         return SendableDelivery(
-            account, words, delivery_id, delivery.queued.run_id, delivery.queued.session_key, webhook
+            account, words, delivery_id, delivery.queued.run_id, delivery.queued.session_key, webhook, is_late
         )
 
     def _webhook(self, account: ChannelAccount, token: bytes) -> str:
@@ -274,27 +277,3 @@ def sender(runtime: Runtime) -> Sender:
         stored_objects(runtime),
         runtime.settings.public_url,
     )
-
-
-async def break_account(tx: Tx, account: ChannelAccount, error: str) -> None:
-    """Marks the account as broken. The owners get one e-mail, however many deliveries fail."""
-    reason = error.removeprefix(AccountRefused.PREFIX)
-    if not await tx.sql(
-        """
-        UPDATE account SET broken_reason = $2, updated_at = clock_timestamp()
-        WHERE id = $1 AND broken_reason IS NULL RETURNING id
-        """,
-        account.id,
-        reason,
-    ):
-        return
-    type_ = account.vendor.name
-    broken = AccountBroken(channel_id=account.id, channel_type=type_, reason=reason)
-    tx.publish(CHANNEL_EVENTS, broken, key=str(account.id))
-    text = (
-        f"The vendor refuses your {type_} channel {account.id}: {reason}.\n\n"
-        "Inbound messages are still accepted, but no reply is sent until the channel has working credentials "
-        f"(PATCH /api/v1/channels/{account.id}).\n"
-    )
-    tx.send(NOTIFICATION_EMAIL, SendEmail(to="", subject=f"Your {type_} channel no longer works", text=text))
-    audit(tx, "service:channel", "channel.broken", "channel", str(account.id), reason=reason)

@@ -94,6 +94,8 @@ class Outbound(NamedTuple):
     """This part is a file. `text` is its link."""
     webhook: str = ""
     """The public URL of the channel's webhook, if `receipts_asked`."""
+    is_late: bool = False
+    """It is more than a day since the person wrote, or they never did."""
     follows_up: bool = False
     """It is sent by the rights of the person's message instead of those of the account; see `Vendor.otherwise`."""
 

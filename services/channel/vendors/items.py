@@ -59,7 +59,7 @@ class Receipt(NamedTuple):
     """The vendor's id of the message, as `Vendor.send` returned it."""
     state: Literal["delivered", "read", "failed"]
     reason: str = ""
-    """Why it failed."""
+    """Why it failed. With the prefix of `AccountRefused` the account is refused."""
 
 
 class Edited(NamedTuple):

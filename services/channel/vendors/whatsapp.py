@@ -39,7 +39,6 @@ from services.channel.vendors.splitting import split
 MAX_TEXT = 4_096
 VERSION = "v21.0"
 # https://developers.facebook.com/docs/whatsapp/cloud-api/support/error-codes
-_ACCOUNT = frozenset((3, 10, 33, 190, 368, 131005, 131031, 131037, 131042, 131045, 133010))
 _LATER = frozenset((4, 80007, 130429, 131048, 131056))
 _TRANSIENT = frozenset((1, 2, 131000, 131016, 131057, 133004))
 # More than 24 hours after the person's last message only templates are allowed.
@@ -157,23 +156,25 @@ class WhatsApp(Vendor[WhatsAppCredentials]):
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: WhatsAppCredentials, message: Outbound
     ) -> str | None:
-        body = {
-            "messaging_product": "whatsapp",
-            **_recipient(message.conversation),
-            **_content(message, await _uploaded(outgoing, origin, credentials, message.file)),
-        }
+        body = {"messaging_product": "whatsapp", **_recipient(message.conversation)}
         if message.reply_to:
             body["context"] = {"message_id": message.reply_to}
         path = f"{credentials.phone_number_id}/messages"
-        try:
-            response = await _call(outgoing, origin, credentials, "POST", path, body)
-        except _Closed:
-            if not credentials.template or message.file:
-                raise
-            # Nothing was sent.
-            body = {name: value for name, value in body.items() if name != "text"}
-            body |= _template(message.text, credentials)
-            response = await _call(outgoing, origin, credentials, "POST", path, body)
+        has_template = bool(credentials.template) and message.file is None
+        # WhatsApp may accept a text that is too late, and refuse it by a receipt.
+        by_template = has_template and message.is_late
+        if not by_template:
+            content = _content(message, await _uploaded(outgoing, origin, credentials, message.file))
+            try:
+                response = await _call(outgoing, origin, credentials, "POST", path, body | content)
+            except _Closed:
+                if not has_template:
+                    raise
+                # Nothing was sent.
+                by_template = True
+        if by_template:
+            content = _template(message.text, credentials)
+            response = await _call(outgoing, origin, credentials, "POST", path, body | content)
         return response.messages[0].id if response.messages else None
 
     async def show_typing(
@@ -268,7 +269,7 @@ async def _call(
 
 def _refuse(error: _Error, status: int) -> None:
     reason = f"{error.code}: {error.message}"[:200]
-    if status == 401 or error.code in _ACCOUNT or 200 <= error.code < 300:
+    if status == 401 or error.code in whatsapp_messages.ACCOUNT or 200 <= error.code < 300:
         raise AccountRefused(reason)
     if error.code in _LATER:
         raise RetryLater(_PAIR_DELAY if error.code == 131056 else DEFAULT_RETRY, reason)

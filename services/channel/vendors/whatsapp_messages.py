@@ -11,6 +11,7 @@ import msgspec
 
 from services.channel.events import Attachment
 from services.channel.vendors.base import (
+    AccountRefused,
     Batch,
     UnreadableCall,
     decode,
@@ -22,6 +23,9 @@ from services.channel.vendors.base import (
 )
 from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, Item, Moved, Reacted, Receipt
 
+# The errors of a message that are about the account.
+# https://developers.facebook.com/docs/whatsapp/cloud-api/support/error-codes
+ACCOUNT = frozenset((3, 10, 33, 190, 368, 131005, 131031, 131037, 131042, 131045, 133010))
 _ABOUT_THE_ACCOUNT = "a notice about the account"
 _NOT_OFFERED = "the bot does not offer it"
 
@@ -377,7 +381,9 @@ def _status(status: _Status) -> Ignored | Receipt:
             return Receipt(ids, status.id, status.status)
         case "failed":
             problem = next(iter(status.errors or ()), _Problem())
-            return Receipt(ids, status.id, "failed", f"{problem.code}: {problem.title}"[:200].replace("\0", ""))
+            reason = f"{problem.code}: {problem.title}"[:200].replace("\0", "")
+            prefix = AccountRefused.PREFIX if problem.code in ACCOUNT else ""
+            return Receipt(ids, status.id, "failed", prefix + reason)
     return Ignored(ids, KINDS.get(f"status.{status.status}") or f"a status {status.status[:40]}")
 
 

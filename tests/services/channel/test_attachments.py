@@ -33,7 +33,7 @@ from services.channel.events import Attachment, InboundContent
 from tests.services.channel.conftest import Desk
 from tooling.testing import keys
 from tooling.testing.platform import Platform
-from tooling.testing.vendors import LineStandIn, TelegramStandIn, answer
+from tooling.testing.vendors import LineStandIn, SlackStandIn, TelegramStandIn, answer
 from tooling.testing.vendors.server import Call, Reply, StandIn
 
 
@@ -269,10 +269,13 @@ async def made_file(desk: Desk, message: dict[str, Any], name: str) -> tuple[Obj
 
 
 async def test_files_of_an_answer_are_sent_after_it_or_named(desk: Desk, telegram: TelegramStandIn) -> None:
-    async with LineStandIn() as line:
-        channels = await connected(desk, telegram), await desk.connect("line", line.credentials, line.url)
+    async with LineStandIn() as line, SlackStandIn() as slack:
+        channels = [await connected(desk, telegram)]
+        channels += [await desk.connect("line", line.credentials, line.url)]
+        channels += [await desk.connect("slack", slack.credentials, slack.url)]
         await desk.call(channels[0], telegram.update("hi", chat=42))
         await desk.call(channels[1], line.call(line.event()))
+        await desk.call(channels[2], slack.event("hi", channel="D1"))
         for channel in channels:
             [message] = await arrived(desk, channel)
             _, file = await made_file(desk, message, "a.pdf")
@@ -283,6 +286,9 @@ async def test_files_of_an_answer_are_sent_after_it_or_named(desk: Desk, telegra
             assert found.json()["items"][0]["attachments"] == [{"url": None, "name": "a.pdf"}]
         assert telegram.texts() == ["Here.", "[document a.pdf]"]
         assert telegram.ledger[1].fields["content"] == b"%PDF-1.7 x"
+        assert slack.texts() == ["Here.", "[file a.pdf]"]
+        # Slack gives no id of the second message. Reactions to the first one are found by its id.
+        assert settled["vendor_message_id"] == slack.ledger[0].id
         assert line.texts() == ["Here.\n\n[The file a.pdf cannot be sent in this chat.]"]
         [message] = await arrived(desk, channels[0])
         gone = File(path=f"{file.path}.gone", name="a.pdf")

@@ -30,6 +30,39 @@ async def test_receipts_change_a_sent_delivery_once(desk: Desk) -> None:
         assert published["delivery_id"] == lost["id"]
 
 
+async def test_a_receipt_that_refuses_the_account_breaks_the_channel(desk: Desk) -> None:
+    async with WhatsAppStandIn() as meta:
+        channel = await desk.connect("whatsapp", meta.credentials, meta.url)
+        await desk.call(channel, meta.call(meta.message("question")))
+        [inbound] = await desk.received(channel)
+        sent = await desk.settled(await desk.reply(inbound, "answer"))
+        # What a foreign message says of its account changes nothing.
+        for id_, state in (("wamid.foreign", "ok"), (sent["vendor_message_id"], "broken")):
+            errors = [{"code": 131042, "title": "Payment issue"}]
+            await desk.call(channel, meta.call(statuses=[{"id": id_, "status": "failed", "errors": errors}]))
+            assert (await desk.channel(channel["id"]))["state"] == state
+        assert (await desk.delivery(sent["id"]))["reason"] == "account refused: 131042: Payment issue"
+        later = await desk.settled(await desk.reply(inbound, "answer"))
+        assert later["reason"] == "the channel is broken: 131042: Payment issue"
+
+
+async def test_a_day_after_the_persons_last_message_the_answer_goes_by_template(desk: Desk) -> None:
+    async with WhatsAppStandIn() as meta:
+        channel = await desk.connect("whatsapp", meta.credentials | {"template": "news"}, meta.url)
+        await desk.call(channel, meta.call(meta.message("question", person="491")))
+        [inbound] = await desk.received(channel)
+        await desk.settled(await desk.reply(inbound, "in time"))
+        async with desk.platform.database("channel").begin() as tx:
+            await tx.sql(
+                "UPDATE conversation SET last_at = last_at - interval '1 day 1 minute' WHERE session_key = $1",
+                inbound["session_key"],
+            )
+        meta.closed.add("491")
+        meta.refuses_later = True
+        await desk.settled(await desk.reply(inbound, "late"))
+        assert [(sent.text, sent.fields["type"]) for sent in meta.ledger] == [("in time", "text"), ("late", "template")]
+
+
 async def test_a_message_names_the_address_for_its_receipts(desk: Desk) -> None:
     async with TwilioStandIn() as twilio:
         channel = await desk.connect("twilio", twilio.credentials, twilio.url)

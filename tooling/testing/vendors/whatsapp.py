@@ -82,6 +82,9 @@ class _Read(msgspec.Struct, forbid_unknown_fields=True):
 class WhatsAppStandIn(StandIn):
     """One number. `closed`: people whose last message is more than 24 hours old."""
 
+    refuses_later = False
+    """A text to a closed person is accepted, and lost; a status would tell it."""
+
     def __init__(self) -> None:
         super().__init__()
         self.number = "".join(secrets.choice("0123456789") for _ in range(15))
@@ -166,6 +169,8 @@ class WhatsAppStandIn(StandIn):
         if to is None or (send.recipient_type == "individual" and send.to and not send.to.isdecimal()):
             raise Refused(_error(400, 100, "The parameter to is required"))
         if to in self.closed and send.type != "template":
+            if self.refuses_later:
+                return _sent(to, f"wamid.{next(self._ids)}")
             raise Refused(_error(400, 131047, "Re-engagement message"))
         id_ = f"wamid.{next(self._ids)}"
         content = getattr(send, send.type)
@@ -182,14 +187,12 @@ class WhatsAppStandIn(StandIn):
         else:
             text = content.body
         self.record(to, text, id_, fields)
-        return Reply(
-            200,
-            {
-                "messaging_product": "whatsapp",
-                "contacts": [{"input": to, "wa_id": to}],
-                "messages": [{"id": id_}],
-            },
-        )
+        return _sent(to, id_)
+
+
+def _sent(to: str, id_: str) -> Reply:
+    contacts = [{"input": to, "wa_id": to}]
+    return Reply(200, {"messaging_product": "whatsapp", "contacts": contacts, "messages": [{"id": id_}]})
 
 
 def _error(status: int, code: int, message: str) -> Reply:

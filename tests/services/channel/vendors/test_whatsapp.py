@@ -161,10 +161,12 @@ async def test_sent_statuses_and_other_numbers_are_ignored(fake: WhatsAppStandIn
 
 async def test_receipts_tell_what_became_of_a_message(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
     failed = {"id": "wamid.9", "status": "failed", "errors": [{"code": 131026, "title": "Undeliverable", "href": "x"}]}
-    received = whatsapp.receive(fake.call(statuses=[{"id": "wamid.9", "status": "read"}, failed]))
+    unpaid = failed | {"errors": [{"code": 131042, "title": "Payment issue"}]}
+    received = whatsapp.receive(fake.call(statuses=[{"id": "wamid.9", "status": "read"}, failed, unpaid]))
     assert received.items == [
         Receipt(("status/wamid.9/read",), "wamid.9", "read"),
         Receipt(("status/wamid.9/failed",), "wamid.9", "failed", "131026: Undeliverable"),
+        Receipt(("status/wamid.9/failed",), "wamid.9", "failed", "account refused: 131042: Payment issue"),
     ]
 
 
@@ -201,6 +203,19 @@ async def test_outside_of_24_hours_a_template_carries_the_text(fake: WhatsAppSta
     with pytest.raises(EffectFailed, match="100: "):
         await whatsapp.send("late", "491")
     assert len(fake.ledger) == 2
+
+
+async def test_a_late_text_goes_by_template_at_once(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:
+    fake.closed.add("491")
+    fake.refuses_later = True
+    await whatsapp.send("without a template", "491", is_late=True)
+    assert fake.ledger == []
+    whatsapp.credentials = msgspec.structs.replace(whatsapp.credentials, template="news")
+    await whatsapp.send("**Your order**", "491", is_late=True)
+    [sent] = fake.ledger
+    assert (sent.text, sent.fields["type"]) == ("Your order", "template")
+    with pytest.raises(EffectFailed, match="1024 characters at most"):
+        await whatsapp.send("x" * 1_025, "491", is_late=True)
 
 
 def refused(status: int, code: int) -> Fault:
