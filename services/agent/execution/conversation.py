@@ -63,7 +63,7 @@ class Conversation:
     conversation_id: str | None
     """The vendor's id; None if the run came by the API."""
     reply_to: str | None
-    """The vendor's id of the message to reply to; None if the run came by the API."""
+    """The vendor's id of the message to reply to, the last one; None if the run came by the API."""
     summary: SessionSummary | None = None
     """Of everything before `older` and `history`."""
     older: tuple[EarlierRun, ...] = ()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from infra.postgres.database import Database
@@ -39,7 +39,7 @@ SELECT r.id, r.tenant_id, r.session_key, r.agent_id, r.subject_id, r.channel_id,
        m.seqs, m.ids, m.subjects, m.texts, m.conversations, m.vendor_ids, m.contexts,
        s.summary, s.summary_subject, s.summary_about, s.summary_seq, s.parent_key, s.parent_seq,
        a.id, a.tenant_id, v.version, a.enabled, v.definition, v.api_key, v.fallback_key, a.created_at, v.created_at,
-       k.subjects, k.keys
+       k.subjects, k.keys, d.seq, d.vendor_message_id
 FROM run r
     CROSS JOIN LATERAL (
         SELECT array_agg(type ORDER BY version) AS types, array_agg(schema_version ORDER BY version) AS versions,
@@ -64,6 +64,13 @@ FROM run r
         WHERE tenant_id = r.tenant_id
             AND subject_id = ANY(ARRAY[r.subject_id, s.summary_subject] || m.subjects || s.summary_about)
     ) k
+    LEFT JOIN LATERAL (
+        SELECT seq, vendor_message_id
+        FROM message
+        WHERE run_id = r.id AND decides AND vendor_message_id IS NOT NULL
+        ORDER BY seq DESC
+        LIMIT 1
+    ) d ON true
 WHERE r.id = ANY((SELECT $1::uuid[])::uuid[])
 """
 _EARLIER = """
@@ -110,6 +117,13 @@ class RunRow:
         return {"tenant": self.tenant_id, "run_id": str(self.id), **channel}
 
 
+class Decision(NamedTuple):
+    """A message by which a person decided."""
+
+    seq: int
+    vendor_message_id: str
+
+
 @dataclass(frozen=True)
 class LoadedRun:
     """A run and everything that its execution starts from."""
@@ -124,6 +138,8 @@ class LoadedRun:
     of_parent: Sequence[ExchangeRow]
     """The last messages of the parent session; empty if there is none."""
     keys: TenantKeys
+    decision: Decision | None
+    """The last message of a person that decided about a call of the run; None if there is none."""
 
     @property
     def only_speaker(self) -> str | None:
@@ -133,7 +149,12 @@ class LoadedRun:
 
     def conversation(self, shown: int) -> Conversation:
         """The conversation with the first `shown` messages. Raises Erased if all their authors were erased."""
-        return assemble(self.messages[:shown], self.summary, self.earlier, self.of_parent, self.keys)
+        messages = self.messages[:shown]
+        conversation = assemble(messages, self.summary, self.earlier, self.of_parent, self.keys)
+        if self.decision and self.decision.seq > messages[-1].seq:
+            # A vendor may take one answer to each message, and for a while only.
+            return replace(conversation, reply_to=self.decision.vendor_message_id)
+        return conversation
 
 
 async def load_runs(tx: Tx, subjects: SubjectKeys, run_ids: Sequence[UUID]) -> dict[UUID, LoadedRun]:
@@ -166,6 +187,7 @@ async def load_runs(tx: Tx, subjects: SubjectKeys, run_ids: Sequence[UUID]) -> d
             found.get((row.run.id, False), ()),
             found.get((row.run.id, True), ()),
             TenantKeys(row.run.tenant_id, known),
+            row.decision,
         )
         for row in rows
     }
@@ -189,6 +211,7 @@ class _Row:
         stored = zip(*(column or () for column in values[36:38]), strict=True)
         self.keys = {(self.run.tenant_id, subject): key for subject, key in stored}
         """Person → the stored key, of those that have a row."""
+        self.decision = Decision(*values[38:40]) if values[38] else None
 
     def subjects(self) -> set[tuple[str, str]]:
         found = {self.run.subject_id, *(message.subject_id for message in self.messages)}

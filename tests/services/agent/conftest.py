@@ -89,6 +89,7 @@ class Tenant:
         seconds_late: float = 0,
         words: str = "",
         for_others: bool = False,
+        vendor_message_id: str = "m1",
     ) -> UUID:
         """A message from a channel, as the channel service's relay sends it. It was under way for `seconds_late`."""
         message = MessageReceived(
@@ -98,7 +99,7 @@ class Tenant:
             session_key=f"{self.id}-{chat}",
             conversation_id=chat,
             subject_id=person,
-            vendor_message_id="m1",
+            vendor_message_id=vendor_message_id,
             text=text,
             received_at=utcnow() - timedelta(seconds=seconds_late),
             position=position,

@@ -117,11 +117,13 @@ async def test_the_person_in_the_chat_decides(
     run = await waiting(tenant)
     [question] = await tenant.sent("channel.outbound")
     assert question["text"] == f"{QUESTION}Please answer yes or no."
-    await tenant.receive(agent, answer, words=words)
+    await tenant.receive(agent, answer, words=words, vendor_message_id="m2")
     [over] = await tenant.runs(1)
     assert over["id"] == run["id"]
     assert over["steps"][1]["status"] == status
-    assert [send["text"] for send in await tenant.sent("channel.outbound")] == [question["text"], "Done."]
+    sent = await tenant.sent("channel.outbound")
+    # The answer is to the newest message.
+    assert [(send["text"], send["reply_to"]) for send in sent] == [(question["text"], "m1"), ("Done.", "m2")]
     # The decision was not a question: the next run does not see it.
     await tenant.receive(agent, "Next")
     await tenant.runs(2)
