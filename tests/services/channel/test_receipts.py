@@ -36,7 +36,7 @@ async def test_a_receipt_that_refuses_the_account_breaks_the_channel(desk: Desk)
         await desk.call(channel, meta.call(meta.message("question")))
         [inbound] = await desk.received(channel)
         sent = await desk.settled(await desk.reply(inbound, "answer"))
-        # What a foreign message says of its account changes nothing.
+        # A receipt of a foreign message changes nothing.
         for id_, state in (("wamid.foreign", "ok"), (sent["vendor_message_id"], "broken")):
             errors = [{"code": 131042, "title": "Payment issue"}]
             await desk.call(channel, meta.call(statuses=[{"id": id_, "status": "failed", "errors": errors}]))
