@@ -593,7 +593,7 @@ async def _events(pieces: list[bytes]) -> list[bytes]:
     return [piece async for piece in answer.aiter_raw()]
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(150)
 async def test_a_library_gets_whole_events_of_few_lines() -> None:
     assert await _events([b"event: a\nda", b"ta: 1\n", b"\ndata: 2\r\n\r\nrest"]) == [
         b"event: a\ndata: 1\n\n",
