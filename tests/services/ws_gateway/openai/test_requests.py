@@ -406,7 +406,7 @@ def test_thoughts_of_another_servers_model_are_left_out() -> None:
 def test_a_reference_is_refused_with_the_way_to_send_its_item() -> None:
     with pytest.raises(CompletionError) as refused:
         responses([HI, {"type": "item_reference", "id": "msg_1"}, HI])
-    assert "store: false" in refused.value.error["message"]
+    assert "store: false" in str(refused.value.error["message"])
 
 
 def test_images_and_files_in_the_result_of_a_function_are_left_out() -> None:
