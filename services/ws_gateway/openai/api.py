@@ -23,11 +23,11 @@ from infra.web import http
 from infra.web.json_text import check_beside, check_json
 from services.ws_gateway.agent import Agent
 from services.ws_gateway.hub import Hub
-from services.ws_gateway.openai import agents, errors
+from services.ws_gateway.openai import agents, errors, references
 from services.ws_gateway.openai.agents import ListedAgent
 from services.ws_gateway.openai.answer import AnswerResponse
 from services.ws_gateway.openai.errors import CompletionError
-from services.ws_gateway.openai.requests import ChatRequest, ResponsesRequest
+from services.ws_gateway.openai.requests import MAX_MESSAGES, ChatRequest, ResponsesRequest
 from services.ws_gateway.openai.shapes import Chat, Responses
 
 _ANSWER: dict[int | str, dict[str, Any]] = {
@@ -129,6 +129,8 @@ def router(hub: Hub, agent: Agent, identities: Identities, refusals: Refusals) -
     @routes.post("/responses", response_class=Response, responses=_ANSWER)
     async def respond(body: ResponsesRequest, who: Runner, idempotency_key: _Key = None) -> Response:
         """Lets the agent answer the last message. The same Idempotency-Key gets the answer of the same run."""
+        if isinstance(body.input, list) and len(body.input) <= MAX_MESSAGES:
+            body.input = await references.resolved(agent, who, body.input)
         run_id = await start(body, who, idempotency_key)
         shape = Responses(run_id, body.model, body.echoed())
         return AnswerResponse(

@@ -26,9 +26,9 @@ MAX_MESSAGES = 1_000
 MAX_STOPS = 16
 MAX_STOP = 256
 _NO_LOGPROBS = "is not supported: an answer has no log probabilities"
-_NO_REFERENCES = (
-    "item_reference is not supported, as answers are not kept: send the item itself (in the AI SDK of Vercel with the "
-    "provider option store: false, or with provider.chat())"
+_UNKNOWN_REFERENCE = (
+    "refers to no answer that is still kept: send the item itself (in the AI SDK of Vercel with the provider option "
+    "store: false, or with provider.chat())"
 )
 
 _Probability = Annotated[float | None, Field(ge=0, le=1)]
@@ -218,7 +218,7 @@ def _item(item: Mapping[str, Any], where: str) -> Turn:
             output, id_ = item.get("output"), item.get("call_id")
             return Turn(where, "tool", output, field=".output", answers=id_, answers_field=".call_id")
         case "item_reference":
-            raise invalid_field(f"{where}.type", _NO_REFERENCES)
+            raise invalid_field(f"{where}.id", _UNKNOWN_REFERENCE)
     raise invalid_field(f"{where}.type", "only message, function_call and function_call_output are supported")
 
 

@@ -433,7 +433,7 @@ def test_images_and_files_in_the_result_of_a_function_are_left_out() -> None:
         ("input", 7, "input"),
         ("input", "", "input"),
         ("input", ["Hi"], "input[0]"),
-        ("input", [HI, {"type": "item_reference", "id": "msg_1"}], "input[1].type"),
+        ("input", [HI, {"type": "item_reference", "id": "msg_1"}], "input[1].id"),
         ("input", [HI, OUTPUT], "input[1].call_id"),
         ("input", [HI, FUNCTION_CALL, OUTPUT | {"output": 7}], "input[2].output"),
         ("input", [HI, FUNCTION_CALL], "input"),

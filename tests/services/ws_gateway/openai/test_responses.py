@@ -13,6 +13,7 @@ from pydantic_ai import Agent
 from pydantic_ai.models.openai import OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
+from infra.clock import uuid7
 from tests.services.ws_gateway.openai.conftest import WAIT_SECONDS, Hearing, World
 from tests.services.ws_gateway.openai.test_chat import CALLS, answering
 
@@ -144,6 +145,37 @@ async def test_calls_of_the_clients_functions_are_items(world: World, client: As
             (call.id, call.name, call.arguments) for call in CALLS
         ]
         assert (found.tools[0].type, found.tool_choice, found.parallel_tool_calls) == ("function", "required", False)
+
+
+async def test_references_to_items_are_the_items_of_earlier_answers(
+    world: World, client: AsyncOpenAI, model: str
+) -> None:
+    """As the AI SDK of Vercel sends them by default."""
+    async with answering(client.responses.create(model=model, input="Hi")) as answer:
+        run = await world.run()
+        await run.begins()
+        await run.replies("Let me see.", *CALLS)
+        output = (await answer).output
+    message, *calls = ({"type": "item_reference", "id": str(item.id)} for item in output)
+    before = {"type": "item_reference", "id": f"msg_{run.id}_7"}
+    results = [{"type": "function_call_output", "call_id": call.id, "output": "Bern"} for call in CALLS]
+    input_: Any = [{"role": "user", "content": "Hi"}, before, message, *calls, *results]
+    async with answering(client.responses.create(model=model, input=input_)) as answer:
+        later = await world.run()
+        await later.answers("Bern")
+        await answer
+    told = [{"id": call.id, "name": call.name, "arguments": call.arguments} for call in CALLS]
+    assert later.asked.body["since"] == [
+        {"role": "assistant", "text": "Let me see.", "calls": told},
+        *({"role": "tool", "text": "Bern", "call": call} for call in told),
+    ]
+    # Of another tenant, of no run, of no call, and of a run without a reply.
+    others, open_ = world.agent.new_run("other"), world.agent.new_run("acme")
+    for id_ in (f"msg_{others}_0", f"msg_{uuid7()}_0", f"fc_{run.id}_2", f"msg_{open_}_0"):
+        unknown: Any = [{"role": "user", "content": "Hi"}, {"type": "item_reference", "id": id_}]
+        with pytest.raises(openai.BadRequestError, match="store: false") as refused:
+            await client.responses.create(model=model, input=unknown)
+        assert refused.value.param == "input[1].id"
 
 
 async def test_a_stream_ends_with_the_calls(world: World, client: AsyncOpenAI, model: str) -> None:

@@ -1,0 +1,61 @@
+"""References to items of earlier answers. The AI SDK of Vercel sends them in the place of the items."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+from infra.errors import NotFound
+from infra.security.auth import Identity
+from services.ws_gateway.agent import Agent
+from services.ws_gateway.openai.conversation import FunctionCall
+
+# The ids of `Responses`: the kind of the item, the run, and the step or the number of the call.
+_ID = re.compile(r"(msg|fc)_([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})_(\d{1,6})")
+
+
+class _Answer(msgspec.Struct):
+    reply: str
+    tool_calls: tuple[FunctionCall, ...] = ()
+
+
+async def resolved(agent: Agent, who: Identity, items: Sequence[Any]) -> list[Any]:
+    """The input of a response with the replies and calls of earlier runs in the place of references to them.
+
+    The last message of a run is its reply; the text before its own tool calls is left out. A reference to anything else
+    stays as it is. Raises Transient.
+    """
+    references = {n: found for n, item in enumerate(items) if (found := _reference(item))}
+    runs = {found[2]: UUID(found[2]) for found in references.values()}
+    answers = {name: await _answer(agent, who, run_id) for name, run_id in runs.items()}
+    last = {found[2]: n for n, found in references.items() if found[1] == "msg"}
+    replaced = list(items)
+    for n, found in references.items():
+        kind, run, number = found.groups()
+        answer = answers[run]
+        if answer is None:
+            continue
+        if kind == "msg":
+            replaced[n] = {"role": "assistant", "content": answer.reply if last[run] == n else ""}
+        elif int(number) < len(answer.tool_calls):
+            call = answer.tool_calls[int(number)]
+            replaced[n] = {"type": "function_call", "call_id": call.id, "name": call.name, "arguments": call.arguments}
+    return replaced
+
+
+def _reference(item: Any) -> re.Match[str] | None:
+    is_reference = isinstance(item, dict) and item.get("type") == "item_reference"
+    return _ID.fullmatch(item["id"]) if is_reference and isinstance(item.get("id"), str) else None
+
+
+async def _answer(agent: Agent, who: Identity, run_id: UUID) -> _Answer | None:
+    try:
+        facts = await agent.facts(run_id, 0, who)
+    except NotFound:
+        return None
+    completed = [fact.data for fact in facts if fact.event == "run.completed"]
+    return msgspec.convert(completed[-1], _Answer) if completed else None
