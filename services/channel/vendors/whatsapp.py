@@ -156,7 +156,7 @@ class WhatsApp(Vendor[WhatsAppCredentials]):
     async def send(
         self, outgoing: Outgoing, origin: str, credentials: WhatsAppCredentials, message: Outbound
     ) -> str | None:
-        body = {"messaging_product": "whatsapp", **_recipient(message.conversation)}
+        body: dict[str, object] = {"messaging_product": "whatsapp", **_recipient(message.conversation)}
         if message.reply_to:
             body["context"] = {"message_id": message.reply_to}
         path = f"{credentials.phone_number_id}/messages"

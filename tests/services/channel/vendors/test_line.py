@@ -77,9 +77,9 @@ async def test_the_events_of_a_batch_are_counted_before_they_are_read(
     decode = Mock(wraps=base.decode)
     monkeypatch.setattr(module, "decode", decode)
     with pytest.raises(TooLarge, match=f"at most {base.MAX_PARTS}"):
-        line.receive(fake.call(*[1] * 520_000))  # type: ignore[list-item]
+        line.receive(fake.call(*[1] * 520_000))  # type: ignore[arg-type]
     assert decode.call_count == 1
-    assert len(line.receive(fake.call(*[1] * base.MAX_PARTS)).items) == base.MAX_PARTS  # type: ignore[list-item]
+    assert len(line.receive(fake.call(*[1] * base.MAX_PARTS)).items) == base.MAX_PARTS  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
