@@ -128,6 +128,7 @@ def _message_used(event: MessageDelivered, tenant_id: str, at: datetime) -> Usag
         resource=MESSAGE,
         quantities={"messages": 1},
         occurred_at=at,
+        run_id=event.run_id,
         channel_id=event.channel_id,
         session_key=event.session_key,
     )

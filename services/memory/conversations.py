@@ -25,6 +25,7 @@ from services.memory.engines import Engines
 from services.memory.index import VectorRow
 from services.memory.models import EmbeddingModels
 from services.memory.readable import Found
+from services.memory.usage import of_client
 
 # Within this time a reply is erased with its person. Replies from before their events named the person only expire.
 KEEP = timedelta(days=30)
@@ -113,7 +114,10 @@ class Conversations:
         if text is None:
             return
         if vector is None:
-            vector = await embed_text(effects, self._models, model, "utterance", run_id, text, tenant_id, credit)
+            origin = of_client(subject_id, session_key=session_key)
+            vector = await embed_text(
+                effects, self._models, model, "utterance", run_id, text, tenant_id, origin, credit
+            )
         row = VectorRow(run_id, np.frombuffer(vector, dtype="<f4").tolist())
         names = await self._index.replace(model.key, tenant_id, run_id, session_scope(session_key), lambda: _one(row))
         async with effects.begin() as begun:

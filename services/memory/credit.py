@@ -19,7 +19,7 @@ from infra.postgres.tx import derived_id
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
 from services.memory.domain import count_tokens
-from services.memory.usage import DOCUMENT, document_hold, embedding
+from services.memory.usage import DOCUMENT, UsageOrigin, document_hold, embedding
 
 # Searches for which credit is held together, so that billing is not asked for each of them.
 USES = 20
@@ -34,8 +34,8 @@ _ANSWER_SECONDS = 2.0
 class Credit:
     def __init__(self, billing: billing_pb2_grpc.BillingStub) -> None:
         self._billing = billing
-        self._uses: dict[tuple[str, str], tuple[int, float]] = {}
-        """(tenant, resource) → the uses that are left of a hold, and its end."""
+        self._uses: dict[tuple[str, str, UsageOrigin], tuple[int, float]] = {}
+        """(tenant, resource, origin) → the uses that are left of a hold, and its end."""
         self._unanswered: Counter[str] = Counter()
         """Tenant → the uses that were allowed since billing has answered last."""
 
@@ -46,6 +46,7 @@ class Credit:
         resource: str,
         quantities: Mapping[str, int],
         life: timedelta,
+        origin: UsageOrigin,
         *,
         cannot_wait: bool = False,
     ) -> None:
@@ -59,6 +60,10 @@ class Credit:
             resource=resource,
             quantities=quantities,
             expires_in_ms=life // timedelta(milliseconds=1),
+            agent_id=origin.agent_id,
+            channel_id=origin.channel_id,
+            session_key=origin.session_key,
+            api_key_id=origin.api_key_id,
         )
         try:
             reply = await self._billing.Reserve(
@@ -76,20 +81,22 @@ class Credit:
             source = f"the budget ({reply.refused_by})" if reply.refused_by else "the tenant's credit"
             raise NoCredit(f"{source} does not suffice")
 
-    async def hold_embedding(self, tenant_id: str, work_id: UUID, model: str, texts: Sequence[str]) -> UUID:
+    async def hold_embedding(
+        self, tenant_id: str, work_id: UUID, model: str, texts: Sequence[str], origin: UsageOrigin
+    ) -> UUID:
         """Holds the estimated price of an embedding. Returns the hold, the same one at every attempt of the work.
 
         Raises as `hold`.
         """
         tokens = sum(map(count_tokens, texts))
-        hold_id = derived_id(work_id, model, tokens)
-        await self.hold(tenant_id, hold_id, embedding(model), {"input_tokens": tokens}, CALL_LIFE)
+        hold_id = derived_id(work_id, model, tokens, *origin)
+        await self.hold(tenant_id, hold_id, embedding(model), {"input_tokens": tokens}, CALL_LIFE, origin)
         return hold_id
 
-    async def hold_document(self, tenant_id: str, id_: UUID, *, cannot_wait: bool = False) -> None:
+    async def hold_document(self, tenant_id: str, id_: UUID, origin: UsageOrigin, *, cannot_wait: bool = False) -> None:
         """Holds the price of a document, or of one version of it. Raises as `hold`."""
-        quantities = {"documents": 1}
-        await self.hold(tenant_id, document_hold(id_), DOCUMENT, quantities, DOCUMENT_LIFE, cannot_wait=cannot_wait)
+        hold_id, quantities = document_hold(id_), {"documents": 1}
+        await self.hold(tenant_id, hold_id, DOCUMENT, quantities, DOCUMENT_LIFE, origin, cannot_wait=cannot_wait)
 
     async def release_document(self, tenant_id: str, id_: UUID) -> None:
         """Gives the hold of a document back that is not indexed. If billing does not answer, it expires."""
@@ -97,12 +104,14 @@ class Credit:
             request = billing_pb2.ReleaseRequest(hold_id=str(document_hold(id_)))
             await self._billing.Release(request, metadata=rpc.tenant_metadata(tenant_id))
 
-    async def use(self, tenant_id: str, resource: str, unit: str, most: int) -> None:
+    async def use(self, tenant_id: str, resource: str, unit: str, most: int, origin: UsageOrigin) -> None:
         """Takes one use of at most so many units from a hold for `USES` of them, which expires. Raises as `hold`."""
-        left, ends = self._uses.get((tenant_id, resource), (0, 0.0))
+        # Sessions share a hold, so that each needs none of its own: their budgets are asked before the model's call.
+        origin = origin._replace(session_key="", member_id="")
+        left, ends = self._uses.get((tenant_id, resource, origin), (0, 0.0))
         if not left or ends < time.monotonic():
-            await self.hold(tenant_id, uuid7(), resource, {unit: USES * most}, USES_LIFE, cannot_wait=True)
+            await self.hold(tenant_id, uuid7(), resource, {unit: USES * most}, USES_LIFE, origin, cannot_wait=True)
             if tenant_id in self._unanswered:
                 return  # Nothing is held: the next use asks again.
             left, ends = USES, time.monotonic() + USES_LIFE.total_seconds()
-        self._uses[tenant_id, resource] = left - 1, ends
+        self._uses[tenant_id, resource, origin] = left - 1, ends

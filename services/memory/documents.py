@@ -12,6 +12,7 @@ from infra.postgres.tx import Tx
 from infra.stores.objects import Stored
 from services.memory import storage
 from services.memory.rights import ALL
+from services.memory.usage import UsageOrigin, of_client
 
 # The columns of `StoredDocument`. `d` is the document; `n` is its next version, or the document if it has none.
 # The path of the file is that of the version which is searched.
@@ -202,13 +203,20 @@ class IndexedVersion(NamedTuple):
     """The document whose next version it is."""
     owner: UUID
     """Of its rows in the index."""
+    created_by: str
+    channel_id: UUID | None
+    """In which a person sent it as a file."""
+
+    @property
+    def origin(self) -> UsageOrigin:
+        return of_client(self.created_by, channel_id=self.channel_id)
 
 
 async def version(tx: Tx, id_: UUID) -> IndexedVersion:
     """Raises NotFound, also for a deleted row."""
     rows = await tx.sql(
         """
-        SELECT id, content_type, path, status, replaces, coalesce(index_owner, id)
+        SELECT id, content_type, path, status, replaces, coalesce(index_owner, id), created_by, channel_id
         FROM document
         WHERE id = $1 AND deleted_at IS NULL
         """,

@@ -25,6 +25,7 @@ from protos.messages.memory import IndexDocument
 from services.memory import adapters, documents, received, rights, versions
 from services.memory.documents import StoredDocument
 from services.memory.handlers import delete_documents, enqueue
+from services.memory.usage import of_client
 
 _NAMES = {"type": "array", "items": {"type": "string"}}
 _FILE_FORM = {
@@ -201,7 +202,7 @@ def router(runtime: Runtime) -> APIRouter:
         Raises NoCredit, and Transient if billing does not answer, for too many uploads.
         """
         try:
-            await credit.hold_document(who.tenant_id, id_, cannot_wait=True)
+            await credit.hold_document(who.tenant_id, id_, of_client(who.actor), cannot_wait=True)
         except (NoCredit, Transient):
             await objects.delete(given.stored.path)
             raise

@@ -11,7 +11,7 @@ from infra.postgres.tx import Tx
 from services.memory.credit import Credit
 from services.memory.embeddings import Embedded, Embedder
 from services.memory.models import EmbeddingModels
-from services.memory.usage import record_usage
+from services.memory.usage import UsageOrigin, record_usage
 from services.memory.vectors import store
 
 _OWNERS = {"utterance": "conversation", "memory": "memory"}
@@ -25,6 +25,7 @@ async def embed_text(
     id_: UUID,
     text: str,
     tenant_id: str,
+    origin: UsageOrigin,
     credit: Credit | None,
 ) -> bytes:
     """Embeds the text by the model and stores its vector in the row `id_` of `table`. Returns the vector (float32).
@@ -39,7 +40,7 @@ async def embed_text(
         nonlocal made, hold_id
         # The tenant did not ask for this work, so it is billed only if the platform pays for it.
         if model.paid and credit:
-            hold_id = await credit.hold_embedding(tenant_id, id_, model.model, [text])
+            hold_id = await credit.hold_embedding(tenant_id, id_, model.model, [text], origin)
         try:
             made = await model.passages([text])
         except Unanswered as error:
@@ -53,7 +54,7 @@ async def embed_text(
         await store(tx, table, model.key, kept, {id_: made.vectors[0].tobytes()})
         if model.paid:
             usage_id = f"{_OWNERS[table]}/{effects.item_id}/{model.key}/{outcome.attempt}"
-            record_usage(tx, model.model, usage_id, outcome.result, hold_id)
+            record_usage(tx, model.model, usage_id, outcome.result, origin, hold_id)
 
     key = f"embed/{effects.item_id}/{model.key}"
     outcome = await effects.run(key, call, kind="repeatable", result=int, after=keep)

@@ -87,10 +87,10 @@ class Indexing:
                 old = await versions.switch(tx, id_, document.replaces)
                 if old is None:
                     return None
-                record_document(tx, id_)
+                record_document(tx, id_, document.origin)
                 return Replaced(document.replaces, old)
             if document.status != "indexed" and await documents.advance(tx, id_, "indexed", 1.0):
-                record_document(tx, id_)
+                record_document(tx, id_, document.origin)
         return None
 
     async def _index_stages(self, id_: UUID, effects: Effects) -> tuple[IndexedVersion, Embedder]:
@@ -102,7 +102,7 @@ class Indexing:
         if document.status == "indexed":
             return document, active
         try:
-            await self._credit.hold_document(tenant_id, id_)
+            await self._credit.hold_document(tenant_id, id_, document.origin)
         except NoCredit as error:
             raise DocumentRefused(f"The document cannot be paid: {error}. Upload it again later.") from error
         if document.status in ("stored", "parsed", "failed"):
@@ -111,12 +111,12 @@ class Indexing:
             async with effects.begin() as tx:
                 await versions.reuse_vectors(tx, id_, document.replaces)
         try:
-            await self._embed(id_, active, effects)
+            await self._embed(document, active, effects)
         except EffectFailed as error:
             raise DocumentRefused(f"The text could not be embedded: {error.reason}.") from error
 
         async def by_target(target: Embedder) -> None:
-            await self._embed(id_, target, effects, again=True)
+            await self._embed(document, target, effects, again=True)
             await self._fill_index(document, target, effects)
 
         await self._models.by_target(by_target)
@@ -130,7 +130,7 @@ class Indexing:
         try:
             async with effects.begin() as tx:
                 document = await documents.version(tx, id_)
-            await self._embed(id_, model, effects, again=True)
+            await self._embed(document, model, effects, again=True)
             await self._fill_index(document, model, effects)
         except (_Deleted, NotFound):
             _log.info("document was deleted before it was put into the index", document_id=str(id_))
@@ -189,8 +189,9 @@ class Indexing:
         except NotFound as error:
             raise DocumentRefused("The stored file no longer exists. Upload the document again.") from error
 
-    async def _embed(self, id_: UUID, model: Embedder, effects: Effects, *, again: bool = False) -> None:
+    async def _embed(self, document: IndexedVersion, model: Embedder, effects: Effects, *, again: bool = False) -> None:
         """Embeds the passages that have no vector of the model. again: the status of the document stays."""
+        id_ = document.id
         async with effects.begin() as tx:
             total = await passages.count(tx, id_)
         began = time.monotonic()
@@ -201,16 +202,21 @@ class Indexing:
                     if not again:
                         await _advance(tx, id_, "embedded", _EMBEDDED)
                     return
-            await self._embed_batch(id_, model, batch, None if again else total, effects)
+            await self._embed_batch(document, model, batch, None if again else total, effects)
             if time.monotonic() - began > TURN_SECONDS:
                 # A large document takes hours. The vectors made so far are stored.
                 raise NotYet(timedelta(0), "the other documents have their turn")
 
     async def _embed_batch(
-        self, id_: UUID, model: Embedder, batch: Sequence[StoredPassage], total: int | None, effects: Effects
+        self,
+        document: IndexedVersion,
+        model: Embedder,
+        batch: Sequence[StoredPassage],
+        total: int | None,
+        effects: Effects,
     ) -> None:
         """`total`: all passages of the document, for its progress; None if it shows none."""
-        first = batch[0].n
+        id_, origin, first = document.id, document.origin, batch[0].n
         # Of the first embedding, and of one by another model or for another one of the vectors.
         usage = f"{id_}/{first}" if total is not None else f"{id_}/{first}/{effects.item_id}/{model.key}"
         texts = [embedded_text(passage.text, passage.section) for passage in batch]
@@ -227,14 +233,14 @@ class Indexing:
             nonlocal vectors, hold_id
             # The tenant did not ask for a further embedding: it is billed, and no lack of credit stops a change.
             if total is not None:
-                hold_id = await self._credit.hold_embedding(tenant_id, batch[0].id, model.model, texts)
+                hold_id = await self._credit.hold_embedding(tenant_id, batch[0].id, model.model, texts, origin)
             try:
                 vectors, tokens = await model.passages(texts)
             except Unanswered as error:
                 # The endpoint may have done the work and may charge for it. A repetition does no harm.
                 async with effects.begin() as tx:
                     tokens = sum(map(count_tokens, texts))
-                    record_usage(tx, model.model, f"{usage}/{begun}", tokens, estimated=True)
+                    record_usage(tx, model.model, f"{usage}/{begun}", tokens, origin, estimated=True)
                 raise Transient(str(error)) from error
             return tokens
 
@@ -248,7 +254,7 @@ class Indexing:
             kept = await self._models.keep(tx, model.key)
             made = {passage.id: vector.tobytes() for passage, vector in zip(batch, vectors, strict=True)}
             await store(tx, "passage", model.key, kept, made)
-            record_usage(tx, model.model, f"{usage}/{outcome.attempt}", outcome.result, hold_id)
+            record_usage(tx, model.model, f"{usage}/{outcome.attempt}", outcome.result, origin, hold_id)
 
         # The item is part of the key: if the platform returns to a former model, the passage is embedded again.
         key = f"embed/{effects.item_id}/{batch[0].id}/{model.key}"

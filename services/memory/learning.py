@@ -20,6 +20,7 @@ from services.memory.forgetting import is_withdrawn
 from services.memory.keeping import Keeping, New
 from services.memory.memories import Memories
 from services.memory.models import EmbeddingModels
+from services.memory.usage import of_client
 
 # Of a fact that a rule found in the person's own words.
 RULE_CONFIDENCE = 0.8
@@ -134,10 +135,12 @@ class Learning:
         """
         async with effects.begin() as begun:
             tenant_id = str(begun.tenant_id)
-            text = await self._memories.text(begun, memory_id, model.key)
-        if text is None:
+            memory = await self._memories.without_vector(begun, memory_id, model.key)
+        if memory is None:
             return
-        await embed_text(effects, self._models, model, "memory", memory_id, text, tenant_id, credit)
+        client = memory.subject_id if memory.speaker == "person" else memory.speaker
+        origin = of_client(client, channel_id=memory.channel_id)
+        await embed_text(effects, self._models, model, "memory", memory_id, memory.text, tenant_id, origin, credit)
 
 
 async def _is_withdrawn(tx: Tx, run: FinishedRun, learned: Sequence[object]) -> bool:

@@ -183,13 +183,13 @@ class Memories:
         )
         return chosen
 
-    async def text(self, tx: Tx, id_: UUID, model: str) -> str | None:
-        """The text of a memory that has no vector of the model yet; None if it has one, or is gone."""
+    async def without_vector(self, tx: Tx, id_: UUID, model: str) -> Memory | None:
+        """A memory that has no vector of the model yet; None if it has one, or is gone."""
         rows = await tx.sql(
             f"SELECT {_COLUMNS} FROM memory WHERE id = $1 AND {vectors.of('$2', 'memory')} IS NULL", id_, model
         )
         opened = await self._opened(tx, rows)
-        return opened[0].text if opened else None
+        return opened[0] if opened else None
 
     async def _opened(self, tx: Tx, rows: Sequence[Sequence[Any]]) -> list[Memory]:
         """The memories with their texts, without those of erased people."""

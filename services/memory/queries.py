@@ -16,7 +16,7 @@ from infra.postgres.database import Database
 from services.memory.credit import Credit
 from services.memory.embeddings import BATCH, MAX_TOKENS, Embedded, Embedder
 from services.memory.together import Together
-from services.memory.usage import embedding, record_usage
+from services.memory.usage import UNKNOWN, UsageOrigin, embedding, record_usage
 
 # The vectors of so many queries are kept.
 KNOWN = 2_000
@@ -34,7 +34,7 @@ class QueryVectors:
         # A tenant alone has half of the places: one full call for each that runs. Others wait in turns by tenant.
         self._places = Shares(4 * embedder.calls_at_once * BATCH)
 
-    async def of(self, tenant_id: str, text: str) -> NDArray[np.float32]:
+    async def of(self, tenant_id: str, text: str, origin: UsageOrigin = UNKNOWN) -> NDArray[np.float32]:
         """One that the tenant has asked lately is not embedded again, and costs nothing.
 
         Raises InvalidMessage if the embedding endpoint refuses the text, Transient if it is unavailable, NoCredit.
@@ -43,7 +43,7 @@ class QueryVectors:
         if (known := self._known.get(key)) is not None:
             self._known.move_to_end(key)
             return known
-        await self._credit.use(tenant_id, embedding(self._embedder.model), "input_tokens", MAX_TOKENS)
+        await self._credit.use(tenant_id, embedding(self._embedder.model), "input_tokens", MAX_TOKENS, origin)
         try:
             async with self._places.place(tenant_id):
                 embedded = await self._together.ask(None, text)
@@ -52,7 +52,7 @@ class QueryVectors:
         except Unanswered as error:
             raise Transient(str(error)) from error
         async with self._database.begin(tenant_id=tenant_id) as tx:
-            record_usage(tx, self._embedder.model, f"query/{uuid7()}/1", embedded.tokens)
+            record_usage(tx, self._embedder.model, f"query/{uuid7()}/1", embedded.tokens, origin)
         vector: NDArray[np.float32] = embedded.vectors[0]
         self._known[key] = vector
         if len(self._known) > KNOWN:

@@ -231,7 +231,7 @@ class Retrieval:
         if self._reranker and query.mode == HYBRID and len(order) > 1:
             left = seconds - (time.monotonic() - began)
             texts = [embedded_text(found.texts[id_].text, found.texts[id_].section) for id_ in order]
-            if best := await self._reranked(self._reranker, caller.tenant_id, query.text, texts, left):
+            if best := await self._reranked(self._reranker, caller, query.text, texts, left):
                 order, reranked = [order[n] for n in best], True
         items = [
             _scored(found.texts[id_], found.near.get(id_), found.worded.get(id_), found.coded.get(id_))
@@ -256,7 +256,7 @@ class Retrieval:
             if query.mode != KEYWORD:
                 try:
                     async with asyncio.timeout_at(deadline):
-                        vector = await self._vectors(model).of(caller.tenant_id, query.text)
+                        vector = await self._vectors(model).of(caller.tenant_id, query.text, caller.origin)
                         hits = await self._nearest(
                             model.key, caller.tenant_id, query, types, vector, wanted, by_words.owners
                         )
@@ -311,21 +311,21 @@ class Retrieval:
         return [_ByWords(owners, *each) for each in zip(ranks, counts, strict=True)]
 
     async def _reranked(
-        self, reranker: Reranker, tenant_id: str, text: str, texts: Sequence[str], left: float
+        self, reranker: Reranker, caller: ReaderNames, text: str, texts: Sequence[str], left: float
     ) -> Sequence[int]:
         """The positions of the texts in their new order; empty if the endpoint gives none in time, or without credit.
         An order that is used is billed."""
         try:
             async with asyncio.timeout(max(0.0, left * RERANK_SHARE)):
-                await self._credit.use(tenant_id, reranking(reranker.model), "calls", 1)
+                await self._credit.use(caller.tenant_id, reranking(reranker.model), "calls", 1, caller.origin)
                 best = await reranker.order(text, texts)
         except (Transient, EffectFailed, Unanswered, TimeoutError) as error:
             _log.warning(
                 "the passages could not be ordered again; kept the order of the hybrid search", error=describe(error)
             )
             return ()
-        async with self._request.begin(tenant_id=tenant_id) as tx:
-            record_reranking(tx, reranker.model, f"rerank/{uuid7()}/1", best.quantities)
+        async with self._request.begin(tenant_id=caller.tenant_id) as tx:
+            record_reranking(tx, reranker.model, f"rerank/{uuid7()}/1", best.quantities, caller.origin)
         return best.positions
 
     async def _recalled(

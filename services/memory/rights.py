@@ -10,6 +10,7 @@ from uuid import UUID
 
 from infra.errors import InvalidMessage
 from infra.security.auth import Identity
+from services.memory.usage import UNKNOWN, UsageOrigin, of_client
 
 ALL = "all"
 MAX_NAMES = 100
@@ -25,6 +26,8 @@ class ReaderNames(NamedTuple):
     subject_id: str = ""
     """The person whose memories it may read."""
     agent_id: str = ""
+    origin: UsageOrigin = UNKNOWN
+    """Pays for the search."""
 
 
 class Filters(NamedTuple):
@@ -52,7 +55,8 @@ EVERY = Owners()
 
 
 def of_identity(who: Identity) -> ReaderNames:
-    return ReaderNames(who.tenant_id, (ALL, who.actor, *(f"group:{name}" for name in sorted(who.groups))), who.actor)
+    names = (ALL, who.actor, *(f"group:{name}" for name in sorted(who.groups)))
+    return ReaderNames(who.tenant_id, names, who.actor, origin=of_client(who.actor))
 
 
 def view_names(who: Identity) -> tuple[str, ...] | None:
@@ -61,9 +65,9 @@ def view_names(who: Identity) -> tuple[str, ...] | None:
     return None if "admin" in who.scopes else of_identity(who).names
 
 
-def of_agent(tenant_id: str, agent_id: str, subject_id: str = "") -> ReaderNames:
+def of_agent(tenant_id: str, agent_id: str, subject_id: str = "", origin: UsageOrigin = UNKNOWN) -> ReaderNames:
     """`agent_id` may be empty: then only documents for all are read. `subject_id`: the person to whom it talks."""
-    return ReaderNames(tenant_id, (ALL, f"agent:{agent_id}") if agent_id else (ALL,), subject_id, agent_id)
+    return ReaderNames(tenant_id, (ALL, f"agent:{agent_id}") if agent_id else (ALL,), subject_id, agent_id, origin)
 
 
 def checked_audience(names: Sequence[str]) -> list[str]:

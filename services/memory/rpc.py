@@ -29,6 +29,7 @@ from services.memory.memories import Memories, Memory, id_of
 from services.memory.reading import FileReader
 from services.memory.retrieval import HYBRID, Query, Retrieval, Scored
 from services.memory.sent_files import SentFiles
+from services.memory.usage import UsageOrigin
 
 # The most memories of one answer: the answer is shorter than a tool's result may be for a model.
 PAGE = 50
@@ -66,7 +67,10 @@ class MemoryRpc(memory_pb2_grpc.MemoryServicer):
             session_key=request.session_key or None,
             mode=request.mode or HYBRID,
         )
-        caller = rights.of_agent(rpc.tenant(), request.agent_id, request.subject_id)
+        origin = UsageOrigin(
+            request.agent_id, request.channel_id, request.session_key, request.api_key_id, request.member_id
+        )
+        caller = rights.of_agent(rpc.tenant(), request.agent_id, request.subject_id, origin)
         if request.after:
             id_ = _uuid("after", request.after)
             await self._retrieval.wait_for(caller.tenant_id, id_, caller.names, context.time_remaining())

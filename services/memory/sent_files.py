@@ -21,6 +21,7 @@ from services.memory.forgetting import is_withdrawn, mark_withdrawn
 from services.memory.handlers import delete_documents
 from services.memory.memories import lock
 from services.memory.received import DOCUMENT, checked_name, path_of
+from services.memory.usage import of_client
 
 _PIECE = 1024 * 1024
 
@@ -41,7 +42,8 @@ class SentFiles:
         async with self._database.begin(tenant_id=tenant_id) as tx:
             if await _exists(tx, id_):
                 return
-        await self._credit.hold_document(tenant_id, id_, cannot_wait=True)
+        payer = of_client(asked.actor, channel_id=origin.channel_id)
+        await self._credit.hold_document(tenant_id, id_, payer, cannot_wait=True)
         async with self._objects.fetch(asked.path) as file:
             stored = await self._objects.upload(
                 DOCUMENT, _pieces(file), name=name, user_id=user_id, path=lambda _: path_of(user_id, id_, name)

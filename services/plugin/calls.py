@@ -305,11 +305,14 @@ def _publish_usage(tx: Tx, call: ToolRequest, attempt: int) -> None:
         resource=f"tool/{call.tool}",
         quantities={"calls": 1},
         occurred_at=utcnow(),
+        run_id=call.run_id,
         hold_id=call.hold_id,
         agent_id=UUID(call.agent_id) if call.agent_id else None,
         channel_id=call.channel_id,
         session_key=call.session_key or None,
         api_key_id=call.api_key_id or None,
+        member_id=call.member_id,
+        tag=call.tag or None,
     )
     tx.publish(USAGE_RECORDS, record, key=call.tenant_id)
 

@@ -62,6 +62,9 @@ class ToolRequest(NamedTuple):
     channel_id: UUID | None = None
     session_key: str = ""
     api_key_id: str = ""
+    member_id: UUID | None = None
+    run_id: UUID | None = None
+    tag: str = ""
 
 
 class ToolFile(msgspec.Struct, frozen=True):

@@ -81,6 +81,9 @@ class PluginRpc(plugin_pb2_grpc.PluginServicer):
             _uuid("channel_id", request.channel_id),
             request.session_key,
             request.api_key_id,
+            _uuid("member_id", request.member_id),
+            _uuid("run_id", request.run_id),
+            request.tag,
         )
         outcome = await self._calls.call(call)
         return plugin_pb2.CallReply(

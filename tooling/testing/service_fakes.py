@@ -92,7 +92,7 @@ class FakeBilling(billing_pb2_grpc.BillingServicer):
 
     def __init__(self) -> None:
         self.broke: set[str] = set()
-        """Tenants without credit."""
+        """Tenants without credit, and API keys whose budget is spent."""
         self.dear: set[str] = set()
         """Resources for which no credit is enough."""
         self.hurried: set[str] = set()
@@ -133,7 +133,7 @@ class FakeBilling(billing_pb2_grpc.BillingServicer):
             raise Transient("the stand-in of billing is silent")
         if tenant in self.hurried:
             return billing_pb2.ReserveReply(refused_by="tenant, 1 a minute", retry_later=True, currency="USD")
-        granted = tenant not in self.broke and request.resource not in self.dear
+        granted = not {tenant, request.api_key_id} & self.broke and request.resource not in self.dear
         held = sum(request.quantities.values()) * self.nanos_per_token if granted else 0
         seconds = request.run_seconds * self.nanos_per_second if granted else 0
         return billing_pb2.ReserveReply(granted=granted, held_nanos=held, run_held_nanos=seconds, currency="USD")

@@ -33,6 +33,9 @@ class RetrieveRequest(_message.Message):
     AGENT_ID_FIELD_NUMBER: _builtins.int
     SUBJECT_ID_FIELD_NUMBER: _builtins.int
     AFTER_FIELD_NUMBER: _builtins.int
+    CHANNEL_ID_FIELD_NUMBER: _builtins.int
+    API_KEY_ID_FIELD_NUMBER: _builtins.int
+    MEMBER_ID_FIELD_NUMBER: _builtins.int
     query: _builtins.str
     limit: _builtins.int
     """0 means ten."""
@@ -50,6 +53,10 @@ class RetrieveRequest(_message.Message):
     """A document that the caller has written: the call waits until its newest version is indexed, for half of the
     caller's time and at most five seconds. ABORTED if it is not indexed then, NOT_FOUND if the agent may not read it.
     """
+    channel_id: _builtins.str
+    """The use counts for the budgets of these, and of the agent and the session. Empty: unknown."""
+    api_key_id: _builtins.str
+    member_id: _builtins.str
     @_builtins.property
     def types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """document, conversation, memory. Empty: documents."""
@@ -66,10 +73,13 @@ class RetrieveRequest(_message.Message):
         agent_id: _builtins.str = ...,
         subject_id: _builtins.str = ...,
         after: _builtins.str = ...,
+        channel_id: _builtins.str = ...,
+        api_key_id: _builtins.str = ...,
+        member_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "min_similarity", b"min_similarity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "after", b"after", "agent_id", b"agent_id", "limit", b"limit", "min_similarity", b"min_similarity", "mode", b"mode", "query", b"query", "session_key", b"session_key", "subject_id", b"subject_id", "types", b"types"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "after", b"after", "agent_id", b"agent_id", "api_key_id", b"api_key_id", "channel_id", b"channel_id", "limit", b"limit", "member_id", b"member_id", "min_similarity", b"min_similarity", "mode", b"mode", "query", b"query", "session_key", b"session_key", "subject_id", b"subject_id", "types", b"types"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_similarity: _TypeAlias = _typing.Literal["min_similarity"]  # noqa: Y015
     _WhichOneofArgType__min_similarity: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity"]  # noqa: Y015

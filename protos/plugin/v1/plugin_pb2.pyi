@@ -126,6 +126,9 @@ class CallRequest(_message.Message):
     CHANNEL_ID_FIELD_NUMBER: _builtins.int
     SESSION_KEY_FIELD_NUMBER: _builtins.int
     API_KEY_ID_FIELD_NUMBER: _builtins.int
+    MEMBER_ID_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    TAG_FIELD_NUMBER: _builtins.int
     tool: _builtins.str
     arguments_json: _builtins.str
     """A JSON object."""
@@ -144,6 +147,10 @@ class CallRequest(_message.Message):
     """The use counts for the budgets of these. Empty: unknown."""
     session_key: _builtins.str
     api_key_id: _builtins.str
+    member_id: _builtins.str
+    """The groups of the call's usage in reports. Empty: none."""
+    run_id: _builtins.str
+    tag: _builtins.str
     def __init__(
         self,
         *,
@@ -157,10 +164,13 @@ class CallRequest(_message.Message):
         channel_id: _builtins.str = ...,
         session_key: _builtins.str = ...,
         api_key_id: _builtins.str = ...,
+        member_id: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        tag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "api_key_id", b"api_key_id", "arguments_json", b"arguments_json", "channel_id", b"channel_id", "hold_id", b"hold_id", "idempotency_key", b"idempotency_key", "session_key", b"session_key", "speaker_id", b"speaker_id", "subject_id", b"subject_id", "tool", b"tool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "api_key_id", b"api_key_id", "arguments_json", b"arguments_json", "channel_id", b"channel_id", "hold_id", b"hold_id", "idempotency_key", b"idempotency_key", "member_id", b"member_id", "run_id", b"run_id", "session_key", b"session_key", "speaker_id", b"speaker_id", "subject_id", b"subject_id", "tag", b"tag", "tool", b"tool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

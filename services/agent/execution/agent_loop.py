@@ -223,6 +223,9 @@ class AgentLoop:
                 agent_id=str(self.context.agent_id),
                 subject_id=self.context.subject_id,
                 session_key=self.context.session_key,
+                channel_id=str(self.context.channel_id or ""),
+                api_key_id=self.context.origin.api_key_id,
+                member_id=str(self.context.origin.member_id or ""),
             )
             try:
                 reply = await self.memory.Retrieve(request, metadata=self.context.metadata, timeout=RETRIEVE_SECONDS)

@@ -120,6 +120,9 @@ class Tools:
                 channel_id=str(self.context.channel_id or ""),
                 session_key=self.context.session_key,
                 api_key_id=self.context.origin.api_key_id,
+                member_id=str(self.context.origin.member_id or ""),
+                run_id=str(self.context.run_id),
+                tag=self.context.tag,
             )
             reply = await self.plugin.Call(request, metadata=self.context.metadata, timeout=TIMEOUT_SECONDS)
             return await self._with_files(n, _result(reply), reply.files), None

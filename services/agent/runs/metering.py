@@ -42,6 +42,11 @@ class UsageOrigin(NamedTuple):
         kind, _, id_ = self.subject_id.partition(":")
         return id_ if self.channel_id is None and kind == "api_key" else ""
 
+    @property
+    def member_id(self) -> UUID | None:
+        kind, _, id_ = self.subject_id.partition(":")
+        return UUID(id_) if self.channel_id is None and kind == "member" else None
+
     def record(
         self,
         usage_id: str,
@@ -51,7 +56,6 @@ class UsageOrigin(NamedTuple):
         *,
         estimated: bool = False,
     ) -> UsageRecorded:
-        kind, _, id_ = self.subject_id.partition(":")
         return UsageRecorded(
             tenant_id=self.tenant_id,
             usage_id=usage_id,
@@ -65,7 +69,7 @@ class UsageOrigin(NamedTuple):
             channel_id=self.channel_id,
             session_key=self.session_key,
             api_key_id=self.api_key_id or None,
-            member_id=UUID(id_) if self.channel_id is None and kind == "member" else None,
+            member_id=self.member_id,
             tag=self.tag or None,
         )
 

@@ -89,7 +89,13 @@ async def http_fetch(call: ToolRequest, backends: Backends) -> Any:
 
 async def knowledge_search(call: ToolRequest, backends: Backends) -> Any:
     request = memory_pb2.RetrieveRequest(
-        query=call.arguments["query"], limit=call.arguments.get("limit", 0), agent_id=call.agent_id
+        query=call.arguments["query"],
+        limit=call.arguments.get("limit", 0),
+        agent_id=call.agent_id,
+        session_key=call.session_key,
+        channel_id=str(call.channel_id or ""),
+        api_key_id=call.api_key_id,
+        member_id=str(call.member_id or ""),
     )
     reply = await backends.memory.Retrieve(request, timeout=call.seconds, metadata=rpc.tenant_metadata(call.tenant_id))
     return {

@@ -130,6 +130,7 @@ async def test_a_delivered_message_is_metered_once(billing: Billing) -> None:
         return answer.status_code == 200 and bool(answer.json()["duplicates"])
 
     await tenant.platform.until(duplicate)
+    assert (await tenant.verdict(f"message/{event.delivery_id}"))["run_id"] == str(event.run_id)
     found = await window(tenant, "channel")
     assert {(i["group"]["meter"], i["group"]["channel"], i["quantity"]) for i in found} == {  # type: ignore[index]
         ("messages", str(event.channel_id), 1),

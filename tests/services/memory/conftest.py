@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from time import sleep
 from typing import Any, cast
 
+import httpx
 import pytest
 from pymilvus import MilvusClient
 
@@ -24,10 +25,10 @@ CREDIT = Credit(cast(Any, HasCredit()))
 class Client:
     """One tenant of the running service."""
 
-    def __init__(self, platform: Platform, tenant_id: str) -> None:
+    def __init__(self, platform: Platform, tenant_id: str, http: httpx.AsyncClient | None = None) -> None:
         self.platform = platform
         self.tenant_id = tenant_id
-        self.http = platform.client("memory", tenant_id)
+        self.http = http or platform.client("memory", tenant_id)
         self._memory = memory_pb2_grpc.MemoryStub(platform.channels("agent").to(platform.grpc("memory"), "memory"))
 
     async def upload(self, name: str, content: bytes, **headers: str) -> str:

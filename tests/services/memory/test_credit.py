@@ -12,7 +12,10 @@ from protos.billing.v1 import billing_pb2
 from services.memory.credit import USES, Credit
 from services.memory.reranking import Ordered
 from services.memory.retrieval import Retrieval
+from services.memory.rights import of_agent
+from services.memory.usage import UNKNOWN, UsageOrigin
 from tests.services.memory.conftest import Client
+from tooling.testing.platform import Platform
 from tooling.testing.service_fakes import FakeBilling
 
 TEXT = b"The ferry to the island of Hven leaves at twenty past nine."
@@ -116,6 +119,33 @@ async def test_a_search_that_cannot_be_paid_is_by_words(norrland: Client, billin
     assert (await search(norrland))[1]["degraded"] is False
 
 
+async def test_work_counts_for_the_budget_of_the_key_that_asked_for_it(memory: Platform, billing: FakeBilling) -> None:
+    tenant, key, spent = str(uuid7()), str(uuid7()), str(uuid7())
+    billing.broke.add(spent)
+    async with memory.client("memory", tenant, actor=f"api_key:{spent}") as http:
+        refused = await http.post("/api/v1/documents", files={"file": ("ferry.txt", TEXT)})
+        dense = await http.post("/api/v1/memory/search", json=QUESTION | {"mode": "dense"})
+    billing.broke.clear()
+    assert (refused.status_code, dense.status_code) == (402, 402)
+    async with memory.client("memory", tenant, actor=f"api_key:{key}") as http:
+        client = Client(memory, tenant, http)
+        await client.indexed("ferry.txt", TEXT)
+        assert (await search(client))[0] == 200
+    records = [body for _, body in await memory.outbox("memory", "usage.records") if body["tenant_id"] == tenant]
+    used = [record["resource"] for record in records if record["api_key_id"] == key]
+    assert sorted(used) == [EMBEDDING, EMBEDDING, "memory/document"]
+    held = [request.resource for request in billing.holds.values() if request.api_key_id == key]
+    assert sorted(held) == sorted(used)
+
+
+async def test_a_search_of_an_agent_names_its_channel_and_session(norrland: Client, billing: FakeBilling) -> None:
+    named = {name: str(uuid7()) for name in ("agent_id", "channel_id", "session_key", "member_id")}
+    await norrland.retrieve(f"{QUESTION['query']} {uuid7()}", **named)
+    [record] = [one for one in await norrland.embeddings() if one["session_key"] == named["session_key"]]
+    assert {name: record[name] for name in named} == named
+    assert named["channel_id"] in [request.channel_id for request in billing.holds.values()]
+
+
 class Billing:
     """Gives the same answer to each request."""
 
@@ -134,20 +164,25 @@ async def test_uses_are_held_together_and_bounded_while_billing_is_away() -> Non
     billing = Billing()
     credit = Credit(cast(Any, billing))
     for _ in range(USES):
-        await credit.use("t", "r", "calls", 3)
+        await credit.use("t", "r", "calls", 3, UNKNOWN)
     assert [dict(each.quantities) for each in billing.asked] == [{"calls": 3 * USES}]
     billing.answer = None
     for _ in range(USES):
-        await credit.use("t", "r", "calls", 3)
+        await credit.use("t", "r", "calls", 3, UNKNOWN)
     with pytest.raises(Transient):
-        await credit.use("t", "r", "calls", 3)
-    await credit.use("another tenant", "r", "calls", 3)
+        await credit.use("t", "r", "calls", 3, UNKNOWN)
+    # Each key has holds of its own.
+    billing.answer = billing_pb2.ReserveReply(granted=True)
+    await credit.use("t", "r", "calls", 3, UsageOrigin(api_key_id="k"))
+    assert billing.asked[-1].api_key_id == "k"
+    billing.answer = None
+    await credit.use("another tenant", "r", "calls", 3, UNKNOWN)
     billing.answer = billing_pb2.ReserveReply(granted=False, refused_by="tenant, 1 USD a day")
     with pytest.raises(NoCredit, match=r"the budget \(tenant, 1 USD a day\) does not suffice"):
-        await credit.use("t", "r", "calls", 3)
+        await credit.use("t", "r", "calls", 3, UNKNOWN)
     billing.answer = billing_pb2.ReserveReply(granted=False, refused_by="tenant, 1 USD a minute", retry_later=True)
     with pytest.raises(TooManyRequests):
-        await credit.use("t", "r", "calls", 3)
+        await credit.use("t", "r", "calls", 3, UNKNOWN)
 
 
 async def test_passages_are_not_ordered_again_without_credit() -> None:
@@ -162,7 +197,7 @@ async def test_passages_are_not_ordered_again_without_credit() -> None:
     none = cast(Any, None)
     embedder: Any = type("Embedder", (), {"calls_at_once": 1})()
     retrieval = Retrieval(none, none, embedder, none, none, none, Credit(cast(Any, billing)))
-    assert await retrieval._reranked(cast(Any, Ordering()), "t", "which?", ["a", "b"], 1.0) == ()
+    assert await retrieval._reranked(cast(Any, Ordering()), of_agent("t", ""), "which?", ["a", "b"], 1.0) == ()
     assert [request.resource for request in billing.asked] == ["rerank/ranks-1"]
 
 

@@ -58,9 +58,9 @@ async def test_a_call_is_signed_run_once_and_billed_once(shop: Platform, server:
     assert b"lamp" not in stored
 
 
-async def test_the_usage_record_names_the_hold_and_the_scopes_of_budgets(shop: Platform) -> None:
-    ids = {name: str(uuid7()) for name in ("hold_id", "agent_id", "channel_id", "api_key_id")}
-    given: dict[str, Any] = ids | {"session_key": "the session"}
+async def test_the_usage_record_names_the_hold_the_run_and_the_scopes_of_budgets_and_reports(shop: Platform) -> None:
+    names = ("hold_id", "agent_id", "channel_id", "api_key_id", "member_id", "run_id")
+    given: dict[str, Any] = {name: str(uuid7()) for name in names} | {"session_key": "the session", "tag": "support"}
     await call(shop, "acme", "order", '{"item": "lamp"}', key="held", **given)
     [record] = [body for _, body in await shop.outbox("plugin", "usage.records") if body["usage_id"] == "held/tool/1"]
     assert {name: record[name] for name in given} == given
