@@ -49,6 +49,8 @@ RUN = "agent/run"
 # Values above these limits come from a fault in the producer, not from use. The second is one million currency units.
 MAX_QUANTITY = 10**12
 MAX_AMOUNT_NANOS = 10**15
+# Byte-hours are many: a terabyte has 10¹² in an hour.
+MAX_QUANTITIES = dict.fromkeys(sorted(UNITS), MAX_QUANTITY) | {"storage_byte_hours": 10**16}
 # A producer's clock may be a little fast.
 MAX_AHEAD = timedelta(hours=1)
 # Usage may arrive as late as the topic keeps it (30 days), plus the outage of a producer.
@@ -249,7 +251,7 @@ def _held(reason: str) -> Verdict:
 def implausible(quantities: Mapping[str, int]) -> str:
     """Returns the fault of the quantities, or an empty text if they are plausible."""
     for unit, count in quantities.items():
-        if not 0 <= count <= MAX_QUANTITY:
+        if not 0 <= count <= MAX_QUANTITIES.get(unit, MAX_QUANTITY):
             return f"quantities.{unit} is {count}"
     if PART_OF.keys().isdisjoint(quantities):
         return ""

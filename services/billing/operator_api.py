@@ -18,7 +18,7 @@ from infra.service.service import Runtime
 from infra.web.times import Time
 from services.billing import accounts, reports, usage
 from services.billing.accounts import MAX_CREDIT_NANOS, Entry
-from services.billing.domain import MAX_AMOUNT_NANOS, MAX_QUANTITY, Verdict, implausible
+from services.billing.domain import MAX_AMOUNT_NANOS, MAX_QUANTITIES, Verdict, implausible
 from services.billing.reports import Balance, UsageVerdict
 
 Text = Annotated[str, Field(min_length=1, max_length=500)]
@@ -44,7 +44,7 @@ class Correction(_Body):
 
 class UsageResolution(_Body):
     tenant_id: Text
-    quantities: dict[str, Annotated[int, Field(ge=0, le=MAX_QUANTITY)]] = {}
+    quantities: dict[str, Annotated[int, Field(ge=0, le=max(MAX_QUANTITIES.values()))]] = {}
     """Quantities of the units that the record did not report. If the reported quantities are implausible or all 0, they
     may be replaced."""
     occurred_at: Time | None = None
@@ -138,6 +138,9 @@ async def _resolve(tx: Tx, usage_id: str, body: UsageResolution) -> None:
     known = sorted(record.quantities.keys() & body.quantities.keys())
     if known and any(record.quantities.values()) and not implausible(record.quantities):
         raise InvalidMessage(f"quantities.{known[0]}", "was reported; a plausible quantity cannot be replaced")
+    for unit, quantity in body.quantities.items():
+        if fault := implausible({unit: quantity}):
+            raise InvalidMessage(f"quantities.{unit}", fault)
     if body.quantities:
         record = msgspec.structs.replace(record, quantities=record.quantities | body.quantities, estimated=True)
     if body.occurred_at:

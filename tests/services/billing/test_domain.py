@@ -158,6 +158,14 @@ def test_an_implausible_record_is_held_with_the_reason(record: UsageRecorded, re
     assert verdict_on(record) == Verdict("held", reason, None)
 
 
+def test_a_petabyte_of_stored_hours_is_billed() -> None:
+    storage = price(storage_byte_hours="0.0001")
+    counted = verdict_on(used(storage_byte_hours=10**16), storage)
+    assert (counted.kind, counted.amount_nanos) == ("counted", 10**12)
+    held = verdict_on(used(storage_byte_hours=10**16 + 1), storage)
+    assert held == Verdict("held", f"implausible: quantities.storage_byte_hours is {10**16 + 1}", None)
+
+
 def test_a_cost_beyond_the_limit_is_held() -> None:
     held = verdict_on(used(calls=10**10), price(calls="1000000"))
     assert held == Verdict("held", f"implausible: it would cost {10**16} nano-units by openai/m@1", None)
