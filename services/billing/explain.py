@@ -47,6 +47,8 @@ class Proof(BaseModel):
     meter: str | None
     """Null: a fee that does not depend on usage."""
     buckets: Records
+    without: dict[str, int]
+    """Meter → the sum of its buckets, which is taken off the quantity: the meter has a charge of its own."""
     records: Records | None
     """Computed from the records: again for the stored ones, at their deletion for the deleted ones. Null: there are too
     many for one answer."""
@@ -104,9 +106,9 @@ async def explain(tx: Tx, tenant_id: str, line_id: UUID, usage_id: str | None) -
     [(invoice_id, number, description, amount, text, period)] = rows
     source = msgspec.json.decode(text, type=dict[str, str])
     meter = source.pop("meter", None)
-    where = "tenant_id = $1 AND period = $2 AND meter = $3" + "".join(
-        f" AND {_COLUMNS[name]} = ${n}" for n, name in enumerate(source, 4)
-    )
+    taken_off = source.pop("without", "").split()
+    group = "".join(f" AND {_COLUMNS[name]} = ${n}" for n, name in enumerate(source, 4))
+    where = f"tenant_id = $1 AND period = $2 AND meter = $3{group}"
     place = (tenant_id, period, meter or "", *source.values())
     view = "correction_measure" if meter == "correction_nanos" else "measure"
     [(count, total, hash_, first, last, versions)] = await tx.sql(
@@ -119,6 +121,19 @@ async def explain(tx: Tx, tenant_id: str, line_id: UUID, usage_id: str | None) -
         *place,
     )
     buckets = Records(count=count, sum=int(total), hash=shown(hash_))
+    without = await tx.sql(
+        f"""
+        SELECT meter, sum(quantity)::text
+        FROM usage_bucket
+        WHERE tenant_id = $1 AND period = $2 AND meter = ANY($3::text[]){group}
+        GROUP BY meter
+        ORDER BY meter
+        """,
+        tenant_id,
+        period,
+        taken_off,
+        *source.values(),
+    )
     records, deleted = None, 0
     if count <= MAX_COMPARED:
         [(count, total, hash_, deleted)] = await tx.sql(
@@ -159,6 +174,7 @@ async def explain(tx: Tx, tenant_id: str, line_id: UUID, usage_id: str | None) -
         amount_nanos=amount,
         meter=meter,
         buckets=buckets,
+        without={name: int(total) for name, total in without},
         records=records,
         deleted_records=deleted,
         equal=None if records is None else records == buckets,

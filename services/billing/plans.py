@@ -73,7 +73,7 @@ class DraftLine(NamedTuple):
     """A decimal; empty if the units have different prices."""
     amount_nanos: int
     source: dict[str, str]
-    """The buckets that it sums: meter, and model, agent or channel."""
+    """The buckets that it sums: meter, and model, agent or channel. without: the meters that are taken off."""
 
 
 def lines(plan: Plan, metered: Sequence[MeteredQuantity], seconds: int, full_seconds: int) -> list[DraftLine]:
@@ -104,7 +104,9 @@ def lines(plan: Plan, metered: Sequence[MeteredQuantity], seconds: int, full_sec
                     quantity,
                     str(charge.tiers[0].unit_nanos) if charge.scheme == "per_unit" else "",
                     amount(charge.scheme, charge.tiers, quantity, included=free, package_size=charge.package_size or 1),
-                    {"meter": charge.meter} | ({charge.by: value} if charge.by else {}),
+                    {"meter": charge.meter}
+                    | ({charge.by: value} if charge.by else {})
+                    | ({"without": " ".join(apart)} if apart else {}),
                 )
             )
     if plan.usage_markup_percent is not None:

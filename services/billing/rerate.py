@@ -5,7 +5,8 @@ run books nothing. Corrections are debited in the account's ledger, and are summ
 subscription, so that they are on its next invoice.
 
 A record is left out if its invoice is void, was written off or has credit notes, or if a charge of it was corrected by
-hand: the difference of its prices is not the amount that is owed. The operator decides about those records.
+hand: the difference of its prices is not the amount that is owed. So is one that has no cost by the new price. The
+operator decides about those records.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class PriceDifference(BaseModel):
 
 
 class UnbookedDifference(PriceDifference):
-    """Records whose difference is not booked. A credit note or a correction can give an amount back."""
+    """Records whose difference is not booked. A credit note or a correction can give an amount back. `difference_nanos`
+    is 0 if they have no cost by the new price."""
 
     invoice_number: str | None
     """Null: no invoice is the reason."""
@@ -185,12 +187,17 @@ async def _changes(tx: Tx, tenant_id: str, uses: Sequence[_Use], currency: str) 
     found = []
     for use in uses:
         price = valid_at(prices.get(use.resource, ()), currency, use.occurred_at)
-        if price and price.name != use.version and (now := _cost(price, use)) is not None and now != use.booked:
+        if price is None or price.name == use.version:
+            continue
+        now, obstacle = _cost(price, use)
+        if obstacle is None and now == use.booked:
+            continue
+        if obstacle is None:
             periods = (use.period, *use.later_periods)
             obstacle = next((obstacles[period] for period in periods if period in obstacles), None)
-            if use.corrected_by_hand:
-                obstacle = _Obstacle(None, "a charge of it was corrected by hand")
-            found.append(_Change(use, price.name, now - use.booked, obstacle))
+        if use.corrected_by_hand:
+            obstacle = _Obstacle(None, "a charge of it was corrected by hand")
+        found.append(_Change(use, price.name, now - use.booked, obstacle))
     return found
 
 
@@ -211,13 +218,15 @@ async def _obstacles(tx: Tx, tenant_id: str) -> dict[int, _Obstacle]:
     return {period: _Obstacle(number, reason) for period, number, reason in rows}
 
 
-def _cost(price: Price, use: _Use) -> int | None:
-    """Returns None if the record does not have the units of the price; it then keeps its charge."""
+def _cost(price: Price, use: _Use) -> tuple[int, _Obstacle | None]:
+    """Returns the cost by the price. With an obstacle the record has none by it, and keeps what is booked."""
     try:
         amount = cost(price, use.quantities)
-    except NotReported:
-        return None
-    return amount if amount <= MAX_AMOUNT_NANOS else None
+    except NotReported as unit:
+        return use.booked, _Obstacle(None, f"{unit} was not reported, and the price needs it")
+    if amount > MAX_AMOUNT_NANOS:
+        return use.booked, _Obstacle(None, f"it would cost more than {MAX_AMOUNT_NANOS} nano-units")
+    return amount, None
 
 
 async def _book(tx: Tx, tenant_id: str, changes: Sequence[_Change], actor: str) -> None:

@@ -51,6 +51,27 @@ async def lines(tenant: Tenant, invoice_id: str) -> list[dict[str, Any]]:
     return found
 
 
+async def test_the_proof_of_a_line_has_the_parts_that_are_taken_off(billing: Billing) -> None:
+    tiers = [{"up_to": None, "unit_nanos": 10}]
+    charges = [
+        {"meter": "input_tokens", "by": "model", "scheme": "per_unit", "tiers": tiers},
+        {"meter": "cached_tokens", "by": "model", "scheme": "per_unit", "tiers": tiers},
+    ]
+    tenant, _ = await subscribed(billing, base_nanos=0, charges=charges, included=[], usage_markup_percent=None)
+    for usage_id, model, cached in (("a", "openai/gpt-4o-mini", 40), ("b", "openai/gpt-4o", 1)):
+        await tenant.use(usage_id, model, occurred_at=AT, input_tokens=100, cached_tokens=cached, output_tokens=1)
+        await tenant.verdict(usage_id)
+    made = await draft(billing, tenant)
+    [line] = [
+        one
+        for one in await lines(tenant, made["id"])
+        if "without cached_tokens of model openai/gpt-4o-mini" in one["description"]
+    ]
+    proof = (await tenant.http.get(f"/api/v1/billing/lines/{line['id']}/explain")).json()
+    assert (proof["buckets"]["sum"], proof["without"], proof["equal"]) == (100, {"cached_tokens": 40}, True)
+    assert line["quantity"] == 100 - 40
+
+
 async def test_a_corrected_price_is_booked_once_and_comes_with_the_next_invoice(billing: Billing) -> None:
     tenant, subscription = await subscribed(billing, base_nanos=0, charges=[], included=[])
     model = f"acme/{uuid7()}"
@@ -331,6 +352,25 @@ async def test_what_was_ended_or_given_back_is_left_to_the_operator(
     assert (await tenant.get("balance"))["debited_nanos"] == debited + difference
     again = await rerate(billing, tenant)
     assert (again["changed"], again["left_out"]) == (0, [one])
+
+
+async def test_records_without_a_cost_by_the_new_price_are_left_to_the_operator(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    model = f"acme/{uuid7()}"
+    body = {"resource": model, "valid_from": (START - timedelta(days=1)).isoformat()}
+    await post(billing, "prices", body | {"nanos_per_unit": {"input_tokens": "1"}})
+    for usage_id, tokens in (("a", 10), ("b", 10**10)):
+        await tenant.use(usage_id, model, occurred_at=AT, input_tokens=tokens)
+        await tenant.verdict(usage_id)
+    reasons = {
+        "output_tokens": "output_tokens was not reported, and the price needs it",
+        "input_tokens": f"it would cost more than {10**15} nano-units",
+    }
+    for unit, reason in reasons.items():
+        await post(billing, "prices", body | {"nanos_per_unit": {"input_tokens": "1"} | {unit: str(10**6)}})
+        found = await rerate(billing, tenant, dry_run=True)
+        assert [(one["difference_nanos"], one["reason"]) for one in found["left_out"]] == [(0, reason)]
+        assert found["changed"] + found["left_out"][0]["records"] == 2
 
 
 async def test_a_correction_whose_invoice_was_ended_is_left_to_the_operator(billing: Billing) -> None:
