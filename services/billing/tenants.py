@@ -4,6 +4,7 @@ Subscriptions end at once. Ten minutes later the usage of the runs that were und
 periods are closed and every draft of usage is finalised with the buyer's name. Orders of prepaid credit that are not
 paid stay drafts. Then the buyer is deleted: it stands only in the finalised invoices. They are kept with the journal,
 the ledger, payments and usage, which name ids, meters and models.
+The customer at the payment provider is deleted first, with its saved methods.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from infra.postgres.tx import Tx
 from infra.service.service import Runtime
 from infra.service.tenant_erasure import Before, EraseTenant
 from services.billing import booking, closing, subscriptions
+from services.billing.payments import store
+from services.billing.payments.api import providers
 from services.billing.tax import Seller
 
 KEPT = (
@@ -51,8 +54,15 @@ KEPT = (
 
 def end_billing(runtime: Runtime) -> Before:
     seller: Seller = runtime.settings.seller
+    known = providers(runtime)
 
     async def end(item: EraseTenant, effects: Effects) -> None:
+        async with effects.begin() as tx:
+            customers = await store.customers(tx, item.tenant_id)
+        # Before their ids are deleted. A provider that is not set up any more is not asked.
+        for provider, customer in customers:
+            if provider in known:
+                await known[provider].forget(customer)
         async with effects.begin() as tx:
             if await tx.sql("SELECT FROM account WHERE tenant_id = $1", item.tenant_id):
                 await subscriptions.end_all(tx, item.tenant_id)

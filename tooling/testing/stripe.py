@@ -39,6 +39,8 @@ class StripeStandIn(StandIn):
         self.customers: set[str] = set()
         self.methods: dict[str, str] = {}
         """Method → customer."""
+        self.detached: set[str] = set()
+        """Methods that cannot be attached again."""
         self.refunded: dict[str, int] = {}
         """Intent → sum of its refunds."""
         self.refunds: dict[str, dict[str, Any]] = {}
@@ -127,6 +129,8 @@ class StripeStandIn(StandIn):
         if call.method == "GET":
             intent = self.intents.get(call.path.removeprefix("/v1/payment_intents/"))
             return Reply(200, intent) if intent else _refuse(404, "No such payment_intent")
+        if call.method == "DELETE":
+            return self._delete(call.path.removeprefix("/v1/customers/"))
         if call.headers.get("content-type") != "application/x-www-form-urlencoded":
             _refuse(400, "the body must be form-encoded")
         pairs = parse_qsl(call.body.decode(), strict_parsing=True, keep_blank_values=True)
@@ -165,10 +169,19 @@ class StripeStandIn(StandIn):
                 _only(fields, {"customer"})
                 if not method.startswith("pm_"):
                     _refuse(404, f"No such PaymentMethod: '{method}'")
+                if method in self.detached:
+                    _refuse(400, "This PaymentMethod was detached from a Customer, and may not be used again.")
                 if fields["customer"] not in self.customers:
                     _refuse(400, f"No such customer: '{fields['customer']}'")
                 self.methods[method] = fields["customer"]
                 return Reply(200, {"id": method, "object": "payment_method", "customer": fields["customer"]})
+            case ["v1", "payment_methods", method, "detach"]:
+                _only(fields, set())
+                if method not in self.methods:
+                    _refuse(400, "The payment method you provided is not attached to a customer.")
+                del self.methods[method]
+                self.detached.add(method)
+                return Reply(200, {"id": method, "object": "payment_method", "customer": None})
             case ["v1", "payment_intents"]:
                 return self._intent(fields)
             case ["v1", "payment_intents", intent_id, "confirm" | "cancel" as act] if intent_id in self.intents:
@@ -176,6 +189,15 @@ class StripeStandIn(StandIn):
             case ["v1", "refunds"]:
                 return self._refund(fields)
         _refuse(404, f"Unrecognized request URL ({call.method}: {call.path})")
+
+    def _delete(self, customer: str) -> Reply:
+        if customer not in self.customers:
+            _refuse(404, f"No such customer: '{customer}'")
+        self.customers.remove(customer)
+        for method in [method for method, owner in self.methods.items() if owner == customer]:
+            del self.methods[method]
+            self.detached.add(method)
+        return Reply(200, {"id": customer, "object": "customer", "deleted": True})
 
     def _intent(self, fields: dict[str, str]) -> Reply:
         _only(fields, _INTENT_FIELDS)

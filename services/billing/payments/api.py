@@ -99,6 +99,19 @@ def router(runtime: Runtime) -> APIRouter:
         after = [method for method in found if paging.after is None or str(method.id) > paging.after]
         return page(after[: paging.limit + 1], paging, lambda method: str(method.id))
 
+    @router.delete("/api/v1/payment-methods/{method_id}", status_code=204)
+    async def remove_method(method_id: UUID, who: Admin) -> None:
+        """Removes a saved method, here and at the provider. Payments that were made by it stay."""
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            found = [method for method in await store.methods(tx, who.tenant_id) if method.id == method_id]
+        if not found:
+            raise NotFound(f"payment method {method_id}: not found")
+        # At the provider first: if the process dies then, the call is repeated.
+        await provider(found[0].provider).remove(found[0].reference)
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            await store.remove_method(tx, who.tenant_id, method_id)
+            audit(tx, who.actor, "billing.remove_payment_method", "payment_method", str(method_id))
+
     @router.post("/api/v1/invoices/{invoice_id}/pay")
     async def pay(invoice_id: UUID, body: Pay, who: Manager) -> Paying:
         """Pays a finalised invoice, or the order of prepaid credit. A repeated call asks for the same payment, so it is

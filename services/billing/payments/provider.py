@@ -78,6 +78,12 @@ class PaymentProvider(Protocol):
         Raises InvalidMessage (field ``token``) if the provider refuses it.
         """
 
+    async def remove(self, method: str) -> None:
+        """Detaches a method, so that it takes no money any more. One that is gone already stays so."""
+
+    async def forget(self, customer: str) -> None:
+        """Deletes a customer with all methods. One that is gone already stays so."""
+
     async def prepare(self, request: PaymentRequest) -> Intent:
         """Makes a payment that takes no money yet.
 

@@ -181,7 +181,11 @@ async def request_for(tx: Tx, payment: Payment) -> PaymentRequest:
     customer = method = ""
     if payment.method_id:
         rows = await tx.sql(
-            "SELECT customer, reference FROM payment_method WHERE tenant_id = $1 AND method_id = $2",
+            """
+            SELECT customer, reference
+            FROM payment_method
+            WHERE tenant_id = $1 AND method_id = $2 AND removed_at IS NULL
+            """,
             payment.tenant_id,
             payment.method_id,
         )
@@ -512,9 +516,28 @@ async def customer(tx: Tx, tenant_id: str, provider: str) -> str:
     return str(rows[0][0]) if rows else ""
 
 
+async def customers(tx: Tx, tenant_id: str) -> list[tuple[str, str]]:
+    """Returns the tenant's ids at its providers: (provider, customer)."""
+    rows = await tx.sql("SELECT DISTINCT provider, customer FROM payment_method WHERE tenant_id = $1", tenant_id)
+    return [(provider, found) for provider, found in rows]
+
+
+async def remove_method(tx: Tx, tenant_id: str, method_id: UUID) -> None:
+    await tx.sql(
+        "UPDATE payment_method SET removed_at = clock_timestamp() WHERE tenant_id = $1 AND method_id = $2",
+        tenant_id,
+        method_id,
+    )
+
+
 async def methods(tx: Tx, tenant_id: str) -> list[Method]:
     rows = await tx.sql(
-        "SELECT method_id, provider, reference, made_at FROM payment_method WHERE tenant_id = $1 ORDER BY method_id",
+        """
+        SELECT method_id, provider, reference, made_at
+        FROM payment_method
+        WHERE tenant_id = $1 AND removed_at IS NULL
+        ORDER BY method_id
+        """,
         tenant_id,
     )
     return [Method(**dict(zip(Method.model_fields, row, strict=True))) for row in rows]

@@ -71,6 +71,17 @@ class Stripe:
             raise InvalidMessage("token", f"was refused by stripe: {_reason(answer)}")
         return customer, str(_ok(answer)["id"])
 
+    async def remove(self, method: str) -> None:
+        answer = await self._call(f"payment_methods/{method}/detach", {}, None)
+        # 400: it is not attached any more. 404: its customer was deleted.
+        if answer.status not in (400, 404):
+            _ok(answer)
+
+    async def forget(self, customer: str) -> None:
+        answer = await self._call(f"customers/{customer}", None, None, method="DELETE")
+        if answer.status != 404:
+            _ok(answer)
+
     async def prepare(self, request: PaymentRequest) -> Intent:
         try:
             amount = amount_of(request.amount_minor, request.currency)
@@ -142,15 +153,17 @@ class Stripe:
         if abs(now.timestamp() - int(stamp)) > TOLERANCE_SECONDS:
             raise Unauthenticated(f"stripe-signature: is more than {TOLERANCE_SECONDS} seconds old")
 
-    async def _call(self, path: str, fields: Mapping[str, str] | None, key: str | None) -> Answer:
-        """Sends `fields`, or reads if there are none."""
+    async def _call(
+        self, path: str, fields: Mapping[str, str] | None, key: str | None, *, method: str = "GET"
+    ) -> Answer:
+        """Sends `fields`; without any it reads, or uses `method`."""
         headers = {"authorization": f"Bearer {self._key.get_secret_value()}"}
         if fields is not None:
             headers["content-type"] = "application/x-www-form-urlencoded"
         if key:
             headers["idempotency-key"] = key
         answer = await self._outgoing.request(
-            "GET" if fields is None else "POST",
+            method if fields is None else "POST",
             f"{self._origin}/v1/{path}",
             headers=headers,
             content=None if fields is None else urlencode(fields).encode(),

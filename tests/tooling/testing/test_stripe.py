@@ -77,6 +77,25 @@ async def test_the_client_saves_a_method_pays_and_refunds(server: StripeStandIn,
     assert server.received == 3000
 
 
+async def test_the_client_removes_a_method_and_a_customer(client: stripe.StripeClient) -> None:
+    def remove() -> None:
+        customer = client.v1.customers.create({"metadata": {"tenant_id": "t"}})
+        for method in ("pm_1", "pm_2"):
+            client.v1.payment_methods.attach(method, {"customer": customer.id})
+        assert client.v1.payment_methods.detach("pm_1").customer is None
+        with pytest.raises(stripe.InvalidRequestError, match="not attached"):
+            client.v1.payment_methods.detach("pm_1")
+        with pytest.raises(stripe.InvalidRequestError, match="may not be used again"):
+            client.v1.payment_methods.attach("pm_1", {"customer": customer.id})
+        assert client.v1.customers.delete(customer.id).deleted
+        with pytest.raises(stripe.InvalidRequestError, match="No such customer"):
+            client.v1.customers.delete(customer.id)
+        with pytest.raises(stripe.InvalidRequestError, match="not attached"):
+            client.v1.payment_methods.detach("pm_2")
+
+    await asyncio.to_thread(remove)
+
+
 async def test_the_client_gets_an_error_for_a_wrong_key_and_an_unknown_intent(
     server: StripeStandIn, client: stripe.StripeClient
 ) -> None:
