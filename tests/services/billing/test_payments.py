@@ -22,6 +22,8 @@ from infra.outgoing.client import Outgoing
 from infra.service.service import Runtime
 from infra.service.tenant_erasure import EraseTenant
 from services.billing import tenants
+from protos.catalog import PLATFORM_EVENTS
+from protos.messages.user import TenantErased
 from services.billing.clock import Clock
 from services.billing.payments.stripe import Stripe, amount_of, minor_of
 from services.billing.tax import Seller
@@ -59,6 +61,7 @@ async def start(platform: Platform, stripe: StripeStandIn) -> None:
         CLAW_SELLER_NAME="Clawbus",
         CLAW_SELLER_COUNTRY="DE",
         CLAW_SELLER_VAT_ID="DE123456789",
+        CLAW_SELLER_ADDRESS="Hafen 1; 20457 Hamburg",
     )
 
 
@@ -76,13 +79,23 @@ async def test_an_e_invoice_names_the_seller_and_the_buyer(billing: Billing) -> 
     path = f"/api/v1/invoices/{made['id']}/xml"
     early = await tenant.http.get(path)
     assert (early.status_code, "draft" in early.text) == (409, True)
-    buyer = {"name": "Acme", "country": "AT", "vat_id": "ATU33864707"}
-    assert (await tenant.http.put("/api/v1/billing/buyer", json=buyer)).status_code == 200
+    buyer = {"name": "Acme", "country": "AT", "vat_id": "ATU33864707", "address": "Gasse 3\n1010 Wien"}
+    assert (await tenant.http.put("/api/v1/billing/buyer", json=buyer)).json() == buyer
     await post(billing, f"invoices/{made['id']}/finalise", status=200)
     answers = [await tenant.http.get(path) for _ in range(2)]
     assert (answers[0].status_code, answers[0].headers["content-type"]) == (200, "application/xml")
     assert answers[0].content == answers[1].content
-    for text in ("INV-000001", "Clawbus", "DE123456789", "Acme", "ATU33864707", ">AE<", ">30.00<"):
+    for text in (
+        "INV-000001",
+        "Clawbus",
+        "DE123456789",
+        "Acme",
+        "ATU33864707",
+        ">AE<",
+        ">30.00<",
+        "Hafen 1",
+        "1010 Wien",
+    ):
         assert text in answers[0].text
     path = f"invoices/{made['id']}/credit-notes"
     note = await post(billing, path, {"amount_minor": 1000, "reason": "an outage"})
@@ -545,6 +558,33 @@ async def test_a_dispute_in_an_account_of_another_currency_counts_in_the_currenc
     assert await journal(tenant) == {"cash": 20 * UNIT, "disputed": 10 * UNIT, "revenue": -30 * UNIT}
     await send(billing, stripe, events[1])
     assert await journal(tenant) == {"cash": 30 * UNIT, "revenue": -30 * UNIT}
+
+
+async def test_a_removed_method_takes_no_money_and_an_erased_tenant_has_no_customer(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    method, token = await saved(tenant), f"pm_{uuid4().hex}"
+    kept = await saved(tenant, token)
+    # It is removed at the provider, and the answer is lost.
+    stripe.faults.append(cut(accept=True))
+    path = f"/api/v1/payment-methods/{method}"
+    assert (await tenant.http.delete(path)).status_code >= 500
+    assert (await tenant.http.delete(path)).status_code == 204
+    assert (await tenant.http.delete(path)).status_code == 404
+    listed = (await tenant.http.get("/api/v1/payment-methods")).json()["items"]
+    assert [one["id"] for one in listed] == [kept]
+    assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code == 404
+    customer = stripe.methods[token]
+    assert list(stripe.methods.values()).count(customer) == 1
+    event = TenantErased(tenant_id=tenant.id)
+    await billing.platform.produce(PLATFORM_EVENTS, event, key=tenant.id, tenant_id=tenant.id)
+
+    async def erased() -> bool:
+        return not await tenant.sql("SELECT FROM payment_method WHERE tenant_id = $1", tenant.id)
+
+    await billing.platform.until(erased)
+    assert customer not in stripe.customers
 
 
 async def test_a_refund_is_made_once_and_never_above_the_payment(billing: Billing, stripe: StripeStandIn) -> None:

@@ -58,3 +58,9 @@ def test_a_vat_id_without_a_rule_or_against_it_is_refused(country: str, vat_id: 
     with pytest.raises(InvalidMessage) as refused:
         tax.check(Buyer(country=country, vat_id=vat_id))
     assert refused.value.field == "vat_id"
+
+
+def test_an_address_has_at_most_three_lines() -> None:
+    tax.check(Buyer(country="DE", address="1\n2\n3"))
+    with pytest.raises(InvalidMessage, match="address: must have at most 3 lines"):
+        tax.check(Buyer(country="DE", address="1\n2\n3\n4"))
