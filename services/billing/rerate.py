@@ -219,7 +219,7 @@ async def _obstacles(tx: Tx, tenant_id: str) -> dict[int, _Obstacle]:
 
 
 def _cost(price: Price, use: _Use) -> tuple[int, _Obstacle | None]:
-    """Returns the cost by the price. With an obstacle the record has none by it, and keeps what is booked."""
+    """Returns the cost by the price. With an obstacle the record has none, and keeps its charge."""
     try:
         amount = cost(price, use.quantities)
     except NotReported as unit:
