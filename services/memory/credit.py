@@ -19,7 +19,7 @@ from infra.postgres.tx import derived_id
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
 from services.memory.domain import count_tokens
-from services.memory.usage import DOCUMENT, UsageOrigin, document_hold, embedding
+from services.memory.usage import DOCUMENT, UseSource, document_hold, embedding
 
 # Searches for which credit is held together, so that billing is not asked for each of them.
 USES = 20
@@ -34,7 +34,7 @@ _ANSWER_SECONDS = 2.0
 class Credit:
     def __init__(self, billing: billing_pb2_grpc.BillingStub) -> None:
         self._billing = billing
-        self._uses: dict[tuple[str, str, UsageOrigin], tuple[int, float]] = {}
+        self._uses: dict[tuple[str, str, UseSource], tuple[int, float]] = {}
         """(tenant, resource, origin) → the uses that are left of a hold, and its end."""
         self._unanswered: Counter[str] = Counter()
         """Tenant → the uses that were allowed since billing has answered last."""
@@ -46,7 +46,7 @@ class Credit:
         resource: str,
         quantities: Mapping[str, int],
         life: timedelta,
-        origin: UsageOrigin,
+        origin: UseSource,
         *,
         cannot_wait: bool = False,
     ) -> None:
@@ -82,7 +82,7 @@ class Credit:
             raise NoCredit(f"{source} does not suffice")
 
     async def hold_embedding(
-        self, tenant_id: str, work_id: UUID, model: str, texts: Sequence[str], origin: UsageOrigin
+        self, tenant_id: str, work_id: UUID, model: str, texts: Sequence[str], origin: UseSource
     ) -> UUID:
         """Holds the estimated price of an embedding. Returns the hold, the same one at every attempt of the work.
 
@@ -93,7 +93,7 @@ class Credit:
         await self.hold(tenant_id, hold_id, embedding(model), {"input_tokens": tokens}, CALL_LIFE, origin)
         return hold_id
 
-    async def hold_document(self, tenant_id: str, id_: UUID, origin: UsageOrigin, *, cannot_wait: bool = False) -> None:
+    async def hold_document(self, tenant_id: str, id_: UUID, origin: UseSource, *, cannot_wait: bool = False) -> None:
         """Holds the price of a document, or of one version of it. Raises as `hold`."""
         hold_id, quantities = document_hold(id_), {"documents": 1}
         await self.hold(tenant_id, hold_id, DOCUMENT, quantities, DOCUMENT_LIFE, origin, cannot_wait=cannot_wait)
@@ -104,7 +104,7 @@ class Credit:
             request = billing_pb2.ReleaseRequest(hold_id=str(document_hold(id_)))
             await self._billing.Release(request, metadata=rpc.tenant_metadata(tenant_id))
 
-    async def use(self, tenant_id: str, resource: str, unit: str, most: int, origin: UsageOrigin) -> None:
+    async def use(self, tenant_id: str, resource: str, unit: str, most: int, origin: UseSource) -> None:
         """Takes one use of at most so many units from a hold for `USES` of them, which expires. Raises as `hold`."""
         # Sessions share a hold, so that each needs none of its own: their budgets are asked before the model's call.
         origin = origin._replace(session_key="", member_id="")

@@ -12,7 +12,7 @@ from infra.postgres.tx import Tx
 from infra.stores.objects import Stored
 from services.memory import storage
 from services.memory.rights import ALL
-from services.memory.usage import UsageOrigin, of_client
+from services.memory.usage import UseSource, of_client
 
 # The columns of `StoredDocument`. `d` is the document; `n` is its next version, or the document if it has none.
 # The path of the file is that of the version which is searched.
@@ -208,7 +208,7 @@ class IndexedVersion(NamedTuple):
     """In which a person sent it as a file."""
 
     @property
-    def origin(self) -> UsageOrigin:
+    def origin(self) -> UseSource:
         return of_client(self.created_by, channel_id=self.channel_id)
 
 

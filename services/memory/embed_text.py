@@ -11,7 +11,7 @@ from infra.postgres.tx import Tx
 from services.memory.credit import Credit
 from services.memory.embeddings import Embedded, Embedder
 from services.memory.models import EmbeddingModels
-from services.memory.usage import UsageOrigin, record_usage
+from services.memory.usage import UseSource, record_usage
 from services.memory.vectors import store
 
 _OWNERS = {"utterance": "conversation", "memory": "memory"}
@@ -25,7 +25,7 @@ async def embed_text(
     id_: UUID,
     text: str,
     tenant_id: str,
-    origin: UsageOrigin,
+    origin: UseSource,
     credit: Credit | None,
 ) -> bytes:
     """Embeds the text by the model and stores its vector in the row `id_` of `table`. Returns the vector (float32).

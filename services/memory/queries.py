@@ -16,7 +16,7 @@ from infra.postgres.database import Database
 from services.memory.credit import Credit
 from services.memory.embeddings import BATCH, MAX_TOKENS, Embedded, Embedder
 from services.memory.together import Together
-from services.memory.usage import UNKNOWN, UsageOrigin, embedding, record_usage
+from services.memory.usage import UNKNOWN, UseSource, embedding, record_usage
 
 # The vectors of so many queries are kept.
 KNOWN = 2_000
@@ -34,7 +34,7 @@ class QueryVectors:
         # A tenant alone has half of the places: one full call for each that runs. Others wait in turns by tenant.
         self._places = Shares(4 * embedder.calls_at_once * BATCH)
 
-    async def of(self, tenant_id: str, text: str, origin: UsageOrigin = UNKNOWN) -> NDArray[np.float32]:
+    async def of(self, tenant_id: str, text: str, origin: UseSource = UNKNOWN) -> NDArray[np.float32]:
         """One that the tenant has asked lately is not embedded again, and costs nothing.
 
         Raises InvalidMessage if the embedding endpoint refuses the text, Transient if it is unavailable, NoCredit.

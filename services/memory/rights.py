@@ -10,7 +10,7 @@ from uuid import UUID
 
 from infra.errors import InvalidMessage
 from infra.security.auth import Identity
-from services.memory.usage import UNKNOWN, UsageOrigin, of_client
+from services.memory.usage import UNKNOWN, UseSource, of_client
 
 ALL = "all"
 MAX_NAMES = 100
@@ -26,7 +26,7 @@ class ReaderNames(NamedTuple):
     subject_id: str = ""
     """The person whose memories it may read."""
     agent_id: str = ""
-    origin: UsageOrigin = UNKNOWN
+    origin: UseSource = UNKNOWN
     """Pays for the search."""
 
 
@@ -65,7 +65,7 @@ def view_names(who: Identity) -> tuple[str, ...] | None:
     return None if "admin" in who.scopes else of_identity(who).names
 
 
-def of_agent(tenant_id: str, agent_id: str, subject_id: str = "", origin: UsageOrigin = UNKNOWN) -> ReaderNames:
+def of_agent(tenant_id: str, agent_id: str, subject_id: str = "", origin: UseSource = UNKNOWN) -> ReaderNames:
     """`agent_id` may be empty: then only documents for all are read. `subject_id`: the person to whom it talks."""
     return ReaderNames(tenant_id, (ALL, f"agent:{agent_id}") if agent_id else (ALL,), subject_id, agent_id, origin)
 

@@ -29,7 +29,7 @@ from services.memory.memories import Memories, Memory, id_of
 from services.memory.reading import FileReader
 from services.memory.retrieval import HYBRID, Query, Retrieval, Scored
 from services.memory.sent_files import SentFiles
-from services.memory.usage import UsageOrigin
+from services.memory.usage import UseSource
 
 # The most memories of one answer: the answer is shorter than a tool's result may be for a model.
 PAGE = 50
@@ -67,7 +67,7 @@ class MemoryRpc(memory_pb2_grpc.MemoryServicer):
             session_key=request.session_key or None,
             mode=request.mode or HYBRID,
         )
-        origin = UsageOrigin(
+        origin = UseSource(
             request.agent_id, request.channel_id, request.session_key, request.api_key_id, request.member_id
         )
         caller = rights.of_agent(rpc.tenant(), request.agent_id, request.subject_id, origin)

@@ -14,7 +14,7 @@ from protos.messages.billing import UsageRecorded
 DOCUMENT = "memory/document"
 
 
-class UsageOrigin(NamedTuple):
+class UseSource(NamedTuple):
     """The source of a use: the scopes of budgets, and the groups of reports. Empty: unknown."""
 
     agent_id: str = ""
@@ -24,13 +24,13 @@ class UsageOrigin(NamedTuple):
     member_id: str = ""
 
 
-UNKNOWN = UsageOrigin()
+UNKNOWN = UseSource()
 
 
-def of_client(actor: str, *, channel_id: UUID | None = None, session_key: str = "") -> UsageOrigin:
+def of_client(actor: str, *, channel_id: UUID | None = None, session_key: str = "") -> UseSource:
     """`actor`: ``api_key:<id>`` or ``member:<id>``; any other one is not named."""
     kind, _, id_ = actor.partition(":")
-    return UsageOrigin(
+    return UseSource(
         channel_id=str(channel_id or ""),
         session_key=session_key,
         api_key_id=id_ if kind == "api_key" else "",
@@ -51,7 +51,7 @@ def record_usage(
     model: str,
     usage_id: str,
     tokens: int,
-    origin: UsageOrigin,
+    origin: UseSource,
     hold_id: UUID | None = None,
     *,
     estimated: bool = False,
@@ -60,7 +60,7 @@ def record_usage(
     _record(tx, usage_id, embedding(model), {"input_tokens": tokens}, origin, hold_id, estimated=estimated)
 
 
-def record_reranking(tx: Tx, model: str, usage_id: str, quantities: dict[str, int], origin: UsageOrigin) -> None:
+def record_reranking(tx: Tx, model: str, usage_id: str, quantities: dict[str, int], origin: UseSource) -> None:
     """Records that `model` ordered passages for a search of the tenant."""
     _record(tx, usage_id, reranking(model), quantities, origin, None)
 
@@ -72,7 +72,7 @@ def document_hold(id_: UUID) -> UUID:
     return derived_id(id_, "document", "origin")
 
 
-def record_document(tx: Tx, id_: UUID, origin: UsageOrigin) -> None:
+def record_document(tx: Tx, id_: UUID, origin: UseSource) -> None:
     """Records that a document, or one version of it, was indexed."""
     _record(tx, f"document/{id_}", DOCUMENT, {"documents": 1}, origin, document_hold(id_))
 
@@ -82,7 +82,7 @@ def _record(
     usage_id: str,
     resource: str,
     quantities: dict[str, int],
-    origin: UsageOrigin,
+    origin: UseSource,
     hold_id: UUID | None,
     *,
     estimated: bool = False,

@@ -13,7 +13,7 @@ from services.memory.credit import USES, Credit
 from services.memory.reranking import Ordered
 from services.memory.retrieval import Retrieval
 from services.memory.rights import of_agent
-from services.memory.usage import UNKNOWN, UsageOrigin
+from services.memory.usage import UNKNOWN, UseSource
 from tests.services.memory.conftest import Client
 from tooling.testing.platform import Platform
 from tooling.testing.service_fakes import FakeBilling
@@ -173,7 +173,7 @@ async def test_uses_are_held_together_and_bounded_while_billing_is_away() -> Non
         await credit.use("t", "r", "calls", 3, UNKNOWN)
     # Each key has holds of its own.
     billing.answer = billing_pb2.ReserveReply(granted=True)
-    await credit.use("t", "r", "calls", 3, UsageOrigin(api_key_id="k"))
+    await credit.use("t", "r", "calls", 3, UseSource(api_key_id="k"))
     assert billing.asked[-1].api_key_id == "k"
     billing.answer = None
     await credit.use("another tenant", "r", "calls", 3, UNKNOWN)
