@@ -21,9 +21,9 @@ from infra.lanes.effects import Effects
 from infra.outgoing.client import Outgoing
 from infra.service.service import Runtime
 from infra.service.tenant_erasure import EraseTenant
-from services.billing import tenants
 from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import TenantErased
+from services.billing import tenants
 from services.billing.clock import Clock
 from services.billing.payments.stripe import Stripe, amount_of, minor_of
 from services.billing.tax import Seller
@@ -845,7 +845,7 @@ async def test_an_order_that_is_not_paid_uses_no_number_and_nothing_else_finalis
     database = billing.platform.database("billing")
     await Clock(database, Seller(), {}).close()
     assert (await post(billing, "billing/periods/close", {"tenant_id": tenant.id}, status=200))["items"] == []
-    runtime = cast(Runtime, SimpleNamespace(settings=SimpleNamespace(seller=Seller())))
+    runtime = cast(Runtime, SimpleNamespace(settings=SimpleNamespace(seller=Seller(), stripe_api_key=None)))
     await tenants.end_billing(runtime)(EraseTenant(tenant.id, 2), cast(Effects, database))
     found = (await tenant.http.get(path)).json()
     assert (found["status"], found["number"], found["buyer"]["country"]) == ("draft", None, "")
