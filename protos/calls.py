@@ -66,6 +66,7 @@ class DelegatedRoute:
 ROUTES: Final[tuple[DelegatedRoute, ...]] = (
     DelegatedRoute("channel", "agent", "GET", "/api/v1/agents/{agent_id}", "read"),
     DelegatedRoute("ws_gateway", "agent", "GET", "/api/v1/agents", "read"),
+    DelegatedRoute("ws_gateway", "agent", "GET", "/api/v1/agents/{agent_id}", "read"),
     DelegatedRoute("ws_gateway", "agent", "GET", "/api/v1/runs/{run_id}", "read"),
     DelegatedRoute("ws_gateway", "agent", "GET", "/internal/runs/{run_id}/events", "read"),
     DelegatedRoute("ws_gateway", "agent", "POST", "/internal/agents/{agent_id}/completions", "run"),

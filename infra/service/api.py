@@ -310,11 +310,11 @@ def id_cursor(paging: _Paging) -> UUID | None:
         raise bad_cursor() from None
 
 
-def page(items: Sequence[T], paging: _Paging, key: Callable[[T], str]) -> dict[str, Any]:
+def page(items: Sequence[T], paging: _Paging, key: Callable[[T], str], *, more: bool = False) -> dict[str, Any]:
     """``{"items", "next"}`` for up to ``limit + 1`` items; the one above the limit shows that there are more.
 
-    key: the value of `after` for the page that follows an item.
+    key: the value of `after` for the page that follows an item. more: others follow, although the page is not full.
     """
     shown = items[: paging.limit]
-    more = len(items) > paging.limit
+    more = more or len(items) > paging.limit
     return {"items": shown, "next": base64.urlsafe_b64encode(key(shown[-1]).encode()).decode() if more else None}

@@ -125,10 +125,11 @@ def router(runtime: Runtime) -> APIRouter:
 
     @routes.get("")
     async def list_agents(who: Reader, paging: Paging) -> dict[str, Any]:
+        """The tenant's agents, the oldest first. A page of long definitions has fewer than `limit`."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             after = id_cursor(paging)
-            agents = await store.listed(tx, after, paging.limit + 1)
-        return page([agent.view() for agent in agents], paging, lambda agent: str(agent.id))
+            agents, more = await store.listed(tx, after, paging.limit)
+        return page([agent.view() for agent in agents], paging, lambda agent: str(agent.id), more=more)
 
     @routes.get("/{agent_id}")
     async def get_agent(agent_id: UUID, who: Reader) -> AgentView:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from infra.errors import NotFound
+from infra.errors import Conflict, NotFound
 from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.rewrap import SealedColumn
@@ -17,6 +17,10 @@ from services.agent.definitions.models import AgentView, FallbackView, NewAgent,
 from services.agent.definitions.queue_modes import QueueMode
 from services.agent.models.contract import ModelEndpoint
 
+MAX_AGENTS = 1_000
+"""Of a tenant. ``GET /v1/models`` lists all of them."""
+# Of the definitions on a page of agents. One may have 300 KB.
+PAGE_BYTES = 4 * 1024 * 1024
 _PURPOSE = "model provider key"
 SEALED = tuple(
     SealedColumn("agent_version", column, _PURPOSE, ("tenant_id", "agent_id::text"))
@@ -88,6 +92,10 @@ def seal_key(cipher: Cipher, tenant_id: str, agent_id: UUID, key: str) -> bytes:
 
 
 async def insert(tx: Tx, agent_id: UUID, definition: NewAgent, keys: ProviderKeys, created_by: str) -> StoredAgent:
+    """Raises Conflict if the tenant has MAX_AGENTS agents."""
+    [(count,)] = await tx.sql("SELECT count(*) FROM agent WHERE tenant_id = $1", tx.tenant_id)
+    if count >= MAX_AGENTS:
+        raise Conflict(f"a tenant may have {MAX_AGENTS} agents; change one that is not needed any more")
     await tx.sql(
         "INSERT INTO agent (id, tenant_id, version, enabled) VALUES ($1, $2, 1, $3)",
         agent_id,
@@ -148,18 +156,33 @@ async def lock(tx: Tx, agent_id: UUID) -> StoredAgent:
     return await load(tx, agent_id)
 
 
-async def listed(tx: Tx, after: UUID | None, limit: int) -> Sequence[StoredAgent]:
-    """The tenant's agents in the order of their creation."""
-    rows = await tx.sql(
-        f"""
-        SELECT {_COLUMNS} AND v.version = a.version WHERE a.tenant_id = $1 AND ($2::uuid IS NULL OR a.id > $2)
-        ORDER BY a.id LIMIT $3
+async def listed(tx: Tx, after: UUID | None, limit: int) -> tuple[Sequence[StoredAgent], bool]:
+    """At most `limit` of the tenant's agents in the order of their creation, and whether others follow.
+
+    Their definitions have PAGE_BYTES together, or a little more.
+    """
+    sizes = await tx.sql(
+        """
+        SELECT a.id, octet_length(v.definition)
+        FROM agent a
+        JOIN agent_version v ON v.agent_id = a.id AND v.version = a.version
+        WHERE a.tenant_id = $1 AND ($2::uuid IS NULL OR a.id > $2)
+        ORDER BY a.id
+        LIMIT $3
         """,
         tx.tenant_id,
         after,
-        limit,
+        limit + 1,
     )
-    return [stored(row) for row in rows]
+    ids: list[UUID] = []
+    left = PAGE_BYTES
+    for id_, size in sizes[:limit]:
+        if left <= 0:
+            break
+        ids.append(id_)
+        left -= size
+    rows = await tx.sql(f"SELECT {_COLUMNS} AND v.version = a.version WHERE a.id = ANY($1::uuid[]) ORDER BY a.id", ids)
+    return [stored(row) for row in rows], len(sizes) > len(ids)
 
 
 async def queue_mode(tx: Tx, agent_id: UUID) -> QueueMode:

@@ -57,6 +57,20 @@ async def list_all(agent: Agent, who: Identity) -> list[ListedAgent]:
         cursor = f"&cursor={quote(page.next)}"
 
 
+async def find(agent: Agent, who: Identity, model: str) -> ListedAgent:
+    """The agent with this id. Raises Failure, also for another tenant's agent, and Transient."""
+    try:
+        agent_id = UUID(model)
+    except ValueError:
+        raise unknown_model(model) from None
+    answer = await agent.ask(who, "GET", f"/api/v1/agents/{agent_id}", "/api/v1/agents/{agent_id}")
+    if answer.status_code == 404:
+        raise unknown_model(model)
+    if answer.status_code != 200:
+        raise of_problem(answer.status_code, answer.headers, answer.content)
+    return msgspec.json.decode(answer.content, type=ListedAgent)
+
+
 async def start_run(agent: Agent, who: Identity, model: str, conversation: CompletionRequest, key: str | None) -> UUID:
     """Starts the run that answers. The same idempotency key gets the same run. Raises Failure, Transient."""
     try:

@@ -106,10 +106,10 @@ def router(hub: Hub, agent: Agent, identities: Identities, refusals: Refusals) -
 
     @routes.get("/models/{model}")
     async def get_model(model: str, who: Reader) -> dict[str, Any]:
-        for view in await agents.list_all(agent, who):
-            if view.enabled and str(view.id) == model:
-                return _model(view, who)
-        raise errors.unknown_model(model)
+        view = await agents.find(agent, who, model)
+        if not view.enabled:
+            raise errors.unknown_model(model)
+        return _model(view, who)
 
     async def start(body: ChatRequest | ResponsesRequest, who: Identity, key: str | None) -> UUID:
         # In a thread: the check of large schemas would block the event loop.

@@ -69,6 +69,8 @@ class Agent:
         self.posted: list[tuple[str, dict[str, str], bytes]] = []
         self.cancelled: list[UUID] = []
         self.away = False
+        self.pages = 0
+        """How many pages of agents were read."""
         self.hold = asyncio.Event()
         self.hold.set()
         self.accepting = asyncio.Event()
@@ -129,12 +131,21 @@ class Agent:
 
     async def list_agents(self, request: Request) -> Response:
         """One agent a page, as if the limit were one."""
+        self.pages += 1
         who = self._who(request)
         assert "read" in who.scopes
         n = int(request.query_params.get("cursor", "0"))
         mine = self.agents.get(who.tenant_id, [])
         more = str(n + 1) if n + 1 < len(mine) else None
         return JSONResponse({"items": mine[n : n + 1], "next": more})
+
+    async def show(self, request: Request) -> Response:
+        who = self._who(request)
+        assert "read" in who.scopes
+        for agent in self.agents.get(who.tenant_id, []):
+            if agent["id"] == request.path_params["id"]:
+                return JSONResponse(agent)
+        raise NotFound("agent")
 
     async def complete(self, request: Request) -> Response:
         who = self._who(request)
@@ -180,6 +191,7 @@ async def stand_in(port: int) -> AsyncIterator[Agent]:
         Route("/internal/runs/{id}/events", agent.facts),
         Route("/api/v1/agents/{id}/sessions/{key:path}/messages", agent.message, methods=["POST"]),
         Route("/api/v1/agents", agent.list_agents),
+        Route("/api/v1/agents/{id}", agent.show),
         Route("/internal/agents/{id}/completions", agent.complete, methods=["POST"]),
         Route("/api/v1/runs/{id}", agent.run),
         Route("/api/v1/runs/{id}/cancel", agent.cancel, methods=["POST"]),

@@ -7,6 +7,7 @@ from uuid import UUID
 
 import pytest
 
+from services.agent.definitions.store import MAX_AGENTS
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tooling.testing.model_server import KEY
 
@@ -81,6 +82,40 @@ async def test_a_key_does_not_follow_to_another_address(world: World, tenant: Te
     world.models.refused.clear()
     await tenant.call("PATCH", path, json={"provider": {"base_url": elsewhere, "api_key": KEY}})
     assert (await tenant.over(await tenant.say(agent, "Hi")))["status"] == "completed"
+
+
+async def test_a_page_of_long_definitions_is_cut_and_a_tenant_has_so_many_agents(world: World, tenant: Tenant) -> None:
+    async def copies(agent: dict[str, Any], count: int) -> None:
+        async with world.platform.database("agent").begin() as tx:
+            await tx.sql(
+                """
+                WITH copy AS (
+                    INSERT INTO agent (id, tenant_id, version, enabled)
+                    SELECT gen_random_uuid(), $2, 1, true FROM generate_series(1, $3)
+                    RETURNING id
+                )
+                INSERT INTO agent_version (agent_id, version, tenant_id, definition, created_by)
+                SELECT copy.id, 1, $2, v.definition, v.created_by FROM copy JOIN agent_version v ON v.agent_id = $1
+                """,
+                UUID(agent["id"]),
+                tenant.id,
+                count,
+            )
+
+    long = await tenant.call("POST", "/api/v1/agents", json=GOOD | {"system_prompt": "漢" * 100_000})
+    await copies(long, 29)
+    pages, cursor = [], ""
+    while cursor is not None:
+        page = await tenant.call("GET", f"/api/v1/agents?limit=200{cursor and f'&cursor={cursor}'}")
+        pages.append([agent["id"] for agent in page["items"]])
+        cursor = page["next"]
+    assert [len(ids) for ids in pages] == [14, 14, 2]
+    assert len({id_ for ids in pages for id_ in ids}) == 30
+
+    short = await tenant.call("POST", "/api/v1/agents", json=GOOD)
+    await copies(short, MAX_AGENTS - 31)
+    problem = await tenant.call("POST", "/api/v1/agents", json=GOOD, expect=409)
+    assert f"may have {MAX_AGENTS} agents" in problem["detail"]
 
 
 async def test_scopes_are_required(world: World, tenant: Tenant) -> None:

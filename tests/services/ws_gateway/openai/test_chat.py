@@ -75,6 +75,7 @@ async def test_the_tenants_agents_are_its_models(world: World, nobody: str) -> N
     async with world.client("models", scopes=("read",)) as client:
         listed = await client.models.list()
         assert [model.id for model in listed.data] == mine
+        pages = world.agent.pages
         found = await client.models.retrieve(mine[1])
         assert (found.id, found.object, found.created, found.owned_by) == (mine[1], "model", 1767323045, "models")
         assert found.model_extra == {"name": "Helper"}
@@ -82,6 +83,7 @@ async def test_the_tenants_agents_are_its_models(world: World, nobody: str) -> N
             with pytest.raises(openai.NotFoundError) as missing:
                 await client.models.retrieve(none)
             assert missing.value.code == "model_not_found"
+        assert world.agent.pages == pages
 
 
 async def test_a_completion_carries_the_conversation_and_gets_the_reply(
