@@ -133,12 +133,14 @@ class Service:
         self,
         kept: Collection[str] = (),
         before: Callable[[Runtime], tenant_erasure.Before] | None = None,
+        notes: Collection[str] = (),
     ) -> None:
         """Erases tenants as `infra.service.tenant_erasure` says: every row that has the tenant's id, except in the
-        tables `kept`. `before` deletes files and vectors that rows refer to."""
+        tables `kept`. `before` deletes files and vectors that rows refer to. `notes`: the tables that name files before
+        these are stored."""
 
         def erasure(runtime: Runtime) -> tenant_erasure.Erasure:
-            return tenant_erasure.Erasure(kept, before(runtime) if before else None)
+            return tenant_erasure.Erasure(kept, before(runtime) if before else None, notes)
 
         self.consume(tenant_erasure.queue_erasure(self.name))
         self.work(tenant_erasure.erase_rows, erasure=erasure)

@@ -63,6 +63,9 @@ class Erasure:
     before: Before | None = None
     """Called in each pass before the rows are deleted: it deletes files and vectors that they refer to. It may be
     called again after an error."""
+    notes: Collection[str] = ()
+    """Its tables that name files before these are stored. Their rows stay in the first pass: a file that is stored
+    during it is deleted by the second."""
 
 
 def queue_erasure(service: str) -> Subscription:
@@ -84,7 +87,7 @@ async def erase_rows(item: EraseTenant, effects: Effects, tx: Tx, erasure: Erasu
     if erasure.before:
         await erasure.before(item, effects)
     async with effects.begin() as reading:
-        tables = await _tables(reading, {*_KEPT, *erasure.kept})
+        tables = await _tables(reading, {*_KEPT, *erasure.kept, *(() if item.is_late else erasure.notes)})
     for table in tables:
         failpoint("before_erased_table")
         await _delete_rows(effects, table, item.tenant_id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from datetime import timedelta
+from time import monotonic
 from uuid import UUID
 
 import msgspec
@@ -47,7 +48,9 @@ MAX_CHARACTERS = 60_000
 _RETRIES = tuple(timedelta(seconds=seconds) for seconds in (1, 5, 20, 60))
 
 _DOCUMENTS = (filetypes.PDF, *filetypes.OFFICE, filetypes.HTML)
-# Longer than memory reads one file, and waits for the one before.
+# Memory reads one file at a time, each in 45 s, in turns by tenant: this is longer than one of each of five tenants.
+_READ_SECONDS = 280.0
+# Of one message. After it the message's other documents are not read: they would keep its place from other tenants.
 _DOCUMENT_SECONDS = 100.0
 # Longer than a file is fetched for.
 ERASE_AFTER = timedelta(minutes=5)
@@ -98,6 +101,13 @@ class _Read(msgspec.Struct, frozen=True):
     """The file, if a model can see it."""
 
 
+class _Reading:
+    """The documents of one message that memory reads."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+
 class Fetcher:
     """Fetches, stores and reads attachments."""
 
@@ -137,7 +147,7 @@ class Fetcher:
         return await accounts.read(tx, self._secrets, fact.channel_id)
 
     async def fetch(
-        self, account: ChannelAccount, attachment: Attachment, path: str, owner: str, *, last: bool
+        self, account: ChannelAccount, attachment: Attachment, path: str, owner: str, reading: _Reading, *, last: bool
     ) -> _Read:
         """Raises Transient unless this is the last attempt."""
         try:
@@ -162,20 +172,23 @@ class Fetcher:
                 return _Read(reason=f"it is an image larger than {MAX_IMAGE_BYTES // 1024**2} MB")
             return _Read(image=Image(path=path, content_type=stored.content_type))
         if stored.content_type in _DOCUMENTS:
-            return await self._read_document(account, path, stored.content_type, last=last)
+            return await self._read_document(account.tenant_id, path, stored.content_type, reading, last=last)
         return await self._read(content, stored.content_type, attachment, last=last)
 
-    async def _read_document(self, account: ChannelAccount, path: str, type_: str, *, last: bool) -> _Read:
+    async def _read_document(self, tenant_id: str, path: str, type_: str, reading: _Reading, *, last: bool) -> _Read:
         """By the parser of memory, which reads hostile files in a process of its own."""
+        if reading.seconds >= _DOCUMENT_SECONDS:
+            return _Read(reason="the files before it took too long")
         request = memory_pb2.ReadFileRequest(path=path, content_type=type_, max_characters=MAX_CHARACTERS)
+        began = monotonic()
         try:
-            reply = await self._memory.ReadFile(
-                request, metadata=rpc.tenant_metadata(account.tenant_id), timeout=_DOCUMENT_SECONDS
-            )
+            reply = await self._memory.ReadFile(request, metadata=rpc.tenant_metadata(tenant_id), timeout=_READ_SECONDS)
         except (Transient, InvalidMessage, NotFound) as error:
             if last or not isinstance(error, Transient):
                 return _Read(reason=f"it could not be read: {error}"[:200])
             raise
+        finally:
+            reading.seconds += monotonic() - began
         notes = "".join(f"\n[{note}]" for note in (*reply.warnings, *(["The rest of it is cut off."] * reply.is_cut)))
         return _Read(text=reply.text + notes if reply.text else "", reason=reply.refused)
 
@@ -210,11 +223,12 @@ async def give_up(item: FetchAttachments, error: str, tx: Tx, fetcher: Fetcher) 
     publish(tx, item, fact, content, together(content, failed))
 
 
-@FETCHES.runner(concurrency=3, per_tenant=2, dead=give_up)
+# One message per tenant at a time, so that slow files leave places to other tenants. Each place has one file in memory.
+@FETCHES.runner(concurrency=6, per_tenant=1, dead=give_up)
 async def fetch_attachments(item: FetchAttachments, effects: Effects, tx: Tx, fetcher: Fetcher) -> None:
-    async with effects.begin() as reading:
-        fact, content, key = await fetcher.load(reading, item)
-        account = await fetcher.account(reading, fact)
+    async with effects.begin() as loading:
+        fact, content, key = await fetcher.load(loading, item)
+        account = await fetcher.account(loading, fact)
     if content is None or key is None:
         # The agent drops it, too. It is sent nevertheless, because the later messages wait for its position.
         publish(tx, item, fact, InboundContent("", "", "", ERASED_TEXT), ERASED_TEXT)
@@ -228,6 +242,7 @@ async def fetch_attachments(item: FetchAttachments, effects: Effects, tx: Tx, fe
         # Before the files, so that an erasure finds all of them.
         await _note(noting, fact.subject_id, sorted(paths.values()))
     read = []
+    reading = _Reading()
     for n, path in paths.items():
         attachment = content.attachments[n - 1]
         if account is None:
@@ -238,7 +253,7 @@ async def fetch_attachments(item: FetchAttachments, effects: Effects, tx: Tx, fe
             _: str, account: ChannelAccount = account, attachment: Attachment = attachment, path: str = path, n: int = n
         ) -> FetchedAttachment:
             last = effects.attempt > len(_RETRIES)
-            result = await fetcher.fetch(account, attachment, path, fact.subject_id, last=last)
+            result = await fetcher.fetch(account, attachment, path, fact.subject_id, reading, last=last)
             return FetchedAttachment(
                 key.seal(msgspec.json.encode(result).decode(), str(item.event_id), f"attachment {n}")
             )

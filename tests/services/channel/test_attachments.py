@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,13 +13,15 @@ from prometheus_client import CollectorRegistry
 from infra.clock import uuid7
 from infra.errors import InvalidMessage, NotFound, Transient
 from infra.observe.metrics import Metrics
-from infra.stores import charsets
+from infra.service.tenant_erasure import ERASURES
+from infra.stores import charsets, filetypes
 from infra.stores.objects import Objects, once
 from infra.web import rpc
 from protos.catalog import PLATFORM_EVENTS
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.messages.channel import File
 from protos.messages.user import SubjectErased, TenantErased
+from services.channel import attachments
 from services.channel.attachments import (
     ATTACHMENT as FILE,
 )
@@ -33,7 +36,7 @@ from services.channel.events import Attachment, InboundContent
 from tests.services.channel.conftest import Desk
 from tooling.testing import keys
 from tooling.testing.platform import Platform
-from tooling.testing.vendors import LineStandIn, SlackStandIn, TelegramStandIn, answer
+from tooling.testing.vendors import LineStandIn, SlackStandIn, TelegramStandIn, answer, hold
 from tooling.testing.vendors.server import Call, Reply, StandIn
 
 
@@ -251,6 +254,47 @@ async def test_a_large_text_is_cut_and_judged_beside_the_event_loop(monkeypatch:
     assert read.text == "hello world " * (MAX_CHARACTERS // 12)
 
 
+async def test_the_documents_of_a_message_have_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+
+    class Slow:
+        async def ReadFile(self, *_: Any, **__: Any) -> memory_pb2.ReadFileReply:
+            nonlocal clock
+            clock += 45.0
+            return memory_pb2.ReadFileReply(text="text")
+
+    monkeypatch.setattr(attachments, "monotonic", lambda: clock)
+    nothing: Any = None
+    slow: Any = Slow()
+    fetcher, reading = Fetcher(nothing, nothing, nothing, nothing, None, slow), attachments._Reading()
+    read = [await fetcher._read_document("t", f"{n}", filetypes.PDF, reading, last=False) for n in range(10)]
+    assert [one.text for one in read] == ["text"] * 3 + [""] * 7
+    assert {one.reason for one in read[3:]} == {"the files before it took too long"}
+
+
+async def test_slow_files_of_two_tenants_do_not_keep_a_third_one_waiting(desk: Desk, telegram: TelegramStandIn) -> None:
+    arrives = asyncio.Event()
+    async with TelegramStandIn() as first, TelegramStandIn() as second:
+        for slow in (first, second):
+            other = Desk(desk.platform, str(uuid7()))
+            channel = await connected(other, slow)
+            slow.faults.extend([hold(arrives)] * 20)
+            for chat in range(1, 4):
+                await other.call(channel, slow.update(None, chat=chat, document={"file_id": "f1"}))
+
+            async def begun(tenant_id: str = other.tenant_id) -> list[Any]:
+                async with desk.platform.database("channel").begin() as tx:
+                    return await tx.sql("SELECT 1 FROM attachment WHERE tenant_id = $1", tenant_id)
+
+            await desk.platform.until(begun)
+        channel = await connected(desk, telegram)
+        telegram.files["f1"] = b"content"
+        await desk.call(channel, telegram.update(None, document={"file_id": "f1"}))
+        [message] = await arrived(desk, channel)
+        assert message["text"].endswith("content")
+        arrives.set()
+
+
 async def test_a_transient_fault_of_the_vendor_is_waited_for(desk: Desk, telegram: TelegramStandIn) -> None:
     channel = await connected(desk, telegram)
     telegram.files["f1"] = b"content"
@@ -399,6 +443,72 @@ async def test_erasure_of_the_tenant_deletes_the_stored_files(desk: Desk, telegr
 
     async def gone() -> bool:
         return await objects.paths(path) == []
+
+    await desk.platform.until(gone)
+
+
+async def test_a_file_that_arrives_while_its_tenant_is_erased_does_not_stay(
+    desk: Desk, telegram: TelegramStandIn
+) -> None:
+    channel = await connected(desk, telegram)
+    telegram.files["f1"] = b"content"
+    arrives = asyncio.Event()
+    telegram.faults.extend([hold(arrives)] * 4)
+    await desk.call(channel, telegram.update(None, document={"file_id": "f1"}))
+    database = desk.platform.database("channel")
+
+    async def rows(query: str, *arguments: object) -> list[Any]:
+        async with database.begin() as tx:
+            return await tx.sql(query, *arguments)
+
+    async def noted() -> list[Any]:
+        return await rows("SELECT path FROM attachment WHERE tenant_id = $1", desk.tenant_id)
+
+    found = await desk.platform.until(noted)
+    assert found
+    [(path,)] = found
+    await desk.platform.produce(PLATFORM_EVENTS, TenantErased(tenant_id=desk.tenant_id), key=desk.tenant_id)
+
+    async def passed() -> bool:
+        """The first pass is over."""
+        left = await rows(
+            """
+            SELECT convert_from(body, 'UTF8')::jsonb ->> 'number'
+            FROM lane_item
+            WHERE kind = $1 AND convert_from(body, 'UTF8')::jsonb ->> 'tenant_id' = $2 AND state = 'waiting'
+            ORDER BY 1
+            """,
+            ERASURES.name,
+            desk.tenant_id,
+        )
+        return [number for (number,) in left] == ["2", "3"]
+
+    await desk.platform.until(passed)
+    arrives.set()
+    objects = Objects(**desk.platform.stack.engines["s3"])
+
+    async def stored() -> bool:
+        return await objects.paths(path) == [path]
+
+    await desk.platform.until(stored)
+
+    async def gone() -> bool:
+        # The second pass is due in ten minutes.
+        await rows(
+            """
+            UPDATE lane_item SET not_before = now()
+            WHERE kind = $1
+              AND convert_from(body, 'UTF8')::jsonb @> jsonb_build_object('tenant_id', $2::text, 'number', 2)
+            """,
+            ERASURES.name,
+            desk.tenant_id,
+        )
+        await rows(
+            "UPDATE lane SET ready_at = now() WHERE kind = $1 AND lane = $2 AND owner IS NULL",
+            ERASURES.name,
+            desk.tenant_id,
+        )
+        return not await stored() and not await noted()
 
     await desk.platform.until(gone)
 
