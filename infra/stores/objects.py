@@ -36,7 +36,7 @@ _MIB = 1024 * 1024
 # Of the name that a stranger gives a file, the end counts, which has the extension.
 _MAX_SENT_NAME = 1_000
 # A larger file is kept on the disk while it is checked.
-_MEMORY_BYTES = _MIB
+MEMORY_BYTES = _MIB
 _NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|#%{}^~\[\]`]+')
 
 
@@ -89,6 +89,20 @@ async def once(content: bytes) -> AsyncIterator[bytes]:
     yield content
 
 
+def _measured(file: IO[bytes]) -> tuple[int, str]:
+    """The size and the SHA-256 of a file."""
+    file.seek(0)
+    size, digest = 0, hashlib.sha256()
+    while chunk := file.read(_MIB):
+        size += len(chunk)
+        digest.update(chunk)
+    return size, digest.hexdigest()
+
+
+def _too_large(kind: Kind) -> TooLarge:
+    return TooLarge(f"file: more than the {kind.max_bytes // _MIB} MB that {kind.name}s may have")
+
+
 def _listed(mime_types: frozenset[str]) -> str:
     return ", ".join(sorted(f"{type_}*" if type_.endswith("/") else type_ for type_ in mime_types))
 
@@ -131,22 +145,29 @@ class Objects:
         Raises InvalidMessage (field ``file``) if the file is empty or damaged, TooLarge as soon as it exceeds the
         limit, WrongType if `kind` does not take the type of its content, Transient if the store does not answer.
         """
-        digest = hashlib.sha256()
         size = 0
-        with tempfile.SpooledTemporaryFile(_MEMORY_BYTES) as file:
+        with tempfile.SpooledTemporaryFile(MEMORY_BYTES) as file:
             async for chunk in chunks:
                 size += len(chunk)
                 if size > kind.max_bytes:
-                    raise TooLarge(f"file: more than the {kind.max_bytes // _MIB} MB that {kind.name}s may have")
-                digest.update(chunk)
+                    raise _too_large(kind)
                 await asyncio.to_thread(file.write, chunk)
-            if size == 0:
-                raise InvalidMessage("file", "is empty")
-            type_ = await asyncio.to_thread(types.content_type, file, name)
-            if not kind.takes(type_):
-                raise WrongType("file", f"has the type {type_}; a {kind.name} must have one of {_listed(kind.types)}")
-            stored = Stored(path(digest.hexdigest()), size, digest.hexdigest(), type_)
-            await self._call(lambda: self._put(file, stored, user_id))
+            return await self.upload_file(kind, file, name=name, user_id=user_id, path=path)
+
+    async def upload_file(
+        self, kind: Kind, file: IO[bytes], *, name: str, user_id: str, path: Callable[[str], str]
+    ) -> Stored:
+        """As `upload`, for a file that was received already. No other copy of it is made."""
+        size, sha256 = await asyncio.to_thread(_measured, file)
+        if size > kind.max_bytes:
+            raise _too_large(kind)
+        if size == 0:
+            raise InvalidMessage("file", "is empty")
+        type_ = await asyncio.to_thread(types.content_type, file, name)
+        if not kind.takes(type_):
+            raise WrongType("file", f"has the type {type_}; a {kind.name} must have one of {_listed(kind.types)}")
+        stored = Stored(path(sha256), size, sha256, type_)
+        await self._call(lambda: self._put(file, stored, user_id))
         return stored
 
     @asynccontextmanager
@@ -155,7 +176,7 @@ class Objects:
 
         Raises NotFound, Transient if the store does not answer, RuntimeError if the content does not fit its checksum.
         """
-        with tempfile.SpooledTemporaryFile(_MEMORY_BYTES) as file:
+        with tempfile.SpooledTemporaryFile(MEMORY_BYTES) as file:
             await self._call(lambda: self._get(path, file))
             yield file
 

@@ -2,7 +2,7 @@
 
 from infra.security.subjects import erasure
 from infra.service.service import Service
-from services.memory import adapters, api, conversations, handlers, models, rpc, storage, tenants
+from services.memory import adapters, api, conversations, handlers, models, rpc, storage, tenants, uploads
 from services.memory.keeping import MEMORY
 from services.memory.read_models import READ_MODELS
 from services.memory.settings import MemorySettings
@@ -21,6 +21,7 @@ service.consume(erasure("memory"))
 service.erase_tenants(before=tenants.delete_outside)
 service.consume(handlers.forget_person, conversations=adapters.conversations)
 service.work(handlers.work_on_document, indexing=adapters.indexing, models=adapters.models)
+service.work(uploads.check_upload, objects=adapters.objects)
 service.work(handlers.fill_index, indexing=adapters.indexing, models=adapters.models)
 service.work(handlers.work_on_utterance, conversations=adapters.conversations)
 service.work(handlers.work_on_memory, learning=adapters.learning)

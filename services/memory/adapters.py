@@ -26,6 +26,7 @@ from services.memory.pgvector import PgvectorIndex
 from services.memory.reranking import Reranker
 from services.memory.retrieval import Retrieval
 from services.memory.sent_files import SentFiles
+from services.memory.uploads import Uploads
 
 
 @cache
@@ -38,6 +39,11 @@ def credit(runtime: Runtime) -> Credit:
 def objects(runtime: Runtime) -> Objects:
     settings = runtime.settings
     return Objects(settings.s3_endpoint, settings.s3_access_key, settings.s3_secret_key.get_secret_value())
+
+
+@cache
+def uploads(runtime: Runtime) -> Uploads:
+    return Uploads(runtime.worker, objects(runtime))
 
 
 @cache
@@ -115,7 +121,8 @@ def retrieval(runtime: Runtime) -> Retrieval:
 
 
 def sent_files(runtime: Runtime) -> SentFiles:
-    return SentFiles(runtime.request, objects(runtime), SubjectKeys(runtime.cipher), credit(runtime))
+    subjects = SubjectKeys(runtime.cipher)
+    return SentFiles(runtime.request, objects(runtime), uploads(runtime), subjects, credit(runtime))
 
 
 def milvus(runtime: Runtime) -> Callable[[], Awaitable[None]]:

@@ -133,7 +133,7 @@ class ContentLink(_View):
 
 def router(runtime: Runtime) -> APIRouter:
     routes = APIRouter()
-    objects, credit = adapters.objects(runtime), adapters.credit(runtime)
+    objects, uploads, credit = adapters.objects(runtime), adapters.uploads(runtime), adapters.credit(runtime)
 
     @routes.post("/api/v1/documents", status_code=202, response_model=DocumentView, openapi_extra=_FILE_FORM)
     async def upload(who: Writer, request: Request) -> Response:
@@ -142,7 +142,7 @@ def router(runtime: Runtime) -> APIRouter:
         With a JSON body, the platform fetches the file from the URL before it answers.
         """
         id_ = uuid7()
-        given = await received.receive(request, runtime.outgoing, objects, who, id_)
+        given = await received.receive(request, runtime.outgoing, uploads, who, id_)
         audience = given.audience or [rights.ALL]
 
         async def work(tx: Tx) -> tuple[int, DocumentView]:
@@ -167,7 +167,7 @@ def router(runtime: Runtime) -> APIRouter:
         id_, next_id = _id(document_id), uuid7()
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             await documents.get(tx, id_, rights.view_names(who))
-        given = await received.receive(request, runtime.outgoing, objects, who, next_id)
+        given = await received.receive(request, runtime.outgoing, uploads, who, next_id)
         for field, value in (("audience", given.audience), ("tags", given.tags)):
             if value:
                 raise InvalidMessage(field, "cannot be given here; PATCH changes it")
@@ -251,7 +251,7 @@ def router(runtime: Runtime) -> APIRouter:
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             document = await documents.get(tx, _id(document_id), rights.view_names(who))
             audit(tx, who.actor, "document.download", "document", str(document.id))
-        url = await objects.download_url(document.path)
+        url = await uploads.download_url(who.tenant_id, document.path)
         return ContentLink(url=url, expires_in=int(DOWNLOAD_LIFE.total_seconds()))
 
     @routes.delete("/api/v1/documents/{document_id}", status_code=204)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from typing import NamedTuple
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from typing import IO, NamedTuple
 from urllib.parse import unquote
 from uuid import UUID
 
@@ -20,33 +20,16 @@ from infra.errors import InvalidMessage, WrongType
 from infra.outgoing.client import Outgoing
 from infra.security.auth import Identity
 from infra.stores import filetypes
-from infra.stores.objects import Kind, Objects, Stored, safe_name
+from infra.stores.objects import MEMORY_BYTES, Stored, safe_name
 from infra.web.http import allow_body, media_type, read_json
 from services.memory import rights
+from services.memory.uploads import DOCUMENT, Uploads
 
 # The most bytes that multipart adds around a file.
 _FORM_BYTES = 65_536
 _MAX_NAME = 255
 _MAX_REDIRECTS = 5
 _FETCH_SECONDS = 60.0
-# Of the Office formats before 2007 only Outlook's is read. Encrypted files of today look like the others, so that the
-# parser must tell the reason.
-DOCUMENT = Kind(
-    "document",
-    100 * 1024 * 1024,
-    frozenset(
-        (
-            filetypes.PDF,
-            *filetypes.OFFICE,
-            filetypes.OLD_OFFICE,
-            filetypes.RTF,
-            filetypes.EPUB,
-            filetypes.OUTLOOK,
-            *filetypes.TEXTS,
-            filetypes.HTML,
-        )
-    ),
-)
 
 
 class ReceivedDocument(NamedTuple):
@@ -64,12 +47,13 @@ class _Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tags: list[str] = []
 
 
-async def receive(request: Request, outgoing: Outgoing, objects: Objects, who: Identity, id_: UUID) -> ReceivedDocument:
+async def receive(request: Request, outgoing: Outgoing, uploads: Uploads, who: Identity, id_: UUID) -> ReceivedDocument:
     """Stores the file of the request under the id. Raises InvalidMessage naming the wrong field, WrongType, TooLarge,
-    Transient."""
+    TooManyRequests, Transient."""
     type_ = media_type(request.headers)
     if type_ == "application/json":
-        return await _fetched(request, outgoing, objects, who, id_)
+        with uploads.receiving(who.tenant_id):
+            return await _fetched(request, outgoing, uploads, who, id_)
     if type_ != "multipart/form-data":
         raise WrongType("content-type", "must be multipart/form-data, or application/json with a url")
     _, options = parse_options_header(request.headers["content-type"])
@@ -77,6 +61,12 @@ async def receive(request: Request, outgoing: Outgoing, objects: Objects, who: I
     if options.get(b"charset", b"utf-8").lower() != b"utf-8":
         raise WrongType("content-type", "its charset must be utf-8")
     allow_body(request.scope, DOCUMENT.max_bytes + _FORM_BYTES)
+    is_small = int(request.headers.get("content-length", DOCUMENT.max_bytes)) <= MEMORY_BYTES
+    with nullcontext() if is_small else uploads.receiving(who.tenant_id):
+        return await _of_form(request, uploads, who, id_)
+
+
+async def _of_form(request: Request, uploads: Uploads, who: Identity, id_: UUID) -> ReceivedDocument:
     async with request.form(max_files=1, max_fields=2 * rights.MAX_NAMES) as form:
         file = form.get("file")
         if file is None:
@@ -88,11 +78,11 @@ async def receive(request: Request, outgoing: Outgoing, objects: Objects, who: I
             )
         name = checked_name("file", file.filename)
         audience, tags = _checked(_texts(form, "audience"), _texts(form, "tags"))
-        return ReceivedDocument(name, await _store(objects, _chunks(file), name, who, id_), audience, tags)
+        return ReceivedDocument(name, await _store(uploads, file.file, name, who, id_), audience, tags)
 
 
 async def _fetched(
-    request: Request, outgoing: Outgoing, objects: Objects, who: Identity, id_: UUID
+    request: Request, outgoing: Outgoing, uploads: Uploads, who: Identity, id_: UUID
 ) -> ReceivedDocument:
     link = await read_json(request, _Link)
     audience, tags = _checked(link.audience, link.tags)
@@ -107,7 +97,7 @@ async def _fetched(
             if answer.status_code != 200:
                 raise InvalidMessage("url", f"its server answered HTTP {answer.status_code}")
             name = name or _name_of(answer)
-            return ReceivedDocument(name, await _store(objects, answer.aiter_bytes(), name, who, id_), audience, tags)
+            return ReceivedDocument(name, await _store(uploads, answer.aiter_bytes(), name, who, id_), audience, tags)
     except (httpx2.HTTPError, TimeoutError) as error:
         raise InvalidMessage("url", f"could not be fetched: {type(error).__name__}") from error
 
@@ -154,25 +144,11 @@ def _checked(audience: list[str], tags: list[str]) -> tuple[list[str], list[str]
     return (rights.checked_audience(audience) if audience else []), rights.checked_tags(tags)
 
 
-async def _store(objects: Objects, chunks: AsyncIterator[bytes], name: str, who: Identity, id_: UUID) -> Stored:
+async def _store(
+    uploads: Uploads, content: AsyncIterator[bytes] | IO[bytes], name: str, who: Identity, id_: UUID
+) -> Stored:
     user_id = who.actor.partition(":")[2]
-    return await objects.upload(
-        DOCUMENT,
-        chunks,
-        name=name,
-        user_id=user_id,
-        path=lambda _: path_of(user_id, id_, name),
-    )
-
-
-def path_of(user_id: str, id_: UUID, name: str) -> str:
-    """The place of a document's file in the object store."""
-    return f"{user_id}/documents/{id_}_{safe_name(name)}"
-
-
-async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
-    while piece := await file.read(1024 * 1024):
-        yield piece
+    return await uploads.store(content, name=name, tenant_id=who.tenant_id, user_id=user_id, id_=id_)
 
 
 def _texts(form: FormData, field: str) -> list[str]:

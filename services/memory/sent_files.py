@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import IO
 from uuid import UUID
 
 from infra.errors import Conflict, NotFound
@@ -20,16 +18,18 @@ from services.memory.credit import Credit
 from services.memory.forgetting import is_withdrawn, mark_withdrawn
 from services.memory.handlers import delete_documents
 from services.memory.memories import lock
-from services.memory.received import DOCUMENT, checked_name, path_of
+from services.memory.received import checked_name
+from services.memory.uploads import Uploads
 from services.memory.usage import of_client
-
-_PIECE = 1024 * 1024
 
 
 class SentFiles:
-    def __init__(self, database: Database, objects: Objects, subjects: SubjectKeys, credit: Credit) -> None:
+    def __init__(
+        self, database: Database, objects: Objects, uploads: Uploads, subjects: SubjectKeys, credit: Credit
+    ) -> None:
         self._database = database
         self._objects = objects
+        self._uploads = uploads
         self._subjects = subjects
         self._credit = credit
 
@@ -45,9 +45,7 @@ class SentFiles:
         payer = of_client(asked.actor, channel_id=origin.channel_id)
         await self._credit.hold_document(tenant_id, id_, payer, cannot_wait=True)
         async with self._objects.fetch(asked.path) as file:
-            stored = await self._objects.upload(
-                DOCUMENT, _pieces(file), name=name, user_id=user_id, path=lambda _: path_of(user_id, id_, name)
-            )
+            stored = await self._uploads.store(file, name=name, tenant_id=tenant_id, user_id=user_id, id_=id_)
         async with self._database.begin(tenant_id=tenant_id) as tx:
             # Before the lock, which an erasure takes after it has changed the key.
             await self._subjects.keys(tx, [(tenant_id, origin.subject_id)])
@@ -81,8 +79,3 @@ async def _exists(tx: Tx, id_: UUID) -> bool:
     if rows and not rows[0][0]:
         raise Conflict(f"document {id_} is being deleted")
     return bool(rows)
-
-
-async def _pieces(file: IO[bytes]) -> AsyncIterator[bytes]:
-    while piece := file.read(_PIECE):
-        yield piece

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import tempfile
 import zipfile
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -100,6 +101,22 @@ async def test_anyone_can_download_with_the_url_as_a_file_and_not_as_a_page(obje
     assert answer.headers["content-disposition"].startswith("attachment; filename*=UTF-8''")
     unsigned = await asyncio.to_thread(urllib3.request, "GET", url.partition("?")[0])
     assert unsigned.status != 200
+    await objects.delete(path)
+
+
+async def test_a_file_that_was_received_is_stored_without_another_copy(
+    objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = f"test/{uuid4().hex}"
+    with monkeypatch.context() as no_copy, io.BytesIO(b"text" * 1_000_000) as file:
+        no_copy.delattr(tempfile, "SpooledTemporaryFile")
+        stored = await objects.upload_file(DOCUMENT, file, name="a.txt", user_id="u", path=lambda _: path)
+        assert (stored.size, stored.content_type) == (4_000_000, "text/plain")
+        for content, error in ((b"", InvalidMessage), (bytes(10 * 1024 * 1024 + 1), TooLarge)):
+            with pytest.raises(error):
+                await objects.upload_file(DOCUMENT, io.BytesIO(content), name="a", user_id="u", path=lambda _: path)
+    async with objects.fetch(path) as got:
+        assert got.read() == b"text" * 1_000_000
     await objects.delete(path)
 
 

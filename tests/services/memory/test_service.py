@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
-from uuid import uuid4
+from uuid import UUID, uuid4
 
+import httpx
 import pytest
 from minio import Minio
 
+from infra.clock import uuid7
 from infra.errors import InvalidMessage
-from infra.stores.objects import BUCKET, listed
+from infra.stores.objects import BUCKET, MEMORY_BYTES, Objects, listed, once
+from services.memory.uploads import LARGE_AT_ONCE, UPLOADS, Uploads
 from tests.services.memory import files
 from tests.services.memory.conftest import Client, Vectors
 from tooling.testing.platform import Platform
@@ -166,6 +170,94 @@ async def test_a_document_deleted_on_its_way_ends_without_a_trace(
     assert await asyncio.to_thread(vectors.ids, document_id) == []
     async with memory.database("memory").begin() as tx:
         assert not await tx.sql("SELECT 1 FROM dead_letter")
+
+
+async def test_a_tenant_uploads_so_many_large_files_at_once(memory: Platform) -> None:
+    """Without a field `file`, so that none of them is indexed."""
+    head, tail = b'--b\r\ncontent-disposition: form-data; name="other"; filename="a"\r\n\r\n', b"\r\n--b--\r\n"
+    goes_on = asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield head
+        await goes_on.wait()
+        yield bytes(2 * MEMORY_BYTES) + tail
+
+    async def upload(body: bytes | AsyncIterator[bytes], size: int = 2 * MEMORY_BYTES) -> httpx.Response:
+        headers = {"content-type": "multipart/form-data; boundary=b", "content-length": str(len(head + tail) + size)}
+        return await client.http.post("/api/v1/documents", content=body, headers=headers)
+
+    client = Client(memory, "tenant-of-many-files")
+    uploads = [asyncio.create_task(upload(slow())) for _ in range(LARGE_AT_ONCE // 2)]
+
+    async def refused() -> httpx.Response | None:
+        answer = await upload(head + bytes(2 * MEMORY_BYTES) + tail)
+        return answer if answer.status_code == 429 else None
+
+    answer = await memory.until(refused)
+    assert answer
+    assert answer.headers["retry-after"] == "5"
+    assert (await upload(head + b"x" + tail, 1)).status_code == 422
+    goes_on.set()
+    assert {(await one).status_code for one in uploads} == {422}
+    assert (await upload(head + bytes(2 * MEMORY_BYTES) + tail)).status_code == 422
+    await client.http.aclose()
+
+
+async def test_files_that_are_read_before_their_urls_are_given_out_have_places() -> None:
+    reading: Counter[str] = Counter()
+
+    class Slow:
+        async def download_url(self, path: str) -> str:
+            reading[path] += 1
+            await asyncio.Event().wait()
+            return path
+
+    slow: Any = Slow()
+    uploads = Uploads(slow, slow)
+    many = [asyncio.create_task(uploads.download_url("many", "many")) for _ in range(LARGE_AT_ONCE)]
+    await asyncio.sleep(0)
+    one = asyncio.create_task(uploads.download_url("one", "one"))
+    await asyncio.sleep(0)
+    assert reading == {"many": LARGE_AT_ONCE // 2, "one": 1}
+    for task in (*many, one):
+        task.cancel()
+
+
+async def test_a_file_that_no_document_has_is_deleted(norrland: Client, memory: Platform) -> None:
+    """As after the death of the process, or an erasure, between the file and its document."""
+    database, objects = memory.database("memory"), Objects(**memory.stack.engines["s3"])
+    uploads, lost, kept = Uploads(database, objects), uuid7(), await norrland.indexed("kept.txt", b"kept")
+    async with database.begin() as tx:
+        [(path,)] = await tx.sql("SELECT path FROM document WHERE id = $1", UUID(kept))
+    user_id = path.partition("/")[0]
+    stored = await uploads.store(once(b"lost"), name="a.txt", tenant_id=norrland.tenant_id, user_id=user_id, id_=lost)
+    assert await objects.paths(stored.path) == [stored.path]
+    lanes = [kept, str(lost)]
+
+    async def checked() -> bool:
+        async with database.begin() as tx:
+            # They are due in an hour.
+            waiting = await tx.sql(
+                """
+                UPDATE lane_item AS i
+                SET not_before = now()
+                FROM lane AS l
+                WHERE l.lane_id = i.lane_id AND l.kind = $1 AND l.lane = ANY($2::text[]) AND i.state = 'waiting'
+                RETURNING 1
+                """,
+                UPLOADS.name,
+                lanes,
+            )
+            await tx.sql(
+                "UPDATE lane SET ready_at = now() WHERE kind = $1 AND lane = ANY($2::text[]) AND owner IS NULL",
+                UPLOADS.name,
+                lanes,
+            )
+        return not waiting
+
+    await memory.until(checked)
+    assert await objects.paths(stored.path) == []
+    assert await objects.paths(path) == [path]
 
 
 @pytest.mark.parametrize(
