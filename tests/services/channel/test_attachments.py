@@ -272,27 +272,9 @@ async def test_the_documents_of_a_message_have_a_limited_time(monkeypatch: pytes
     assert {one.reason for one in read[3:]} == {"the files before it took too long"}
 
 
-async def test_slow_files_of_two_tenants_do_not_keep_a_third_one_waiting(desk: Desk, telegram: TelegramStandIn) -> None:
-    arrives = asyncio.Event()
-    async with TelegramStandIn() as first, TelegramStandIn() as second:
-        for slow in (first, second):
-            other = Desk(desk.platform, str(uuid7()))
-            channel = await connected(other, slow)
-            slow.faults.extend([hold(arrives)] * 20)
-            for chat in range(1, 4):
-                await other.call(channel, slow.update(None, chat=chat, document={"file_id": "f1"}))
-
-            async def begun(tenant_id: str = other.tenant_id) -> list[Any]:
-                async with desk.platform.database("channel").begin() as tx:
-                    return await tx.sql("SELECT 1 FROM attachment WHERE tenant_id = $1", tenant_id)
-
-            await desk.platform.until(begun)
-        channel = await connected(desk, telegram)
-        telegram.files["f1"] = b"content"
-        await desk.call(channel, telegram.update(None, document={"file_id": "f1"}))
-        [message] = await arrived(desk, channel)
-        assert message["text"].endswith("content")
-        arrives.set()
+def test_the_messages_of_two_tenants_leave_places_to_a_third_one() -> None:
+    work = attachments.fetch_attachments
+    assert 2 * work.per_tenant < work.concurrency
 
 
 async def test_a_transient_fault_of_the_vendor_is_waited_for(desk: Desk, telegram: TelegramStandIn) -> None:

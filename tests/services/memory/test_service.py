@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
-import httpx
 import pytest
 from minio import Minio
+from starlette.requests import Request
 
 from infra.clock import uuid7
-from infra.errors import InvalidMessage
+from infra.errors import InvalidMessage, TooManyRequests
+from infra.security.auth import Identity
 from infra.stores.objects import BUCKET, MEMORY_BYTES, Objects, listed, once
+from services.memory import received
 from services.memory.uploads import LARGE_AT_ONCE, UPLOADS, Uploads
 from tests.services.memory import files
 from tests.services.memory.conftest import Client, Vectors
@@ -172,35 +175,35 @@ async def test_a_document_deleted_on_its_way_ends_without_a_trace(
         assert not await tx.sql("SELECT 1 FROM dead_letter")
 
 
-async def test_a_tenant_uploads_so_many_large_files_at_once(memory: Platform) -> None:
-    """Without a field `file`, so that none of them is indexed."""
-    head, tail = b'--b\r\ncontent-disposition: form-data; name="other"; filename="a"\r\n\r\n', b"\r\n--b--\r\n"
-    goes_on = asyncio.Event()
+async def test_large_files_have_places_before_they_are_read() -> None:
+    async def receive(size: int) -> None:
+        """The body never comes."""
+        headers = {"content-type": "multipart/form-data; boundary=b", "content-length": str(size)}
+        scope = {
+            "type": "http",
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+            "claw.exchange": SimpleNamespace(),
+        }
+        request = Request(scope, asyncio.Event().wait)  # type: ignore[arg-type]
+        await received.receive(request, nothing, uploads, Identity("api_key:k", "t", frozenset()), uuid7())
 
-    async def slow() -> AsyncIterator[bytes]:
-        yield head
-        await goes_on.wait()
-        yield bytes(2 * MEMORY_BYTES) + tail
+    async def begun(count: int, size: int) -> list[asyncio.Task[None]]:
+        tasks = [asyncio.create_task(receive(size)) for _ in range(count)]
+        await asyncio.sleep(0)
+        assert not [task for task in tasks if task.done()]
+        return tasks
 
-    async def upload(body: bytes | AsyncIterator[bytes], size: int = 2 * MEMORY_BYTES) -> httpx.Response:
-        headers = {"content-type": "multipart/form-data; boundary=b", "content-length": str(len(head + tail) + size)}
-        return await client.http.post("/api/v1/documents", content=body, headers=headers)
-
-    client = Client(memory, "tenant-of-many-files")
-    uploads = [asyncio.create_task(upload(slow())) for _ in range(LARGE_AT_ONCE // 2)]
-
-    async def refused() -> httpx.Response | None:
-        answer = await upload(head + bytes(2 * MEMORY_BYTES) + tail)
-        return answer if answer.status_code == 429 else None
-
-    answer = await memory.until(refused)
-    assert answer
-    assert answer.headers["retry-after"] == "5"
-    assert (await upload(head + b"x" + tail, 1)).status_code == 422
-    goes_on.set()
-    assert {(await one).status_code for one in uploads} == {422}
-    assert (await upload(head + bytes(2 * MEMORY_BYTES) + tail)).status_code == 422
-    await client.http.aclose()
+    nothing: Any = None
+    uploads = Uploads(nothing, nothing)
+    large = await begun(LARGE_AT_ONCE // 2, MEMORY_BYTES + 1)
+    with pytest.raises(TooManyRequests):
+        await receive(MEMORY_BYTES + 1)
+    small = await begun(LARGE_AT_ONCE, MEMORY_BYTES)
+    large[0].cancel()
+    await asyncio.wait(large[:1])
+    large += await begun(1, MEMORY_BYTES + 1)
+    for task in (*large, *small):
+        task.cancel()
 
 
 async def test_files_that_are_read_before_their_urls_are_given_out_have_places() -> None:
