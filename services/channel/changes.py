@@ -121,11 +121,19 @@ async def accept(database: Database, subjects: SubjectKeys, account: ChannelAcco
         # In the order of the call, which is the reverse of the dictionary's.
         new = [(hash_, change) for hash_, change in reversed(hashes.items()) if hash_ in fresh]
         authors = [account.pseudonyms.subject(_person(one)) for _, one in new if not isinstance(one, Deleted)]
+        # Under former ids.
+        known = dict(
+            await tx.sql("SELECT subject_id, target FROM subject_alias WHERE subject_id = ANY($1::text[])", authors)
+            if authors
+            else ()
+        )
+        authors = [known.get(author, author) for author in authors]
         keys = await subjects.keys(tx, [(account.tenant_id, author) for author in authors]) if authors else {}
         for hash_, change in new:
             item = ChangeItem(uuid7(), account.id, dedupe_hash(account.id, change.target), hash_)
             if not isinstance(change, Deleted):
                 subject_id = account.pseudonyms.subject(_person(change))
+                subject_id = known.get(subject_id, subject_id)
                 if (key := keys[account.tenant_id, subject_id]) is None:
                     continue  # The person was erased.
                 content = key.seal(_content(account, change), str(item.event_id), "content")

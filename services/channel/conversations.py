@@ -34,15 +34,33 @@ _COUNT = """
 """
 
 
-# Reads only: the sessions that each conversation and its parent had under former ids, and the author's key.
+# Reads only: the sessions that each conversation and its parent had under former ids, who the author was under a former
+# id, and the author's key.
 _LOOK = """
-    SELECT a.target, p.target, k.subject_id IS NOT NULL, k.wrapped
+    SELECT a.target, p.target, s.target, k.subject_id IS NOT NULL, k.wrapped
     FROM unnest((SELECT $1::text[]), $2::text[], $3::text[], $4::text[])
             WITH ORDINALITY AS n(session_key, tenant_id, subject_id, parent, n)
         LEFT JOIN session_alias a ON a.session_key = n.session_key
         LEFT JOIN session_alias p ON p.session_key = n.parent
-        LEFT JOIN subject_key k ON k.tenant_id = n.tenant_id AND k.subject_id = n.subject_id
+        LEFT JOIN subject_alias s ON s.subject_id = n.subject_id
+        LEFT JOIN subject_key k ON k.tenant_id = n.tenant_id AND k.subject_id = coalesce(s.target, n.subject_id)
     ORDER BY n.n
+"""
+
+
+# Further ids of conversations and persons. The rows are locked in the order of their keys.
+_ALSO = """
+    WITH n AS (
+        SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[])
+            AS n(session_key, session, subject_id, subject, tenant_id)
+    ), sessions AS (
+        INSERT INTO session_alias (session_key, tenant_id, target)
+        SELECT session_key, tenant_id, session FROM n WHERE session_key <> '' ORDER BY session_key
+        ON CONFLICT DO NOTHING
+    )
+    INSERT INTO subject_alias (subject_id, tenant_id, target)
+    SELECT subject_id, tenant_id, subject FROM n ORDER BY subject_id
+    ON CONFLICT DO NOTHING
 """
 
 
@@ -64,6 +82,9 @@ class AcceptedMessage(msgspec.Struct, frozen=True):
     approvers: tuple[str, ...] = ()
     event_id: UUID = msgspec.field(default_factory=uuid7)
     """Of its fact. Rows from before this field was added have none."""
+    also_session_key: str = ""
+    """Of a further id of the conversation and its author, as `Inbound.also`."""
+    also_subject_id: str = ""
 
 
 class UniqueMessage(NamedTuple):
@@ -115,16 +136,30 @@ async def _look(
     found: list[UniqueMessage] = []
     keys: dict[Subject, DataKey | None] = {}
     unknown: set[Subject] = set()
-    for new, (session, parent, has_key, wrapped) in zip(messages, rows, strict=True):
-        if session or parent:
-            session, parent = session or new.message.session_key, parent or new.message.parent_session_key
-            new = new._replace(message=replace(new.message, session_key=session, parent_session_key=parent))
+    for new, (session, parent, person, has_key, wrapped) in zip(messages, rows, strict=True):
+        if session or parent or person:
+            message = replace(
+                new.message,
+                session_key=session or new.message.session_key,
+                parent_session_key=parent or new.message.parent_session_key,
+                subject_id=person or new.message.subject_id,
+            )
+            new = new._replace(message=message)
         found.append(new)
         subject = new.message.tenant_id, new.message.subject_id
         if not has_key:
             unknown.add(subject)
         elif subject not in keys:
             keys[subject] = subjects.opened(subject, wrapped)
+    if also := [new.message for new in found if new.message.also_subject_id]:
+        await tx.sql(
+            _ALSO,
+            [message.also_session_key for message in also],
+            [message.session_key for message in also],
+            [message.also_subject_id for message in also],
+            [message.subject_id for message in also],
+            [message.tenant_id for message in also],
+        )
     return found, keys | await subjects.keys(tx, unknown) if unknown else keys
 
 

@@ -93,6 +93,18 @@ _ACCEPT = """
 """
 
 
+# The new id leads to the session of the old one, which may be that of an older one.
+_ALIAS_SESSION = """
+    INSERT INTO session_alias (session_key, tenant_id, target)
+    SELECT $1, $2, coalesce((SELECT target FROM session_alias WHERE session_key = $3), $3)
+    ON CONFLICT (session_key) DO UPDATE SET target = excluded.target
+"""
+_ALIAS_SUBJECT = """
+    INSERT INTO subject_alias (subject_id, tenant_id, target)
+    SELECT $1, $2, coalesce((SELECT target FROM subject_alias WHERE subject_id = $3), $3)
+    ON CONFLICT (subject_id) DO UPDATE SET target = excluded.target
+"""
+_MOVED = "the conversation got another id"
 _EFFECTS = (Moved, Receipt)
 
 
@@ -193,18 +205,30 @@ class Ingest:
     async def _move(self, account: ChannelAccount, moved: Moved) -> None:
         """From now on, messages with the new id enter the session of the old one and go to its agent. A repeat changes
         nothing."""
+        # A session and a subject that no other id leads to.
+        unused = f"{moved.old} until {moved.ids[0]}"
 
         async def work(tx: Tx) -> None:
-            await tx.sql(
+            rows = await tx.sql(
                 """
-                INSERT INTO session_alias (session_key, tenant_id, target)
-                SELECT $1, $2, coalesce((SELECT target FROM session_alias WHERE session_key = $3), $3)
+                INSERT INTO inbound_seen (hash, tenant_id, channel_id, ignored) VALUES ($1, $2, $3, $4)
                 ON CONFLICT DO NOTHING
+                RETURNING hash
                 """,
-                account.pseudonyms.session(moved.new),
+                dedupe_hash(account.id, moved.ids[0]),
                 account.tenant_id,
-                account.pseudonyms.session(moved.old),
+                account.id,
+                _MOVED,
             )
+            if not rows:
+                return
+            for statement, pseudonym in (
+                (_ALIAS_SESSION, account.pseudonyms.session),
+                *([(_ALIAS_SUBJECT, account.pseudonyms.subject)] if moved.is_person else []),
+            ):
+                await tx.sql(statement, pseudonym(moved.new), account.tenant_id, pseudonym(moved.old))
+                if moved.is_person:
+                    await tx.sql(statement, pseudonym(moved.old), account.tenant_id, pseudonym(unused))
             # Locks the account: a change of its routes must not get lost.
             for (sealed,) in await tx.sql("SELECT routes FROM account WHERE id = $1 FOR UPDATE", account.id):
                 routes = self._secrets.routes(account.id, sealed) if sealed else ()
@@ -296,7 +320,7 @@ def _checked(account: ChannelAccount, item: Item) -> Inbound | Change | Ignored:
         case Inbound():
             return _checked_message(account, item)
         case Moved():
-            return Ignored(item.ids, "the conversation got another id")
+            return Ignored(item.ids, _MOVED)
         case Receipt():
             return Ignored(item.ids, f"a receipt: {item.state}")
         case Edited():
@@ -377,4 +401,6 @@ def _message(arrival: _Arrival, now: datetime) -> AcceptedMessage:
         item.by_admin,
         account.approvers,
         arrival.event_id,
+        account.pseudonyms.session(item.also) if item.also and not item.in_group else "",
+        account.pseudonyms.subject(item.also) if item.also else "",
     )

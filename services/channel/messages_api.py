@@ -376,7 +376,8 @@ async def _conversation(tx: Tx, channel_id: UUID, session_key: str, subject_id: 
     [(subject_id,)] = await tx.sql(
         """
         -- Locks the conversation's row, also if it exists already, as the intake of a message does.
-        INSERT INTO conversation AS c (session_key, tenant_id, channel_id, subject_id) VALUES ($1, $2, $3, $4)
+        INSERT INTO conversation AS c (session_key, tenant_id, channel_id, subject_id)
+        VALUES ($1, $2, $3, coalesce((SELECT target FROM subject_alias WHERE subject_id = $4), $4))
         ON CONFLICT (session_key) DO UPDATE SET subject_id = c.subject_id
         RETURNING subject_id
         """,

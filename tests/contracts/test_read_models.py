@@ -109,6 +109,7 @@ TABLES: dict[str, Source | Derived | Work] = {
     "channel.inbound_seen": Work("ids of vendors' messages, against repeats"),
     "channel.preview": Work("answers that are being written"),
     "channel.session_alias": Source("told by vendors"),
+    "channel.subject_alias": Source("told by vendors"),
     "log_aggregator.audit_head": Source("the end of a chain; made from its records it would hide that one is missing"),
     "log_aggregator.audit_line_key": Source("a key"),
     "log_aggregator.audit_record": Source("the chains; GET /api/v1/audit/verify verifies them"),

@@ -34,6 +34,8 @@ class Inbound(NamedTuple):
     words: str = ""
     """The author's own, if the text also has those of a message of the bot that they quote. With a message of another
     person, the author answers that person: it stays empty."""
+    also: str = ""
+    """A further id of the author, under which later messages may come alone."""
     names_others: bool = False
     """It mentions other persons, or answers one of them."""
 
@@ -49,6 +51,8 @@ class Moved(NamedTuple):
     ids: tuple[str, ...]
     old: str
     new: str
+    is_person: bool = False
+    """The ids are a person's. The old one may become another person's, in a conversation of their own."""
 
 
 class Receipt(NamedTuple):

@@ -324,9 +324,9 @@ def _item(message: _Message, own: str) -> Item:
     if message.system:
         # The person's new number, or else the new id for this business.
         if message.system.type == "user_changed_number" and message.system.wa_id:
-            return Moved(ids, message.from_ or message.system.previous_user_id, message.system.wa_id)
+            return Moved(ids, message.from_ or message.system.previous_user_id, message.system.wa_id, True)
         if message.system.type == "user_changed_user_id" and message.system.previous_user_id:
-            return Moved(ids, message.system.previous_user_id, message.system.user_id)
+            return Moved(ids, message.system.previous_user_id, message.system.user_id, True)
         return Ignored(ids, KINDS["system.customer_identity_changed"])
     text = _text(message)
     if text is None:
@@ -339,6 +339,7 @@ def _item(message: _Message, own: str) -> Item:
         text,
         attachments=_attachments(message),
         in_group=bool(message.group_id),
+        also=message.from_user_id if message.from_ else "",
         names_others=_names_others(message, own),
     )
 

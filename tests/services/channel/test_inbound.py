@@ -200,6 +200,41 @@ async def test_the_own_words_beside_a_quotation_of_the_bot_reach_the_agent(desk:
     assert (inbound["text"], inbound["words"]) == ("yes\n\n[In reply to this message]\nMay I?", "yes")
 
 
+async def test_a_person_with_a_new_number_goes_on_and_its_next_owner_is_another_person(desk: Desk) -> None:
+    meta = WhatsAppStandIn()
+    channel = await desk.connect("whatsapp", meta.credentials)
+
+    async def call(number: str, text: str | None = None, **fields: Any) -> dict[str, Any]:
+        assert (await desk.call(channel, meta.call(meta.message(text, person=number, **fields)))).status_code == 200
+        return (await desk.received(channel))[-1]
+
+    def who(message: dict[str, Any]) -> tuple[str, str]:
+        return message["session_key"], message["subject_id"]
+
+    first = await call("491", "hello", id="wamid.a", from_user_id="US.1")
+    moved: dict[str, Any] = {"type": "system", "system": {"type": "user_changed_number", "wa_id": "492"}}
+    for _ in range(2):
+        await call("491", id="wamid.b", **moved)
+    assert who(await call("492", "it is me")) == who(first)
+    # Without a number.
+    assert who(await call("", "me again", from_user_id="US.1")) == who(first)
+    edit = {"original_message_id": "wamid.a", "message": {"type": "text", "text": {"body": "Hello"}}}
+    await call("492", type="edit", edit=edit)
+    other = await call("491", "who is there?", from_user_id="US.2")
+    assert not set(who(other)) & set(who(first))
+    # The person takes the old number back.
+    await call("492", id="wamid.c", type="system", system={"type": "user_changed_number", "wa_id": "491"})
+    assert who(await call("491", "back")) == who(first)
+    assert who(await call("492", "somebody")) not in (who(first), who(other))
+
+    async def edited() -> bool:
+        async with desk.client() as http:
+            items = (await http.get("/api/v1/messages", params={"channel_id": channel["id"]})).json()["items"]
+        return bool(items[-1]["text"] == "Hello")
+
+    await desk.platform.until(edited)
+
+
 async def test_that_a_message_is_for_other_persons_reaches_the_agent(desk: Desk) -> None:
     telegram = TelegramStandIn()
     channel = await desk.connect("telegram", telegram.credentials)
