@@ -8,14 +8,18 @@ of a real text, and a tenth of one in the wrong encoding.
 from __future__ import annotations
 
 import codecs
+import math
 import re
 import unicodedata
+from collections.abc import Callable
 from itertools import islice
 
 # At least this share of the letters must be common; half of it is enough if no other encoding comes near.
 MIN_SHARE = 0.4
 # Of the bytes beyond ASCII, for each part that is not valid UTF-8: in other encodings almost all are not valid.
 MIN_VALID_BYTES = 7
+# The same for the other encodings, in which texts of another encoding are almost valid.
+MIN_OTHER_VALID_BYTES = 50
 # With fewer letters beyond ASCII, a statistical guess is not better than chance.
 MIN_GUESSED_LETTERS = 200
 # A sample is enough for the judgement, and a file may be large.
@@ -40,6 +44,7 @@ _TRADITIONAL = """
 給世位次度門任常先海通教兒原東聲提立及比員解水名真論處走義各入幾口認條平系氣題活爾更別打女變四神總何電數安少報才結反受目
 太量再感建務做接必場件計管期市直德資命山金指克許統區保至隊形社便空決治展馬科司五基眼書非則聽白卻界達光放強即像難且權思王
 器需每月除垢溫度冷熱電源按鍵清潔價退款訂單客戶服務配送發票修質說明換貨請聯繫帳號密碼登錄支付費免快遞地址郵箱電話公司部門台灣香港您嗎呢吧
+係我哋嘅喺唔咗啲冇佢嚟乜嘢邊度睇返攞畀呀啦喇
 """
 _KANJI = """
 日本人年大国会出中時行見月後前生五間上東四今金九入学高円子外八六下来気小七山話女北午百書先名川千水半男西電校語土木聞食車
@@ -54,8 +59,12 @@ _HANGUL = """
 적비우관화발오중신물내생방모소무연행법실계선개체구조회합등위했었였음업와않할될된더때말년월없같받교명영간데거려러치트드미통학
 재단분결당운필품작반표출점예식마바저너네요까불달터입격환증문의매상담직배송금액
 """
-_CYRILLIC = "оеаинтсрвлкмдпуяыьгзбчйхжшюцщ"
+# In the order of their frequency, as in `_FREQUENT`.
+_CYRILLIC = "оеаинтсрвлікмдпуяыьгзбчйхжшюцщєї"
+_BOTH_CASES = _CYRILLIC + _CYRILLIC.upper()
 _WESTERN = "éèàçêîôûëïüùäöüßñáíóúãõåæøœÄÖÜÉÀÁÂÅÆÇÈÊËÍÎÑÓÔÕÚÛØ“”‘’–—…«»€°§·¡¿®©™"
+# Central European letters have the same bytes.
+_SIGNS = "£¥¢¹²³½¼¾±×÷µ¬"
 _TURKISH = "çğıöşüâîûÇĞİÖŞÜ“”‘’–—…"
 _GREEK = "".join(map(chr, range(0x386, 0x3CF)))
 _HEBREW = "".join(map(chr, range(0x5D0, 0x5EB)))
@@ -66,19 +75,19 @@ _CENTRAL = "ąćęłńóśźżáäčďéěíňôřšťúůýžőűöüăâîşţ
 # Encoding → its common letters. The order decides between equals.
 _COMMON: dict[str, frozenset[str]] = {
     "gb18030": frozenset(_SIMPLIFIED + _PUNCTUATION + _WESTERN),
-    "big5": frozenset(_TRADITIONAL + _PUNCTUATION),
+    "big5hkscs": frozenset(_TRADITIONAL + _PUNCTUATION),
     "cp932": frozenset(_KANA + _KANJI + _PUNCTUATION),
     "euc_jp": frozenset(_KANA + _KANJI + _PUNCTUATION),
     "cp949": frozenset(_HANGUL + _PUNCTUATION),
-    "cp1252": frozenset(_WESTERN),
+    "cp1252": frozenset(_WESTERN + _SIGNS),
     "cp1254": frozenset(_TURKISH),
     "cp1250": frozenset(_CENTRAL),
     "iso8859_2": frozenset(_CENTRAL),
-    "cp1251": frozenset(_CYRILLIC),
-    "koi8_r": frozenset(_CYRILLIC),
-    "koi8_u": frozenset(_CYRILLIC + "єіїґ"),
-    "cp866": frozenset(_CYRILLIC),
-    "iso8859_5": frozenset(_CYRILLIC),
+    "cp1251": frozenset(_BOTH_CASES),
+    "koi8_r": frozenset(_BOTH_CASES),
+    "koi8_u": frozenset(_BOTH_CASES + "ґҐ"),
+    "cp866": frozenset(_BOTH_CASES),
+    "iso8859_5": frozenset(_BOTH_CASES),
     "cp1253": frozenset(_GREEK),
     "cp1255": frozenset(_HEBREW),
     "cp1256": frozenset(_ARABIC),
@@ -87,29 +96,37 @@ _COMMON: dict[str, frozenset[str]] = {
     "mac_roman": frozenset(_WESTERN),
 }
 _LATIN = ("cp1252", "cp1254", "cp1250", "iso8859_2", "mac_roman")
-# The most frequent letters of the alphabets that use the same bytes: a text has them in its own encoding only.
+# The letters of the alphabets that use the same bytes, the most frequent ones first.
 _FREQUENT: dict[str, str] = {
-    "cp1251": _CYRILLIC[:12],
-    "koi8_r": _CYRILLIC[:12],
-    "koi8_u": _CYRILLIC[:12],
-    "cp866": _CYRILLIC[:12],
-    "iso8859_5": _CYRILLIC[:12],
-    "cp1253": "αοιετσνηυρπκάέήίό",
-    "cp1255": "יוהלארתבמשנ",
-    "cp1256": "اليمنوتربعدة",
-    "iso8859_6": "اليمنوتربعدة",
-    "cp874": "านรกเงอมยลวดทสตคปบ่้ัี",
+    "cp1251": _CYRILLIC,
+    "koi8_r": _CYRILLIC,
+    "koi8_u": _CYRILLIC,
+    "cp866": _CYRILLIC,
+    "iso8859_5": _CYRILLIC,
+    "cp1253": "αοιετσνηυρπκμςλωόίέάήθδγύώφχβξζψ",
+    "cp1255": "יוהלתרמאבשנדקפחםעסגכטןצזךץף",
+    "cp1256": "اليمنوتربعدةفقسحكجشصخطضغىذءثزظأإآئؤ",
+    "iso8859_6": "اليمنوتربعدةفقسحكجشصخطضغىذءثزظأإآئؤ",
+    "cp874": "านรกเงอมยลวดทสตคปบ่้ัีไแหิุจพข์ูำะืถใชธณศผซฟภ็ึโษฐฝญฉ",
 }
-# Almost all bytes are letters of these encodings, so that Chinese and Japanese texts would be taken for them.
-_MIN_FREQUENCY = dict.fromkeys(("cp1253", "cp1255", "cp1256", "iso8859_6", "cp874"), 0.6)
-_FINAL_LETTERS = "ςךםןףץ"
+# Almost all bytes are letters of some of them, so that Chinese and Japanese texts would be taken for them.
+_MIN_FREQUENCY = 0.15
+# Of two capital letters side by side: few texts have only capital letters.
+_CAPITAL_SHARE = 0.8
+_FINAL_LETTERS = "ךםןףץ"
 # The last lead byte of the more common half of the characters.
-_LESS_COMMON = {"gb18030": b"\xd7", "big5": b"\xc6"}
+_LESS_COMMON = {"gb18030": b"\xd7", "big5hkscs": b"\xc6"}
 _LESS_COMMON_SHARE = 0.3
 
 # Browsers read these names as the larger encoding (https://encoding.spec.whatwg.org/).
-_LARGER = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "iso8859-1": "cp1252"}
-
+_LARGER = {
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "big5": "big5hkscs",
+    "shift_jis": "cp932",
+    "euc_kr": "cp949",
+    "iso8859-1": "cp1252",
+}
 
 # Encodings of e-mails whose bytes are all ASCII, so that they are also valid UTF-8.
 _SEVEN_BITS = ("iso2022_jp", "iso2022_kr", "hz")
@@ -152,26 +169,43 @@ def _decode(content: bytes, declared: str | None, *, is_cut: bool) -> tuple[str,
                 return _without_part(content, codec) if is_cut else content.decode(codec), encoding
             except (UnicodeError, LookupError):
                 # The statement is wrong, as it is in many files, or names a codec that is none of texts.
-                if encoding == "utf-8" and (text := _damaged_utf8(content)):
+                if encoding == "utf-8" and (text := _damaged(content, codec, MIN_VALID_BYTES)):
                     return text, encoding
-    shares = {encoding: _share(content, encoding, common) for encoding, common in _COMMON.items()}
+    best = _judge(content, _whole) or _judge(content, _with_damage)
+    return (content.decode(best, errors="replace"), best) if best else _guess(content)
+
+
+def _judge(content: bytes, read: Callable[[bytes, str], str | None]) -> str | None:
+    """The encoding whose common letters the text has; None if there is none."""
+    shares = {encoding: _share(read(content, encoding), encoding, common) for encoding, common in _COMMON.items()}
     frequencies = {encoding: _frequency(content, encoding) for encoding in _FREQUENT}
-    shares |= {other: 0.0 for other, found in frequencies.items() if found < _MIN_FREQUENCY.get(other, 0.0)}
+    shares |= {other: 0.0 for other, found in frequencies.items() if found < _MIN_FREQUENCY}
     best, second = sorted(shares, key=lambda encoding: -shares[encoding])[:2]
     if shares[best] >= MIN_SHARE and best in _FREQUENT:
         best = max(_FREQUENT, key=lambda encoding: shares[encoding] * frequencies[encoding])
     if best in ("cp1252", "cp1254", "mac_roman") and shares["cp1250"] > MIN_SHARE and _is_central(content, best):
         best = "cp1250"
     if shares[best] >= MIN_SHARE or shares[best] >= MIN_SHARE / 2 > 2 * shares[second]:
-        return content.decode(best, errors="replace"), best
-    return _guess(content)
+        return best
+    return None
 
 
-def _damaged_utf8(content: bytes) -> str | None:
-    """The text with U+FFFD for each part that is not valid UTF-8, if there are few of them; otherwise None."""
-    text = content.decode("utf-8-sig", errors="replace")
+def _damaged(content: bytes, encoding: str, min_valid_bytes: int) -> str | None:
+    """The text with U+FFFD for each part that is not valid, if there are few of them; otherwise None."""
+    text = content.decode(encoding, errors="replace")
     beyond_ascii = len(content.translate(None, delete=bytes(range(128))))
-    return text if beyond_ascii >= MIN_VALID_BYTES * text.count("\ufffd") else None
+    return text if beyond_ascii >= min_valid_bytes * text.count("\ufffd") else None
+
+
+def _with_damage(content: bytes, encoding: str) -> str | None:
+    return _damaged(content, encoding, MIN_OTHER_VALID_BYTES)
+
+
+def _whole(content: bytes, encoding: str) -> str | None:
+    try:
+        return _without_part(content, encoding)
+    except UnicodeDecodeError:
+        return None
 
 
 def wide_encoding(content: bytes) -> str | None:
@@ -197,7 +231,7 @@ def preload() -> None:
     """Loads all codecs now. Later the process may not read their files any more."""
     from charset_normalizer import from_bytes
 
-    for encoding in (*_COMMON, *_SEVEN_BITS, *_DECLARED, *_WIDE):
+    for encoding in (*_COMMON, *_LARGER, *_SEVEN_BITS, *_DECLARED, *_WIDE):
         codecs.lookup(encoding)
     from_bytes("Grüße und Küsse aus Zürich".encode("cp1250")).best()
 
@@ -210,11 +244,9 @@ def _known(declared: str | None) -> str | None:
     return _LARGER.get(name, name)
 
 
-def _share(content: bytes, encoding: str, common: frozenset[str]) -> float:
+def _share(text: str | None, encoding: str, common: frozenset[str]) -> float:
     """The share of common letters among the letters beyond ASCII; 0 if the bytes are not valid in this encoding."""
-    try:
-        text = _without_part(content, encoding)
-    except UnicodeDecodeError:
+    if text is None:
         return 0.0
     score = 0.0
     # A file may be large and have few of these letters.
@@ -224,7 +256,8 @@ def _share(content: bytes, encoding: str, common: frozenset[str]) -> float:
         if _is_odd(encoding, letter, text[max(0, n - 4) : n], text[n + 1 : n + 2]):
             score -= 1
         elif letter in common:
-            score += 1
+            is_capital = encoding in _FREQUENT and letter.isupper() and text[n - 1 : n].isupper()
+            score += _CAPITAL_SHARE if is_capital else 1
         elif b"\xb0" <= letter.encode(encoding, "ignore")[:1] <= _LESS_COMMON.get(encoding, b""):
             score += _LESS_COMMON_SHARE
     return score / len(letters) if letters else 0.0
@@ -242,18 +275,36 @@ def _without_part(content: bytes, encoding: str) -> str:
 
 def _is_odd(encoding: str, letter: str, before: str, after: str) -> bool:
     """True for a letter in a place that real texts do not have."""
+    last = before[-1:]
+    if encoding == "big5hkscs":
+        # Texts of Hong Kong have few of the characters that are only there, except for the common ones.
+        return letter not in _TRADITIONAL and not letter.encode("big5", "ignore")
     if encoding in _LATIN:
         # More than two letters with accents are seldom neighbours, and no word begins in the middle of another.
         neighbours = 4 if encoding == "cp1250" else 2
         is_run = len(before) >= neighbours and not any(each.isascii() for each in before[-neighbours:])
-        return is_run or (letter in "¡¿" and before[-1:].isalpha())
-    last = before[-1:]
+        return is_run or (letter in "¡¿" and last.isalpha()) or _is_odd_sign(encoding, letter, before, after)
     if encoding == "cp874":
         return last.isascii() and (last.isalpha() or not letter.isalpha())
     if encoding in _FREQUENT:
-        is_inside = (letter.isupper() and last.islower()) or last in tuple(_FINAL_LETTERS)
+        # No word has a capital letter behind a small one, or a small one behind two capital ones.
+        is_mixed = (
+            last.islower() if letter.isupper() else letter.islower() and before[-2:-1].isupper() and last.isupper()
+        )
+        is_inside = is_mixed or last in tuple(_FINAL_LETTERS)
         return not letter.isalpha() or is_inside or any(each.isascii() and each.isalpha() for each in (last, after))
     return False
+
+
+def _is_odd_sign(encoding: str, letter: str, before: str, after: str) -> bool:
+    """True for a sign within a word, and for a letter beside a digit that is a sign in Western texts."""
+    if encoding in ("cp1250", "iso8859_2"):
+        return letter.isalpha() and (before[-1:].isdigit() or after.isdigit())
+    if encoding != "cp1252" or letter not in _SIGNS:
+        return False
+    # As in µm and m³.
+    is_unit = after in tuple("mgslFA") if letter == "µ" else bool(re.search(r"(?<!\w)[cdkm]?m$", before))
+    return (before[-1:].isalpha() or after.isalpha()) and not is_unit
 
 
 def _is_central(content: bytes, western: str) -> bool:
@@ -269,10 +320,16 @@ def _is_central(content: bytes, western: str) -> bool:
 
 
 def _frequency(content: bytes, encoding: str) -> float:
-    """The share of frequent letters among the letters of the text in an encoding."""
+    """How frequent the letters of the text are in the languages of an encoding: 1 if all are the most frequent one. A
+    real text has 0.3, and random letters have 0.1."""
     text = content[: 4 * _SAMPLE_LETTERS].decode(encoding, "ignore").lower()
+    if encoding == "cp1253" and re.search(r"ς\w", text):
+        # This form of the letter ends a word.
+        return 0.0
     letters = [letter for letter in text if not letter.isascii()]
-    return sum(letter in _FREQUENT[encoding] for letter in letters) / max(1, len(letters))
+    alphabet = _FREQUENT[encoding]
+    ranks = {letter: 4 * n / len(alphabet) for n, letter in enumerate(alphabet)}
+    return math.exp(-sum(ranks.get(letter, 5.0) for letter in letters) / max(1, len(letters)))
 
 
 def _guess(content: bytes) -> tuple[str, str]:

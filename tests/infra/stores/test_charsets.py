@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from infra.stores import charsets
-from infra.stores.charsets import decode, wide_encoding
+from infra.stores.charsets import UnknownEncoding, decode, wide_encoding
 
 TEXTS = [
     ("cp1250", "Proszę o zwrot pieniędzy za zamówienie."),
@@ -25,10 +25,37 @@ TEXTS = [
     ("cp1252", "As informações são três"),
     ("cp1252", "Õpetaja kõnnib mööda tänavat"),
     ("cp1252", "Kurz nach März trifft sich die Größe mit Smørrebrød"),
+    ("cp1252", "The fee in the Czech shop is £50 – it’s due on 3 May."),
+    ("cp1252", "Room of 12 m² and 30 m³ for rent"),
+    ("cp1252", "Price ¥500"),
+    ("cp1252", "Costs 5¢ each. "),
+    ("cp1252", "Add ½ cup"),
+    ("cp1252", "Tolerance ±5 µm"),
+    ("cp1252", "Size 3×4, 10³. "),
+    ("cp1250", "Łatwy i mały"),
+    ("cp1250", "ŻÓŁTY ŚLĄSK ŁÓDŹ"),
+    ("iso8859_2", "ľudia"),
     ("cp866", "Возврат денег занимает пять дней"),
     ("iso8859_5", "Возврат денег занимает пять дней"),
     ("koi8_u", "Повернення грошей триває п'ять днів, їжа"),
     ("gb18030", "Größe: 7 元"),
+    ("gb18030", "没有注册"),
+    ("gb18030", "宫保鸡丁 麻婆豆腐 鱼香肉丝"),
+    ("big5hkscs", "保養期係兩年，唔該聯絡我哋嘅客戶服務。"),
+    ("big5hkscs", "我哋嘅地址喺九龍"),
+    *(
+        (encoding, text)
+        for text in (
+            "ВНИМАНИЕ! ГАРАНТИЯ ДВА ГОДА",
+            "ИНСТРУКЦИЯ ПО ЭКСПЛУАТАЦИИ КОФЕМАШИНЫ",
+            "ВОЗВРАТ ДЕНЕГ ЗАНИМАЕТ ПЯТЬ ДНЕЙ",
+            "ВСТРЕЧА НАЧИНАЕТСЯ В ТРИ ЧАСА ДНЯ",
+        )
+        for encoding in ("cp1251", "koi8_r", "cp866", "iso8859_5")
+    ),
+    ("koi8_u", "ПОВЕРНЕННЯ ГРОШЕЙ ТРИВАЄ П'ЯТЬ ДНІВ, ЇЖА"),
+    ("cp1253", "ΠΡΟΣΟΧΗ: Η ΠΟΡΤΑ ΚΛΕΙΝΕΙ ΑΥΤΟΜΑΤΑ"),
+    ("cp1255", "אין חבילות לעדכון."),
     ("utf-16-le", "The key hangs in the yellow box."),
     ("utf-16-be", "退款需要五天。\n请联系客服。\n"),
     ("utf-32-le", "退款需要五天。"),
@@ -58,6 +85,18 @@ def test_utf8_with_a_damaged_byte_is_utf8(text: str, declared: str | None) -> No
     for byte in (b"\xff", b"\xc3", b"\xa0"):
         assert decode(text.encode() + byte + b" and more", declared) == (f"{text}\ufffd and more", "utf-8")
     assert decode(f"{text}退款".encode()[:-1], declared) == (f"{text}退\ufffd", "utf-8")
+
+
+def test_a_text_with_a_damaged_byte_is_read_in_its_encoding() -> None:
+    text = "保修期为两年，请联系客户服务部门退款。" * 2
+    content = text.encode("gbk")
+    assert decode(content + b"\xff" + content) == (f"{text}\ufffd{text}", "gb18030")
+    with pytest.raises(UnknownEncoding):
+        decode(content[:20] + b"\xff" + content[:10])
+
+
+def test_a_declared_encoding_is_read_as_the_larger_one() -> None:
+    assert decode("𨋢".encode("big5hkscs"), "big5") == ("𨋢", "big5hkscs")
 
 
 @pytest.mark.parametrize(
