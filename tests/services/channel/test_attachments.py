@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -439,11 +439,11 @@ async def test_a_file_that_arrives_while_its_tenant_is_erased_does_not_stay(
     await desk.call(channel, telegram.update(None, document={"file_id": "f1"}))
     database = desk.platform.database("channel")
 
-    async def rows(query: str, *arguments: object) -> list[Any]:
+    async def rows(query: str, *arguments: object) -> Sequence[Any]:
         async with database.begin() as tx:
             return await tx.sql(query, *arguments)
 
-    async def noted() -> list[Any]:
+    async def noted() -> Sequence[Any]:
         return await rows("SELECT path FROM attachment WHERE tenant_id = $1", desk.tenant_id)
 
     found = await desk.platform.until(noted)
