@@ -266,7 +266,8 @@ async def _embed(database: Database, tenant_id: str, memories: Memories, embedde
     for n in range(0, len(ids), BATCH):
         batch = ids[n : n + BATCH]
         async with database.begin(tenant_id=tenant_id) as tx:
-            texts = [await memories.text(tx, id_, embedder.key) or "" for id_ in batch]
+            found = [await memories.without_vector(tx, id_, embedder.key) for id_ in batch]
+        texts = [memory.text if memory else "" for memory in found]
         made = await embedder.passages(texts)
         async with database.begin(tenant_id=tenant_id) as tx:
             embedded = {id_: vector.tobytes() for id_, vector in zip(batch, made.vectors, strict=True)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -37,8 +38,9 @@ async def test_a_large_document_gives_its_place_to_others(monkeypatch: pytest.Mo
     monkeypatch.setattr(indexing, "TURN_SECONDS", -1.0)
     monkeypatch.setattr(passages, "count", count)
     monkeypatch.setattr(passages, "without_vector", next_passages)
+    document = SimpleNamespace(id=uuid7())
     large = indexing.Indexing(cast(Any, None), cast(Any, None), cast(Any, None), CREDIT)
     monkeypatch.setattr(large, "_embed_batch", embed)
     with pytest.raises(NotYet):
-        await large._embed(uuid7(), LocalEmbedder(), cast(Any, NoTransaction()))
+        await large._embed(cast(Any, document), LocalEmbedder(), cast(Any, NoTransaction()))
     assert embedded == 1
