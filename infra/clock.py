@@ -15,6 +15,11 @@ def uuid7() -> UUID:
     return id_
 
 
+def time_of(id_: UUID) -> datetime:
+    """The time at which a UUIDv7 was made, in UTC."""
+    return datetime.fromtimestamp((id_.int >> 80) / 1000, UTC)
+
+
 def utcnow() -> datetime:
     """The current time in UTC, with its time zone."""
     return datetime.now(UTC)

@@ -9,6 +9,7 @@ from uuid import UUID
 
 import msgspec
 
+from infra.clock import time_of
 from infra.errors import EffectFailed, NotYet, Transient
 from infra.lanes.effects import Effects
 from infra.lanes.lane import Lane
@@ -91,8 +92,8 @@ async def remember_run(event: RunCompleted, tx: Tx, conversations: Conversations
 async def forget_message(event: RunMessageDeleted, tx: Tx, keeping: Keeping, learning: Learning) -> None:
     """The facts that were learned from the run are forgotten. Rules search the words that are left."""
     await keeping.withdraw(tx, event.subject_id, event.run_id)
-    assert tx.cause
-    run = FinishedRun(event.run_id, event.subject_id, event.channel_id, None, tx.cause.time)
+    # The time of the deletion would make these facts newer than those that were said since.
+    run = FinishedRun(event.run_id, event.subject_id, event.channel_id, None, time_of(event.run_id))
     for memory_id in await learning.by_rules(tx, run, event.said, after_deletion=True):
         enqueue_memory(tx, memory_id)
 
