@@ -12,7 +12,7 @@ from datetime import timedelta
 from uuid import UUID
 
 from infra.clock import utcnow, uuid7
-from infra.errors import InvalidMessage
+from infra.errors import Conflict, InvalidMessage
 from infra.postgres.tx import Tx
 from services.billing import accounts, booking, grants, invoices, journal, tax, terms
 from services.billing.accounts import MAX_CREDIT_NANOS
@@ -23,12 +23,15 @@ from services.billing.tax import Seller
 
 # One million currency units.
 MAX_ORDER_NANOS = 10**15
+# Orders of a tenant in a day that are not paid. They are kept, so a program that orders in a loop must not make more.
+MAX_UNPAID = 20
 
 
 async def order(tx: Tx, tenant_id: str, nanos: int, reason: str, seller: Seller) -> Invoice:
     """Makes the draft of an invoice about `nanos` of credit, before tax.
 
-    Raises InvalidMessage (field ``nanos``) for a part of a minor unit, and for more than a tenant may have.
+    Raises InvalidMessage (field ``nanos``) for a part of a minor unit, and for more than a tenant may have; Conflict if
+    too many orders are not paid.
     """
     currency, account = await accounts.lock_one(tx, tenant_id)
     unit = nanos_per_minor(currency)
@@ -37,6 +40,15 @@ async def order(tx: Tx, tenant_id: str, nanos: int, reason: str, seller: Seller)
     most = min(MAX_ORDER_NANOS, MAX_CREDIT_NANOS - (account.credit_nanos or 0))
     if nanos > most:
         raise InvalidMessage("nanos", f"must be at most {most}")
+    [(unpaid,)] = await tx.sql(
+        """
+        SELECT count(*) FROM invoice
+        WHERE tenant_id = $1 AND status = 'draft' AND purpose = 'credit' AND made_at > now() - interval '1 day'
+        """,
+        tenant_id,
+    )
+    if unpaid >= MAX_UNPAID:
+        raise Conflict(f"{MAX_UNPAID} orders of the last day are not paid; pay one of them")
     invoice_id = uuid7()
     await tx.sql(
         """

@@ -23,7 +23,7 @@ from infra.service.service import Runtime
 from infra.service.tenant_erasure import EraseTenant
 from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import TenantErased
-from services.billing import tenants
+from services.billing import purchases, tenants
 from services.billing.clock import Clock
 from services.billing.payments.stripe import Stripe, amount_of, minor_of
 from services.billing.tax import Seller
@@ -940,6 +940,16 @@ async def test_a_tenant_orders_for_itself_and_by_the_amount_only(billing: Billin
         assert field_of(await billing.operator.post("/api/v1/grants", json=body)) == field
     async with billing.platform.client("billing", tenant.id, scopes=("read",)) as viewer:
         assert (await viewer.post("/api/v1/grants", json={"nanos": UNIT})).status_code == 403
+
+
+async def test_a_tenant_has_a_bounded_number_of_unpaid_orders(billing: Billing) -> None:
+    tenant = await buyer(billing)
+    for _ in range(purchases.MAX_UNPAID):
+        await ordered(tenant)
+    refused = await tenant.http.post("/api/v1/grants", json={"nanos": UNIT})
+    assert (refused.status_code, "not paid" in refused.json()["detail"]) == (409, True)
+    await tenant.sql("UPDATE invoice SET made_at = made_at - interval '1 day' WHERE tenant_id = $1", tenant.id)
+    await ordered(tenant)
 
 
 @pytest.mark.parametrize("end", ["won", "lost"])
