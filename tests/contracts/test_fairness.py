@@ -10,7 +10,7 @@ from tooling.stack.home import SERVICES
 # turns in all lanes.
 SHORT = {
     *("erased tenants", "erased files", "documents of deleted messages"),
-    *("message gaps", "delivery gaps", "utterances", "memories", "emails"),
+    *("message gaps", "delivery gaps", "utterances", "memories", "emails", "uploads"),
 }
 
 

@@ -63,7 +63,7 @@ async def test_dependencies_have_exactly_the_required_shape(client: httpx.AsyncC
     health.add_check("kafka", Dependency().check)
     body = (await client.get("/api/health/dependencies")).json()
     assert list(body) == ["status", "version", "uptime", "dependencies"]
-    assert (body["status"], body["version"], body["uptime"]) == ("ok", "1.2.3", 0)
+    assert (body["status"], body["version"], type(body["uptime"])) == ("ok", "1.2.3", int)
     assert list(body["dependencies"]) == ["postgres", "kafka"]
     for dependency in body["dependencies"].values():
         assert list(dependency) == ["status", "latency"]
