@@ -86,6 +86,8 @@ class BillingRpc(billing_pb2_grpc.BillingServicer):
                 """
                 SELECT run_id::text, count(*), coalesce(sum(amount_nanos), 0)::bigint
                 FROM usage WHERE tenant_id = $1 AND run_id = ANY($2::uuid[]) AND verdict IN ('counted', 'rejected')
+                -- The agent counts its own records, whose ids name the run; those of tools and messages come later.
+                AND strpos(usage_id, run_id::text) > 0
                 GROUP BY run_id ORDER BY run_id
                 """,
                 tenant_id,

@@ -113,6 +113,8 @@ async def furnish(system: Platform, word: str = CANARY, *, seconds: float = 150)
         "deadletters": letter,
         "subjects": "person-1",
         "traces": uuid4().hex,
+        # The payment provider does not answer, so none is saved.
+        "payment-methods": str(uuid4()),
         **billed,
     }
 

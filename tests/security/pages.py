@@ -51,7 +51,8 @@ async def operations(system: Platform) -> list[Operation]:
                         service,
                         method.upper(),
                         path,
-                        tuple(right for need in operation["security"] for right in need["bearer"]),
+                        # Two parameters of a route may need the same right.
+                        tuple(dict.fromkeys(right for need in operation["security"] for right in need["bearer"])),
                         tuple(operation.get("parameters", ())),
                         content.get("application/json", {}).get("schema"),
                         page.get("components", {}).get("schemas", {}),

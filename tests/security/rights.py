@@ -81,6 +81,7 @@ billing
     DELETE /api/v1/budgets/{budget_id}                                  admin
     POST   /api/v1/payment-methods                                      admin
     GET    /api/v1/payment-methods                                      admin
+    DELETE /api/v1/payment-methods/{method_id}                          admin
     POST   /api/v1/invoices/{invoice_id}/pay                            admin operator
     GET    /api/v1/payments                                             read operator
     GET    /api/v1/payments/reconciliation                              read operator

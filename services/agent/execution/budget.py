@@ -91,7 +91,9 @@ class Spending:
         """The cost of the run; None until billing has rated all its usage."""
         metadata: grpc.aio.Metadata = rpc.tenant_metadata(self._tenant_id)
         reply = await self._billing.Charges(billing_pb2.ChargesRequest(run_id=str(run_id)), metadata=metadata)
-        rated = [charge for charge in reply.charges if charge.verdict in ("counted", "rejected")]
+        # Tools, memory and messages have records of the run, too, which `used` does not count; their ids name no run.
+        own = [charge for charge in reply.charges if str(run_id) in charge.usage_id]
+        rated = [charge for charge in own if charge.verdict in ("counted", "rejected")]
         return sum(charge.amount_nanos for charge in rated) if len(rated) == used else None
 
 

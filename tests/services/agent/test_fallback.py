@@ -7,6 +7,8 @@ from tooling.testing.model_server import KEY, Asked, Fails, Refuses, Says, Strea
 from tooling.testing.service_fakes import WEATHER
 
 OTHER = "gpt-4o"
+# That it wants thoughts is remembered, so no other test may use it.
+THINKER = "o4-mini"
 
 
 async def test_where_a_model_gives_no_answer_another_one_is_asked_once(world: World, tenant: Tenant) -> None:
@@ -45,7 +47,7 @@ async def test_the_thoughts_of_a_model_are_not_sent_to_its_fallback(world: World
 
 
 async def test_a_fallback_that_wants_thoughts_gets_blank_ones(world: World, tenant: Tenant) -> None:
-    agent = await tenant.agent(tools=[WEATHER], fallback={"model": f"openai/{OTHER}"})
+    agent = await tenant.agent(tools=[WEATHER], fallback={"model": f"openai/{THINKER}"})
     message = "thinking is enabled but reasoning_content is missing in assistant tool call message at index 2"
 
     def thinking(asked: Asked) -> Says | Refuses:
@@ -53,7 +55,7 @@ async def test_a_fallback_that_wants_thoughts_gets_blank_ones(world: World, tena
         complete = all(message.get("reasoning_content") for message in called)
         return Says("Wet.") if complete else Refuses(400, {"error": {"message": message}})
 
-    world.models.rules[OTHER] = thinking
+    world.models.rules[THINKER] = thinking
     world.models.script(MODEL, Says(calls=((WEATHER, '{"city":"Bern"}'),)), Fails(400))
     run = await tenant.over(await tenant.say(agent, "Weather?"))
     assert (run["status"], run["reply"]) == ("completed", "Wet.")

@@ -238,16 +238,17 @@ async def test_the_costs_of_many_runs_come_in_one_answer(billing: Billing) -> No
     tenant, other = await billing.tenant(), await billing.tenant()
     runs = [uuid7() for _ in range(3)]
     for n, run_id in enumerate(runs[:2]):
-        await tenant.use(f"a{n}", run_id=run_id, input_tokens=1, output_tokens=2)
-        await tenant.use(f"b{n}", "acme/unheard-of", run_id=run_id, calls=1)
-    await tenant.use("c", run_id=runs[0], input_tokens=1, output_tokens=2)
-    await tenant.use("c", run_id=runs[0], input_tokens=1, output_tokens=2)
-    await other.use("d", run_id=runs[2], input_tokens=1, output_tokens=2)
-    await tenant.verdict("c")
-    await other.verdict("d")
+        await tenant.use(f"{run_id}/1/1", run_id=run_id, input_tokens=1, output_tokens=2)
+        await tenant.use(f"{run_id}/2/1", "acme/unheard-of", run_id=run_id, calls=1)
+        await tenant.use(f"message/{n}", "channel/message", run_id=run_id, messages=1)
+    for _ in range(2):
+        await tenant.use(f"learning/{runs[0]}/1", run_id=runs[0], input_tokens=1, output_tokens=2)
+    await other.use(f"{runs[2]}/1/1", run_id=runs[2], input_tokens=1, output_tokens=2)
+    await tenant.verdict(f"learning/{runs[0]}/1")
+    await other.verdict(f"{runs[2]}/1/1")
     asked = billing_pb2.ChargesRequest(run_ids=[str(run_id) for run_id in runs])
     reply = await tenant.stub().Charges(asked, metadata=rpc.tenant_metadata(tenant.id))
-    # Without the held records, the duplicate, and the record of another tenant.
+    # Without the held records, the duplicate, the records of other services, and the record of another tenant.
     found = [(cost.run_id, cost.records, cost.amount_nanos) for cost in reply.costs]
     assert found == [(str(runs[0]), 2, 2700), (str(runs[1]), 1, 1350)]
     assert (reply.currency, len(reply.charges)) == ("USD", 0)
