@@ -18,7 +18,7 @@ from infra.failpoint import failpoint
 from infra.lanes.claims import LaneHead, LaneLost, Lease
 from infra.lanes.effects import Effects
 from infra.lanes.lane import Work
-from infra.observe import logs, telemetry
+from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.observe.redaction import redacted
@@ -83,8 +83,7 @@ class LaneProcessor:
     async def _step(self, work: Work, lease: Lease, head: LaneHead, may_go_on: bool) -> LaneHead | None:
         """Handles the head. Returns the next one, or None if the lane was given back."""
         carrier = msgspec.json.decode(head.headers, type=dict[str, str])
-        shares.tenant.set(lease.tenant_id)
-        logs.work_for(lease.tenant_id)
+        shares.work_for(lease.tenant_id)
         started = time.perf_counter()
         try:
             with telemetry.process(

@@ -8,8 +8,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 
+from infra.observe import logs
+
 tenant: ContextVar[str] = ContextVar("tenant", default="")
 """For whom this task works; empty for the platform."""
+
+
+def work_for(tenant_id: str) -> None:
+    """From now on this task takes the tenant's share of places, and its log lines have the field ``for_tenant``."""
+    tenant.set(tenant_id)
+    logs.work_for(tenant_id)
 
 
 class Shares:

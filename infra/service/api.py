@@ -29,7 +29,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from infra import VERSION
 from infra.errors import Forbidden, InvalidMessage, NotFound, Unauthenticated, WrongType
-from infra.observe import logs
 from infra.outgoing import shares
 from infra.security.auth import IDENTITY_HEADER, SCOPES, Identities, Identity
 from infra.service.refusals import Refusals
@@ -91,8 +90,8 @@ def api(
     for router in routers:
         for route in router.routes:
             if isinstance(route, APIRoute):
-                # Without a right the page shows the route as open to everyone.
-                security = [{_BEARER: [right]} for right in _accepted(route.dependant)]
+                # Without a right the page shows the route as open to everyone. Two parameters may need the same right.
+                security = [{_BEARER: [right]} for right in dict.fromkeys(_accepted(route.dependant))]
                 route.openapi_extra = {**(route.openapi_extra or {}), "security": security}
         app.include_router(router)
 
@@ -107,9 +106,7 @@ def api(
             allow_body(scope, max_body)
             _check_address(scope)
             with suppress(Unauthenticated):
-                tenant_id = identity(HTTPConnection(scope), runtime.identities).tenant_id
-                shares.tenant.set(tenant_id)
-                logs.work_for(tenant_id)
+                shares.work_for(identity(HTTPConnection(scope), runtime.identities).tenant_id)
             if not routes_check_bodies and is_json(Headers(scope=scope)):
                 receive = await _checked(scope, receive)
         try:

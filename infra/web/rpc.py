@@ -42,7 +42,7 @@ from infra.errors import (
     Unauthenticated,
     WrongType,
 )
-from infra.observe import logs, telemetry
+from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.outgoing import shares
@@ -271,8 +271,7 @@ class _Incoming(grpc.aio.ServerInterceptor):
             with telemetry.span(method, SpanKind.SERVER, parent=parent, attributes=span_attributes(method)) as span:
                 try:
                     tokens = deadline.set(self._deadline(context)), _caller.set(self._caller(method, headers, context))
-                    shares.tenant.set(_caller.get().tenant_id)
-                    logs.work_for(_caller.get().tenant_id)
+                    shares.work_for(_caller.get().tenant_id)
                     try:
                         with self._place(caller(), MAX_CALLS):
                             yield

@@ -93,17 +93,17 @@ _ACCEPT = """
 """
 
 
-# The new id leads to the session of the old one, which may be that of an older one.
-_ALIAS_SESSION = """
-    INSERT INTO session_alias (session_key, tenant_id, target)
-    SELECT $1, $2, coalesce((SELECT target FROM session_alias WHERE session_key = $3), $3)
-    ON CONFLICT (session_key) DO UPDATE SET target = excluded.target
-"""
-_ALIAS_SUBJECT = """
-    INSERT INTO subject_alias (subject_id, tenant_id, target)
-    SELECT $1, $2, coalesce((SELECT target FROM subject_alias WHERE subject_id = $3), $3)
-    ON CONFLICT (subject_id) DO UPDATE SET target = excluded.target
-"""
+def _alias(table: str, column: str) -> str:
+    """The new id leads to the session, or the subject, of the old one, which may be that of an older one."""
+    return f"""
+        INSERT INTO {table} ({column}, tenant_id, target)
+        SELECT $1, $2, coalesce((SELECT target FROM {table} WHERE {column} = $3), $3)
+        ON CONFLICT ({column}) DO UPDATE SET target = excluded.target
+    """
+
+
+_ALIAS_SESSION = _alias("session_alias", "session_key")
+_ALIAS_SUBJECT = _alias("subject_alias", "subject_id")
 _MOVED = "the conversation got another id"
 _EFFECTS = (Moved, Receipt)
 

@@ -20,7 +20,7 @@ from starlette.routing import BaseRoute
 
 from infra.clock import utcnow
 from infra.errors import InvalidMessage, NotFound, TooLarge, Transient
-from infra.observe import logs, telemetry
+from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.observe.metrics import Metrics
 from infra.outgoing import shares
@@ -110,8 +110,7 @@ class Webhooks:
                 account = await self._accounts.by_token(type_, token)
                 if account is None:
                     raise NotFound("no channel has this webhook path")
-                shares.tenant.set(account.tenant_id)
-                logs.work_for(account.tenant_id)
+                shares.work_for(account.tenant_id)
                 request = self._request(call, account)
                 keys = await account.vendor.keys(self._outgoing, account.origin, account.credentials, request)
             except Exception as error:

@@ -143,7 +143,7 @@ class _Writer:
             self._break()
         elif tag == "img":
             self._text(element.get("alt"))
-        elif tag == "sup" and _POWER.match(element.text or "") and "".join(self._line[-1:])[-1:].isdigit():
+        elif tag == "sup" and _POWER.match(element.text or "") and (self._line or [""])[-1][-1:].isdigit():
             # 10 to the power of 6 is not 106.
             self._text("^")
         elif tag == "p" and not self._outside:

@@ -51,8 +51,7 @@ async def operations(system: Platform) -> list[Operation]:
                         service,
                         method.upper(),
                         path,
-                        # Two parameters of a route may need the same right.
-                        tuple(dict.fromkeys(right for need in operation["security"] for right in need["bearer"])),
+                        tuple(right for need in operation["security"] for right in need["bearer"]),
                         tuple(operation.get("parameters", ())),
                         content.get("application/json", {}).get("schema"),
                         page.get("components", {}).get("schemas", {}),

@@ -12,7 +12,6 @@ import grpc.aio
 
 from infra.clock import utcnow
 from infra.lanes.effects import Effects
-from infra.postgres.tx import Tx
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
 from services.agent.definitions.models import AgentBudget
@@ -81,24 +80,21 @@ class Spending:
                 since,
                 SETTLED_AT_ONCE,
             )
-        costs = {run_id: await self._cost(run_id, used) for run_id, used in rows}
-        async with self._effects.begin() as tx:
-            for run_id, cost in costs.items():
-                if cost is not None:
-                    await _settled(tx, run_id, cost)
-
-    async def _cost(self, run_id: UUID, used: int) -> int | None:
-        """The cost of the run; None until billing has rated all its usage."""
+        if not rows:
+            return
+        request = billing_pb2.ChargesRequest(run_ids=[str(run_id) for run_id, _ in rows])
         metadata: grpc.aio.Metadata = rpc.tenant_metadata(self._tenant_id)
-        reply = await self._billing.Charges(billing_pb2.ChargesRequest(run_id=str(run_id)), metadata=metadata)
-        # Tools, memory and messages have records of the run, too, which `used` does not count; their ids name no run.
-        own = [charge for charge in reply.charges if str(run_id) in charge.usage_id]
-        rated = [charge for charge in own if charge.verdict in ("counted", "rejected")]
-        return sum(charge.amount_nanos for charge in rated) if len(rated) == used else None
-
-
-async def _settled(tx: Tx, run_id: UUID, cost: int) -> None:
-    await tx.sql("UPDATE run SET budget_nanos = $2, budget_settled = true WHERE id = $1", run_id, cost)
+        costs = {cost.run_id: cost for cost in (await self._billing.Charges(request, metadata=metadata)).costs}
+        async with self._effects.begin() as tx:
+            for run_id, used in rows:
+                cost = costs.get(str(run_id), billing_pb2.RunCost())
+                # Until billing has rated all usage of the run, its estimate counts.
+                if cost.records == used:
+                    await tx.sql(
+                        "UPDATE run SET budget_nanos = $2, budget_settled = true WHERE id = $1",
+                        run_id,
+                        cost.amount_nanos,
+                    )
 
 
 def begin_of_period(budget: AgentBudget, now: datetime) -> datetime:

@@ -39,13 +39,17 @@ class UsageOrigin(NamedTuple):
     @property
     def api_key_id(self) -> str:
         """Empty: no API key, or the key of a member."""
-        kind, _, id_ = self.subject_id.partition(":")
-        return id_ if self.channel_id is None and kind == "api_key" else ""
+        return self._client("api_key")
 
     @property
     def member_id(self) -> UUID | None:
+        id_ = self._client("member")
+        return UUID(id_) if id_ else None
+
+    def _client(self, wanted: str) -> str:
+        """The id of the client of the API; empty if it is of another kind, or a person of a chat."""
         kind, _, id_ = self.subject_id.partition(":")
-        return UUID(id_) if self.channel_id is None and kind == "member" else None
+        return id_ if self.channel_id is None and kind == wanted else ""
 
     def record(
         self,

@@ -214,7 +214,7 @@ def test_paragraphs_of_a_word_document_have_the_numbers_that_it_shows() -> None:
             _item("between"),
             _item("Term", style="Sub"),
             _item("deeper", 1, 1),
-            _item("anew", 5),
+            _item("starts at seven", 5),
             _item("none", 0, style="Clause"),
             *(_item("条款", 2) for _ in range(12)),
             _item("dot", 3),
@@ -230,7 +230,7 @@ def test_paragraphs_of_a_word_document_have_the_numbers_that_it_shows() -> None:
         "between",
         "2. Term",
         "2.a) deeper",
-        "7. anew",
+        "7. starts at seven",
         "none",
     ]
     assert [shown[n] for n in (8, 10, 17, 18, 19)] == [f"第{n}条 条款" for n in ("一", "三", "十", "十一", "十二")]
