@@ -123,27 +123,27 @@ async def delivered(platform: Platform, tenant: str, run_id: str) -> dict[str, A
 async def billed(platform: Platform, tenant: str, run_id: str) -> None:
     """All usage records of the run are counted, no others are, and the run's cost is their sum."""
 
-    def of_run(bodies: list[tuple[dict[str, str], dict[str, Any]]]) -> set[str]:
-        return {body["usage_id"] for _, body in bodies if body.get("run_id") == run_id}
-
-    produced: set[str] = set()
-    for service in SERVICES_ON_THE_WAY:
-        produced |= of_run(await platform.outbox(service, "usage.records"))
-    assert len(produced) >= 2
+    async def produced() -> set[str]:
+        """The records of the services, and the one that billing makes of each delivered message."""
+        bodies = [one for service in SERVICES_ON_THE_WAY for one in await platform.outbox(service, "usage.records")]
+        told = await platform.outbox("channel", "channel.events")
+        delivered = [body for headers, body in told if headers["ce_type"].endswith("MessageDelivered")]
+        messages = {f"message/{body['delivery_id']}" for body in delivered if body["run_id"] == run_id}
+        return messages | {body["usage_id"] for _, body in bodies if body.get("run_id") == run_id}
 
     async def charges() -> list[dict[str, Any]] | None:
         async with platform.client("agent", tenant) as api:
             items = (await api.get(f"/api/v1/runs/{run_id}/timeline")).json()["items"]
         found = [item["data"] for item in items if item["kind"] == "charge"]
-        return found if {charge["usage_id"] for charge in found} >= produced else None
+        return found if {charge["usage_id"] for charge in found} == await produced() and len(found) >= 2 else None
 
     found = await platform.until(charges)
-    counted = [charge["usage_id"] for charge in found if charge["verdict"] == "counted"]
-    assert sorted(counted) == sorted(produced)
+    counted = sorted(charge["usage_id"] for charge in found if charge["verdict"] == "counted")
+    assert counted == sorted({charge["usage_id"] for charge in found})
     async with platform.client("agent", tenant) as api:
         run = (await api.get(f"/api/v1/runs/{run_id}")).json()
     assert run["cost_nanos"] == sum(charge["amount_nanos"] for charge in found)
     async with platform.client("billing", tenant) as api:
         ledger = (await api.get("/api/v1/billing/ledger", params={"limit": 200})).json()["items"]
-    entries = [entry for entry in ledger if entry.get("usage_id") in produced]
-    assert sorted(entry["usage_id"] for entry in entries) == sorted(produced)
+    entries = [entry for entry in ledger if entry.get("usage_id") in counted]
+    assert sorted(entry["usage_id"] for entry in entries) == counted

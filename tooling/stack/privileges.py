@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pwd
 import shutil
@@ -13,6 +14,9 @@ from tooling.stack.checkout import readable_code
 from tooling.stack.engines.base import EngineError
 from tooling.stack.home import STATE, home_folder
 from tooling.stack.machine import USER
+
+# Held while root makes the user. Two `useradd` of one name at the same time leave a home that belongs to neither.
+LOCK = Path("/run/clawbus.lock")
 
 
 def leave_root() -> None:
@@ -77,10 +81,12 @@ def stack_user(home: Path) -> pwd.struct_passwd:
                 f"{home} belongs to the user number {owner}, who is not a user of this machine: give it to one with "
                 "chown -R, or set CLAW_HOME to another folder"
             ) from None
-    try:
-        return pwd.getpwnam(USER)
-    except KeyError:
-        print(f"Making the system user {USER}, who will run the stack.", file=sys.stderr)  # noqa: T201
-        command = ["useradd", "--system", "--user-group", "--create-home", "--home-dir", str(STATE)]
-        subprocess.run([*command, "--shell", "/usr/sbin/nologin", USER], check=True)
-        return pwd.getpwnam(USER)
+    with LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            return pwd.getpwnam(USER)
+        except KeyError:
+            print(f"Making the system user {USER}, who will run the stack.", file=sys.stderr)  # noqa: T201
+            command = ["useradd", "--system", "--user-group", "--create-home", "--home-dir", str(STATE)]
+            subprocess.run([*command, "--shell", "/usr/sbin/nologin", USER], check=True)
+            return pwd.getpwnam(USER)

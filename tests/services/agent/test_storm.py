@@ -204,7 +204,7 @@ async def test_whatever_workers_die_of_each_run_ends_once(world: World, tmp_path
         assert set(ended.values()) == {1}
         assert sum("reply" in fact for fact in told) == 1
 
-    usage = [record["usage_id"] for record in await tenant.usage()]
+    usage = sorted(record["usage_id"] for record in await tenant.usage())
     attempts = {
         f"{run['id']}/{step['n']}/{attempt + 1}"
         for run in runs
@@ -212,7 +212,13 @@ async def test_whatever_workers_die_of_each_run_ends_once(world: World, tmp_path
         if step["kind"] == "model"
         for attempt in range(step["attempts"])
     }
-    assert sorted(usage) == sorted(attempts)
+    # A call that the model server did not answer, on a busy machine, costs nothing.
+    unanswered = {
+        f"{fact['run_id']}/{fact['step']}/{fact['attempt']}"
+        for fact in sum(facts.values(), [])
+        if fact.keys() == {"run_id", "session_key", "n", "step", "attempt"}
+    }
+    assert usage == sorted(attempts - (unanswered - set(usage)))
     # Not more calls than attempts: recorded answers were not asked for again.
     assert len(world.models.requests) <= len(attempts)
     tools = [key for key, (tool, _) in world.peers.plugin.calls.items() if tool == WEATHER]

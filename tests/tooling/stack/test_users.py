@@ -9,13 +9,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tooling.stack import privileges
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines.base import EngineError, cache_path
 from tooling.stack.home import Home, usual_ports
@@ -135,6 +138,28 @@ def test_root_gives_clawbus_a_state_folder_only_if_it_is_its_own(tmp_path: Path)
     os.chown(tmp_path, 3_999_999, -1)
     with pytest.raises(EngineError, match="user number 3999999, who is not a user of this machine"):
         stack_user(tmp_path)
+
+
+def test_two_commands_of_root_make_the_user_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[list[str]] = []
+    both = threading.Barrier(2)
+
+    def user_of(_: str) -> pwd.struct_passwd:
+        if not made:
+            raise KeyError
+        return pwd.getpwuid(0)
+
+    def makes(command: list[str], **_: object) -> None:
+        with suppress(threading.BrokenBarrierError):
+            both.wait(1)
+        made.append(command)
+
+    monkeypatch.setattr(privileges, "LOCK", tmp_path / "lock")
+    monkeypatch.setattr(privileges.pwd, "getpwnam", user_of)
+    monkeypatch.setattr(privileges.subprocess, "run", makes)
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(stack_user, [tmp_path / "one", tmp_path / "other"]))
+    assert len(made) == 1
 
 
 @pytest.mark.skipif(not ROOT, reason="only root acts for another user")
