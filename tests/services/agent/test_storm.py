@@ -215,7 +215,8 @@ async def test_whatever_workers_die_of_each_run_ends_once(world: World, tmp_path
     # A call that the model server did not answer, on a busy machine, costs nothing.
     unanswered = {
         f"{fact['run_id']}/{fact['step']}/{fact['attempt']}"
-        for fact in sum(facts.values(), [])
+        for told in facts.values()
+        for fact in told
         if fact.keys() == {"run_id", "session_key", "n", "step", "attempt"}
     }
     assert usage == sorted(attempts - (unanswered - set(usage)))

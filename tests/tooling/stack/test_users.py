@@ -155,8 +155,8 @@ def test_two_commands_of_root_make_the_user_once(tmp_path: Path, monkeypatch: py
         made.append(command)
 
     monkeypatch.setattr(privileges, "LOCK", tmp_path / "lock")
-    monkeypatch.setattr(privileges.pwd, "getpwnam", user_of)
-    monkeypatch.setattr(privileges.subprocess, "run", makes)
+    monkeypatch.setattr(pwd, "getpwnam", user_of)
+    monkeypatch.setattr(subprocess, "run", makes)
     with ThreadPoolExecutor() as threads:
         list(threads.map(stack_user, [tmp_path / "one", tmp_path / "other"]))
     assert len(made) == 1
