@@ -93,7 +93,7 @@ class Webhooks:
         for call in calls:
             type_, _, token = call.path.removeprefix(f"{PREFIX}/").partition("/")
             account = self._accounts.cached(type_, token)
-            if account and not account.vendor.publishes_keys:
+            if account and not account.vendor.needs_keys(call.request.body):
                 known.append((call, account))
             else:
                 task = asyncio.create_task(self._look_up(call, type_, token))
@@ -112,7 +112,12 @@ class Webhooks:
                     raise NotFound("no channel has this webhook path")
                 shares.work_for(account.tenant_id)
                 request = self._request(call, account)
-                keys = await account.vendor.keys(self._outgoing, account.origin, account.credentials, request)
+                vendor = account.vendor
+                keys = (
+                    await vendor.keys(self._outgoing, account.origin, account.credentials, request)
+                    if vendor.needs_keys(request.body)
+                    else {}
+                )
             except Exception as error:
                 self._refuse(call, error)
                 return

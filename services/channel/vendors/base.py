@@ -61,7 +61,7 @@ class Request(NamedTuple):
     url: str = ""
     """The public URL that the vendor called, with its query. Some vendors sign it."""
     keys: Mapping[str, Any] = {}
-    """The keys that the vendor publishes, by id, if it signs with such keys."""
+    """The answer of `Vendor.keys`."""
 
 
 class OutboundFile(NamedTuple):
@@ -140,8 +140,6 @@ class Vendor(ABC, Generic[C]):
     """How long the vendor knows the key, less the time of a call. None: for as long as a delivery is tried."""
     max_body: ClassVar[int] = MAX_BODY_BYTES
     """The largest webhook body that the vendor sends, in bytes."""
-    publishes_keys: ClassVar[bool] = False
-    """`keys` must be asked before `receive`."""
     groups: ClassVar[tuple[Groups, ...]] = ("all",)
     """The choices of a channel: the vendor tells mentions, and replies to the bot, or not."""
     files: ClassVar[Mapping[str, int]] = {}
@@ -159,8 +157,13 @@ class Vendor(ABC, Generic[C]):
     sign_seconds: ClassVar[int] = 0
     """How long the vendor shows that the bot is typing; 0: it does not."""
 
+    def needs_keys(self, body: bytes) -> bool:
+        """True if `keys` must be asked before `receive`."""
+        return False
+
     async def keys(self, outgoing: Outgoing, origin: str, credentials: C, request: Request) -> Mapping[str, Any]:
-        """The published keys with which `receive` verifies this call. Raises Transient if they cannot be read now."""
+        """The vendor's facts that `receive` needs for this call: the published keys with which it is verified, or the
+        bot's own name. Raises Transient if they cannot be read now."""
         return {}
 
     @abstractmethod

@@ -124,7 +124,6 @@ class Teams(Vendor[TeamsCredentials]):
     origin: ClassVar[str] = "https://login.botframework.com"
     addresses: ClassVar[tuple[str, ...]] = ("openid_metadata_url",)
     effect: ClassVar[Kind] = "once"
-    publishes_keys: ClassVar[bool] = True
     groups: ClassVar[tuple[Groups, ...]] = ("all", "mentions")
     preview: ClassVar[Preview | None] = "edit"
     sign_seconds: ClassVar[int] = 3
@@ -139,6 +138,9 @@ class Teams(Vendor[TeamsCredentials]):
         self._tokens = Tokens()
         self._published: Recent[str, _Published] = Recent(_KEPT_ADDRESSES)
         self._reading: dict[str, asyncio.Task[_Published]] = {}
+
+    def needs_keys(self, body: bytes) -> bool:
+        return True
 
     async def keys(
         self, outgoing: Outgoing, origin: str, credentials: TeamsCredentials, request: Request

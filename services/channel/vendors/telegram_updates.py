@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -25,6 +25,14 @@ _FILES: dict[str, Literal["image", "voice", "video"] | None] = {
     "animation": "video",
     "document": None,
 }
+
+
+class Bot(NamedTuple):
+    """The bot that got the update."""
+
+    id: str
+    name: str
+    """Such as ``@ada_bot``; empty: not known."""
 
 
 class _User(msgspec.Struct):
@@ -140,8 +148,8 @@ class _Reaction(msgspec.Struct):
     new_reaction: list[_Sign] = []
 
 
-def read(body: bytes, bot: str) -> Received:
-    """The items of an update. `bot`: the bot's id."""
+def read(body: bytes, bot: Bot) -> Received:
+    """The items of an update."""
     update = decode(body, dict[str, msgspec.Raw])
     number = decode(update.pop("update_id", msgspec.Raw(b"null")), int)
     ids = (f"update/{number}",)
@@ -161,11 +169,11 @@ def read(body: bytes, bot: str) -> Received:
     return Received([Ignored(ids, KINDS.get(kind) or f"an update of kind {kind[:80]}")])
 
 
-def _message(ids: tuple[str, ...], raw: msgspec.Raw, bot: str) -> Inbound | Ignored | Moved:
+def _message(ids: tuple[str, ...], raw: msgspec.Raw, bot: Bot) -> Inbound | Ignored | Moved:
     return _item(ids, decode(raw, _Message), decode(raw, dict[str, msgspec.Raw]), bot)
 
 
-def _edited(ids: tuple[str, ...], raw: msgspec.Raw, bot: str, number: int) -> Edited | Ignored:
+def _edited(ids: tuple[str, ...], raw: msgspec.Raw, bot: Bot, number: int) -> Edited | Ignored:
     if "location" in decode(raw, dict[str, msgspec.Raw]):
         # Each of its moves is an edit.
         return Ignored(ids, "a live location has moved")
@@ -190,9 +198,8 @@ def _reacted(ids: tuple[str, ...], reaction: _Reaction, number: int) -> Reacted:
 
 
 def _item(
-    ids: tuple[str, ...], message: _Message, fields: Mapping[str, msgspec.Raw], bot: str
+    ids: tuple[str, ...], message: _Message, fields: Mapping[str, msgspec.Raw], bot: Bot
 ) -> Inbound | Ignored | Moved:
-    """`bot`: the bot's id."""
     chat = message.chat.id
     # A group became a supergroup. Telegram says so in both chats.
     if message.migrate_to_chat_id is not None:
@@ -306,22 +313,26 @@ def _place(message: _Message) -> str:
     return f"{message.chat.id}@{connection}" if connection else str(message.chat.id)
 
 
-def _is(bot: str, user: _User | None) -> bool:
-    return user is not None and str(user.id) == bot
+def _is(bot: Bot, user: _User | None) -> bool:
+    return user is not None and str(user.id) == bot.id
 
 
-def _mentions(message: _Message, bot: str) -> tuple[bool, bool]:
-    """Whether the bot is mentioned, and whether others are. A command is for the bot, and a name that ends in "bot" is
-    taken as its own: updates do not tell it. Offsets count UTF-16 units."""
+def _mentions(message: _Message, bot: Bot) -> tuple[bool, bool]:
+    """Whether the bot is mentioned, and whether others are. A command without a name is for the bot. Offsets count
+    UTF-16 units."""
     named = others = False
     text = (message.text or message.caption or "").encode("utf-16-le", "surrogatepass")
     for entity in message.entities or message.caption_entities or ():
         part = text[entity.offset * 2 : (entity.offset + entity.length) * 2].decode("utf-16-le", "replace")
-        ends_in_bot = entity.type == "mention" and part.lower().endswith("bot")
-        if entity.type == "bot_command" or ends_in_bot or _is(bot, entity.user):
-            named = True
-        elif entity.type in ("mention", "text_mention"):
-            others = True
+        match entity.type:
+            case "text_mention":
+                is_own = _is(bot, entity.user)
+            case "mention" | "bot_command":
+                _, at, name = part.partition("@")
+                is_own = at + name.lower() == bot.name.lower() if at else entity.type == "bot_command"
+            case _:
+                continue
+        named, others = named or is_own, others or not is_own
     return named, others
 
 

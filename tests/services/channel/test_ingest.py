@@ -275,7 +275,7 @@ async def test_the_keys_of_a_vendor_are_read_for_the_tenant_of_the_channel(
 
     token, answered = new_token(), asyncio.Event()
     vendor = intake.account.vendor
-    monkeypatch.setattr(type(vendor), "publishes_keys", True)
+    monkeypatch.setattr(type(vendor), "needs_keys", lambda *_: True)
     monkeypatch.setattr(type(vendor), "keys", keys)
     accounts = Accounts(intake.database, AccountSecrets(Cipher(MASTER_KEY)))
     accounts._known[token] = time.monotonic() + 60, intake.account

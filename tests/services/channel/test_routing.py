@@ -219,6 +219,10 @@ def _of_qq(*is_you: bool) -> Call:
         ("telegram", _of_telegram("@bob yes", "mention"), True),
         ("telegram", _of_telegram("Bob yes", "text_mention"), True),
         ("telegram", _of_telegram("@bob @ada_bot yes", "mention", "mention"), False),
+        ("telegram", _of_telegram("@other_bot yes", "mention"), True),
+        ("telegram", _of_telegram("@Ada_Bot yes", "mention"), False),
+        ("telegram", _of_telegram("/yes@other_bot", "bot_command"), True),
+        ("telegram", _of_telegram("/yes@ada_bot", "bot_command"), False),
         ("telegram", _of_telegram("@bob yes", "mention", reply_to_message={"message_id": 1, "from": BOT}), False),
         ("slack", SLACK.event("<@UBOB> yes", channel_type="channel"), True),
         ("slack", SLACK.event("<@UBOB|bob> yes", channel_type="channel"), True),
@@ -250,7 +254,7 @@ async def test_adapters_tell_a_message_of_a_group_that_is_for_other_persons(
 
 def _with_keys(call: Call) -> Request:
     body, headers = call
-    return Request("POST", "", headers, body, keys=keys_of(TEAMS))
+    return Request("POST", "", headers, body, keys={**keys_of(TEAMS), "name": "@ada_bot"})
 
 
 async def change(desk: Desk, channel: dict[str, Any], **body: Any) -> httpx.Response:
@@ -275,6 +279,16 @@ async def test_a_channel_leads_to_several_agents_and_answers_mentions_only(desk:
         got = [(one["agent_id"], one["text"]) for one in await desk.received(channel)]
         assert sorted(got) == sorted([(str(SALES), "how much?"), (channel["agent_id"], "hello")])
         assert await desk.ignored(channel) == ["a message of a group; only mentions are answered"]
+
+
+async def test_a_telegram_bot_knows_its_own_name_among_those_of_other_bots(desk: Desk) -> None:
+    async with TelegramStandIn() as telegram:
+        channel = await desk.connect("telegram", telegram.credentials, telegram.url)
+        for name in ("@other_bot", "@Ada_Bot"):
+            mention = {"type": "mention", "offset": 0, "length": len(name)}
+            assert (await desk.call(channel, telegram.update(f"{name} yes", chat=-5, entities=[mention]))).is_success
+        got = {one["text"]: one["for_others"] for one in await desk.received(channel)}
+        assert got == {"@other_bot yes": True, "@Ada_Bot yes": False}
 
 
 async def test_the_approvers_of_a_channel_go_with_each_message_to_the_agent(desk: Desk) -> None:
