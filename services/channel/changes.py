@@ -33,7 +33,7 @@ from services.channel.attachments import (
     ForgetDocuments,
     sent_id,
 )
-from services.channel.domain import dedupe_hash
+from services.channel.domain import dedupe_hash, part_id
 from services.channel.events import (
     InboundContent,
     MessageChange,
@@ -197,7 +197,8 @@ async def _target(tx: Tx, item: ChangeItem) -> _Target | None:
     sent = await tx.sql(
         """
         SELECT id FROM delivery
-        WHERE channel_id = $1 AND vendor_message_id = $2 AND ($3 = '' OR session_key = coalesce(
+        WHERE ((channel_id = $1 AND vendor_message_id = $2) OR part_ids && ARRAY[$4]::text[])
+            AND ($3 = '' OR session_key = coalesce(
             (SELECT target FROM session_alias WHERE session_key = $3), $3))
         ORDER BY id
         LIMIT 1
@@ -205,6 +206,7 @@ async def _target(tx: Tx, item: ChangeItem) -> _Target | None:
         item.channel_id,
         item.message,
         item.session_key,
+        part_id(item.channel_id, item.message),
     )
     return _Target(sent[0][0]) if item.message and sent else None
 

@@ -42,7 +42,8 @@ class QueueDelivery(NamedTuple):
 
 
 class MarkSent(NamedTuple):
-    vendor_message_id: str | None
+    ids: tuple[str | None, ...]
+    """The vendor's id of each part."""
 
 
 class MarkFailed(NamedTuple):
@@ -58,6 +59,8 @@ class MarkReceived(NamedTuple):
 
     state: Literal["delivered", "read", "failed"]
     reason: str
+    of_last: bool = True
+    """False: it is about a part before the last one."""
 
 
 Command = QueueDelivery | MarkSent | MarkFailed | MarkUnknown | MarkReceived
@@ -75,8 +78,9 @@ def decide(command: Command, delivery: Delivery) -> Sequence[DeliveryEvent]:
         return []
     about = asked.channel_id, asked.session_key, asked.run_id
     match command:
-        case MarkSent(vendor_message_id):
-            return [DeliverySent(*about, vendor_message_id)]
+        case MarkSent(ids):
+            last = next((id_ for id_ in reversed(ids) if id_), None)
+            return [DeliverySent(*about, last, ids if len(ids) > 1 else ())]
         case MarkFailed(reason):
             return [DeliveryFailed(*about, reason)]
         case MarkUnknown(reason):
@@ -86,13 +90,14 @@ def decide(command: Command, delivery: Delivery) -> Sequence[DeliveryEvent]:
 
 
 def _received(command: MarkReceived, delivery: Delivery) -> Sequence[DeliveryEvent]:
-    """Receipts come in any order and repeatedly: only one that says more than the last one counts."""
+    """Receipts come in any order and repeatedly: only one that says more than the last one counts. The last part tells
+    whether the person has it all; each part can fail."""
     asked, state = delivery.queued, delivery.state
     if command.state == "failed":
-        if asked and state == "sent":
+        if asked and (state == "sent" or (state == "delivered" and not command.of_last)):
             return [DeliveryFailed(asked.channel_id, asked.session_key, asked.run_id, command.reason)]
         return []
-    if (command.state, state) in (("delivered", "sent"), ("read", "sent"), ("read", "delivered")):
+    if command.of_last and (command.state, state) in (("delivered", "sent"), ("read", "sent"), ("read", "delivered")):
         return [DeliveryReceived(command.state)]
     return []
 
@@ -178,6 +183,11 @@ def _pseudonym(key: bytes, kind: str, vendor_id: str) -> str:
     keyed = _keyed(key).copy()
     keyed.update(f"{kind}\0{vendor_id}".encode())
     return keyed.finalize().hex()[:32]
+
+
+def part_id(channel_id: UUID, message: str) -> str:
+    """How `delivery.part_ids` has the vendor's id of a message, which is unique in its channel at most."""
+    return f"{channel_id}/{message}"
 
 
 def dedupe_hash(channel_id: UUID, vendor_id: str) -> bytes:

@@ -126,6 +126,8 @@ class DeliverySent(msgspec.Struct, frozen=True):
     run_id: UUID | None
     vendor_message_id: str | None
     """The vendor's id of the last part that has one; null if no part has one."""
+    parts: tuple[str | None, ...] = ()
+    """If there are several: the vendor's id of each part, in their order."""
 
 
 class DeliveryFailed(msgspec.Struct, frozen=True):

@@ -84,13 +84,14 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
     run_id = parts[0].run_id
     about = {"channel_id": str(account.id), **({"run_id": str(run_id)} if run_id else {})}
     logs.work_on(**about)
-    last = shown = None
+    sent: list[str | None] = []
+    shown = None
     if vendor.preview == "edit" and run_id:
         async with effects.begin() as taking:
             shown = await take_over(taking, account, run_id, sendable.session_key, due.delivery_id)
     for n, part in enumerate(parts, 1):
         if n == 1 and shown and await _replaced(effects, sender, account, part, shown):
-            last = shown
+            sent.append(shown)
             continue
 
         outcome = await _sent(effects, sender, account, part)
@@ -108,8 +109,8 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
             return
         assert outcome.result is not None
         # Slack gives no id of the message of a file.
-        last = outcome.result.vendor_message_id or last
-    await _decide(tx, due.delivery_id, MarkSent(last), **about)
+        sent.append(outcome.result.vendor_message_id)
+    await _decide(tx, due.delivery_id, MarkSent(tuple(sent)), **about)
 
 
 async def _sent(effects: Effects, sender: Sender, account: ChannelAccount, part: Outbound) -> Outcome[Sent]:

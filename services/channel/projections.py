@@ -8,6 +8,7 @@ from uuid import UUID
 
 from infra.postgres.read_models import Recorded, folded
 from infra.postgres.tx import Tx
+from services.channel.domain import part_id
 from services.channel.events import (
     DeliveryEvent,
     DeliveryFailed,
@@ -35,7 +36,7 @@ async def project(tx: Tx, delivery_id: UUID, event: DeliveryEvent) -> None:
                 event.run_id,
             )
         case DeliverySent():
-            await _settle(tx, delivery_id, "sent", vendor_message_id=event.vendor_message_id)
+            await _settle(tx, delivery_id, "sent", vendor_message_id=event.vendor_message_id, part_ids=_part_ids(event))
         case DeliveryFailed():
             await _settle(tx, delivery_id, "failed", reason=event.reason)
         case DeliveryUnknown():
@@ -46,20 +47,31 @@ async def project(tx: Tx, delivery_id: UUID, event: DeliveryEvent) -> None:
             assert_never(event)
 
 
+def _part_ids(event: DeliverySent) -> list[str] | None:
+    return [part_id(event.channel_id, message) for message in event.parts if message] or None
+
+
 async def _settle(
-    tx: Tx, delivery_id: UUID, state: str, *, reason: str | None = None, vendor_message_id: str | None = None
+    tx: Tx,
+    delivery_id: UUID,
+    state: str,
+    *,
+    reason: str | None = None,
+    vendor_message_id: str | None = None,
+    part_ids: list[str] | None = None,
 ) -> None:
     await tx.sql(
         """
         UPDATE delivery
         SET state = $2, reason = $3, vendor_message_id = coalesce($4, vendor_message_id),
-            updated_at = clock_timestamp()
+            part_ids = coalesce($5, part_ids), updated_at = clock_timestamp()
         WHERE id = $1
         """,
         delivery_id,
         state,
         reason,
         vendor_message_id,
+        part_ids,
     )
 
 
@@ -78,11 +90,13 @@ def delivery(delivery_id: str, history: Sequence[Recorded]) -> Iterator[Mapping[
                     "state": "queued",
                     "reason": None,
                     "vendor_message_id": None,
+                    "part_ids": None,
                     "created_at": at,
                 }
             case DeliverySent():
                 row |= {"state": "sent", "reason": None}
                 row["vendor_message_id"] = event.vendor_message_id or row["vendor_message_id"]
+                row["part_ids"] = _part_ids(event) or row["part_ids"]
             case DeliveryFailed():
                 row |= {"state": "failed", "reason": event.reason}
             case DeliveryUnknown():
@@ -115,7 +129,16 @@ READ_MODELS = (
         name="deliveries",
         table="delivery",
         key=("id",),
-        columns=("tenant_id", "channel_id", "session_key", "run_id", "state", "reason", "vendor_message_id"),
+        columns=(
+            "tenant_id",
+            "channel_id",
+            "session_key",
+            "run_id",
+            "state",
+            "reason",
+            "vendor_message_id",
+            "part_ids",
+        ),
         stream="l.id::text",
         in_scope="l.id = ANY($1::text[]::uuid[])",
         new=("created_at", "updated_at"),

@@ -183,6 +183,17 @@ async def test_reactions_to_messages_of_people_and_of_the_bot_are_in_the_history
     await chat.desk.platform.until(gone)
 
 
+async def test_a_reaction_to_the_first_part_of_a_long_answer_is_in_the_history(chat: Chat) -> None:
+    await chat.call(chat.vendor.update("Hi", message_id=1_000))
+    [inbound] = await chat.desk.received(chat.channel)
+    await chat.desk.settled(await chat.desk.reply(inbound, "word " * 1_000))
+    first, _ = chat.vendor.ledger
+    await chat.call(chat.vendor.reaction(int(first.id), "👍"))
+    assert await chat.ends() == []
+    sign = {"sign": "👍", "subject_id": inbound["subject_id"]}
+    assert [item["reactions"] for item in await chat.history()] == [[], [sign]]
+
+
 async def test_a_message_keeps_a_bounded_number_of_changes(chat: Chat) -> None:
     await chat.call(chat.vendor.update("Hi", message_id=7))
     [inbound] = await chat.desk.received(chat.channel)

@@ -55,7 +55,8 @@ def after(*events: DeliveryEvent) -> Delivery:
 @pytest.mark.parametrize(
     ("command", "event", "state"),
     [
-        (MarkSent("7"), SENT, "sent"),
+        (MarkSent(("7",)), SENT, "sent"),
+        (MarkSent(("6", "7", None)), DeliverySent(CHANNEL, "session", RUN, "7", ("6", "7", None)), "sent"),
         (MarkFailed("blocked"), FAILED, "failed"),
         (MarkUnknown("no answer"), UNKNOWN, "unknown"),
     ],
@@ -67,7 +68,7 @@ def test_a_queued_delivery_ends_in_one_way(command: Command, event: DeliveryEven
 
 @pytest.mark.parametrize("settled", [SENT, FAILED, UNKNOWN])
 @pytest.mark.parametrize(
-    "command", [QueueDelivery(QUEUED), MarkSent("8"), MarkFailed("expired"), MarkUnknown("no answer")]
+    "command", [QueueDelivery(QUEUED), MarkSent(("8",)), MarkFailed("expired"), MarkUnknown("no answer")]
 )
 def test_an_ended_delivery_does_not_change(command: Command, settled: DeliveryEvent) -> None:
     assert decide(command, after(QUEUED, settled)) == []
@@ -102,11 +103,20 @@ def test_only_a_receipt_that_says_more_counts(
         assert evolve(delivery, event).state == state
 
 
+def test_the_last_part_tells_that_all_arrived_and_each_part_can_fail() -> None:
+    sent, arrived = after(QUEUED, SENT), after(QUEUED, SENT, DELIVERED)
+    nothing: Sequence[DeliveryEvent] = []
+    assert decide(MarkReceived("delivered", "", of_last=False), sent) == nothing
+    assert decide(MarkReceived("read", "", of_last=False), arrived) == nothing
+    for delivery in (sent, arrived):
+        assert decide(MarkReceived("failed", "131026", of_last=False), delivery) == [NOT_DELIVERED]
+
+
 def test_a_delivery_is_queued_once_and_cannot_end_before_it_was_queued() -> None:
     nothing: Sequence[DeliveryEvent] = []
     assert decide(QueueDelivery(QUEUED), after()) == [QUEUED]
     assert decide(QueueDelivery(QUEUED), after(QUEUED)) == nothing
-    assert decide(MarkSent("7"), after()) == nothing
+    assert decide(MarkSent(("7",)), after()) == nothing
 
 
 def test_pseudonyms_are_stable_and_differ_by_account_kind_and_id() -> None:

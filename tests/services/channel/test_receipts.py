@@ -30,6 +30,21 @@ async def test_receipts_change_a_sent_delivery_once(desk: Desk) -> None:
         assert published["delivery_id"] == lost["id"]
 
 
+async def test_a_receipt_for_any_part_of_a_long_answer_finds_its_delivery(desk: Desk) -> None:
+    async with WhatsAppStandIn() as meta:
+        channel = await desk.connect("whatsapp", meta.credentials, meta.url)
+        await desk.call(channel, meta.call(meta.message("question")))
+        [inbound] = await desk.received(channel)
+        sent = await desk.settled(await desk.reply(inbound, "word " * 2_000))
+        first, _, last = meta.ledger
+        for id_, status, state in ((first.id, "read", "sent"), (last.id, "delivered", "delivered")):
+            await desk.call(channel, meta.call(statuses=[{"id": id_, "status": status}]))
+            assert (await desk.delivery(sent["id"]))["state"] == state
+        errors = [{"code": 131026, "title": "Undeliverable"}]
+        await desk.call(channel, meta.call(statuses=[{"id": first.id, "status": "failed", "errors": errors}]))
+        assert (await desk.delivery(sent["id"]))["state"] == "failed"
+
+
 async def test_a_receipt_that_refuses_the_account_breaks_the_channel(desk: Desk) -> None:
     async with WhatsAppStandIn() as meta:
         channel = await desk.connect("whatsapp", meta.credentials, meta.url)
