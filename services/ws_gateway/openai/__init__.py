@@ -9,7 +9,7 @@ https://platform.openai.com/docs/api-reference. These rules fill gaps of the sta
 - A user's images are addresses, or data URLs of at most 5 MB each and 20 MB in a request. In the place of an image or
   a file in a function's result, the model reads that it was left out.
 - A reference to an item of an earlier answer (``item_reference``) is the reply or the call of its run, as long as the
-  run is kept.
+  run is kept. A request refers to 100 runs at most.
 - Audio, tools other than functions, ``n`` above 1, log probabilities, and references to whole responses are refused
   with a 400 that names the field. Other options change nothing.
 - ``temperature``, ``top_p``, the penalties, ``seed`` and ``reasoning_effort`` go to the agent's model with each call of

@@ -13,7 +13,13 @@ from infra.errors import NotFound
 from infra.security.auth import Identity
 from services.ws_gateway.agent import Agent
 from services.ws_gateway.openai.conversation import FunctionCall
+from services.ws_gateway.openai.fields import check
 
+# Each run that a request refers to costs a call of the agent service.
+MAX_RUNS = 100
+SEND_ITEM = (
+    "send the item itself (in the AI SDK of Vercel with the provider option store: false, or with provider.chat())"
+)
 # The ids of `Responses`: the kind of the item, the run, and the step or the number of the call.
 _ID = re.compile(r"(msg|fc)_([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})_(\d{1,6})")
 
@@ -27,10 +33,13 @@ async def resolved(agent: Agent, who: Identity, items: Sequence[Any]) -> list[An
     """The input of a response with the replies and calls of earlier runs in the place of references to them.
 
     The last message of a run is its reply; the text before its own tool calls is left out. A reference to anything else
-    stays as it is. Raises Transient.
+    stays as it is. Raises Failure naming the reference to one run too many, and Transient.
     """
     references = {n: found for n, item in enumerate(items) if (found := _reference(item))}
-    runs = {found[2]: UUID(found[2]) for found in references.values()}
+    runs: dict[str, UUID] = {}
+    for n, found in references.items():
+        runs[found[2]] = UUID(found[2])
+        check(len(runs) <= MAX_RUNS, f"input[{n}].id", f"refers to one answer more than {MAX_RUNS}: {SEND_ITEM}")
     answers = {name: await _answer(agent, who, run_id) for name, run_id in runs.items()}
     last = {found[2]: n for n, found in references.items() if found[1] == "msg"}
     replaced = list(items)

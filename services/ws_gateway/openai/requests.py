@@ -21,15 +21,12 @@ from services.ws_gateway.openai.conversation import (
 from services.ws_gateway.openai.errors import invalid_field
 from services.ws_gateway.openai.fields import check, check_name, list_of, string
 from services.ws_gateway.openai.functions import function_of, output_schema, tools_of
+from services.ws_gateway.openai.references import SEND_ITEM
 
 MAX_MESSAGES = 1_000
 MAX_STOPS = 16
 MAX_STOP = 256
 _NO_LOGPROBS = "is not supported: an answer has no log probabilities"
-_UNKNOWN_REFERENCE = (
-    "refers to no answer that is still kept: send the item itself (in the AI SDK of Vercel with the provider option "
-    "store: false, or with provider.chat())"
-)
 
 _Probability = Annotated[float | None, Field(ge=0, le=1)]
 _Temperature = Annotated[float | None, Field(ge=0, le=2)]
@@ -218,7 +215,7 @@ def _item(item: Mapping[str, Any], where: str) -> Turn:
             output, id_ = item.get("output"), item.get("call_id")
             return Turn(where, "tool", output, field=".output", answers=id_, answers_field=".call_id")
         case "item_reference":
-            raise invalid_field(f"{where}.id", _UNKNOWN_REFERENCE)
+            raise invalid_field(f"{where}.id", f"refers to no answer that is still kept: {SEND_ITEM}")
     raise invalid_field(f"{where}.type", "only message, function_call and function_call_output are supported")
 
 

@@ -178,6 +178,17 @@ async def test_references_to_items_are_the_items_of_earlier_answers(
         assert refused.value.param == "input[1].id"
 
 
+async def test_a_request_refers_to_100_answers_at_most(world: World, client: AsyncOpenAI, model: str) -> None:
+    """The agent is not asked for any of them."""
+    before = world.agent.reads
+    runs = [uuid7() for _ in range(101)]
+    items = [{"type": "item_reference", "id": f"{kind}_{run}_0"} for run in runs for kind in ("msg", "fc")]
+    input_: Any = [{"role": "user", "content": "Hi"}, *items]
+    with pytest.raises(openai.BadRequestError, match="store: false") as refused:
+        await client.responses.create(model=model, input=input_)
+    assert (refused.value.param, world.agent.reads) == ("input[201].id", before)
+
+
 async def test_a_stream_ends_with_the_calls(world: World, client: AsyncOpenAI, model: str) -> None:
     reading = Reading()
     async with answering(reading.read(client, model)) as read:
