@@ -124,10 +124,14 @@ def router(runtime: Runtime) -> APIRouter:
         return await once(request, runtime, who, work)
 
     @routes.get("")
-    async def list_agents(who: Reader, paging: Paging) -> dict[str, Any]:
-        """The tenant's agents, the oldest first. A page of long definitions has fewer than `limit`."""
+    async def list_agents(who: Reader, paging: Paging, short: bool = False) -> dict[str, Any]:
+        """The tenant's agents, the oldest first. A page of long definitions has fewer than `limit`. `short`: only the
+        id, name, enabled and created_at of each."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             after = id_cursor(paging)
+            if short:
+                names = await store.listed_short(tx, after, paging.limit + 1)
+                return page(names, paging, lambda agent: str(agent.id))
             agents, more = await store.listed(tx, after, paging.limit)
         return page([agent.view() for agent in agents], paging, lambda agent: str(agent.id), more=more)
 

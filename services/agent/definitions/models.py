@@ -170,6 +170,15 @@ class FallbackView(BaseModel):
     provider: ProviderView | None
 
 
+class ShortAgentView(BaseModel):
+    """An agent without its definition."""
+
+    id: UUID
+    name: str
+    enabled: bool
+    created_at: datetime
+
+
 class AgentView(BaseModel):
     """The current version of an agent."""
 

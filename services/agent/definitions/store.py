@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,7 +14,14 @@ from infra.errors import Conflict, NotFound
 from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.rewrap import SealedColumn
-from services.agent.definitions.models import AgentView, FallbackView, NewAgent, Provider, ProviderView
+from services.agent.definitions.models import (
+    AgentView,
+    FallbackView,
+    NewAgent,
+    Provider,
+    ProviderView,
+    ShortAgentView,
+)
 from services.agent.definitions.queue_modes import QueueMode
 from services.agent.models.contract import ModelEndpoint
 
@@ -185,6 +193,28 @@ async def listed(tx: Tx, after: UUID | None, limit: int) -> tuple[Sequence[Store
     return [stored(row) for row in rows], len(sizes) > len(ids)
 
 
+async def listed_short(tx: Tx, after: UUID | None, limit: int) -> list[ShortAgentView]:
+    """At most `limit` of the tenant's agents in the order of their creation. Their definitions stay in the database."""
+    rows = await tx.sql(
+        """
+        SELECT a.id, (v.definition::json -> 'name')::text, a.enabled, a.created_at
+        FROM agent a
+        JOIN agent_version v ON v.agent_id = a.id AND v.version = a.version
+        WHERE a.tenant_id = $1 AND ($2::uuid IS NULL OR a.id > $2)
+        ORDER BY a.id
+        LIMIT $3
+        """,
+        tx.tenant_id,
+        after,
+        limit,
+    )
+    # The name is decoded here: the database refuses to decode a definition with a zero byte in any of its texts.
+    return [
+        ShortAgentView(id=id_, name=json.loads(name), enabled=enabled, created_at=created_at)
+        for id_, name, enabled, created_at in rows
+    ]
+
+
 async def queue_mode(tx: Tx, agent_id: UUID) -> QueueMode:
     """The queue mode of the agent. For a missing agent it is ``followup``, so that each message gets a refusal."""
     try:
@@ -214,6 +244,6 @@ def stored(row: Sequence[Any]) -> StoredAgent:
 
 
 @lru_cache(maxsize=1_000)
-def _definition(json: str) -> NewAgent:
+def _definition(stored_json: str) -> NewAgent:
     """A definition never changes, and each run of an agent reads it again."""
-    return NewAgent.model_validate_json(json)
+    return NewAgent.model_validate_json(stored_json)

@@ -47,7 +47,7 @@ async def list_all(agent: Agent, who: Identity) -> list[ListedAgent]:
     found: list[ListedAgent] = []
     cursor = ""
     while True:
-        answer = await agent.ask(who, "GET", f"/api/v1/agents?limit={_PAGE}{cursor}", "/api/v1/agents")
+        answer = await agent.ask(who, "GET", f"/api/v1/agents?short=true&limit={_PAGE}{cursor}", "/api/v1/agents")
         if answer.status_code != 200:
             raise of_problem(answer.status_code, answer.headers, answer.content)
         page = msgspec.json.decode(answer.content, type=_Page)

@@ -103,6 +103,25 @@ async def test_a_model_that_takes_no_images_is_told_of_them(world: World, tenant
     )
 
 
+async def test_a_model_is_told_of_the_images_of_the_api_that_it_does_not_take(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(system_prompt=tenant.id)
+    linked = "https://example.org/a.png"
+    body = {
+        "text": "And these?",
+        "images": [linked, f"{linked}?2"],
+        "history": [{"role": "user", "text": "look", "images": [linked]}, {"role": "assistant", "text": "A dot."}],
+    }
+    world.models.script(MODEL, Fails(400), Says("I cannot see them."))
+    path = f"/internal/agents/{agent}/completions"
+    run = await tenant.over((await tenant.call("POST", path, json=body))["run_id"])
+    assert (run["status"], run["reply"]) == ("completed", "I cannot see them.")
+    [*_, request] = [request for request in world.models.asked(MODEL) if tenant.id in request.system]
+    assert [message["content"] for message in request.body["messages"] if message["role"] == "user"] == [
+        "look\n\n[An image sent with this message cannot be read by the model. Tell the person so.]",
+        "And these?\n\n[2 images sent with this message cannot be read by the model. Tell the person so.]",
+    ]
+
+
 async def test_an_image_that_is_gone_is_told_to_the_model(world: World, tenant: Tenant, stored: str) -> None:
     agent = await tenant.agent(system_prompt=tenant.id)
     await show(tenant, agent, stored, f"{stored}.gone")

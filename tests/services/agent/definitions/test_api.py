@@ -111,6 +111,12 @@ async def test_a_page_of_long_definitions_is_cut_and_a_tenant_has_so_many_agents
         cursor = page["next"]
     assert [len(ids) for ids in pages] == [14, 14, 2]
     assert len({id_ for ids in pages for id_ in ids}) == 30
+    first = await tenant.call("GET", "/api/v1/agents?short=true&limit=20")
+    second = await tenant.call("GET", f"/api/v1/agents?short=true&limit=20&cursor={first['next']}")
+    assert [agent["id"] for agent in first["items"] + second["items"]] == [id_ for ids in pages for id_ in ids]
+    assert second["next"] is None
+    names = ("id", "name", "enabled", "created_at")
+    assert {name: long[name] for name in names} in first["items"] + second["items"]
 
     short = await tenant.call("POST", "/api/v1/agents", json=GOOD)
     await copies(short, MAX_AGENTS - 31)
