@@ -52,8 +52,9 @@ _DOCUMENTS = (filetypes.PDF, *filetypes.OFFICE, filetypes.HTML)
 _READ_SECONDS = 280.0
 # Of one message. After it the message's other documents are not read: they would keep its place from other tenants.
 _DOCUMENT_SECONDS = 100.0
-# Longer than a file is fetched for.
-ERASE_AFTER = timedelta(minutes=5)
+# When stored files are deleted, after their person was erased or their message deleted. The first: longer than one file
+# is usually fetched for. The second: longer than all files of a message are fetched and read for, and than a run takes.
+_PASSES = (timedelta(minutes=5), timedelta(hours=2))
 
 ATTACHMENT = Kind(
     "attachment",
@@ -305,6 +306,8 @@ class EraseFiles(msgspec.Struct, frozen=True):
     subject_id: str
     event_id: UUID | None = None
     """Of the message; None: all files of the person."""
+    is_last: bool = True
+    """False: the rows stay, for files that are stored later."""
 
 
 ERASURES = Lane("erased files", EraseFiles)
@@ -313,8 +316,15 @@ ERASURES = Lane("erased files", EraseFiles)
 @PLATFORM_EVENTS.each(SubjectErased, group="channel")
 async def queue_erasure(event: SubjectErased, tx: Tx) -> None:
     tx.tenant_id = event.tenant_id
-    # A message whose files are being fetched at this moment is done before.
-    tx.enqueue(ERASURES, lane=event.subject_id, item=EraseFiles(event.subject_id), after=ERASE_AFTER)
+    queue_passes(tx, event.subject_id)
+
+
+def queue_passes(tx: Tx, subject_id: str, event_id: UUID | None = None) -> None:
+    """Queues the deletion of the stored files of a person, or of one message. Files that are being fetched or made at
+    this moment are stored before, at the latest before the last pass."""
+    for after in _PASSES:
+        item = EraseFiles(subject_id, event_id, is_last=after == _PASSES[-1])
+        tx.enqueue(ERASURES, lane=subject_id, item=item, after=after)
 
 
 @ERASURES.runner(concurrency=2)
@@ -336,7 +346,8 @@ async def erase_files(item: EraseFiles, effects: Effects, tx: Tx, fetcher: Fetch
         made = await fetcher.objects.paths(f"{folder_of(str(reading.tenant_id), item.subject_id)}/")
     for path in (*made, *(path for (path,) in rows)):
         await fetcher.objects.delete(path)
-    await tx.sql("DELETE FROM attachment WHERE path = ANY($1::text[])", [path for (path,) in rows])
+    if item.is_last:
+        await tx.sql("DELETE FROM attachment WHERE path = ANY($1::text[])", [path for (path,) in rows])
 
 
 class ForgetDocuments(msgspec.Struct, frozen=True):

@@ -26,11 +26,9 @@ from protos.catalog import CHANNEL_CHANGES
 from protos.messages.channel import MessageChanged
 from services.channel.accounts import ChannelAccount
 from services.channel.attachments import (
-    ERASE_AFTER,
-    ERASURES,
     FORGOTTEN,
-    EraseFiles,
     ForgetDocuments,
+    queue_passes,
     sent_id,
 )
 from services.channel.domain import dedupe_hash, part_id
@@ -256,5 +254,4 @@ async def _remove_texts(tx: Tx, target: _Target) -> None:
     assert target.taken
     subject_id = target.taken.subject_id
     tx.enqueue(FORGOTTEN, lane=str(target.id), item=ForgetDocuments(subject_id, target.id))
-    # A file that is being fetched at this moment is stored before.
-    tx.enqueue(ERASURES, lane=subject_id, item=EraseFiles(subject_id, target.id), after=ERASE_AFTER)
+    queue_passes(tx, subject_id, target.id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -409,6 +410,48 @@ async def test_erasure_deletes_the_stored_files(desk: Desk, telegram: TelegramSt
             return not await tx.sql("SELECT 1 FROM attachment WHERE tenant_id = $1", desk.tenant_id)
 
     await desk.platform.until(gone)
+    assert await objects.paths(file.path) == []
+
+
+async def test_a_file_that_is_stored_late_after_an_erasure_does_not_stay(desk: Desk, telegram: TelegramStandIn) -> None:
+    channel = await connected(desk, telegram)
+    await desk.call(channel, telegram.update("hi"))
+    [message] = await arrived(desk, channel)
+    erased = SubjectErased(tenant_id=desk.tenant_id, subject_id=message["subject_id"])
+    await desk.platform.produce(PLATFORM_EVENTS, erased, key=desk.tenant_id, tenant_id=desk.tenant_id)
+    database = desk.platform.database("channel")
+
+    async def waiting() -> int:
+        async with database.begin() as tx:
+            query = "SELECT FROM lane_item WHERE kind = 'erased files' AND tenant_id = $1 AND state = 'waiting'"
+            return len(await tx.sql(query, desk.tenant_id))
+
+    async def passes(left: int) -> None:
+        """Lets the next pass be due until so many are left."""
+
+        async def are_over() -> bool:
+            async with database.begin() as tx:
+                await tx.sql(
+                    """
+                    UPDATE lane_item SET not_before = now()
+                    WHERE kind = 'erased files' AND tenant_id = $1 AND not_before < now() + $2::interval
+                    """,
+                    desk.tenant_id,
+                    timedelta(minutes=10) if left else timedelta(days=1),
+                )
+                await tx.sql("UPDATE lane SET ready_at = now() WHERE kind = 'erased files' AND owner IS NULL")
+            return await waiting() == left
+
+        await desk.platform.until(are_over)
+
+    async def queued() -> bool:
+        return await waiting() > 0
+
+    await desk.platform.until(queued)
+    await passes(1)
+    # A run that was under way has made it.
+    objects, file = await made_file(desk, message, "a.pdf")
+    await passes(0)
     assert await objects.paths(file.path) == []
 
 
