@@ -414,45 +414,35 @@ async def test_erasure_deletes_the_stored_files(desk: Desk, telegram: TelegramSt
 
 
 async def test_a_file_that_is_stored_late_after_an_erasure_does_not_stay(desk: Desk, telegram: TelegramStandIn) -> None:
+    """A run that was under way has made it, after the first pass."""
     channel = await connected(desk, telegram)
     await desk.call(channel, telegram.update("hi"))
     [message] = await arrived(desk, channel)
+    objects, early = await made_file(desk, message, "a.pdf")
     erased = SubjectErased(tenant_id=desk.tenant_id, subject_id=message["subject_id"])
     await desk.platform.produce(PLATFORM_EVENTS, erased, key=desk.tenant_id, tenant_id=desk.tenant_id)
-    database = desk.platform.database("channel")
 
-    async def waiting() -> int:
-        async with database.begin() as tx:
-            query = "SELECT FROM lane_item WHERE kind = 'erased files' AND tenant_id = $1 AND state = 'waiting'"
-            return len(await tx.sql(query, desk.tenant_id))
+    async def deleted(file: File, within: timedelta) -> None:
+        """By a pass that is due within this time; it is due now."""
 
-    async def passes(left: int) -> None:
-        """Lets the next pass be due until so many are left."""
-
-        async def are_over() -> bool:
-            async with database.begin() as tx:
+        async def gone() -> bool:
+            async with desk.platform.database("channel").begin() as tx:
                 await tx.sql(
                     """
                     UPDATE lane_item SET not_before = now()
                     WHERE kind = 'erased files' AND tenant_id = $1 AND not_before < now() + $2::interval
                     """,
                     desk.tenant_id,
-                    timedelta(minutes=10) if left else timedelta(days=1),
+                    within,
                 )
-                await tx.sql("UPDATE lane SET ready_at = now() WHERE kind = 'erased files' AND owner IS NULL")
-            return await waiting() == left
+                await tx.sql("UPDATE lane SET ready_at = now() WHERE kind = 'erased files' AND ready_at IS NOT NULL")
+            return await objects.paths(file.path) == []
 
-        await desk.platform.until(are_over)
+        await desk.platform.until(gone)
 
-    async def queued() -> bool:
-        return await waiting() > 0
-
-    await desk.platform.until(queued)
-    await passes(1)
-    # A run that was under way has made it.
-    objects, file = await made_file(desk, message, "a.pdf")
-    await passes(0)
-    assert await objects.paths(file.path) == []
+    await deleted(early, timedelta(minutes=10))
+    _, late = await made_file(desk, message, "b.pdf")
+    await deleted(late, timedelta(days=1))
 
 
 async def test_erasure_of_the_tenant_deletes_the_stored_files(desk: Desk, telegram: TelegramStandIn) -> None:
