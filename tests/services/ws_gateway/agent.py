@@ -130,7 +130,7 @@ class Agent:
         return JSONResponse(body, status, {"retry-after": "3"} if status == 503 else None)
 
     async def list_agents(self, request: Request) -> Response:
-        """One agent a page, as if the limit were one. Nothing but what a short list has."""
+        """One agent a page, as if the limit were one, with the fields of a short list only."""
         assert request.query_params["short"] == "true"
         self.pages += 1
         who = self._who(request)
