@@ -9,9 +9,12 @@ from __future__ import annotations
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
+
+from cryptography import x509
 
 TLS_FILES = ("ca.pem", "certificate.pem", "key.pem")
 """The authority of all, and a service's own certificate and key."""
@@ -36,6 +39,11 @@ def client_context(authority: str, certificate: str = "", key: str = "") -> ssl.
 def context_of(folder: Path) -> ssl.SSLContext:
     """For requests to other services, with the `TLS_FILES` of the folder. Raises OSError."""
     return client_context(*(str(folder / name) for name in TLS_FILES))
+
+
+def end_of(certificate: Path) -> datetime:
+    """The time until which the certificate of a PEM file is valid. Raises OSError, ValueError."""
+    return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
 
 
 def postgres_context(query: Mapping[str, Any]) -> tuple[ssl.SSLContext | None, dict[str, Any]]:

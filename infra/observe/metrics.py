@@ -132,6 +132,11 @@ class Metrics:
         # A page that does not fit its checksum is never read as data: the statement fails.
         self.damaged_pages = gauge("claw_db_damaged_pages", "Reads of PostgreSQL that met a damaged page")
 
+        # Of the service's own certificate, as it was read at the start. 0 without TLS.
+        self.certificate_end = gauge(
+            "claw_certificate_end_timestamp_seconds", "Until when the certificate of the service is valid"
+        )
+
         # Requests served.
         self.http_seconds = histogram("claw_http_request_seconds", "HTTP requests served", "method", "route", "status")
         self.grpc_seconds = histogram("claw_grpc_request_seconds", "gRPC calls served", "method", "code")

@@ -25,7 +25,7 @@ from infra.bus.rabbit import Workers
 from infra.bus.rabbit_publisher import RabbitPublisher
 from infra.bus.tail import Tail
 from infra.bus.transactional import TransactionalReader
-from infra.connections import context_of
+from infra.connections import TLS_FILES, context_of, end_of
 from infra.lanes.lane import Work
 from infra.lanes.runner import LaneRunner
 from infra.observe import logs, telemetry
@@ -289,6 +289,8 @@ class Service:
         app = http.create_app(routes, health, runtime.metrics)
         raw = [route for route in routes if isinstance(route, RawRoute)]
         settings = runtime.settings
+        if settings.tls_folder:
+            runtime.metrics.certificate_end.set(end_of(settings.tls_folder / TLS_FILES[1]).timestamp())
         web = await serve_http(
             app,
             settings.http_port,

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
+from cryptography import x509
 from prometheus_client import CollectorRegistry
 
 from infra import VERSION
 from infra.connections import TLS_FILES, client_context, context_of
 from infra.observe.metrics import Metrics
+from infra.service.service import Service
+from infra.service.settings import Settings
 from infra.web.clients import service_client
 from infra.web.http import Health, create_app
 from infra.web.server import serve_http
@@ -76,3 +82,16 @@ async def test_a_client_without_a_certificate_of_the_authority_is_refused(
 async def test_a_client_refuses_a_server_of_another_authority(agent: str, tmp_path: Path) -> None:
     with pytest.raises(httpx.ConnectError, match="certificate"):
         await ask("agent", agent, context_of(issue(Authority(), tmp_path, "channel")))
+
+
+async def test_a_service_shows_the_end_of_its_certificate(authority: Authority, tmp_path: Path) -> None:
+    own = issue(authority, tmp_path, "agent")
+    metrics = Metrics(CollectorRegistry())
+    settings = SimpleNamespace(tls_folder=own, grpc_port=None, http_port=0, listen_host="127.0.0.1", share_ports=False)
+    runtime: Any = SimpleNamespace(settings=settings, metrics=metrics)
+    callers: Any = None
+    async with AsyncExitStack() as stack:
+        await Service("agent", Settings)._start_servers(runtime, callers, Health("agent", VERSION), stack)
+    found = metrics.registry.get_sample_value("claw_certificate_end_timestamp_seconds")
+    certificate = x509.load_pem_x509_certificate((own / TLS_FILES[1]).read_bytes())
+    assert found == certificate.not_valid_after_utc.timestamp()

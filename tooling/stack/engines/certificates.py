@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.serialization.pkcs12 import serialize_key_an
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from infra.clock import utcnow
-from infra.connections import TLS_FILES, HttpTarget
+from infra.connections import TLS_FILES, HttpTarget, end_of
 from tooling.stack.engines.base import ANSWER_SECONDS, Place, write_atomically
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def problem(place: Place, owner: str) -> str | None:
 
 
 def _left(certificate: Path) -> timedelta:
-    return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc - utcnow()
+    return end_of(certificate) - utcnow()
 
 
 Authority = tuple[x509.Certificate, ec.EllipticCurvePrivateKey]
