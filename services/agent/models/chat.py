@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
+from uuid import uuid4
 
 import httpx2
 import msgspec
@@ -35,9 +36,11 @@ from services.agent.models.contract import (
     UserTurn,
 )
 from services.agent.models.pieces import CALL_FIELDS, MAX_EVENT_BYTES, lines, whole_arguments
+from services.agent.models.stops import Stops
 from services.agent.models.thoughts import without_thoughts
 from services.agent.models.tool_schemas import tool_schema
 from services.agent.models.wording import system_message, valid_arguments, wire_name
+from services.agent.models.written_calls import TAG, written_calls
 
 OPENAI = "https://api.openai.com/v1"
 # Google's Gemini API in OpenAI's shape: https://ai.google.dev/gemini-api/docs/openai
@@ -107,7 +110,9 @@ class ChatModel:
             content=msgspec.json.encode(self._body(prompt)),
             extensions={"timeout": TIMEOUT.as_dict()},
         )
-        received = _Received()
+        received, shown = _Received(), 0
+        # From its tag on, a written call is held back.
+        before_calls = Stops((TAG,) if names else ())
         try:
             async with asyncio.timeout(FIRST_TOKEN_SECONDS) as waiting:
                 response = await self._transport.handle_async_request(request)
@@ -119,7 +124,8 @@ class ChatModel:
                             text = received.take(chunk)
                         if received.has_begun:
                             waiting.reschedule(None)
-                        if text:
+                        if text := before_calls.feed(text):
+                            shown += len(text)
                             await on_text(text)
                 finally:
                     await response.aclose()
@@ -131,7 +137,11 @@ class ChatModel:
         except httpx2.HTTPError as error:
             raise ModelFailed(f"{self._name}: {type(error).__name__}", transient=True) from error
         with self._reading():
-            return self._answer(received, names)
+            received.read_written_calls(names)
+            answer = self._answer(received, names)
+        if rest := "".join(received.text)[shown:]:
+            await on_text(rest)
+        return answer
 
     def _body(self, prompt: Prompt) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -282,6 +292,27 @@ class _Received:
                 self.finish = str(finish)
             self.is_refused = self.is_refused or bool(delta.get("refusal"))
         return said
+
+    def read_written_calls(self, names: Mapping[str, str]) -> None:
+        """Moves calls of the offered tools from the end of the text to the calls. Raises ValueError if the text begins
+        as a call and is none. `names`: of the tools, by their names in the request."""
+        text = "".join(self.text)
+        at = text.find(TAG) if names else -1
+        if at < 0:
+            return
+        try:
+            found = written_calls(text[at:])
+            if not {call.name for call in found} <= {*names, *names.values()}:
+                raise ValueError("a tool is not offered")
+        except ValueError:
+            if text[:at].strip():
+                return  # an answer about such calls
+            raise
+        self.text = [text[:at].rstrip()]
+        # Some servers send the calls in both forms.
+        for n, call in enumerate(() if self.calls else found):
+            arguments = msgspec.json.encode(call.arguments).decode()
+            self.calls[n] = {"id": f"call_{uuid4().hex[:12]}", "name": call.name, "arguments": [arguments], "extra": {}}
 
     def _take_call(self, piece: Mapping[str, Any]) -> None:
         call = self.calls.setdefault(piece["index"], {"id": "", "name": "", "arguments": [], "extra": {}})

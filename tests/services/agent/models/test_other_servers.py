@@ -360,6 +360,70 @@ async def test_a_call_is_read(server: ModelServer, providers: Providers, shape: 
     msgspec.json.decode(msgspec.json.encode(answer), type=ModelAnswer)
 
 
+WRITTEN = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("pieces", "said", "count"),
+    [
+        ((WRITTEN,), "", 1),
+        (("\n", *WRITTEN), "", 1),
+        (("<think>hm</think>", WRITTEN, "\n", WRITTEN), "", 2),
+        (("One moment.", "\n<tool", WRITTEN.removeprefix("<tool")), "One moment.", 1),
+        # The closing tag is the end of the answer for some servers.
+        ((WRITTEN.removesuffix("</tool_call>"),), "", 1),
+    ],
+)
+async def test_a_call_that_is_written_as_text_is_a_call(
+    server: ModelServer, providers: Providers, pieces: tuple[str, ...], said: str, count: int
+) -> None:
+    server.script(MODEL, of(*(chunk({"content": piece}) for piece in pieces), STOP))
+    streamed: list[str] = []
+    answer = await ask(server, providers, streamed=streamed)
+    assert [(one.name, msgspec.json.decode(one.arguments)) for one in answer.calls] == [
+        ("add", {"a": 1, "b": 2})
+    ] * count
+    assert len({one.id for one in answer.calls}) == count
+    assert (answer.text, "".join(streamed).strip()) == (said, said)
+
+
+async def test_a_call_in_both_forms_is_one(server: ModelServer, providers: Providers) -> None:
+    made = chunk({"content": WRITTEN, "tool_calls": [call(0, "c1", "add", JSON)]})
+    server.script(MODEL, of(made, chunk(finish="tool_calls")))
+    answer = await ask(server, providers)
+    assert ([one.id for one in answer.calls], answer.text) == (["c1"], "")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        WRITTEN.replace("add", "made_up"),
+        WRITTEN.replace("1", "one"),
+        WRITTEN.replace("arguments", "input"),
+        f"{WRITTEN} Done.",
+        "<tool_call>\n<function=add>\n</function>\n</tool_call>",
+    ],
+)
+async def test_a_text_that_begins_as_a_call_and_is_none_is_no_answer(
+    server: ModelServer, providers: Providers, content: str
+) -> None:
+    server.script(MODEL, of(chunk({"content": content}), STOP))
+    streamed: list[str] = []
+    with pytest.raises(ModelFailed, match="malformed") as failed:
+        await ask(server, providers, streamed=streamed)
+    assert (failed.value.transient, streamed) == (True, [])
+
+
+@pytest.mark.parametrize(
+    "content", ["Hermes writes `<tool_call>` before a call.", f"It writes\n```\n{WRITTEN}\n```", "a <"]
+)
+async def test_an_answer_about_calls_is_a_text(server: ModelServer, providers: Providers, content: str) -> None:
+    server.script(MODEL, of(*(chunk({"content": sign}) for sign in content), STOP))
+    streamed: list[str] = []
+    answer = await ask(server, providers, streamed=streamed)
+    assert (answer.text, "".join(streamed), answer.calls) == (content, content, ())
+
+
 async def test_two_calls_in_turns_with_texts_as_indexes_are_two(server: ModelServer, providers: Providers) -> None:
     pieces = [(n, id_, name, text) for id_, name, text in (("c", "add", ""), (None, None, JSON)) for n in "01"]
     made = [call(None, id_ and id_ + n, name, text) | {"index": n} for n, id_, name, text in pieces]
