@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -180,11 +180,22 @@ def _messages(prompt: Prompt) -> list[wire.ModelMessage]:
     messages: list[wire.ModelMessage] = []
     if text := system_message(prompt):
         messages.append(wire.ModelRequest(parts=[wire.SystemPromptPart(text)]))
-    messages += map(_message, prompt.turns)
+    ids: dict[str, str] = {}
+    taken: set[str] = set()
+    for turn in prompt.turns:
+        for call in turn.calls if isinstance(turn, AssistantTurn) else ():
+            # Some servers repeat an id in later answers. Anthropic refuses it.
+            id_ = wire_name(call.id)
+            while id_ in taken:
+                id_ += f"_{len(taken)}"
+            taken.add(id_)
+            ids[call.id] = id_
+        messages.append(_message(turn, ids))
     return messages
 
 
-def _message(turn: Turn) -> wire.ModelMessage:
+def _message(turn: Turn, ids: Mapping[str, str]) -> wire.ModelMessage:
+    """`ids`: the id in the request of the latest call with an id."""
     match turn:
         case UserTurn(text, images) if images:
             words = [text] if text else []
@@ -194,15 +205,13 @@ def _message(turn: Turn) -> wire.ModelMessage:
         case AssistantTurn(text, calls):
             parts: list[wire.ModelResponsePart] = [wire.TextPart(text)] if text else []
             parts += [
-                wire.ToolCallPart(
-                    wire_name(call.name), valid_arguments(call.arguments), tool_call_id=wire_name(call.id)
-                )
+                wire.ToolCallPart(wire_name(call.name), valid_arguments(call.arguments), tool_call_id=ids[call.id])
                 for call in calls
             ]
             return wire.ModelResponse(parts=parts)
         case ToolTurn(call, content):
-            part = wire.ToolReturnPart(wire_name(call.name), content, tool_call_id=wire_name(call.id))
-            return wire.ModelRequest(parts=[part])
+            id_ = ids.get(call.id, wire_name(call.id))
+            return wire.ModelRequest(parts=[wire.ToolReturnPart(wire_name(call.name), content, tool_call_id=id_)])
 
 
 def _text(event: object) -> str:

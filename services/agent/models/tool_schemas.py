@@ -1,13 +1,16 @@
 """The schema of a tool's arguments in the form that providers take. Pure.
 
 OpenAI and Anthropic refuse all tools of a request if one has alternatives at the root of its schema, OpenAI and Google
-also if a list has no `items`. Only the model reads this form. The arguments are checked against the whole schema.
+also if a list has no `items`, or one schema for each place of it. Only the model reads this form. The arguments are
+checked against the whole schema.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from infra.errors import InvalidMessage
 from infra.web.json_schema.drafts import with_parts
@@ -77,6 +80,16 @@ def _with_items(schema: Any) -> Any:
     if not isinstance(schema, Mapping):
         return schema
     new = with_parts(schema, _with_items)
+    first, rest = new.pop("prefixItems", []), new.get("items")
+    if isinstance(rest, list):
+        # As up to draft 2019-09.
+        first, rest = map(_with_items, rest), _with_items(new.pop("additionalItems", None))
+        new["items"] = {}
+    # Schemas of places become alternatives.
+    if parts := {msgspec.json.encode(part): part for part in first}:
+        parts |= {msgspec.json.encode(rest): rest} if isinstance(rest, Mapping) and rest else {}
+        found = list(parts.values())
+        new["items"] = found[0] if len(found) == 1 else {"anyOf": found}
     types = new.get("type")
     if types == "array" or (isinstance(types, list) and "array" in types):
         new.setdefault("items", {})

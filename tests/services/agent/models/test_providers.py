@@ -21,6 +21,7 @@ from services.agent.models.contract import (
     Tool,
     ToolCall,
     ToolTurn,
+    Turn,
     Usage,
     UserTurn,
 )
@@ -265,6 +266,21 @@ async def test_an_id_of_another_models_call_is_one_that_claude_takes(server: Mod
     assert called["content"][0]["id"] == result["content"][0]["tool_use_id"] == "functions_weather_0"
 
 
+async def test_ids_that_a_server_repeats_are_different_ones_for_claude(
+    server: ModelServer, providers: Providers
+) -> None:
+    turns: list[Turn] = [UserTurn("?")]
+    for n, id_ in enumerate(("call.0", "call_0", "call.0", "call_0_1", "call.0")):
+        call = ToolCall(id_, "weather.now", "{}")
+        turns += [AssistantTurn("", (call,)), ToolTurn(call, f"{n}")]
+    await ask(server, providers, ANTHROPIC, Prompt("", tuple(turns), tools=(WEATHER,)))
+    blocks = [block for message in server.requests[-1].body["messages"][1:] for block in message["content"]]
+    ids = [block["id"] for block in blocks if block["type"] == "tool_use"]
+    assert ids[0] == "call_0"
+    assert len(set(ids)) == len(ids) == 5
+    assert [block["tool_use_id"] for block in blocks if block["type"] == "tool_result"] == ids
+
+
 async def test_a_call_of_an_unknown_tool_keeps_its_name(server: ModelServer, providers: Providers) -> None:
     server.script("gpt-4o-mini", Says(calls=(("made_up", "{}"),)))
     answer = await ask(server, providers, OPENAI, Prompt("", (UserTurn("?"),), tools=(WEATHER,)))
@@ -277,6 +293,7 @@ def of(**properties: Any) -> dict[str, Any]:
 
 A = {"type": "object", "properties": {"kind": {"const": "a"}, "x": {}}, "required": ["kind", "x"]}
 B = {"type": "object", "properties": {"kind": {"const": "b"}, "y": {}}, "required": ["kind"]}
+N = {"type": "number"}
 KIND = {"anyOf": [{"const": "a"}, {"const": "b"}]}
 SCHEMAS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (of(tags={"type": "array"}), of(tags={"type": "array", "items": {}})),
@@ -284,8 +301,22 @@ SCHEMAS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (of(a={"anyOf": [{"type": "array"}, B]}), of(a={"anyOf": [{"type": "array", "items": {}}, B]})),
     (
         of(a={"type": "array", "prefixItems": [{"type": "array"}]}),
-        of(a={"type": "array", "prefixItems": [{"type": "array", "items": {}}], "items": {}}),
+        of(a={"type": "array", "items": {"type": "array", "items": {}}}),
     ),
+    # One schema for each place, in each draft.
+    *(
+        (
+            of(a={"type": "array", **given}),
+            of(a={"type": "array", "items": {"anyOf": [{"type": "array", "items": {}}, N]}}),
+        )
+        for given in (
+            {"items": [{"type": "array"}, N, N], "additionalItems": False},
+            {"items": [{"type": "array"}], "additionalItems": N},
+            {"prefixItems": [{"type": "array"}, N], "items": False},
+            {"prefixItems": [{"type": "array"}], "items": N},
+        )
+    ),
+    (of(a={"type": "array", "items": []}), of(a={"type": "array", "items": {}})),
     (
         of(a={}, b={}) | {"anyOf": [{"required": ["a"]}, {"required": ["b"]}], "not": {"required": ["c"]}},
         of(a={}, b={}),
