@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Any
 from uuid import uuid4
 
@@ -71,6 +72,8 @@ _FINISHES = (
 _THOUGHTS = ("reasoning", "reasoning_content")
 # The largest fields of a call beside OpenAI's that are stored, as JSON.
 MAX_EXTRA_BYTES = 100_000
+# Each call of a run has the same tools, and the change of 20 schemas takes milliseconds.
+_KEPT_TOOLS = 500
 
 
 class ChatModel:
@@ -156,7 +159,7 @@ class ChatModel:
         body |= {name: value for name, value in sampling.items() if name != "max_output_tokens"}
         if prompt.tools:
             # Without tools the options for tools are absent, because some servers refuse them.
-            body["tools"] = [_tool(tool) for tool in prompt.tools]
+            body["tools"] = [msgspec.Raw(_tool(msgspec.json.encode(tool))) for tool in prompt.tools]
             body["tool_choice"] = "required" if prompt.must_call else "auto"
             if not prompt.parallel:
                 body["parallel_tool_calls"] = False
@@ -341,16 +344,19 @@ def finish_reason(word: str) -> str:
     return next((reason for reason, *parts in _FINISHES if any(part in word for part in parts)), "length")
 
 
-def _tool(tool: Tool) -> dict[str, Any]:
+@lru_cache(_KEPT_TOOLS)
+def _tool(encoded: bytes) -> bytes:
+    """The tool as JSON, for the request."""
     from pydantic_ai.exceptions import UserError
 
+    tool = msgspec.json.decode(encoded, type=Tool)
     parameters = tool_schema(tool.schema)
     with suppress(UserError):  # malformed, by a client of /v1: the server judges it
         parameters = _transformer(parameters, strict=tool.strict).walk()
     function = {"name": wire_name(tool.name), "description": tool.description, "parameters": parameters} | (
         {"strict": True} if tool.strict else {}
     )  # not every server knows it
-    return {"type": "function", "function": function}
+    return msgspec.json.encode({"type": "function", "function": function})
 
 
 def _transformer(schema: dict[str, Any], *, strict: bool | None) -> Any:

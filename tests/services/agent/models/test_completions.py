@@ -920,3 +920,23 @@ async def test_an_error_inside_the_stream_is_a_failure(server: ModelServer, prov
         await ask(server, providers)
     server.script(MODEL, text("Whole", error=None))
     assert (await ask(server, providers)).text == "Whole"
+
+
+async def test_a_tool_is_converted_once(
+    server: ModelServer, providers: Providers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted: list[Any] = []
+
+    def convert(schema: dict[str, Any]) -> dict[str, Any]:
+        converted.append(schema)
+        return schema
+
+    monkeypatch.setattr(chat, "tool_schema", convert)
+    schema = {"type": "object", "properties": {"once": {"type": "string"}}}
+    for _ in range(2):
+        # As read again from the events of a run.
+        tool = msgspec.json.decode(msgspec.json.encode(Tool("add", "", schema)), type=Tool)
+        await ask(server, providers, msgspec.structs.replace(PROMPT, tools=(tool,)))
+    assert converted == [schema]
+    sent = [request.body["tools"][0]["function"]["parameters"] for request in server.requests]
+    assert sent == [schema, schema]
