@@ -62,6 +62,9 @@ class MessageReceived(Message, frozen=True, kw_only=True):
     waits for approval. Empty: `text` can."""
     for_others: bool = False
     """Written in a group to other persons, and not to the bot: it neither allows nor refuses a call."""
+    thread_run_id: UUID | None = None
+    """The run whose message began the thread of this message: it alone can be answered from the thread, of the runs
+    that wait in the parent session."""
 
 
 class MessageChanged(Message, frozen=True, kw_only=True):

@@ -58,6 +58,7 @@ def _incoming(message: MessageReceived, tx: Tx, trace: Callable[[], object]) -> 
         received_at=message.received_at,
         origin=Origin(message.channel_id, message.conversation_id, message.vendor_message_id),
         parent=message.parent_session_key,
+        thread_run_id=message.thread_run_id,
         names=approvers.of_person(message.subject_id, is_admin=message.by_admin),
         context=Context((), images=images, approvers=message.approvers, is_complete=False)
         if images or message.approvers

@@ -81,6 +81,7 @@ class FetchAttachments(msgspec.Struct, frozen=True):
     session_key: str
     position: int
     parent_session_key: str = ""
+    thread_run_id: UUID | None = None
 
 
 # One lane per conversation.
@@ -409,6 +410,7 @@ def publish(
         received_at=fact.received_at,
         position=item.position,
         parent_session_key=item.parent_session_key,
+        thread_run_id=item.thread_run_id,
         images=images,
         by_admin=fact.by_admin,
         approvers=fact.approvers,

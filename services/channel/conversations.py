@@ -17,6 +17,7 @@ from infra.postgres.tx import Tx
 from infra.security.crypto import DataKey
 from infra.security.subjects import Subject, SubjectKeys
 from services.channel.attachments import FETCHES, FetchAttachments, publish
+from services.channel.domain import part_id
 from services.channel.events import InboundContent, MessageTaken
 from services.channel.publishing import CONVERSATION
 
@@ -64,6 +65,18 @@ _ALSO = """
 """
 
 
+# Reads only: those of these messages that are the bot's, with their runs.
+_BOTS = """
+    WITH n AS (
+        SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[]) AS n(channel_id, message, part_id)
+    )
+    SELECT n.channel_id, n.message, d.run_id
+    FROM n JOIN delivery d ON d.channel_id = n.channel_id AND d.vendor_message_id = n.message
+    UNION ALL
+    SELECT n.channel_id, n.message, d.run_id FROM n JOIN delivery d ON d.part_ids && ARRAY[n.part_id]
+"""
+
+
 class AcceptedMessage(msgspec.Struct, frozen=True):
     """A person's message with everything that its conversation needs: the sealed form in the table ``accepted``."""
 
@@ -85,6 +98,12 @@ class AcceptedMessage(msgspec.Struct, frozen=True):
     also_session_key: str = ""
     """Of a further id of the conversation and its author, as `Inbound.also`."""
     also_subject_id: str = ""
+    quotes: str = ""
+    """The vendor's id of the message that it quotes, as `Inbound.quotes`; empty outside of groups."""
+    root: str = ""
+    """As `Inbound.root`."""
+    thread_run_id: UUID | None = None
+    """The run whose message `root` is. Known once the message is in its conversation."""
 
 
 class UniqueMessage(NamedTuple):
@@ -151,6 +170,7 @@ async def _look(
             unknown.add(subject)
         elif subject not in keys:
             keys[subject] = subjects.opened(subject, wrapped)
+    found = await _with_bots_messages(tx, found)
     if also := [new.message for new in found if new.message.also_subject_id]:
         await tx.sql(
             _ALSO,
@@ -161,6 +181,33 @@ async def _look(
             [message.tenant_id for message in also],
         )
     return found, keys | await subjects.keys(tx, unknown) if unknown else keys
+
+
+async def _with_bots_messages(tx: Tx, messages: list[UniqueMessage]) -> list[UniqueMessage]:
+    """The messages. It is looked up if they quote the bot, and if their threads began at its messages."""
+    about = [
+        (new.message.channel_id, id_)
+        for new in messages
+        for id_ in (new.message.quotes, new.message.root)
+        # No message has NUL in its id, and the database refuses it.
+        if id_ and "\0" not in id_
+    ]
+    if not about:
+        return messages
+    rows = await tx.sql(
+        _BOTS,
+        [channel_id for channel_id, _ in about],
+        [id_ for _, id_ in about],
+        [part_id(*one) for one in about],
+    )
+    runs = {(channel_id, id_): run_id and UUID(str(run_id)) for channel_id, id_, run_id in rows}
+
+    def known(message: AcceptedMessage) -> AcceptedMessage:
+        if message.quotes and (message.channel_id, message.quotes) not in runs:
+            message = replace(message, content=replace(message.content, for_others=True))
+        return replace(message, thread_run_id=runs.get((message.channel_id, message.root)))
+
+    return [new._replace(message=known(new.message)) for new in messages]
 
 
 async def _draw_positions(tx: Tx, messages: Sequence[AcceptedMessage]) -> dict[str, Iterator[int]]:
@@ -194,7 +241,7 @@ def _record(tx: Tx, message: AcceptedMessage, key: DataKey, position: int) -> No
         message.approvers,
     )
     tx.append(CONVERSATION.stream(message.session_key), fact, event_id=event_id)
-    item = FetchAttachments(event_id, message.session_key, position, message.parent_session_key)
+    item = FetchAttachments(event_id, message.session_key, position, message.parent_session_key, message.thread_run_id)
     if message.content.attachments:
         tx.enqueue(FETCHES, lane=message.session_key, item=item, item_id=event_id)
     else:

@@ -35,7 +35,7 @@ class InboundContent(msgspec.Struct, frozen=True):
     words: str = ""
     """The person's own, if the text also quotes a message of the bot."""
     for_others: bool = False
-    """Written in a group to other persons, and not to the bot."""
+    """Written in a group to other persons, and not to the bot; or it quotes another message than the bot's."""
 
 
 class File(msgspec.Struct, frozen=True):

@@ -403,4 +403,6 @@ def _message(arrival: _Arrival, now: datetime) -> AcceptedMessage:
         arrival.event_id,
         account.pseudonyms.session(item.also) if item.also and not item.in_group else "",
         account.pseudonyms.subject(item.also) if item.also else "",
+        item.quotes if item.in_group else "",
+        item.root,
     )

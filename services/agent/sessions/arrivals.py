@@ -71,6 +71,8 @@ class Arrival:
     """None: the model is shown the session's own history."""
     parent: str = ""
     """The session that this one branched off from, such as a channel's for a thread; empty if there is none."""
+    thread_run_id: UUID | None = None
+    """The run of the parent session whose message began this thread."""
     names: tuple[str, ...] = ()
     """Of its author, as approvers are named."""
     words: str = ""

@@ -75,8 +75,8 @@ async def take_group(
         in_order = one.position == 0 or one.position <= session.last + 1
         # A run that waits for more messages is postponed by each of them, and a busy session may refuse or interrupt.
         follows_simply = not session.changed or (mode in _SIMPLE_MODES and not session.state.waits)
-        # In a thread, the run that waits for a yes or no may be one of the parent session.
-        may_decide = bool(one.arrival.parent) and (
+        # The run that waits for a yes or no may be the one of the parent session whose message began the thread.
+        may_decide = one.arrival.thread_run_id is not None and (
             decision_in(one.arrival.answer) is not None or is_unclear(one.arrival.answer)
         )
         if not (session.is_simple and in_order and key and follows_simply) or may_decide:

@@ -228,9 +228,11 @@ async def _answered_question(tx: Tx, unfinished: Mapping[UUID, OpenRun], arrival
     if not unclear and not decision_in(arrival.answer):
         return None
     asking = await _asking(tx, unfinished, arrival)
-    if arrival.parent and not (asking and asking.may_decide):
-        # The question stands in the parent session, and the person answers it in a thread.
-        of_parent = await _asking(tx, await open_runs(tx, arrival.parent, None, every_run=False), arrival)
+    if arrival.thread_run_id and not (asking and asking.may_decide):
+        # The question of the parent session began this thread. Other questions there are not meant.
+        runs = await open_runs(tx, arrival.parent, None, every_run=False)
+        of_thread = {id_: run for id_, run in runs.items() if id_ == arrival.thread_run_id}
+        of_parent = await _asking(tx, of_thread, arrival)
         asking = of_parent if of_parent and (asking is None or of_parent.may_decide) else asking
     if asking and not asking.may_decide:
         if unclear:

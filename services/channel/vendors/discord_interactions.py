@@ -197,6 +197,7 @@ def read(body: bytes) -> Received:
         words = _words(target, files, _DEPTH)
         text = forwarded(words, before=text) if words else text
     attachments = tuple(Attachment(kind_of(file.content_type or ""), file.url, file.filename) for file in files)
+    parent = interaction.channel.parent_id if interaction.channel and interaction.channel.type in _THREADS else None
     item = Inbound(
         ids,
         interaction.channel_id,
@@ -204,9 +205,11 @@ def read(body: bytes) -> Received:
         interaction.token,
         text,
         # A route of the channel counts for its threads.
-        interaction.channel.parent_id if interaction.channel and interaction.channel.type in _THREADS else None,
+        parent,
         attachments=attachments,
         by_admin=_is_admin(interaction.member),
+        # A thread has the id of its first message.
+        root=interaction.channel_id if parent else "",
     )
     return Received([item], _ack(_DEFERRED))
 

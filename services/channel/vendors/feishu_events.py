@@ -124,6 +124,8 @@ class _Message(msgspec.Struct):
     chat_type: str = ""
     thread_id: str | None = None
     root_id: str | None = None
+    parent_id: str | None = None
+    """The message that it quotes; in a thread, the first one."""
     mentions: list[_Mention] | None = None
 
 
@@ -246,6 +248,8 @@ def _item(ids: tuple[str, ...], event: _Event) -> Inbound | Ignored:
         # If Feishu does not tell who is mentioned, it may be the bot.
         mentions_bot=any(mention.mentioned_type in ("bot", "") for mention in message.mentions or ()),
         names_others=any(mention.mentioned_type == "user" for mention in message.mentions or ()),
+        quotes="" if thread else message.parent_id or "",
+        root=(thread and message.root_id) or "",
     )
 
 

@@ -38,6 +38,10 @@ class Inbound(NamedTuple):
     """A further id of the author, under which later messages may come alone."""
     names_others: bool = False
     """It mentions other persons, or answers one of them."""
+    quotes: str = ""
+    """The vendor's id of the message that it quotes, if the vendor does not tell its author."""
+    root: str = ""
+    """The vendor's id of the message at which its thread began."""
 
     @property
     def for_others(self) -> bool:

@@ -115,6 +115,7 @@ class _Message(msgspec.Struct):
     keywords: list[str] = []
     """The things that a sticker shows."""
     mention: _Mention | None = None
+    quotedMessageId: str = ""
 
 
 class _Params(msgspec.Struct):
@@ -307,6 +308,7 @@ def _item(event: _Event) -> Inbound | Deleted | Ignored:
         in_group=in_group,
         mentions_bot=any(one.isSelf for one in mentionees),
         names_others=not all(one.isSelf for one in mentionees),
+        quotes=message.quotedMessageId,
     )
 
 

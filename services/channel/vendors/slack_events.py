@@ -258,6 +258,7 @@ def _spoken(ids: tuple[str, ...], kind: _Kind, payload: Payload, raw: msgspec.Ra
         mentions_bot=kind.type == "app_mention" or bool(mentioned & bots),
         replies_to_bot=event.parent_user_id in bots,
         names_others=bool(mentioned - bots),
+        root=thread.removeprefix("/"),
     )
 
 

@@ -152,4 +152,5 @@ def _item(given: _Interaction, person: str, channel: str, id_: str, text: str) -
         in_group=not channel.startswith("D"),
         mentions_bot=True,
         replies_to_bot=True,
+        root=message.thread_ts or "",
     )

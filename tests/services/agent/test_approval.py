@@ -170,10 +170,23 @@ async def test_a_yes_in_the_thread_of_the_question_decides(world: World, tenant:
     world.models.script(MODEL, Says(calls=(BERN,)), Says("Done."))
     await tenant.receive(agent, "Weather?", chat="c")
     run = await waiting(tenant)
-    await tenant.receive(agent, "yes", chat="c/thread", parent="c")
+    await tenant.receive(agent, "yes", chat="c/thread", parent="c", thread_run_id=run["id"])
     [over] = await tenant.runs(1)
     assert (over["id"], over["reply"]) == (run["id"], "Done.")
     assert len((await tenant.call("GET", "/api/v1/runs"))["items"]) == 1
+
+
+@pytest.mark.parametrize("begun_by", [None, str(UUID(int=9))])
+async def test_a_yes_in_another_thread_is_an_ordinary_message(
+    world: World, tenant: Tenant, begun_by: str | None
+) -> None:
+    agent = await careful(tenant)
+    world.models.script(MODEL, Says(calls=(BERN,)))
+    await tenant.receive(agent, "Weather?", chat="c")
+    run = await waiting(tenant)
+    await tenant.receive(agent, "yes", chat="c/thread", parent="c", thread_run_id=begun_by)
+    assert (await answers(tenant, 2))[1] == "You said: yes"
+    assert (await tenant.run(run["id"]))["status"] == "waiting"
 
 
 async def test_a_yes_from_before_the_question_is_asked_back(world: World, tenant: Tenant) -> None:

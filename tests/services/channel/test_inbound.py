@@ -235,12 +235,52 @@ async def test_a_person_with_a_new_number_goes_on_and_its_next_owner_is_another_
     await desk.platform.until(edited)
 
 
+async def test_in_a_group_a_message_that_quotes_another_one_than_the_bots_is_for_other_persons(desk: Desk) -> None:
+    async with LineStandIn() as line:
+        channel = await desk.connect("line", line.credentials, line.url)
+        group = {"type": "group", "groupId": "C1", "userId": "U1"}
+
+        async def call(quoted: str, source: dict[str, str]) -> None:
+            message = {"type": "text", "id": f"{quoted}/{source['type']}", "text": "yes", "quotedMessageId": quoted}
+            assert (await desk.call(channel, line.call(line.event(source=source, message=message)))).is_success
+
+        await call("", group)
+        [first] = await desk.received(channel)
+        await desk.settled(await desk.reply(first, "word " * 2_000))
+        parts = [sent.id for sent in line.ledger]
+        assert len(parts) == 2
+        for quoted in (*parts, "of another person"):
+            await call(quoted, group)
+        # In a chat with the bot, there are no others.
+        await call("of the person", {"type": "user", "userId": "U1"})
+        told = {one["vendor_message_id"]: one["for_others"] for one in await desk.received(channel)}
+        assert len(told) == 5
+        assert [id_ for id_, for_others in told.items() if for_others] == ["of another person/group"]
+
+
+async def test_a_thread_that_begins_at_a_message_of_the_bot_names_its_run(desk: Desk) -> None:
+    async with SlackStandIn() as slack:
+        channel = await desk.connect("slack", slack.credentials, slack.url)
+        await desk.call(channel, slack.event("question"))
+        [question] = await desk.received(channel)
+        sent = await desk.settled(await desk.reply(question, "May I?"))
+        for thread in (sent["vendor_message_id"], "1600000000.000001"):
+            await desk.call(channel, slack.event("yes", thread_ts=thread))
+        told = {one["conversation_id"]: one["thread_run_id"] for one in await desk.received(channel)}
+        assert told == {
+            "C1": None,
+            f"C1/{sent['vendor_message_id']}": sent["run_id"],
+            "C1/1600000000.000001": None,
+        }
+
+
 async def test_that_a_message_is_for_other_persons_reaches_the_agent(desk: Desk) -> None:
-    telegram = TelegramStandIn()
-    channel = await desk.connect("telegram", telegram.credentials)
-    mention = {"type": "mention", "offset": 0, "length": 4}
-    assert (await desk.call(channel, telegram.update("@bob yes", chat=-5, entities=[mention]))).status_code == 200
-    assert [one["for_others"] for one in await desk.received(channel)] == [True]
+    async with TelegramStandIn() as telegram:
+        channel = await desk.connect("telegram", telegram.credentials, telegram.url)
+        for text, length in (("@bob yes", 4), ("@other_bot yes", 10), ("@Ada_Bot yes", 8)):
+            mention = {"type": "mention", "offset": 0, "length": length}
+            assert (await desk.call(channel, telegram.update(text, chat=-5, entities=[mention]))).status_code == 200
+        assert [one["for_others"] for one in await desk.received(channel)] == [True, True, False]
 
 
 async def test_a_forged_or_malformed_call_stores_nothing(desk: Desk) -> None:

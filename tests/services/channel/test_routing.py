@@ -252,6 +252,23 @@ async def test_adapters_tell_a_message_of_a_group_that_is_for_other_persons(
     assert received(name, call).for_others is for_others
 
 
+@pytest.mark.parametrize(
+    ("name", "call", "quotes", "root"),
+    [
+        ("feishu", FEISHU.call(FEISHU.event("yes", chat_type="group", root_id="om_1", parent_id="om_2")), "om_2", ""),
+        ("feishu", FEISHU.call(FEISHU.event("yes", thread_id="t", root_id="om_1", parent_id="om_1")), "", "om_1"),
+        ("feishu", FEISHU.call(FEISHU.event("yes", thread_id="t")), "", ""),
+        ("slack", SLACK.event("yes", thread_ts="1.000001"), "", "1.000001"),
+        ("slack", SLACK.event("yes"), "", ""),
+    ],
+)
+async def test_adapters_tell_the_message_that_is_quoted_and_that_of_a_thread(
+    name: str, call: Call, quotes: str, root: str
+) -> None:
+    item = received(name, call)
+    assert (item.quotes, item.root) == (quotes, root)
+
+
 def _with_keys(call: Call) -> Request:
     body, headers = call
     return Request("POST", "", headers, body, keys={**keys_of(TEAMS), "name": "@ada_bot"})
@@ -279,16 +296,6 @@ async def test_a_channel_leads_to_several_agents_and_answers_mentions_only(desk:
         got = [(one["agent_id"], one["text"]) for one in await desk.received(channel)]
         assert sorted(got) == sorted([(str(SALES), "how much?"), (channel["agent_id"], "hello")])
         assert await desk.ignored(channel) == ["a message of a group; only mentions are answered"]
-
-
-async def test_a_telegram_bot_knows_its_own_name_among_those_of_other_bots(desk: Desk) -> None:
-    async with TelegramStandIn() as telegram:
-        channel = await desk.connect("telegram", telegram.credentials, telegram.url)
-        for name in ("@other_bot", "@Ada_Bot"):
-            mention = {"type": "mention", "offset": 0, "length": len(name)}
-            assert (await desk.call(channel, telegram.update(f"{name} yes", chat=-5, entities=[mention]))).is_success
-        got = {one["text"]: one["for_others"] for one in await desk.received(channel)}
-        assert got == {"@other_bot yes": True, "@Ada_Bot yes": False}
 
 
 async def test_the_approvers_of_a_channel_go_with_each_message_to_the_agent(desk: Desk) -> None:

@@ -105,6 +105,7 @@ async def test_a_message_is_read_with_its_thread_and_as_it_was_written(vendor: S
         "1 < 2 && &lt;",
         "C1",
         in_group=True,
+        root="1699999999.000001",
     )
 
 
