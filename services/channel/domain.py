@@ -11,12 +11,14 @@ from uuid import UUID
 import msgspec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.hmac import HMAC
+from msgspec.structs import replace
 
 from services.channel.events import (
     DeliveryEvent,
     DeliveryFailed,
     DeliveryQueued,
     DeliveryReceived,
+    DeliveryResumed,
     DeliverySent,
     DeliveryUnknown,
     MessageChange,
@@ -35,6 +37,12 @@ class Delivery(msgspec.Struct, frozen=True):
     queued: DeliveryQueued | None = None
     """The request; None before it was queued."""
     state: State = "queued"
+    sent: tuple[str | None, ...] = ()
+    """The vendor's id of each part, once the parts were sent."""
+    late: tuple[int, ...] = ()
+    """The parts that the vendor refused as too late, from 0."""
+    due: tuple[int, ...] = ()
+    """Those of them that are to be sent now."""
 
 
 class QueueDelivery(NamedTuple):
@@ -61,6 +69,8 @@ class MarkReceived(NamedTuple):
     reason: str
     of_last: bool = True
     """False: it is about a part before the last one."""
+    late: str = ""
+    """The vendor's id of a message that it refused as too late, if it can be sent nevertheless."""
 
 
 Command = QueueDelivery | MarkSent | MarkFailed | MarkUnknown | MarkReceived
@@ -80,7 +90,7 @@ def decide(command: Command, delivery: Delivery) -> Sequence[DeliveryEvent]:
     match command:
         case MarkSent(ids):
             last = next((id_ for id_ in reversed(ids) if id_), None)
-            return [DeliverySent(*about, last, ids if len(ids) > 1 else ())]
+            return [DeliverySent(*about, last, ids if len(ids) > 1 else (), bool(delivery.late))]
         case MarkFailed(reason):
             return [DeliveryFailed(*about, reason)]
         case MarkUnknown(reason):
@@ -93,6 +103,10 @@ def _received(command: MarkReceived, delivery: Delivery) -> Sequence[DeliveryEve
     """Receipts come in any order and repeatedly: only one that says more than the last one counts. The last part tells
     whether the person has it all; each part can fail."""
     asked, state = delivery.queued, delivery.state
+    if command.late in delivery.sent and state in ("queued", "sent", "delivered"):
+        part = delivery.sent.index(command.late)
+        if part not in delivery.late:
+            return [DeliveryResumed(part)]
     if command.state == "failed":
         if asked and (state == "sent" or (state == "delivered" and not command.of_last)):
             return [DeliveryFailed(asked.channel_id, asked.session_key, asked.run_id, command.reason)]
@@ -107,13 +121,15 @@ def evolve(delivery: Delivery, event: DeliveryEvent) -> Delivery:
         case DeliveryQueued():
             return Delivery(event)
         case DeliverySent():
-            return Delivery(delivery.queued, "sent")
+            return replace(delivery, state="sent", sent=event.parts or (event.vendor_message_id,), due=())
+        case DeliveryResumed(part):
+            return replace(delivery, state="queued", late=(*delivery.late, part), due=(*delivery.due, part))
         case DeliveryFailed():
-            return Delivery(delivery.queued, "failed")
+            return replace(delivery, state="failed")
         case DeliveryUnknown():
-            return Delivery(delivery.queued, "unknown")
+            return replace(delivery, state="unknown")
         case DeliveryReceived(state):
-            return Delivery(delivery.queued, state)
+            return replace(delivery, state=state)
         case _:
             assert_never(event)
 

@@ -128,6 +128,16 @@ class DeliverySent(msgspec.Struct, frozen=True):
     """The vendor's id of the last part that has one; null if no part has one."""
     parts: tuple[str | None, ...] = ()
     """If there are several: the vendor's id of each part, in their order."""
+    again: bool = False
+    """It follows a `DeliveryResumed`."""
+
+
+class DeliveryResumed(msgspec.Struct, frozen=True):
+    """The vendor refused a part that it had accepted, as it is too late for an ordinary message. The part is sent once
+    more, as a message that may be late."""
+
+    part: int
+    """From 0."""
 
 
 class DeliveryFailed(msgspec.Struct, frozen=True):
@@ -154,4 +164,4 @@ class DeliveryReceived(msgspec.Struct, frozen=True):
     state: Literal["delivered", "read"]
 
 
-DeliveryEvent = DeliveryQueued | DeliverySent | DeliveryFailed | DeliveryUnknown | DeliveryReceived
+DeliveryEvent = DeliveryQueued | DeliverySent | DeliveryResumed | DeliveryFailed | DeliveryUnknown | DeliveryReceived

@@ -84,16 +84,19 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
     run_id = parts[0].run_id
     about = {"channel_id": str(account.id), **({"run_id": str(run_id)} if run_id else {})}
     logs.work_on(**about)
-    sent: list[str | None] = []
+    sent = list(sendable.sent) or [None] * len(parts)
     shown = None
     if vendor.preview == "edit" and run_id:
         async with effects.begin() as taking:
             shown = await take_over(taking, account, run_id, sendable.session_key, due.delivery_id)
     for n, part in enumerate(parts, 1):
         if n == 1 and shown and await _replaced(effects, sender, account, part, shown):
-            sent.append(shown)
+            sent[0] = shown
             continue
-
+        if sendable.due:
+            if n - 1 not in sendable.due:
+                continue
+            part = part._replace(key=f"{part.key}/late", is_late=True)
         outcome = await _sent(effects, sender, account, part)
         if outcome.state == "failed" and (other := vendor.otherwise(part, outcome.error or "")):
             outcome = await _sent(effects, sender, account, other)
@@ -109,7 +112,7 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
             return
         assert outcome.result is not None
         # Slack gives no id of the message of a file.
-        sent.append(outcome.result.vendor_message_id)
+        sent[n - 1] = outcome.result.vendor_message_id
     await _decide(tx, due.delivery_id, MarkSent(tuple(sent)), **about)
 
 

@@ -14,6 +14,7 @@ from services.channel.events import (
     DeliveryFailed,
     DeliveryQueued,
     DeliveryReceived,
+    DeliveryResumed,
     DeliverySent,
     DeliveryUnknown,
 )
@@ -37,6 +38,8 @@ async def project(tx: Tx, delivery_id: UUID, event: DeliveryEvent) -> None:
             )
         case DeliverySent():
             await _settle(tx, delivery_id, "sent", vendor_message_id=event.vendor_message_id, part_ids=_part_ids(event))
+        case DeliveryResumed():
+            await _settle(tx, delivery_id, "queued")
         case DeliveryFailed():
             await _settle(tx, delivery_id, "failed", reason=event.reason)
         case DeliveryUnknown():
@@ -97,6 +100,8 @@ def delivery(delivery_id: str, history: Sequence[Recorded]) -> Iterator[Mapping[
                 row |= {"state": "sent", "reason": None}
                 row["vendor_message_id"] = event.vendor_message_id or row["vendor_message_id"]
                 row["part_ids"] = _part_ids(event) or row["part_ids"]
+            case DeliveryResumed():
+                row |= {"state": "queued", "reason": None}
             case DeliveryFailed():
                 row |= {"state": "failed", "reason": event.reason}
             case DeliveryUnknown():

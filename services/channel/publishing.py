@@ -20,6 +20,7 @@ from services.channel.events import (
     DeliveryFailed,
     DeliveryQueued,
     DeliveryReceived,
+    DeliveryResumed,
     DeliverySent,
     DeliveryUnknown,
     MessageDeleted,
@@ -30,7 +31,10 @@ from services.channel.events import (
 
 
 def _publish_delivery(delivery_id: str, event: DeliveryEvent) -> Iterable[Publication]:
-    if isinstance(event, DeliveryQueued | DeliveryReceived):
+    if isinstance(event, DeliveryQueued | DeliveryResumed | DeliveryReceived):
+        return
+    if isinstance(event, DeliverySent) and event.again:
+        # It was published before: a receiver counts each delivery once.
         return
     message: MessageDelivered | MessageUndelivered
     if isinstance(event, DeliverySent):
@@ -55,7 +59,7 @@ def _publish_delivery(delivery_id: str, event: DeliveryEvent) -> Iterable[Public
 
 DELIVERY = Aggregate(
     name="delivery",
-    events=EventTypes(DeliveryQueued, DeliverySent, DeliveryFailed, DeliveryUnknown, DeliveryReceived),
+    events=EventTypes(DeliveryQueued, DeliverySent, DeliveryResumed, DeliveryFailed, DeliveryUnknown, DeliveryReceived),
     initial=domain.Delivery,
     evolve=domain.evolve,
     decide=domain.decide,

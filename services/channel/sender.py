@@ -80,6 +80,10 @@ class SendableDelivery(NamedTuple):
     """The address for the vendor's receipts; empty if it is not asked for them."""
     is_late: bool
     """As in `Outbound`."""
+    sent: tuple[str | None, ...]
+    """As in `Delivery`."""
+    due: tuple[int, ...]
+    """As in `Delivery`; empty: all parts are to be sent."""
 
     async def parts(self) -> list[Outbound]:
         """The text and the files in parts that the vendor accepts. Raises NotSendable if there are none."""
@@ -161,7 +165,15 @@ class Sender:
         words = msgspec.json.decode(content, type=OutboundContent)
         webhook = self._webhook(account, token) if account.vendor.receipts_asked else ""
         return SendableDelivery(
-            account, words, delivery_id, delivery.queued.run_id, delivery.queued.session_key, webhook, is_late
+            account,
+            words,
+            delivery_id,
+            delivery.queued.run_id,
+            delivery.queued.session_key,
+            webhook,
+            is_late,
+            delivery.sent,
+            delivery.due,
         )
 
     def _webhook(self, account: ChannelAccount, token: bytes) -> str:

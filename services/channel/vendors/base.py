@@ -223,6 +223,11 @@ class Vendor(ABC, Generic[C]):
         """The message as it is sent after the vendor refused it for this reason, with a key of its own. None: not."""
         return None
 
+    def takes_late(self, credentials: C, reason: str) -> bool:
+        """True if a receipt with this reason refuses a message as too late, and the account can send it with
+        `is_late`."""
+        return False
+
     async def show_typing(self, outgoing: Outgoing, origin: str, credentials: C, message: Outbound) -> None:
         """Shows that the bot is typing, if `sign_seconds` is not 0. Raises as `send` does."""
         raise EffectFailed("this type of channel does not show it")

@@ -177,6 +177,9 @@ class WhatsApp(Vendor[WhatsAppCredentials]):
             response = await _call(outgoing, origin, credentials, "POST", path, body | content)
         return response.messages[0].id if response.messages else None
 
+    def takes_late(self, credentials: WhatsAppCredentials, reason: str) -> bool:
+        return bool(credentials.template) and reason.startswith(f"{_CLOSED}:")
+
     async def show_typing(
         self, outgoing: Outgoing, origin: str, credentials: WhatsAppCredentials, message: Outbound
     ) -> None:

@@ -30,6 +30,7 @@ from services.channel.events import (
     DeliveryFailed,
     DeliveryQueued,
     DeliveryReceived,
+    DeliveryResumed,
     DeliverySent,
     DeliveryUnknown,
     MessageChange,
@@ -110,6 +111,23 @@ def test_the_last_part_tells_that_all_arrived_and_each_part_can_fail() -> None:
     assert decide(MarkReceived("read", "", of_last=False), arrived) == nothing
     for delivery in (sent, arrived):
         assert decide(MarkReceived("failed", "131026", of_last=False), delivery) == [NOT_DELIVERED]
+
+
+def test_each_part_is_sent_once_more_if_it_was_too_late() -> None:
+    sent = DeliverySent(CHANNEL, "session", RUN, "7", ("6", "7"))
+    resumed = after(QUEUED, sent, DeliveryResumed(0))
+    assert (resumed.state, resumed.due) == ("queued", (0,))
+    refusals = {id_: MarkReceived("failed", "131047", late=id_) for id_ in ("6", "7", "8")}
+    nothing: Sequence[DeliveryEvent] = []
+    # The vendor repeats the first receipt. That of the other part comes before the first part was sent again.
+    assert decide(refusals["6"], resumed) == nothing
+    assert decide(refusals["7"], resumed) == [DeliveryResumed(1)]
+    again = DeliverySent(CHANNEL, "session", RUN, "7", ("8", "7"), again=True)
+    assert decide(MarkSent(("8", "7")), resumed) == [again]
+    assert after(QUEUED, sent, DeliveryResumed(0), again).due == ()
+    # A message is not sent a third time.
+    refused = DeliveryFailed(CHANNEL, "session", RUN, "131047")
+    assert decide(refusals["8"], after(QUEUED, sent, DeliveryResumed(0), again)) == [refused]
 
 
 def test_a_delivery_is_queued_once_and_cannot_end_before_it_was_queued() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import UUID
 
 from tests.services.channel.conftest import Desk
 from tooling.testing.vendors import TwilioStandIn, WhatsAppStandIn
@@ -76,6 +77,53 @@ async def test_a_day_after_the_persons_last_message_the_answer_goes_by_template(
         meta.refuses_later = True
         await desk.settled(await desk.reply(inbound, "late"))
         assert [(sent.text, sent.fields["type"]) for sent in meta.ledger] == [("in time", "text"), ("late", "template")]
+
+
+async def test_a_text_that_whatsapp_accepts_and_refuses_as_too_late_goes_once_by_template(desk: Desk) -> None:
+    async with WhatsAppStandIn() as meta:
+        channel = await desk.connect("whatsapp", meta.credentials | {"template": "news"}, meta.url)
+        await desk.call(channel, meta.call(meta.message("question", person="491")))
+        [inbound] = await desk.received(channel)
+
+        async def refuse(delivery: dict[str, Any], code: int) -> dict[str, Any]:
+            errors = [{"code": code, "title": "Refused"}]
+            status = {"id": delivery["vendor_message_id"], "status": "failed", "errors": errors}
+            assert (await desk.call(channel, meta.call(statuses=[status]))).status_code == 200
+            return await desk.settled(delivery["id"])
+
+        meta.closed.add("491")
+        meta.refuses_later = True
+        first = await desk.settled(await desk.reply(inbound, "late"))
+        by_template = await refuse(first, 131047)
+        assert (by_template["state"], by_template["vendor_message_id"]) == ("sent", meta.ledger[0].id)
+        # The vendor repeats its call.
+        assert await refuse(first, 131047) == by_template
+        assert (await refuse(by_template, 131047))["reason"] == "131047: Refused"
+        other = await desk.settled(await desk.reply(inbound, "other"))
+        assert (await refuse(other, 131026))["reason"] == "131026: Refused"
+        assert [(sent.text, sent.fields["type"]) for sent in meta.ledger] == [("late", "template")]
+        published = await desk.published(channel, "MessageDelivered")
+        assert [one["delivery_id"] for one in published] == [first["id"], other["id"]]
+
+
+async def test_each_part_that_is_too_late_goes_once_by_template(desk: Desk) -> None:
+    async with WhatsAppStandIn() as meta:
+        channel = await desk.connect("whatsapp", meta.credentials | {"template": "news"}, meta.url)
+        await desk.call(channel, meta.call(meta.message("question", person="491")))
+        [inbound] = await desk.received(channel)
+        meta.closed.add("491")
+        meta.refuses_later = True
+        sent = await desk.settled(await desk.reply(inbound, f"first{' ' * 5_000}second"))
+        async with desk.platform.database("channel").begin() as tx:
+            [(parts,)] = await tx.sql("SELECT part_ids FROM delivery WHERE id = $1", UUID(sent["id"]))
+        for part in parts:
+            errors = [{"code": 131047, "title": "Refused"}]
+            status = {"id": part.partition("/")[2], "status": "failed", "errors": errors}
+            assert (await desk.call(channel, meta.call(statuses=[status]))).status_code == 200
+            assert (await desk.settled(sent["id"]))["state"] == "sent"
+        assert [one.text for one in meta.ledger] == ["first", "second"]
+        await desk.call(channel, meta.call(statuses=[{"id": meta.ledger[1].id, "status": "delivered"}]))
+        assert (await desk.delivery(sent["id"]))["state"] == "delivered"
 
 
 async def test_a_message_names_the_address_for_its_receipts(desk: Desk) -> None:
