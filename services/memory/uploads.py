@@ -1,7 +1,8 @@
 """The files of documents on their way into the object store: each is noted before it is stored.
 
 A process may die, a request may be cancelled and a tenant may be erased between the two. The note outlives all three,
-because it is of no tenant; when it is due, a file that no document has is deleted.
+because it is of no tenant; when it is due, a file that no document has is deleted, and so are the parts of a file whose
+upload did not end.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ async def check_upload(item: Upload, effects: Effects, tx: Tx, objects: Objects)
         )
     for path in {*paths} - {path for (path,) in rows}:
         await objects.delete(path)
+    await objects.delete_unfinished(_folder(item.user_id, item.id))
 
 
 def _folder(user_id: str, id_: UUID) -> str:

@@ -9,6 +9,7 @@ import tempfile
 import zipfile
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -18,7 +19,7 @@ from minio import Minio
 
 from infra.errors import InvalidMessage, NotFound, TooLarge, Transient, WrongType
 from infra.stores import filetypes
-from infra.stores.objects import BUCKET, Kind, Objects, Stored, safe_name
+from infra.stores.objects import BUCKET, Kind, Objects, Stored, once, safe_name
 from tooling.testing.stack import Stack, running_stack
 
 PICTURE = Kind("picture", 5 * 1024 * 1024, frozenset(("image/jpeg", "image/png", "image/webp")))
@@ -309,3 +310,19 @@ def test_an_archive_of_very_many_parts_is_refused_unread() -> None:
     assert filetypes.content_type(of(3_000), "a.docx") == filetypes.ZIP
     with pytest.raises(InvalidMessage, match="too many parts"):
         filetypes.content_type(of(5_000), "a.docx")
+
+
+@pytest.mark.parametrize(("mib", "uploads"), [(20, 0), (21, 1)])
+async def test_a_file_of_a_chat_is_sent_in_one_request(
+    objects: Objects, monkeypatch: pytest.MonkeyPatch, mib: int, uploads: int
+) -> None:
+    """A killed process leaves no parts of it."""
+    begin = Mock(wraps=objects._client._create_multipart_upload)
+    monkeypatch.setattr(objects._client, "_create_multipart_upload", begin)
+    large = Kind("text", 30 * 1024 * 1024, frozenset(filetypes.TEXTS))
+    path = f"parts/{mib}"
+    content = b"0123456789abcdef" * (mib * 1024 * 1024 // 16)
+    await objects.upload(large, once(content), name="a.txt", user_id="u", path=lambda _: path)
+    assert begin.call_count == uploads
+    async with objects.fetch(path) as file:
+        assert file.read() == content

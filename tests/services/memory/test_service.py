@@ -235,6 +235,12 @@ async def test_a_file_that_no_document_has_is_deleted(norrland: Client, memory: 
     user_id = path.partition("/")[0]
     stored = await uploads.store(once(b"lost"), name="a.txt", tenant_id=norrland.tenant_id, user_id=user_id, id_=lost)
     assert await objects.paths(stored.path) == [stored.path]
+    # Another process was killed over the parts of the same file.
+    client = objects._client
+    upload = client._create_multipart_upload(BUCKET, stored.path, {})
+    client._upload_part(BUCKET, stored.path, b"lo", {}, upload, 1)
+    parts = f".mpus-{upload}-"
+    assert await objects.paths(parts)
     lanes = [kept, str(lost)]
 
     async def checked() -> bool:
@@ -260,6 +266,7 @@ async def test_a_file_that_no_document_has_is_deleted(norrland: Client, memory: 
 
     await memory.until(checked)
     assert await objects.paths(stored.path) == []
+    assert [*await objects.paths(parts), *await objects.paths(upload)] == []
     assert await objects.paths(path) == [path]
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Protocol, cast
 from urllib.parse import urlsplit
@@ -17,7 +17,8 @@ import urllib3
 from minio import Minio
 from minio.error import S3Error, ServerError
 
-from infra.stores.objects import listed
+from infra.clock import utcnow
+from infra.stores.objects import abort_uploads, listed
 from tooling.stack.backup import objects
 from tooling.stack.engines.base import EngineError
 
@@ -134,6 +135,9 @@ class Bucket:
             upload.abort()
             raise
         upload.complete()
+        # Parts of processes that were killed. The account may have no right to list them.
+        with suppress(S3Error):
+            abort_uploads(self._store, self._bucket, self._prefix, utcnow() - timedelta(seconds=_LEFT_SECONDS))
 
     @contextmanager
     def read(self, name: str) -> Iterator[IO[bytes] | None]:

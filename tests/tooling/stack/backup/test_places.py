@@ -15,6 +15,7 @@ import pytest
 from minio import Minio
 
 from infra.clock import utcnow
+from infra.stores.objects import listed
 from tests.tooling.stack.backup.conftest import AT
 from tooling.cli.backup import _expire
 from tooling.stack.backup import objects, targets
@@ -106,6 +107,28 @@ def test_parts_of_killed_processes_are_no_files_and_are_removed_after_a_day(tmp_
     put(place, "one")
     assert list(place.stored()) == ["one"]
     assert {path.name for path in tmp_path.iterdir()} == {"one", new.name}
+
+
+def test_parts_of_killed_uploads_to_a_bucket_are_removed_after_a_day(
+    store: Minio, access: dict[str, Any], bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3Proxy names the present moment as the beginning of each upload."""
+    store.make_bucket(bucket)
+    for name in ("daily/old", "elsewhere"):
+        upload = store._create_multipart_upload(bucket, name, {})
+        store._upload_part(bucket, name, b"x", {}, upload, 1)
+
+    def parts() -> list[str]:
+        return [str(found.object_name) for found in listed(store, bucket, ".mpus-")]
+
+    every = parts()
+    place = target(f"s3://{bucket}/daily", access)
+    put(place, "one")
+    assert parts() == every
+    monkeypatch.setattr(targets, "_LEFT_SECONDS", -60)
+    put(place, "two")
+    assert parts() == [part for part in every if "elsewhere" in part]
+    assert sorted(place.stored()) == ["one", "two"]
 
 
 def test_a_file_that_is_missing_is_read_as_none(place: Target) -> None:
