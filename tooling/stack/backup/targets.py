@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import urllib3
 from minio import Minio
-from minio.error import S3Error, ServerError
+from minio.error import MinioException, S3Error, ServerError
 
 from infra.clock import utcnow
 from infra.stores.objects import abort_uploads, listed
@@ -135,8 +135,8 @@ class Bucket:
             upload.abort()
             raise
         upload.complete()
-        # Parts of processes that were killed. The account may have no right to list them.
-        with suppress(S3Error):
+        # Parts of processes that were killed. The account may have no right to list them, and the file is stored.
+        with suppress(MinioException, urllib3.exceptions.HTTPError):
             abort_uploads(self._store, self._bucket, self._prefix, utcnow() - timedelta(seconds=_LEFT_SECONDS))
 
     @contextmanager
