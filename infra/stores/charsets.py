@@ -62,7 +62,7 @@ _HANGUL = """
 # In the order of their frequency, as in `_FREQUENT`.
 _CYRILLIC = "оеаинтсрвлікмдпуяыьгзбчйхжшюцщєї"
 _BOTH_CASES = _CYRILLIC + _CYRILLIC.upper()
-_WESTERN = "éèàçêîôûëïüùäöüßñáíóúãõåæøœÄÖÜÉÀÁÂÅÆÇÈÊËÍÎÑÓÔÕÚÛØ“”‘’–—…«»€°§·¡¿®©™"
+_WESTERN = "éèàçêîôûëïüùäöüßñáíóúãõåæøœìòÄÖÜÉÀÁÂÅÆÇÈÊËÍÎÑÓÔÕÚÛØÃÌÒÙÏ“”‘’–—…«»€°§·¡¿®©™"
 # Central European letters have the same bytes.
 _SIGNS = "£¥¢¹²³½¼¾±×÷µ¬"
 _TURKISH = "çğıöşüâîûÇĞİÖŞÜ“”‘’–—…"
@@ -70,7 +70,23 @@ _GREEK = "".join(map(chr, range(0x386, 0x3CF)))
 _HEBREW = "".join(map(chr, range(0x5D0, 0x5EB)))
 _ARABIC = "".join(map(chr, range(0x621, 0x653))) + "،؛؟"
 _THAI = "".join(map(chr, range(0xE01, 0xE5C)))
-_CENTRAL = "ąćęłńóśźżáäčďéěíňôřšťúůýžőűöüăâîşţđľĺŁŚŻČĎĽŐŰŘŞŢŠŽ“”„’–—…"
+_CENTRAL_LETTERS = "ąćęłńóśźżáäčďéěíňôřšťúůýžőűöüăâîşţđľĺ"
+_CENTRAL = _CENTRAL_LETTERS + _CENTRAL_LETTERS.upper() + "“”„’–—…"
+_CENTRAL_ENCODINGS = ("cp1250", "iso8859_2")
+# Encoding → the letters beyond ASCII of languages whose texts have the same bytes in the other ones.
+_ALPHABETS = {
+    "cp1250": ("áčďéěíňóřšťúůýž", "áäčďéíľňóôšťúýž", "ąćęłńóśźż", "áéíóöőúüű", "ăâîşţ", "čćđšž"),
+    "cp1254": ("çğıöşüâîû",),
+    "cp1252": (
+        *("äöüß", "àâæçèéêëîïôœùûü", "áéíñóúü", "àáâãçéêíóôõú", "åäöé", "æøåé", "õäöüšž", "àèéìòù", "áðéíóúýþæö"),
+        *("àçèéíïòóúü·", "áéíóúâêîôû", "ëïéèöü"),
+    ),
+}
+# A letter in a place that Western languages do not have: it is č, ě, ň, ř, ů or ă.
+_NOT_WESTERN = re.compile(
+    r"\bè\w|è(?=[aeiouyáíéó])|[aeouyáéíý]è|[ìò](?=[a-z])|[aeoyáéíý][ìòù]|ù\w|[aeiouyáéíý]ø|ø[aiouyáíý]|ï(?=[a-z]?\b)|\bï|\bò|"
+    r"ã(?=[bcdfghjklmpqrtuvxyz])|(?<![hmçlfs])ã\b"
+)
 
 # Encoding → its common letters. The order decides between equals.
 _COMMON: dict[str, frozenset[str]] = {
@@ -96,6 +112,8 @@ _COMMON: dict[str, frozenset[str]] = {
     "mac_roman": frozenset(_WESTERN),
 }
 _LATIN = ("cp1252", "cp1254", "cp1250", "iso8859_2", "mac_roman")
+# Of the words of a text in Latin letters, few have three letters with accents and no other.
+_WITHOUT_ASCII, _BESIDE_ASCII = re.compile(rb"[\xc0-\xff]{3}"), re.compile(rb"[a-zA-Z][\x80-\xff]|[\x80-\xff][a-zA-Z]")
 # The letters of the alphabets that use the same bytes, the most frequent ones first.
 _FREQUENT: dict[str, str] = {
     "cp1251": _CYRILLIC,
@@ -180,11 +198,17 @@ def _judge(content: bytes, read: Callable[[bytes, str], str | None]) -> str | No
     shares = {encoding: _share(read(content, encoding), encoding, common) for encoding, common in _COMMON.items()}
     frequencies = {encoding: _frequency(content, encoding) for encoding in _FREQUENT}
     shares |= {other: 0.0 for other, found in frequencies.items() if found < _MIN_FREQUENCY}
+    if _WITHOUT_ASCII.search(sample := content[: 4 * _SAMPLE_LETTERS]) and not _BESIDE_ASCII.search(sample):
+        shares |= dict.fromkeys(_LATIN, 0.0)
     best, second = sorted(shares, key=lambda encoding: -shares[encoding])[:2]
     if shares[best] >= MIN_SHARE and best in _FREQUENT:
         best = max(_FREQUENT, key=lambda encoding: shares[encoding] * frequencies[encoding])
-    if best in ("cp1252", "cp1254", "mac_roman") and shares["cp1250"] > MIN_SHARE and _is_central(content, best):
-        best = "cp1250"
+    if best == "cp1250" and not _fits(sample, best):
+        # Icelandic, or Turkish in capital letters.
+        best = next((other for other in ("cp1254", "cp1252") if _fits(sample, other)), best)
+    if best in ("cp1252", "cp1254", "mac_roman") and shares["cp1250"] > MIN_SHARE and _is_central(sample, best):
+        # The letter ť of ISO-8859-2 is a sign in Windows-1250.
+        best = max(_CENTRAL_ENCODINGS, key=lambda encoding: len(_letters(sample.decode(encoding, "replace"))))
     if shares[best] >= MIN_SHARE or shares[best] >= MIN_SHARE / 2 > 2 * shares[second]:
         return best
     return None
@@ -307,16 +331,29 @@ def _is_odd_sign(encoding: str, letter: str, before: str, after: str) -> bool:
     return (before[-1:].isalpha() or after.isalpha()) and not is_unit
 
 
-def _is_central(content: bytes, western: str) -> bool:
+def _is_central(sample: bytes, western: str) -> bool:
     """True if the text, whose letters fit Western or Turkish, is Polish, Hungarian, Romanian or a neighbour of them."""
-    text = content[: 4 * _SAMPLE_LETTERS].decode("cp1250", "replace").lower()
+    text = sample.decode("cp1250", "replace").lower()
     if western == "cp1254":
         # Turkish and Romanian have ş and ţ at the same place.
         return not re.search("[ğýöüç]", text)
+    is_central, is_western = _fits(sample, "cp1250"), _fits(sample, "cp1252")
+    if is_central != (is_western and not _NOT_WESTERN.search(sample.decode("cp1252", "replace").lower())):
+        return is_central
     if any(letter not in _CENTRAL for letter in text if not letter.isascii()):
         return False
     # Portuguese has õ before e only, and Estonian, which has it everywhere, no acute accents.
     return bool(re.search("[scd]z|zs", text) or (re.search("ő(?!e)", text) and re.search("[áéíóú]", text)))
+
+
+def _fits(sample: bytes, encoding: str) -> bool:
+    """True if one of the languages of the encoding has all letters of the text beyond ASCII."""
+    letters = _letters(sample.decode(encoding, "replace").lower())
+    return any(letters.issubset(alphabet) for alphabet in _ALPHABETS[encoding])
+
+
+def _letters(text: str) -> set[str]:
+    return {letter for letter in text if not letter.isascii() and letter.isalpha()}
 
 
 def _frequency(content: bytes, encoding: str) -> float:

@@ -34,6 +34,39 @@ TEXTS = [
     ("cp1252", "Size 3×4, 10³. "),
     ("cp1250", "Łatwy i mały"),
     ("cp1250", "ŻÓŁTY ŚLĄSK ŁÓDŹ"),
+    *(
+        ("cp1250", cased)
+        for text in (
+            "Vrácení peněz trvá pět dní.",
+            "Pozor, dveře se zavírají automaticky",
+            "Před použitím si přečtěte návod",
+            "Účet byl zablokován z bezpečnostních důvodů",
+            "Ředitel školy",
+            "Ďakujeme za váš nákup",
+            "Zákaznícka podpora spoločnosti",
+            "Dziękujemy za zamówienie",
+            "Wyłącz urządzenie",
+            "Garanţia este valabilă",
+            "Škola počinje u ponedjeljak",
+        )
+        for cased in (text, text.upper())
+    ),
+    *(
+        ("cp1252", cased)
+        for text in (
+            "La società è responsabile della qualità",
+            "Più informazioni",
+            "Où êtes-vous né? Près de Noël",
+            "Instruções de utilização do aparelho",
+            "Ábyrgðin gildir í þrjátíu mánuði",
+            "Læs brugsanvisningen før brug",
+        )
+        for cased in (text, text.upper())
+    ),
+    ("cp1254", "KAPILAR KENDİLİĞİNDEN KAPANIR"),
+    ("cp1254", "LÜTFEN MÜŞTERİ HİZMETLERİ İLE İLETİŞİME GEÇİN"),
+    ("cp1255", "זהירות: מתח גבוה"),
+    ("cp1255", "חוזה העסקה"),
     ("iso8859_2", "ľudia"),
     ("cp866", "Возврат денег занимает пять дней"),
     ("iso8859_5", "Возврат денег занимает пять дней"),
