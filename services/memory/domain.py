@@ -106,8 +106,10 @@ def sections(markdown: str) -> Iterator[Block]:
             yield Block(text, " > ".join(title for _, title in path) or None)
         lines.clear()
 
-    for line in markdown.splitlines(keepends=True):
-        fence = _fence_after(line, fence)
+    given = markdown.splitlines(keepends=True)
+    ended = _fences_end(given)
+    for n, line in enumerate(given):
+        fence = _fence_after(line, fence) if n < ended else ""
         heading = None if fence or len(line) > MAX_HEADING else _HEADING.match(line)
         title = heading[2].strip().rstrip("#").rstrip() if heading else ""
         level = len(heading[1]) if heading else 0
@@ -127,6 +129,16 @@ def sections(markdown: str) -> Iterator[Block]:
     if titled:
         lines.append(path[-1][1])
     yield from block()
+
+
+def _fences_end(lines: list[str]) -> int:
+    """The number of lines before a block of code that nothing ends: its sign may be a mistake, and headings follow."""
+    fence, begun = "", 0
+    for n, line in enumerate(lines):
+        was_code, fence = bool(fence), _fence_after(line, fence)
+        if not was_code:
+            begun = n
+    return begun if fence else len(lines)
 
 
 def _fence_after(line: str, fence: str) -> str:

@@ -83,6 +83,15 @@ def test_headings_are_paths_and_code_is_not_a_heading() -> None:
     ]
 
 
+def test_headings_after_a_block_of_code_that_nothing_ends_count() -> None:
+    assert list(sections("# A\n```sh\n# no\n```\n## B\n```\ntext\n## C\n~~~\n# D\nend\n")) == [
+        Block("```sh\n# no\n```", "A"),
+        Block("```\ntext", "A > B"),
+        Block("~~~", "A > C"),
+        Block("end", "D"),
+    ]
+
+
 SENTENCE = "This is an ordinary sentence about the installation. "
 STEPS = [f"  if ./install --step {n}; then\n        ./check --after step{n}; fi" for n in range(40)]
 
