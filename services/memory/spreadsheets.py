@@ -23,7 +23,7 @@ BLOCK_ROWS = 1_000
 FIRST_ROWS = 10
 # Of a sheet of Excel. A row may state any number, and the library makes all rows before it.
 MAX_ROWS = 1_048_576
-_WHITE = re.compile(r"\s+")
+_WHITE, _DIGIT = re.compile(r"\s+"), re.compile(r"\d")
 # Of a table in a text, the first one wins among equals.
 _DELIMITERS = ",;\t|"
 _JUDGED_LINES = 50
@@ -197,15 +197,23 @@ def _blocks(rows: Iterator[list[str]], section: str | None = None) -> Iterator[B
 
 def _header(rows: list[list[str]]) -> int:
     """Which of the first rows is the header: the first one that fills half of the cells that the fullest one fills. A
-    row with nothing but its first cell is a title, and a row of a name and a value above a wider table is its label."""
+    row with nothing but its first cell is a title, and a row of a name and a value above a wider table is its label.
+
+    Above three columns it is one only if the row of their names has no digit and a later one has some: otherwise it may
+    be the header of a table whose third column has no name.
+    """
     filled = [sum(map(bool, cells)) for cells in rows]
     most = max(filled)
     if not filled[0]:
         # Of the values of a chart whose series have no names.
         return 0
     at = next(n for n, count in enumerate(filled) if 2 * count >= most and not (1 == count < most and rows[n][0]))
-    wide = [n for n, count in enumerate(filled) if count >= most - 1]
-    return wide[0] if filled[at] == 2 < most - 1 and len(wide) > 1 else at
+    wide = [n for n, count in enumerate(filled) if count >= max(3, most - 1)]
+    if filled[at] != 2 or len(wide) < 2:
+        return at
+    with_digits = [any(map(_DIGIT.search, rows[n])) for n in wide]
+    is_wider = most > 3 or (all(rows[at][:2]) and with_digits[0] < any(with_digits))
+    return wide[0] if is_wider else at
 
 
 def _titles(rows: list[list[str]]) -> list[str]:

@@ -166,6 +166,13 @@ def test_a_title_above_a_table_is_not_its_header(content: bytes, type_: str) -> 
             [["Customer", "Ann", "", ""], ["a", "b", "c", ""], ["1", "2", "3", "4"]],
             "Customer, Ann\n\n| a | b | c |  |\n|-|\n| 1 | 2 | 3 | 4 |\n",
         ),
+        (
+            [["Customer", "Ann", ""], ["Date", "2 May", ""], ["Item", "Qty", "Price"], ["Valve", "3", "9.50"]],
+            "Customer, Ann\nDate, 2 May\n\n| Item | Qty | Price |\n|-|\n| Valve | 3 | 9.50 |\n",
+        ),
+        # Columns without a name.
+        ([["k", "v", ""], ["a", "1", "x"], ["b", "2", "y"]], "| k | v |  |\n|-|\n| a | 1 | x |\n| b | 2 | y |\n"),
+        ([["", "u", "v"], ["a", "b", "c"], ["d", "1", "2"]], "|  | u | v |\n|-|\n| a | b | c |\n| d | 1 | 2 |\n"),
         # One wide row does not make a header.
         ([["k", "v", "", ""], ["1", "2", "3", "4"]], "| k | v |  |  |\n|-|\n| 1 | 2 | 3 | 4 |\n"),
         ([["", "Sold"], ["North", "5"]], "|  | Sold |\n|-|\n| North | 5 |\n"),
