@@ -182,6 +182,7 @@ def _messages(prompt: Prompt) -> list[wire.ModelMessage]:
         messages.append(wire.ModelRequest(parts=[wire.SystemPromptPart(text)]))
     ids: dict[str, str] = {}
     taken: set[str] = set()
+    after_result = False
     for turn in prompt.turns:
         for call in turn.calls if isinstance(turn, AssistantTurn) else ():
             # Some servers repeat an id in later answers. Anthropic refuses it.
@@ -190,7 +191,13 @@ def _messages(prompt: Prompt) -> list[wire.ModelMessage]:
                 id_ += f"_{len(taken)}"
             taken.add(id_)
             ids[call.id] = id_
-        messages.append(_message(turn, ids))
+        message = _message(turn, ids)
+        if isinstance(turn, ToolTurn) and after_result:
+            # Anthropic takes the results of an answer's calls in one message.
+            messages[-1].parts = [*messages[-1].parts, *message.parts]
+        else:
+            messages.append(message)
+        after_result = isinstance(turn, ToolTurn)
     return messages
 
 

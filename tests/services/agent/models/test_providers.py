@@ -281,6 +281,16 @@ async def test_ids_that_a_server_repeats_are_different_ones_for_claude(
     assert [block["tool_use_id"] for block in blocks if block["type"] == "tool_result"] == ids
 
 
+async def test_the_results_of_several_calls_are_one_message_for_claude(
+    server: ModelServer, providers: Providers
+) -> None:
+    calls = tuple(ToolCall(f"c{n}", "weather.now", "{}") for n in range(3))
+    turns: list[Turn] = [UserTurn("?"), AssistantTurn("", calls), *(ToolTurn(call, call.id) for call in calls)]
+    await ask(server, providers, ANTHROPIC, Prompt("", tuple(turns), tools=(WEATHER,)))
+    results = server.requests[-1].body["messages"][-1]["content"]
+    assert [(one["tool_use_id"], one["content"][0]["text"]) for one in results] == [(call.id,) * 2 for call in calls]
+
+
 async def test_a_call_of_an_unknown_tool_keeps_its_name(server: ModelServer, providers: Providers) -> None:
     server.script("gpt-4o-mini", Says(calls=(("made_up", "{}"),)))
     answer = await ask(server, providers, OPENAI, Prompt("", (UserTurn("?"),), tools=(WEATHER,)))
