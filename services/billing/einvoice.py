@@ -97,19 +97,21 @@ def document(invoice: Invoice, lines: Sequence[InvoiceLine], credited: Invoice |
     period = _add(settlement, "ram:BillingSpecifiedPeriod")
     _date(_add(period, "ram:StartDateTime"), invoice.period.begins)
     _date(_add(period, "ram:EndDateTime"), last)
-    terms = _add(settlement, "ram:SpecifiedTradePaymentTerms")
+    due = invoice.total_minor - invoice.prepaid_minor
     if credited:
+        terms = _add(settlement, "ram:SpecifiedTradePaymentTerms")
         _add(terms, "ram:Description", f"It reduces the amount due of invoice {credited.number}.")
-    else:
+    # BR-CO-25 wants a due date if the amount due is above zero.
+    elif due > 0:
         assert invoice.due_at
-        _date(_add(terms, "ram:DueDateDateTime"), invoice.due_at)
+        _date(_add(_add(settlement, "ram:SpecifiedTradePaymentTerms"), "ram:DueDateDateTime"), invoice.due_at)
     sums = _add(settlement, "ram:SpecifiedTradeSettlementHeaderMonetarySummation")
     _add(sums, "ram:LineTotalAmount", money(net))
     _add(sums, "ram:TaxBasisTotalAmount", money(net))
     _add(sums, "ram:TaxTotalAmount", money(invoice.total_minor - net), currencyID=invoice.currency)
     _add(sums, "ram:GrandTotalAmount", money(invoice.total_minor))
     _add(sums, "ram:TotalPrepaidAmount", money(invoice.prepaid_minor))
-    _add(sums, "ram:DuePayableAmount", money(invoice.total_minor - invoice.prepaid_minor))
+    _add(sums, "ram:DuePayableAmount", money(due))
     if credited:
         assert credited.finalised_at
         preceding = _add(settlement, "ram:InvoiceReferencedDocument")
