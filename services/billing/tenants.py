@@ -2,8 +2,9 @@
 
 Subscriptions end at once. Ten minutes later the usage of the runs that were under way has been counted: the last
 periods are closed and every draft of usage is finalised with the buyer's name. Orders of prepaid credit that are not
-paid stay drafts. Then the buyer is deleted: it stands only in the finalised invoices. They are kept with the journal,
-the ledger, payments and usage, which name ids, meters and models.
+paid stay drafts. Then the buyer is deleted: it stands only in the finalised invoices, and until the last pass in orders
+whose payment is not decided, because the money may still arrive. They are kept with the journal, the ledger, payments
+and usage, which name ids, meters and models.
 The customer at the payment provider is deleted first, with its saved methods.
 """
 
@@ -15,7 +16,7 @@ from infra.clock import utcnow
 from infra.lanes.effects import Effects
 from infra.postgres.tx import Tx
 from infra.service.service import Runtime
-from infra.service.tenant_erasure import Before, EraseTenant
+from infra.service.tenant_erasure import PASSES, Before, EraseTenant
 from services.billing import booking, closing, subscriptions
 from services.billing.payments import store
 from services.billing.payments.api import providers
@@ -71,7 +72,16 @@ def end_billing(runtime: Runtime) -> Before:
             if item.is_late:
                 await tx.sql("DELETE FROM buyer WHERE tenant_id = $1", item.tenant_id)
                 await tx.sql(
-                    "UPDATE invoice SET buyer = '{}' WHERE tenant_id = $1 AND status = 'draft'", item.tenant_id
+                    """
+                    UPDATE invoice AS i
+                    SET buyer = '{}'
+                    WHERE tenant_id = $1 AND status = 'draft' AND ($2 OR NOT EXISTS (
+                        SELECT FROM payment AS p
+                        WHERE p.tenant_id = i.tenant_id AND p.invoice_id = i.invoice_id AND p.status = 'pending'
+                    ))
+                    """,
+                    item.tenant_id,
+                    item.number == len(PASSES),
                 )
 
     return end

@@ -41,7 +41,8 @@ class Intent(NamedTuple):
     """The state of a payment at its provider."""
 
     reference: str
-    status: Literal["pending", "succeeded", "failed"]
+    status: Literal["pending", "succeeded", "failed", "declined"]
+    """declined: by the last attempt. The payer's browser may make another one, a saved method does not."""
     received_minor: int
     failure: str
     client_secret: str

@@ -203,9 +203,14 @@ async def keep_answer(tx: Tx, payment: Payment, intent: Intent) -> Payment:
     await accounts.lock_one(tx, payment.tenant_id)
     await _keep_reference(tx, payment.id, intent.reference)
     if intent.status != "pending":
-        kind: Literal["succeeded", "failed"] = intent.status
         event = ProviderEvent(
-            "", kind, intent.reference, str(payment.id), intent.received_minor, payment.currency, intent.failure
+            "",
+            intent.status,
+            intent.reference,
+            str(payment.id),
+            intent.received_minor,
+            payment.currency,
+            intent.failure,
         )
         await _apply(tx, payment.id, event)
     return await get(tx, payment.id)
@@ -581,6 +586,8 @@ class PaymentReconciliation(BaseModel):
     """Any value but 0 is a fault."""
     unmatched: int
     """Events about payments that are not known. A person has to look at them."""
+    after_erasure: int
+    """Invoices of prepaid credit whose money arrived after the erasure of the tenant. A person has to give it back."""
 
 
 async def reconcile(tx: Tx, tenant_id: str | None) -> PaymentReconciliation:
@@ -596,9 +603,18 @@ async def reconcile(tx: Tx, tenant_id: str | None) -> PaymentReconciliation:
         tenant_id,
     )
     [(unmatched,)] = await tx.sql("SELECT count(*) FROM payment_event WHERE outcome = 'unmatched'")
+    [(late,)] = await tx.sql(
+        """
+        SELECT count(*)
+        FROM invoice AS i
+        JOIN erased_tenant AS e USING (tenant_id)
+        WHERE i.purpose = 'credit' AND i.finalised_at > e.asked_at AND i.paid_minor > 0
+        """
+    )
     return PaymentReconciliation(
         payments_nanos=due,
         journal_nanos=int(booked),
         difference=due - int(booked),
         unmatched=unmatched if tenant_id is None else 0,
+        after_erasure=late if tenant_id is None else 0,
     )

@@ -183,7 +183,15 @@ def _intent(made: dict[str, Any]) -> Intent:
             return Intent(reference, "succeeded", received, "", "")
         case "canceled":
             return Intent(reference, "failed", 0, CANCELLED, "")
-    return Intent(reference, "pending", 0, "", str(made.get("client_secret") or ""))
+    secret = str(made.get("client_secret") or "")
+    # Before the first attempt it has this status, too, and no error.
+    if made["status"] == "requires_payment_method" and made.get("last_payment_error"):
+        return Intent(reference, "declined", 0, _decline(made), secret)
+    return Intent(reference, "pending", 0, "", secret)
+
+
+def _decline(intent: dict[str, Any]) -> str:
+    return str((intent.get("last_payment_error") or {}).get("message") or "the payment failed")
 
 
 def _ok(answer: Answer) -> dict[str, Any]:
@@ -212,7 +220,7 @@ def _read(id_: str, type_: str, thing: dict[str, Any]) -> ProviderEvent:
             kind, reference, minor = "succeeded", str(thing["id"]), int(thing["amount_received"])
         case "payment_intent.payment_failed":
             kind, reference = "declined", str(thing["id"])
-            detail = str((thing.get("last_payment_error") or {}).get("message") or "the payment failed")
+            detail = _decline(thing)
         case "payment_intent.canceled":
             kind, reference, detail = "failed", str(thing["id"]), CANCELLED
         case "charge.refunded":

@@ -19,6 +19,7 @@ from infra.clock import uuid7
 from infra.errors import Conflict
 from infra.lanes.effects import Effects
 from infra.outgoing.client import Outgoing
+from infra.security import subjects
 from infra.service.service import Runtime
 from infra.service.tenant_erasure import EraseTenant
 from protos.catalog import PLATFORM_EVENTS
@@ -213,6 +214,15 @@ async def test_an_answer_that_is_lost_does_not_charge_twice(billing: Billing, st
     assert await status(tenant, invoice_id) == ("paid", 0)
 
 
+async def look_up(billing: Billing, stripe: StripeStandIn, tenant: Tenant) -> None:
+    """Lets the clock ask about the payments of a tenant: the one of the service, or this one."""
+    await tenant.sql("UPDATE payment SET look_at = now() WHERE tenant_id = $1", tenant.id)
+    outgoing = Outgoing(allow_private=True)
+    provider = Stripe(outgoing, stripe.url, SecretStr(stripe.key), SecretStr(stripe.webhook_secret))
+    await Clock(billing.platform.database("billing"), Seller(), {"stripe": provider}).look_up()
+    await outgoing.close()
+
+
 @pytest.mark.parametrize("at", ["an hour", "the write-off"])
 async def test_a_payment_whose_event_was_lost_is_looked_up(
     billing: Billing, stripe: StripeStandIn, monkeypatch: pytest.MonkeyPatch, at: str
@@ -366,19 +376,50 @@ async def test_a_payment_that_was_cancelled_at_the_provider_is_failed(
     assert (await pay(tenant, invoice_id)).json()["client_secret"] not in ("", first["client_secret"])
 
 
-@pytest.mark.parametrize("forgotten", [False, True])
-async def test_a_declined_charge_whose_answer_was_lost_is_failed(
-    billing: Billing, stripe: StripeStandIn, forgotten: bool
+@pytest.mark.parametrize("asked", ["by the clock", "by the payer"])
+async def test_a_declined_charge_whose_answer_and_event_were_lost_is_failed(
+    billing: Billing, stripe: StripeStandIn, asked: str
 ) -> None:
-    """The provider forgets the key of a charge after a day."""
     tenant, invoice_id = await invoiced(billing)
     method = await saved(tenant, DECLINED)
     stripe.faults.extend(LOST["charged"])
     assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code >= 500
-    if forgotten:
-        stripe.forget_keys()
-    payment = (await pay(tenant, invoice_id, payment_method_id=method)).json()["payment"]
-    assert (payment["status"], "You cannot confirm" in payment["failure"]) == ("failed", forgotten)
+    if asked == "by the clock":
+        await look_up(billing, stripe, tenant)
+    else:
+        assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code == 200
+    [payment] = await payments(tenant)
+    assert (payment["status"], payment["failure"]) == ("failed", "Your card was declined.")
+
+
+async def test_a_debit_that_is_under_way_stays_open_when_the_provider_has_forgotten_its_key(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    """The provider forgets the key of a charge after a day."""
+    tenant, invoice_id = await invoiced(billing)
+    method = await saved(tenant)
+    stripe.faults.extend(LOST["charged"])
+    assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code >= 500
+    intent = list(stripe.intents.values())[-1]
+    intent |= {"status": "processing", "amount_received": 0}
+    stripe.forget_keys()
+    assert (await pay(tenant, invoice_id, payment_method_id=method)).json()["payment"]["status"] == "pending"
+
+
+async def test_a_card_that_is_declined_in_the_browser_stays_open_when_its_payment_is_looked_up(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    first = (await pay(tenant, invoice_id)).json()
+    await look_up(billing, stripe, tenant)
+    [payment] = await payments(tenant)
+    assert (payment["status"], payment["failure"]) == ("pending", ""), "nothing was tried yet"
+    error = {"message": "Your card was declined."}
+    stripe.intents[payment["reference"]]["last_payment_error"] = error
+    await look_up(billing, stripe, tenant)
+    again = (await pay(tenant, invoice_id)).json()
+    assert again["client_secret"] == first["client_secret"]
+    assert (again["payment"]["status"], again["payment"]["failure"]) == ("pending", error["message"])
 
 
 async def test_a_declined_card_leaves_the_invoice_open_for_another_payment(
@@ -842,14 +883,60 @@ async def test_an_order_that_is_not_paid_uses_no_number_and_nothing_else_finalis
     ):  # fmt: skip
         assert (await billing.operator.post(f"{path}/{act}", json=body)).status_code == 409, act
     await tenant.sql("UPDATE invoice SET made_at = made_at - interval '9 days' WHERE tenant_id = $1", tenant.id)
-    database = billing.platform.database("billing")
-    await Clock(database, Seller(), {}).close()
+    await Clock(billing.platform.database("billing"), Seller(), {}).close()
     assert (await post(billing, "billing/periods/close", {"tenant_id": tenant.id}, status=200))["items"] == []
-    runtime = cast(Runtime, SimpleNamespace(settings=SimpleNamespace(seller=Seller(), stripe_api_key=None)))
-    await tenants.end_billing(runtime)(EraseTenant(tenant.id, 2), cast(Effects, database))
+    await end_billing(billing, tenant, 2)
     found = (await tenant.http.get(path)).json()
     assert (found["status"], found["number"], found["buyer"]["country"]) == ("draft", None, "")
     assert await journal(tenant) == {}
+
+
+async def end_billing(billing: Billing, tenant: Tenant, number: int) -> None:
+    """A pass of the tenant's erasure."""
+    runtime = cast(Runtime, SimpleNamespace(settings=SimpleNamespace(seller=Seller(), stripe_api_key=None)))
+    effects = cast(Effects, billing.platform.database("billing"))
+    await tenants.end_billing(runtime)(EraseTenant(tenant.id, number), effects)
+
+
+async def test_money_for_an_order_that_arrives_after_the_erasure_of_its_tenant_is_booked_and_shown_to_the_operator(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    tenant = await buyer(billing)
+    order = await ordered(tenant)
+    payment = (await pay(tenant, order["id"])).json()["payment"]
+    before = (await reconciled(billing))["after_erasure"]
+    # A debit of a bank account: the clock cannot cancel it.
+    stripe.intents[payment["reference"]]["status"] = "processing"
+    async with billing.platform.database("billing").begin() as tx:
+        await subjects.destroy_all(tx, tenant.id)
+    await end_billing(billing, tenant, 2)
+    await tenant.sql("UPDATE payment SET made_at = made_at - interval '3 days' WHERE tenant_id = $1", tenant.id)
+    await look_up(billing, stripe, tenant)
+    assert [each["status"] for each in await payments(tenant)] == ["pending"]
+    event = stripe.succeeded(payment["reference"])
+    assert await send(billing, stripe, event) == "applied"
+    invoice = (await tenant.http.get(f"/api/v1/invoices/{order['id']}")).json()
+    assert (invoice["status"], invoice["buyer"]["country"]) == ("paid", "FR")
+    assert await journal(tenant) == {"cash": 120 * UNIT, "purchased": -100 * UNIT, "tax": -20 * UNIT}
+    assert (await reconciled(billing))["after_erasure"] == before + 1
+    body = {"amount_minor": 12000, "reason": "the tenant was erased"}
+    await post(billing, f"invoices/{order['id']}/credit-notes", body)
+    await post(billing, f"payments/{payment['id']}/refunds", body)
+    await send(billing, stripe, stripe.refund_event(payment["reference"]))
+    assert await journal(tenant) == {}
+    assert (await reconciled(billing))["after_erasure"] == before
+
+
+async def test_the_buyer_of_an_order_whose_payment_is_never_decided_is_erased_by_the_last_pass(
+    billing: Billing,
+) -> None:
+    tenant = await buyer(billing)
+    order = await ordered(tenant)
+    assert (await pay(tenant, order["id"])).status_code == 200
+    for number, country in ((2, "FR"), (3, "")):
+        await end_billing(billing, tenant, number)
+        found = (await tenant.http.get(f"/api/v1/invoices/{order['id']}")).json()
+        assert found["buyer"]["country"] == country
 
 
 async def test_the_payment_of_an_order_is_cancelled_after_a_day(billing: Billing, stripe: StripeStandIn) -> None:
@@ -858,16 +945,13 @@ async def test_the_payment_of_an_order_is_cancelled_after_a_day(billing: Billing
     await tenant.sql(
         """
         UPDATE payment
-        SET look_at = now(), made_at = CASE reference WHEN $2 THEN now() - interval '2 days' ELSE made_at END
-        WHERE tenant_id = $1
+        SET made_at = made_at - interval '2 days'
+        WHERE tenant_id = $1 AND reference = $2
         """,
         tenant.id,
         references[0],
     )
-    outgoing = Outgoing(allow_private=True)
-    provider = Stripe(outgoing, stripe.url, SecretStr(stripe.key), SecretStr(stripe.webhook_secret))
-    await Clock(billing.platform.database("billing"), Seller(), {"stripe": provider}).look_up()
-    await outgoing.close()
+    await look_up(billing, stripe, tenant)
 
     async def cancelled() -> bool:
         # The clock of the service may have been faster.
