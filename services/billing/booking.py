@@ -7,7 +7,7 @@ is booked.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, NamedTuple
 from uuid import UUID
 
 from infra.clock import utcnow, uuid7
@@ -16,10 +16,47 @@ from infra.postgres.tx import Tx
 from services.billing import accounts, grants, holds, invoices, journal, schemes, tax, terms
 from services.billing.currencies import nanos_per_minor, to_minor
 from services.billing.grants import PurchasedCredit
-from services.billing.invoices import CreditNote, Invoice
+from services.billing.invoices import CreditNote, Invoice, InvoiceLine
 from services.billing.tax import Seller
 
 SERIES, CREDIT_SERIES = "INV", "CN"
+
+
+async def preview(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller) -> tuple[Invoice, list[InvoiceLine]]:
+    """Returns the draft of an invoice of usage with the amounts that `finalise` would give it now, and the line that it
+    would add, if any. Any other invoice is returned as it is. A draft stays one until the transaction ends.
+
+    Raises NotFound.
+    """
+    invoice = await invoices.get(tx, tenant_id, invoice_id)
+    if invoice.status == "draft":
+        await accounts.lock_one(tx, tenant_id)
+        # It may have been finalised meanwhile.
+        invoice = await invoices.get(tx, tenant_id, invoice_id)
+    if invoice.status != "draft" or invoice.is_order:
+        return invoice, []
+    await grants.settle(tx, tenant_id)
+    purchased = min(max(0, invoice.subtotal_nanos), await grants.left(tx, tenant_id, only="purchased"))
+    lines = [_taxed_before(invoice, purchased)] if purchased else []
+    return await _priced(tx, tenant_id, invoice, purchased, seller), lines
+
+
+def _taxed_before(draft: Invoice, purchased: int) -> InvoiceLine:
+    return invoices.line_of(draft, "Credit that was paid and taxed before", -purchased)
+
+
+async def _priced(tx: Tx, tenant_id: str, draft: Invoice, purchased: int, seller: Seller) -> Invoice:
+    """Returns a draft with purchased credit taken off before tax, and the tax of now."""
+    subtotal = draft.subtotal_nanos - purchased
+    tax_nanos, note = await tax.due(tx, tenant_id, subtotal, seller.country, draft.period.ends)
+    return draft.model_copy(
+        update={
+            "subtotal_nanos": subtotal,
+            "tax_nanos": tax_nanos,
+            "tax_note": note,
+            "total_minor": to_minor(subtotal + tax_nanos, draft.currency),
+        }
+    )
 
 
 async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, actor: str) -> Invoice:
@@ -50,10 +87,9 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
         only="purchased",
     )
     if purchased:
-        await invoices.add_line(tx, tenant_id, draft, "Credit that was paid and taxed before", -purchased)
-    subtotal = draft.subtotal_nanos - purchased
-    taxed = await tax.due(tx, tenant_id, subtotal, seller.country, draft.period.ends)
-    total = to_minor(subtotal + taxed[0], draft.currency)
+        await invoices.add_line(tx, tenant_id, invoice_id, _taxed_before(draft, purchased))
+    priced = await _priced(tx, tenant_id, draft, purchased, seller)
+    total = priced.total_minor
     await journal.post(
         tx,
         tenant_id,
@@ -61,9 +97,9 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
         str(invoice_id),
         {
             "receivable": total * unit,
-            "revenue": -subtotal,
-            "tax": -taxed[0],
-            "rounding": subtotal + taxed[0] - total * unit,
+            "revenue": -priced.subtotal_nanos,
+            "tax": -priced.tax_nanos,
+            "rounding": priced.subtotal_nanos + priced.tax_nanos - total * unit,
         },
         reason="invoice finalised",
         actor=actor,
@@ -83,14 +119,15 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
         invoice_id,
         "paid" if applied >= total else "finalised",
         number,
-        *taxed,
+        priced.tax_nanos,
+        priced.tax_note,
         total,
         applied,
         (await tax.buyer(tx, tenant_id)).model_dump_json(),
         seller.model_dump_json(),
         now,
         now + timedelta(days=(await terms.get(tx, tenant_id)).due_days),
-        subtotal,
+        priced.subtotal_nanos,
     )
     if total < 0:
         # Corrections are larger than the charges: the tenant is owed the rest.
@@ -268,7 +305,7 @@ async def credit(
         refund = True
         await _take_back(tx, tenant_id, invoice, net, actor=actor, money_is_gone=money_is_gone)
     over = max(0, minor - invoice.due_minor)
-    if refund and over > (refundable := await _refundable(tx, invoice)):
+    if refund and over > (refundable := await _refundable(tx, tenant_id, invoice)):
         raise InvalidMessage("refund", f"payments can give back {refundable} of the {over} that were paid")
     unit = nanos_per_minor(invoice.currency)
     taxed = share(invoice, invoice.tax_nanos, minor)
@@ -367,17 +404,37 @@ async def _take_back(tx: Tx, tenant_id: str, invoice: Invoice, nanos: int, *, ac
     )
 
 
-async def _refundable(tx: Tx, invoice: Invoice) -> int:
+async def _refundable(tx: Tx, tenant_id: str, invoice: Invoice) -> int:
     """Returns the minor units that payments of an invoice can give back and that no credit note has promised yet."""
-    [(kept,)] = await tx.sql(
+    return max(0, (await received(tx, tenant_id, invoice.id)).left - invoice.owed_minor)
+
+
+class Received(NamedTuple):
+    """Money of payments by a provider, in minor units."""
+
+    left: int
+    """Received, less the parts that were given back, are disputed or lost."""
+    going: int
+    """The part of it whose refund is under way: the provider has not reported it yet."""
+
+
+async def received(tx: Tx, tenant_id: str, invoice_id: UUID, payment_id: UUID | None = None) -> Received:
+    """Returns the money of the payments of an invoice, or of one of them."""
+    [row] = await tx.sql(
         """
         SELECT coalesce(sum(received_minor - refunded_minor - coalesce((
-            SELECT sum(minor) FROM dispute AS d
-            WHERE d.tenant_id = p.tenant_id AND d.payment_id = p.payment_id
-        ), 0)), 0)::bigint
+                   SELECT sum(minor) FROM dispute AS d
+                   WHERE d.tenant_id = p.tenant_id AND d.payment_id = p.payment_id
+               ), 0)), 0)::bigint,
+               coalesce(sum(greatest(0, coalesce((
+                   SELECT sum(minor) FROM refund AS r
+                   WHERE r.tenant_id = p.tenant_id AND r.payment_id = p.payment_id AND r.status <> 'failed'
+               ), 0) - refunded_minor)), 0)::bigint
         FROM payment AS p
-        WHERE invoice_id = $1
+        WHERE tenant_id = $1 AND invoice_id = $2 AND ($3::uuid IS NULL OR payment_id = $3)
         """,
-        invoice.id,
+        tenant_id,
+        invoice_id,
+        payment_id,
     )
-    return max(0, int(kept) - invoice.owed_minor)
+    return Received(*row)

@@ -186,10 +186,16 @@ def given_back(nanos: int, purchased: int, paid: int, promotional: int) -> list[
     return [part for part in parts if part[1]]
 
 
-async def left(tx: Tx, tenant_id: str) -> int:
-    """Returns the sum of all grants that are left."""
+async def left(tx: Tx, tenant_id: str, *, only: Kind | None = None) -> int:
+    """Returns the sum of all grants that are left, or of those of one kind."""
     [(nanos,)] = await tx.sql(
-        "SELECT coalesce(sum(left_nanos), 0)::bigint FROM credit_grant WHERE tenant_id = $1", tenant_id
+        """
+        SELECT coalesce(sum(left_nanos), 0)::bigint
+        FROM credit_grant
+        WHERE tenant_id = $1 AND ($2::text IS NULL OR kind = $2)
+        """,
+        tenant_id,
+        only,
     )
     return int(nanos)
 

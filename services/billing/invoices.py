@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from datetime import datetime
 from typing import Any, Literal
-from uuid import UUID
+from uuid import UUID, uuid5
 
 from pydantic import BaseModel, Field, computed_field
 
-from infra.clock import utcnow, uuid7
+from infra.clock import utcnow
 from infra.errors import NotFound
 from infra.postgres.tx import Tx
 from services.billing.tax import Buyer, Seller
@@ -195,7 +195,21 @@ async def lines(
     ]
 
 
-async def add_line(tx: Tx, tenant_id: str, invoice: Invoice, description: str, nanos: int) -> None:
+def line_of(invoice: Invoice, description: str, nanos: int) -> InvoiceLine:
+    """A line about an amount. Its id follows from the invoice and the description, so a line that is only shown yet has
+    the id with which it is stored."""
+    return InvoiceLine(
+        id=uuid5(invoice.id, description),
+        description=description,
+        quantity=1,
+        unit_nanos=None,
+        amount_nanos=nanos,
+        from_=invoice.period.begins,
+        to=invoice.period.ends,
+    )
+
+
+async def add_line(tx: Tx, tenant_id: str, invoice_id: UUID, line: InvoiceLine) -> None:
     """Adds a line about an amount to a draft, after its last one."""
     await tx.sql(
         """
@@ -206,12 +220,12 @@ async def add_line(tx: Tx, tenant_id: str, invoice: Invoice, description: str, n
         WHERE tenant_id = $1 AND invoice_id = $2
         """,
         tenant_id,
-        invoice.id,
-        uuid7(),
-        description,
-        nanos,
-        invoice.period.begins,
-        invoice.period.ends,
+        invoice_id,
+        line.id,
+        line.description,
+        line.amount_nanos,
+        line.from_,
+        line.to,
     )
 
 

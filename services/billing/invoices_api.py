@@ -30,7 +30,7 @@ from services.billing import (
     tax,
     transfers,
 )
-from services.billing.invoices import CreditNote, Invoice, WholeInvoice
+from services.billing.invoices import CreditNote, Invoice, InvoiceLine, WholeInvoice
 from services.billing.tax import Buyer
 
 Text = Annotated[str, Field(min_length=1, max_length=500)]
@@ -108,7 +108,8 @@ def router(runtime: Runtime) -> APIRouter:
             made = await closing.close(tx, body.tenant_id, body.until or utcnow(), seller.country)
             for invoice in made:
                 audit(tx, who.actor, "billing.close", "invoice", str(invoice.id))
-            return 200, Drafts(items=made)
+            shown = [(await booking.preview(tx, body.tenant_id, invoice.id, seller))[0] for invoice in made]
+            return 200, Drafts(items=shown)
 
         return await once(request, runtime, who, work)
 
@@ -120,12 +121,27 @@ def router(runtime: Runtime) -> APIRouter:
         after = id_cursor(paging)
         async with runtime.worker.begin() as tx:
             found = await invoices.listed(tx, who.tenant_id or tenant_id, after=after, limit=paging.limit + 1)
-        return page(found, paging, lambda invoice: str(invoice.id))
+        shown = []
+        for invoice in found:
+            if invoice.status == "draft":
+                # One transaction each: a transaction with many accounts would have to lock them in their order.
+                async with runtime.worker.begin() as tx:
+                    tx.tenant_id = tenant = await owner(tx, invoice.id, who)
+                    invoice, _ = await booking.preview(tx, tenant, invoice.id, seller)
+            shown.append(invoice)
+        return page(shown, paging, lambda invoice: str(invoice.id))
+
+    async def _whole(invoice_id: UUID, who: Identity) -> tuple[Invoice, list[InvoiceLine]]:
+        async with runtime.worker.begin() as tx:
+            tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
+            invoice, more = await booking.preview(tx, tenant_id, invoice_id, seller)
+            _, lines = await invoices.whole(tx, tenant_id, invoice_id)
+        return invoice, lines + more
 
     @router.get("/invoices/{invoice_id}")
     async def get_invoice(invoice_id: UUID, who: Viewer) -> WholeInvoice:
-        async with runtime.worker.begin() as tx:
-            invoice, lines = await invoices.whole(tx, await owner(tx, invoice_id, who), invoice_id)
+        """A draft has the amounts that it would be finalised with now: credit that was bought is taken off."""
+        invoice, lines = await _whole(invoice_id, who)
         return WholeInvoice(**dict(invoice), lines=lines)
 
     @router.get("/invoices/{invoice_id}/lines")
@@ -135,30 +151,30 @@ def router(runtime: Runtime) -> APIRouter:
         if not after.isdecimal() or len(after) > 9:
             raise bad_cursor()
         async with runtime.worker.begin() as tx:
-            tenant_id = await owner(tx, invoice_id, who)
+            tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
+            _, more = await booking.preview(tx, tenant_id, invoice_id, seller)
             found = await invoices.lines(tx, tenant_id, invoice_id, after=int(after), limit=paging.limit + 1)
+            if len(found) <= paging.limit:
+                found += enumerate(more, 1 + (found[-1][0] if found else int(after)))
         shown = page(found, paging, lambda line: str(line[0]))
         return shown | {"items": [line for _, line in shown["items"]]}
 
     @router.get("/invoices/{invoice_id}/csv", response_class=Response)
     async def get_csv(invoice_id: UUID, who: Viewer) -> Response:
         """The lines as comma-separated values (RFC 4180), amounts in units of the currency."""
-        async with runtime.worker.begin() as tx:
-            invoice, lines = await invoices.whole(tx, await owner(tx, invoice_id, who), invoice_id)
+        invoice, lines = await _whole(invoice_id, who)
         return _csv(str(invoice.number or invoice.id), invoice_files.as_csv(invoice, lines))
 
     @router.get("/invoices/{invoice_id}/pdf", response_class=Response)
     async def get_pdf(invoice_id: UUID, who: Viewer) -> Response:
         """The invoice as PDF. The same invoice gives the same bytes. 429 while another PDF of the tenant is printed."""
-        async with runtime.worker.begin() as tx:
-            invoice, lines = await invoices.whole(tx, await owner(tx, invoice_id, who), invoice_id)
+        invoice, lines = await _whole(invoice_id, who)
         return await _pdf(str(invoice.number or invoice.id), invoice_files.page(invoice, lines), who)
 
     @router.get("/invoices/{invoice_id}/xml", response_class=Response)
     async def get_xml(invoice_id: UUID, who: Viewer) -> Response:
         """The finalised invoice as XML of EN 16931 (Cross Industry Invoice, as in Factur-X)."""
-        async with runtime.worker.begin() as tx:
-            invoice, lines = await invoices.whole(tx, await owner(tx, invoice_id, who), invoice_id)
+        invoice, lines = await _whole(invoice_id, who)
         return _xml(str(invoice.number or invoice.id), einvoice.document(invoice, lines))
 
     @router.post("/invoices/{invoice_id}/finalise", response_model=Invoice)

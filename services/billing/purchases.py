@@ -64,7 +64,8 @@ async def order(tx: Tx, tenant_id: str, nanos: int, reason: str, seller: Seller)
         nanos // unit,
     )
     made = await invoices.get(tx, tenant_id, invoice_id)
-    await invoices.add_line(tx, tenant_id, made, f"Prepaid credit: {reason}" if reason else "Prepaid credit", nanos)
+    text = f"Prepaid credit: {reason}" if reason else "Prepaid credit"
+    await invoices.add_line(tx, tenant_id, invoice_id, invoices.line_of(made, text, nanos))
     made = await priced(tx, tenant_id, made, seller)
     await keep_price(tx, tenant_id, made)
     return made

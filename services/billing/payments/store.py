@@ -443,19 +443,13 @@ async def begin_refund(
         if status == "failed":
             raise Conflict("the refund has failed; ask for another one with another key")
         return payment, refund_id
-    [(asked,)] = await tx.sql(
-        """
-        SELECT coalesce(sum(minor), 0)::bigint FROM refund WHERE tenant_id = $1 AND payment_id = $2
-        AND status <> 'failed'
-        """,
-        payment.tenant_id,
-        payment_id,
-    )
-    left = payment.received_minor - max(payment.refunded_minor, asked) - payment.lost_minor - payment.disputed_minor
+    money = await booking.received(tx, payment.tenant_id, payment.invoice_id, payment_id)
+    left = money.left - money.going
     if minor > left:
         raise InvalidMessage("amount_minor", f"must be at most {left}, the rest of the payment")
     invoice = await invoices.get(tx, payment.tenant_id, payment.invoice_id)
-    if invoice.purpose == "credit" and minor > (owed := await _owed(tx, invoice, payment.tenant_id)):
+    going = (await booking.received(tx, payment.tenant_id, invoice.id)).going
+    if invoice.purpose == "credit" and minor > (owed := max(0, invoice.owed_minor - going)):
         raise Conflict(f"{owed} of prepaid credit are owed; make a credit note first, which takes the credit back")
     await tx.sql(
         "INSERT INTO refund (tenant_id, refund_id, payment_id, minor, reason, actor) VALUES ($1, $2, $3, $4, $5, $6)",
@@ -467,23 +461,6 @@ async def begin_refund(
         actor,
     )
     return payment, refund_id
-
-
-async def _owed(tx: Tx, invoice: Invoice, tenant_id: str) -> int:
-    """Returns the minor units that are owed for an invoice, without those of refunds that are under way."""
-    [(asked,)] = await tx.sql(
-        """
-        SELECT coalesce(sum(greatest(0, coalesce((
-            SELECT sum(minor) FROM refund AS r
-            WHERE r.tenant_id = p.tenant_id AND r.payment_id = p.payment_id AND r.status <> 'failed'
-        ), 0) - refunded_minor)), 0)::bigint
-        FROM payment AS p
-        WHERE tenant_id = $1 AND invoice_id = $2
-        """,
-        tenant_id,
-        invoice.id,
-    )
-    return max(0, invoice.owed_minor - int(asked))
 
 
 async def end_refund(tx: Tx, tenant_id: str, refund_id: UUID, status: Literal["made", "failed"]) -> None:

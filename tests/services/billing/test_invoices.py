@@ -750,7 +750,26 @@ async def test_credit_that_was_bought_pays_before_tax_because_the_tax_on_it_is_p
     made = await post(billing, "plans", plan(base_nanos=fee * UNIT, charges=[], included=[], usage_markup_percent=None))
     body = {"tenant_id": tenant.id, "plan_id": made["id"], "starts_at": START.isoformat(), **ANCHOR}
     await post(billing, "subscriptions", body)
-    done = await finalised(billing, tenant)
+    closed = await draft(billing, tenant)
+    path = f"/api/v1/invoices/{closed['id']}"
+    amounts = ("subtotal_nanos", "tax_nanos", "total_minor")
+
+    async def views() -> list[Any]:
+        """The amounts and the lines in each view of the invoice."""
+        listed = (await tenant.http.get("/api/v1/invoices")).json()["items"][-1]
+        shown = (await tenant.http.get(path)).json()
+        pages = [(await tenant.http.get(f"{path}/lines", params={"limit": 1})).json()]
+        while pages[-1]["next"]:
+            more = {"limit": 1, "cursor": pages[-1]["next"]}
+            pages.append((await tenant.http.get(f"{path}/lines", params=more)).json())
+        paged = [line for one in pages for line in one["items"]]
+        csv = (await tenant.http.get(f"{path}/csv")).text
+        return [[one[name] for one in (listed, shown) for name in amounts], shown["lines"], paged, csv]
+
+    before = await views()
+    done = await post(billing, f"invoices/{closed['id']}/finalise", status=200)
+    assert await views() == before
+    assert [closed[name] for name in amounts] == [done[name] for name in amounts]
     found = (done["subtotal_nanos"], done["tax_nanos"], done["due_minor"], done["applied_minor"])
     assert found == (subtotal * UNIT, tax * UNIT, due, 0)
     lines = (await tenant.http.get(f"/api/v1/invoices/{done['id']}/lines")).json()["items"]
