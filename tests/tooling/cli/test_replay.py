@@ -69,7 +69,7 @@ def query(statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
 
 def deliver(delivery_id: UUID) -> None:
     async def work(tx: Tx) -> None:
-        for command in (QueueDelivery(DeliveryQueued(uuid7(), "s", None, "p", b"")), MarkSent("v1")):
+        for command in (QueueDelivery(DeliveryQueued(uuid7(), "s", None, "p", b"")), MarkSent(("v1", "v2"))):
             for event in await tx.decide(DELIVERY.stream(str(delivery_id)), command):
                 await projections.project(tx, delivery_id, event)
 
