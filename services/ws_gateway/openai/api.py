@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from infra.errors import Forbidden, TooLarge
 from infra.observe.logs import get_logger
+from infra.outgoing.shares import Shares
 from infra.security.auth import Identities, Identity
 from infra.service.api import Reader, Runner, identity
 from infra.service.refusals import Refusals
@@ -42,12 +43,12 @@ MAX_BODY_BYTES = 20 * 1024 * 1024
 """Of a body with its images."""
 MAX_LARGE_BODIES = 2
 """Of bodies that are larger than others may be, as many are in memory at once, each of them several times. The others
-wait."""
+wait, and a tenant alone has one."""
 # JSON may escape the slashes.
 _IMAGE = re.compile(rb"data:image/[a-z]+;base64,[A-Za-z0-9+/=\\]*")
 
 
-def _route_class(large: asyncio.Semaphore, identities: Identities, refusals: Refusals) -> type[APIRoute]:
+def _route_class(large: Shares, identities: Identities, refusals: Refusals) -> type[APIRoute]:
     """`large`: held while a large body is read and sent to the agent."""
 
     class Route(APIRoute):
@@ -60,7 +61,7 @@ def _route_class(large: asyncio.Semaphore, identities: Identities, refusals: Ref
                 # nginx sends the length of each body, also of one that came in chunks.
                 is_large = int(request.headers.get("content-length", 0)) > http.MAX_BODY_BYTES
                 try:
-                    async with large if is_large else nullcontext():
+                    async with large.place(identity(request, identities).tenant_id) if is_large else nullcontext():
                         # A request of its own: the server keeps the first one until the answer has ended, and would
                         # keep its body.
                         inner = Request(request.scope, request.receive)
@@ -95,7 +96,7 @@ def _check_body(body: bytes) -> None:
 
 
 def router(hub: Hub, agent: Agent, identities: Identities, refusals: Refusals) -> APIRouter:
-    route_class = _route_class(asyncio.Semaphore(MAX_LARGE_BODIES), identities, refusals)
+    route_class = _route_class(Shares(MAX_LARGE_BODIES), identities, refusals)
     routes = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=route_class)
 
     @routes.get("/models")

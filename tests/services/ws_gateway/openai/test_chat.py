@@ -19,7 +19,6 @@ from pydantic_ai.providers.openai import OpenAIProvider
 
 from infra.clock import uuid7
 from protos.messages.agent import ToolCall
-from services.ws_gateway.openai.api import MAX_LARGE_BODIES
 from tests.services.ws_gateway.openai.conftest import WAIT_SECONDS, Hearing, World
 
 T = TypeVar("T")
@@ -456,12 +455,16 @@ async def test_large_images_reach_the_agent_and_few_are_in_memory_at_once(world:
 
         world.agent.accepting.clear()
         asked = [ask(shown) for _ in range(5)]
-        runs = [await world.run() for _ in range(MAX_LARGE_BODIES)]
+        runs = [await world.run()]
         # A message of ordinary size does not wait for them.
         for _ in range(3):
             asked.append(ask(HI))
             runs.append(await world.run())
-        assert [run.asked.body.get("images") for run in runs] == [[image]] * MAX_LARGE_BODIES + [None] * 3
+        assert [run.asked.body.get("images") for run in runs] == [[image]] + [None] * 3
+        # Another tenant has a place of its own.
+        async with world.client("other") as others:
+            with pytest.raises(openai.NotFoundError):
+                await others.chat.completions.create(model=model, messages=shown)
         world.agent.accepting.set()
         for run in runs:
             await run.answers("A cat.")
