@@ -12,6 +12,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from http import HTTPStatus
 from typing import IO, TypeVar
 from urllib.parse import quote, urlsplit
 
@@ -215,9 +216,19 @@ class Objects:
         await self._call(lambda: self._client.remove_object(self._bucket, path))
 
     async def delete_unfinished(self, prefix: str) -> None:
-        """Deletes the parts of uploads to paths that begin with `prefix`; none may be under way."""
+        """Deletes the parts of uploads to paths that begin with `prefix`; none may be under way. They stay if the
+        platform's account of the store has no right to list them."""
+
+        def abort() -> None:
+            try:
+                abort_uploads(self._client, self._bucket, prefix)
+            except S3Error as error:
+                # Otherwise the check of each upload would end as a dead letter.
+                if error.response.status != HTTPStatus.FORBIDDEN:
+                    raise
+
         with suppress(NotFound):
-            await self._call(lambda: abort_uploads(self._client, self._bucket, prefix))
+            await self._call(abort)
 
     async def put_once(self, path: str, content: bytes) -> None:
         """Stores a short text, unless there is an object with this path. The content must follow from the path: of two

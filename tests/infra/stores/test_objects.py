@@ -9,6 +9,7 @@ import tempfile
 import zipfile
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from unittest.mock import Mock
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -16,6 +17,7 @@ from uuid import uuid4
 import pytest
 import urllib3
 from minio import Minio
+from minio.error import S3Error
 
 from infra.errors import InvalidMessage, NotFound, TooLarge, Transient, WrongType
 from infra.stores import filetypes
@@ -326,3 +328,13 @@ async def test_a_file_of_a_chat_is_sent_in_one_request(
     assert begin.call_count == uploads
     async with objects.fetch(path) as file:
         assert file.read() == content
+
+
+@pytest.mark.parametrize(("status", "stays"), [(403, True), (400, False)])
+async def test_an_account_that_may_not_list_parts_fails_no_check_of_an_upload(
+    objects: Objects, monkeypatch: pytest.MonkeyPatch, status: int, stays: bool
+) -> None:
+    refused = S3Error(urllib3.HTTPResponse(status=status), "Refused", None, None, None, None)
+    monkeypatch.setattr(objects._client, "_execute", Mock(side_effect=refused))
+    with nullcontext() if stays else pytest.raises(S3Error):
+        await objects.delete_unfinished("documents/")
