@@ -266,6 +266,18 @@ def test_quantity_times_price_is_the_exact_amount(amount: int, quantity: int, un
 
 
 @pytest.mark.parametrize(
+    ("of", "quantity", "unit", "base"),
+    [
+        (line(3_333_333, 3, "1111111"), 3, "0.001111111", 1),
+        (line(3_333_334, 3, "1111111"), 3, "0.003333334", 3),
+        (line(-10, 2, None), -2, "0.00000001", 2),
+    ],
+)
+def test_the_price_is_that_of_one_unit_if_it_is_exact(of: InvoiceLine, quantity: int, unit: str, base: int) -> None:
+    assert price(of) == (quantity, Decimal(unit), base)
+
+
+@pytest.mark.parametrize(
     ("changes", "missing"),
     [
         ({"number": None, "status": "draft"}, "draft"),

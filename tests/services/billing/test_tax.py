@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from decimal import Decimal
 
 import pytest
 
 from infra.errors import InvalidMessage
 from services.billing import tax
+from services.billing.settings import BillingSettings
 from services.billing.tax import Buyer
 
 RATES = {country: Decimal(percent) for country, percent in (("DE", "19"), ("AT", "20"), ("GB", "20"), ("CH", "8.1"))}
@@ -64,3 +66,10 @@ def test_an_address_has_at_most_three_lines() -> None:
     tax.check(Buyer(country="DE", address="1\n2\n3"))
     with pytest.raises(InvalidMessage, match="address: must have at most 3 lines"):
         tax.check(Buyer(country="DE", address="1\n2\n3\n4"))
+
+
+@pytest.mark.parametrize("address", ["1;2;3", "1;2;3;4"])
+def test_the_address_of_the_seller_has_at_most_three_lines(address: str) -> None:
+    settings = BillingSettings.model_construct(seller_address=address)
+    with nullcontext() if address == "1;2;3" else pytest.raises(ValueError, match="must have at most 3 lines"):
+        settings._whole()  # type: ignore[operator]
