@@ -409,7 +409,7 @@ async def _refundable(tx: Tx, tenant_id: str, invoice: Invoice) -> int:
     return max(0, (await received(tx, tenant_id, invoice.id)).left - invoice.owed_minor)
 
 
-class Received(NamedTuple):
+class PaymentMoney(NamedTuple):
     """Money of payments by a provider, in minor units."""
 
     left: int
@@ -418,7 +418,7 @@ class Received(NamedTuple):
     """The part of it whose refund is under way: the provider has not reported it yet."""
 
 
-async def received(tx: Tx, tenant_id: str, invoice_id: UUID, payment_id: UUID | None = None) -> Received:
+async def received(tx: Tx, tenant_id: str, invoice_id: UUID, payment_id: UUID | None = None) -> PaymentMoney:
     """Returns the money of the payments of an invoice, or of one of them."""
     [row] = await tx.sql(
         """
@@ -437,4 +437,4 @@ async def received(tx: Tx, tenant_id: str, invoice_id: UUID, payment_id: UUID | 
         invoice_id,
         payment_id,
     )
-    return Received(*row)
+    return PaymentMoney(*row)

@@ -14,7 +14,7 @@ from infra.outgoing.client import Outgoing
 from services.channel.vendors.base import MAX_PARTS, AccountRefused, Outbound, Request, UnreadableCall
 from services.channel.vendors.items import Edited, Ignored, Inbound, Item, Moved, Reacted
 from services.channel.vendors.telegram import Telegram, TelegramCredentials
-from services.channel.vendors.telegram_updates import read
+from services.channel.vendors.telegram_updates import Bot, read
 from tooling.testing.vendors import Fault, TelegramStandIn, answer, cut
 
 CREDENTIALS = TelegramCredentials("1:token", "secret-token")
@@ -46,9 +46,10 @@ def test_a_call_names_so_many_deleted_messages_at_most() -> None:
         about = {"business_connection_id": "b", "chat": {"id": 1, "type": "private"}, "message_ids": [1] * count}
         return msgspec.json.encode({"update_id": 1, "deleted_business_messages": about})
 
-    assert len(read(deleted(1_000), "1").items) == 1_000
+    bot = Bot("1", "@ada_bot")
+    assert len(read(deleted(1_000), bot).items) == 1_000
     with pytest.raises(TooLarge):
-        read(deleted(MAX_PARTS + 1), "1")
+        read(deleted(MAX_PARTS + 1), bot)
 
 
 def test_a_topic_of_a_group_is_a_separate_conversation() -> None:
