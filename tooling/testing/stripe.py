@@ -169,8 +169,7 @@ class StripeStandIn(StandIn):
                 _only(fields, {"customer"})
                 if not method.startswith("pm_"):
                     _refuse(404, f"No such PaymentMethod: '{method}'")
-                if method in self.detached:
-                    _refuse(400, "This PaymentMethod was detached from a Customer, and may not be used again.")
+                self._check_attached(method)
                 if fields["customer"] not in self.customers:
                     _refuse(400, f"No such customer: '{fields['customer']}'")
                 self.methods[method] = fields["customer"]
@@ -230,12 +229,17 @@ class StripeStandIn(StandIn):
         intent = self.intents[intent_id]
         if intent["status"] != "requires_confirmation":
             _unexpected("confirm", intent)
+        self._check_attached(intent["payment_method"])
         if intent["payment_method"] == DECLINED:
             error = {"type": "card_error", "code": "card_declined", "message": "Your card was declined."}
             intent |= {"status": "requires_payment_method", "payment_method": None, "last_payment_error": error}
             raise Refused(Reply(402, {"error": error | {"payment_intent": intent}}))
         intent |= {"status": "succeeded", "amount_received": intent["amount"]}
         return Reply(200, intent)
+
+    def _check_attached(self, method: str) -> None:
+        if method in self.detached:
+            _refuse(400, "This PaymentMethod was detached from a Customer, and may not be used again.")
 
     def _cancel(self, intent_id: str, fields: dict[str, str]) -> Reply:
         _only(fields, set())

@@ -392,6 +392,21 @@ async def test_a_declined_charge_whose_answer_and_event_were_lost_is_failed(
     assert (payment["status"], payment["failure"]) == ("failed", "Your card was declined.")
 
 
+async def test_a_payment_by_a_saved_method_that_was_deleted_meanwhile_is_failed_and_cancelled(
+    billing: Billing, stripe: StripeStandIn
+) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    method = await saved(tenant)
+    stripe.faults.extend(LOST["made"])
+    assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code >= 500
+    intent = list(stripe.intents.values())[-1]
+    # At the provider's own page.
+    stripe.detached.add(intent["payment_method"])
+    payment = (await pay(tenant, invoice_id, payment_method_id=method)).json()["payment"]
+    assert (payment["status"], "was detached" in payment["failure"]) == ("failed", True)
+    assert intent["status"] == "canceled"
+
+
 async def test_a_debit_that_is_under_way_stays_open_when_the_provider_has_forgotten_its_key(
     billing: Billing, stripe: StripeStandIn
 ) -> None:
