@@ -114,6 +114,9 @@ class Metrics:
         self.usage_records = counter("claw_usage_records_total", "Usage records rated", "verdict")
         # A float: for graphs, not for accounts. The ledger is exact.
         self.cost_nanos = counter("claw_cost_nanos_total", "Cost of usage in 10^-9 of the currency", "currency")
+        # unmatched: events of the last week about payments that are not known. after_erasure: credit that was paid
+        # after the erasure of its tenant.
+        self.payment_cases = gauge("claw_payment_cases", "Payments that a person has to look at", "reason")
 
         # Set by the log aggregator. A broken chain stays broken until a person has looked at it.
         self.audit_chains_broken = gauge("claw_audit_chains_broken", "Audit chains whose last verification failed")

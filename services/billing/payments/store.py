@@ -579,7 +579,35 @@ async def reconcile(tx: Tx, tenant_id: str | None) -> PaymentReconciliation:
         """,
         tenant_id,
     )
-    [(unmatched,)] = await tx.sql("SELECT count(*) FROM payment_event WHERE outcome = 'unmatched'")
+    cases = await open_cases(tx) if tenant_id is None else OpenCases(0, 0)
+    return PaymentReconciliation(
+        payments_nanos=due,
+        journal_nanos=int(booked),
+        difference=due - int(booked),
+        unmatched=cases.unmatched,
+        after_erasure=cases.after_erasure,
+    )
+
+
+class OpenCases(NamedTuple):
+    """As in `PaymentReconciliation`."""
+
+    unmatched: int
+    after_erasure: int
+
+
+async def open_cases(tx: Tx, since: datetime | None = None) -> OpenCases:
+    """Counts the events and invoices that a person has to look at, of all tenants.
+
+    since: without the events that came before this time.
+    """
+    [(unmatched,)] = await tx.sql(
+        """
+        SELECT count(*) FROM payment_event
+        WHERE outcome = 'unmatched' AND ($1::timestamptz IS NULL OR received_at > $1)
+        """,
+        since,
+    )
     [(late,)] = await tx.sql(
         """
         SELECT count(*)
@@ -588,10 +616,4 @@ async def reconcile(tx: Tx, tenant_id: str | None) -> PaymentReconciliation:
         WHERE i.purpose = 'credit' AND i.finalised_at > e.asked_at AND i.paid_minor > 0
         """
     )
-    return PaymentReconciliation(
-        payments_nanos=due,
-        journal_nanos=int(booked),
-        difference=due - int(booked),
-        unmatched=unmatched if tenant_id is None else 0,
-        after_erasure=late if tenant_id is None else 0,
-    )
+    return OpenCases(unmatched, late)

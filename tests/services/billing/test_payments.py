@@ -13,11 +13,13 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 
-from infra.clock import uuid7
+from infra.clock import utcnow, uuid7
 from infra.errors import Conflict
 from infra.lanes.effects import Effects
+from infra.observe.metrics import Metrics
 from infra.outgoing.client import Outgoing
 from infra.security import subjects
 from infra.service.service import Runtime
@@ -27,6 +29,7 @@ from protos.messages.user import TenantErased
 from services.billing import purchases, tenants
 from services.billing.clock import Clock
 from services.billing.payments.stripe import Stripe, amount_of, minor_of
+from services.billing.payments.watch import Watch
 from services.billing.tax import Seller
 from tests.services.billing.conftest import Billing, Tenant
 from tests.services.billing.test_dunning import finalised_before, put_terms
@@ -727,7 +730,9 @@ async def test_money_that_a_credit_note_promised_is_not_given_back_by_the_next_o
         assert (found.get("prepaid", 0), found["promotional_credit"]) == (0, -20 * UNIT)
 
 
-async def test_a_forged_stale_or_unknown_event_changes_nothing(billing: Billing, stripe: StripeStandIn) -> None:
+async def test_a_forged_stale_or_unknown_event_changes_nothing(
+    billing: Billing, stripe: StripeStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tenant, invoice_id = await invoiced(billing)
     reference = (await pay(tenant, invoice_id)).json()["payment"]["reference"]
     event = stripe.succeeded(reference)
@@ -750,6 +755,16 @@ async def test_a_forged_stale_or_unknown_event_changes_nothing(billing: Billing,
     stranger = {**event["data"]["object"], "id": "pi_unknown", "metadata": {}}
     assert await send(billing, stripe, stripe.event("payment_intent.succeeded", stranger)) == "unmatched"
     assert (await reconciled(billing))["unmatched"] == before + 1
+    watch = Watch(billing.platform.database("billing"), metrics := Metrics(CollectorRegistry()))
+
+    async def counted() -> float | None:
+        await watch.tick()
+        return metrics.registry.get_sample_value("claw_payment_cases", {"reason": "unmatched"})
+
+    assert await counted() == before + 1
+    # It may be one of another system with the same account.
+    monkeypatch.setattr("services.billing.payments.watch.utcnow", lambda: utcnow() + timedelta(days=8))
+    assert await counted() == 0
     other = await billing.tenant()
     assert (await pay(other, invoice_id)).status_code == 404
 
