@@ -7,7 +7,7 @@ from infra.stores.cache import Cache
 from services.billing import api, handlers, rpc, tenants
 from services.billing.clock import Clock
 from services.billing.payments.api import providers
-from services.billing.payments.watch import Watch
+from services.billing.payments.watch import PaymentWatch
 from services.billing.read_models import READ_MODELS
 from services.billing.settings import BillingSettings
 
@@ -36,7 +36,7 @@ service.consume(handlers.note_channel_types)
 service.consume(erasure("billing"))
 service.erase_tenants(tenants.KEPT, tenants.end_billing)
 service.beside("clock", lambda runtime: Clock(runtime.worker, runtime.settings.seller, providers(runtime)))
-service.beside("payment watch", lambda runtime: Watch(runtime.worker, runtime.metrics))
+service.beside("payment watch", lambda runtime: PaymentWatch(runtime.worker, runtime.metrics))
 
 if __name__ == "__main__":
     service.run()

@@ -14,7 +14,7 @@ from services.billing.payments import store
 _COUNTED = timedelta(days=7)
 
 
-class Watch(Periodic):
+class PaymentWatch(Periodic):
     """Runs until stopped. Each process shows the same figures."""
 
     pause = 60.0

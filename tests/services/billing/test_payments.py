@@ -29,7 +29,7 @@ from protos.messages.user import TenantErased
 from services.billing import purchases, tenants
 from services.billing.clock import Clock
 from services.billing.payments.stripe import Stripe, amount_of, minor_of
-from services.billing.payments.watch import Watch
+from services.billing.payments.watch import PaymentWatch
 from services.billing.tax import Seller
 from tests.services.billing.conftest import Billing, Tenant
 from tests.services.billing.test_dunning import finalised_before, put_terms
@@ -755,7 +755,7 @@ async def test_a_forged_stale_or_unknown_event_changes_nothing(
     stranger = {**event["data"]["object"], "id": "pi_unknown", "metadata": {}}
     assert await send(billing, stripe, stripe.event("payment_intent.succeeded", stranger)) == "unmatched"
     assert (await reconciled(billing))["unmatched"] == before + 1
-    watch = Watch(billing.platform.database("billing"), metrics := Metrics(CollectorRegistry()))
+    watch = PaymentWatch(billing.platform.database("billing"), metrics := Metrics(CollectorRegistry()))
 
     async def counted() -> float | None:
         await watch.tick()
