@@ -6,7 +6,7 @@ is booked.
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Literal, NamedTuple
 from uuid import UUID
 
@@ -47,16 +47,15 @@ def _taxed_before(draft: Invoice, purchased: int) -> InvoiceLine:
 
 async def _priced(tx: Tx, tenant_id: str, draft: Invoice, purchased: int, seller: Seller) -> Invoice:
     """Returns a draft with purchased credit taken off before tax, and the tax of now."""
-    subtotal = draft.subtotal_nanos - purchased
-    tax_nanos, note = await tax.due(tx, tenant_id, subtotal, seller.country, draft.period.ends)
-    return draft.model_copy(
-        update={
-            "subtotal_nanos": subtotal,
-            "tax_nanos": tax_nanos,
-            "tax_note": note,
-            "total_minor": to_minor(subtotal + tax_nanos, draft.currency),
-        }
-    )
+    reduced = draft.model_copy(update={"subtotal_nanos": draft.subtotal_nanos - purchased})
+    return await taxed(tx, tenant_id, reduced, seller, draft.period.ends)
+
+
+async def taxed(tx: Tx, tenant_id: str, invoice: Invoice, seller: Seller, at: datetime) -> Invoice:
+    """Returns an invoice with the tax on its subtotal at a time, and its total."""
+    tax_nanos, note = await tax.due(tx, tenant_id, invoice.subtotal_nanos, seller.country, at)
+    total = to_minor(invoice.subtotal_nanos + tax_nanos, invoice.currency)
+    return invoice.model_copy(update={"tax_nanos": tax_nanos, "tax_note": note, "total_minor": total})
 
 
 async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, actor: str) -> Invoice:

@@ -231,8 +231,11 @@ async def add_line(tx: Tx, tenant_id: str, invoice_id: UUID, line: InvoiceLine) 
 
 async def whole(tx: Tx, tenant_id: str, invoice_id: UUID) -> tuple[Invoice, list[InvoiceLine]]:
     """Returns an invoice with all its lines. Raises NotFound."""
-    invoice = await get(tx, tenant_id, invoice_id)
-    return invoice, [line for _, line in await lines(tx, tenant_id, invoice_id, after=0, limit=None)]
+    return await get(tx, tenant_id, invoice_id), await all_lines(tx, tenant_id, invoice_id)
+
+
+async def all_lines(tx: Tx, tenant_id: str, invoice_id: UUID) -> list[InvoiceLine]:
+    return [line for _, line in await lines(tx, tenant_id, invoice_id, after=0, limit=None)]
 
 
 _CREDIT_NOTE = """

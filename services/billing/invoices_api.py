@@ -135,8 +135,7 @@ def router(runtime: Runtime) -> APIRouter:
         async with runtime.worker.begin() as tx:
             tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
             invoice, more = await booking.preview(tx, tenant_id, invoice_id, seller)
-            _, lines = await invoices.whole(tx, tenant_id, invoice_id)
-        return invoice, lines + more
+            return invoice, await invoices.all_lines(tx, tenant_id, invoice_id) + more
 
     @router.get("/invoices/{invoice_id}")
     async def get_invoice(invoice_id: UUID, who: Viewer) -> WholeInvoice:

@@ -16,7 +16,7 @@ from infra.errors import Conflict, InvalidMessage
 from infra.postgres.tx import Tx
 from services.billing import accounts, booking, grants, invoices, journal, tax, terms
 from services.billing.accounts import MAX_CREDIT_NANOS
-from services.billing.currencies import nanos_per_minor, to_minor
+from services.billing.currencies import nanos_per_minor
 from services.billing.grants import PurchasedCredit
 from services.billing.invoices import Invoice
 from services.billing.tax import Seller
@@ -75,16 +75,8 @@ async def priced(tx: Tx, tenant_id: str, invoice: Invoice, seller: Seller) -> In
     """Returns an order with the tax and the parties of now, and any other invoice as it is."""
     if not invoice.is_order:
         return invoice
-    tax_nanos, note = await tax.due(tx, tenant_id, invoice.subtotal_nanos, seller.country, utcnow())
-    return invoice.model_copy(
-        update={
-            "tax_nanos": tax_nanos,
-            "tax_note": note,
-            "total_minor": to_minor(invoice.subtotal_nanos + tax_nanos, invoice.currency),
-            "buyer": await tax.buyer(tx, tenant_id),
-            "seller": seller,
-        }
-    )
+    taxed = await booking.taxed(tx, tenant_id, invoice, seller, utcnow())
+    return taxed.model_copy(update={"buyer": await tax.buyer(tx, tenant_id), "seller": seller})
 
 
 async def keep_price(tx: Tx, tenant_id: str, order: Invoice) -> None:

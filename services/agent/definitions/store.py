@@ -38,6 +38,14 @@ _COLUMNS = (
     "a.id, a.tenant_id, v.version, a.enabled, v.definition, v.api_key, v.fallback_key, a.created_at, v.created_at "
     "FROM agent a JOIN agent_version v ON v.agent_id = a.id"
 )
+# The current versions of a page of the tenant's agents.
+_OF_TENANT = """
+    FROM agent a
+    JOIN agent_version v ON v.agent_id = a.id AND v.version = a.version
+    WHERE a.tenant_id = $1 AND ($2::uuid IS NULL OR a.id > $2)
+    ORDER BY a.id
+    LIMIT $3
+"""
 
 
 class ProviderKeys(NamedTuple):
@@ -170,14 +178,7 @@ async def listed(tx: Tx, after: UUID | None, limit: int) -> tuple[Sequence[Store
     Their definitions have PAGE_BYTES together, or a little more.
     """
     sizes = await tx.sql(
-        """
-        SELECT a.id, octet_length(v.definition)
-        FROM agent a
-        JOIN agent_version v ON v.agent_id = a.id AND v.version = a.version
-        WHERE a.tenant_id = $1 AND ($2::uuid IS NULL OR a.id > $2)
-        ORDER BY a.id
-        LIMIT $3
-        """,
+        f"SELECT a.id, octet_length(v.definition) {_OF_TENANT}",
         tx.tenant_id,
         after,
         limit + 1,
@@ -196,14 +197,7 @@ async def listed(tx: Tx, after: UUID | None, limit: int) -> tuple[Sequence[Store
 async def listed_short(tx: Tx, after: UUID | None, limit: int) -> list[ShortAgentView]:
     """At most `limit` of the tenant's agents in the order of their creation. Their definitions stay in the database."""
     rows = await tx.sql(
-        """
-        SELECT a.id, (v.definition::json -> 'name')::text, a.enabled, a.created_at
-        FROM agent a
-        JOIN agent_version v ON v.agent_id = a.id AND v.version = a.version
-        WHERE a.tenant_id = $1 AND ($2::uuid IS NULL OR a.id > $2)
-        ORDER BY a.id
-        LIMIT $3
-        """,
+        f"SELECT a.id, (v.definition::json -> 'name')::text, a.enabled, a.created_at {_OF_TENANT}",
         tx.tenant_id,
         after,
         limit,

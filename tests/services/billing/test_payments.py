@@ -205,13 +205,21 @@ async def test_kronur_are_charged_and_given_back_in_hundredths(billing: Billing,
 LOST = {"made": [cut(accept=True)], "charged": [Fault(late=True), cut(accept=True)]}
 
 
-@pytest.mark.parametrize("lost", LOST)
-async def test_an_answer_that_is_lost_does_not_charge_twice(billing: Billing, stripe: StripeStandIn, lost: str) -> None:
+async def unanswered(
+    billing: Billing, stripe: StripeStandIn, lost: str = "charged", token: str = ""
+) -> tuple[Tenant, str, str]:
+    """A tenant, its invoice, and the saved method of a payment whose answer was lost."""
     tenant, invoice_id = await invoiced(billing)
-    method = await saved(tenant)
-    before = stripe.received
+    method = await saved(tenant, token)
     stripe.faults.extend(LOST[lost])
     assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code >= 500
+    return tenant, invoice_id, method
+
+
+@pytest.mark.parametrize("lost", LOST)
+async def test_an_answer_that_is_lost_does_not_charge_twice(billing: Billing, stripe: StripeStandIn, lost: str) -> None:
+    before = stripe.received
+    tenant, invoice_id, method = await unanswered(billing, stripe, lost)
     assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code == 200
     assert stripe.received == before + 3000
     assert await status(tenant, invoice_id) == ("paid", 0)
@@ -275,10 +283,7 @@ async def test_a_payment_whose_answer_was_lost_takes_no_more_than_is_due_by_now(
 async def test_a_charge_whose_answer_was_lost_is_booked_although_the_invoice_was_voided(
     billing: Billing, stripe: StripeStandIn
 ) -> None:
-    tenant, invoice_id = await invoiced(billing)
-    method = await saved(tenant)
-    stripe.faults.extend(LOST["charged"])
-    assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code >= 500
+    tenant, invoice_id, method = await unanswered(billing, stripe)
     await post(billing, f"invoices/{invoice_id}/void", status=200)
     before = stripe.received
     assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code == 409
@@ -328,10 +333,7 @@ async def test_a_card_that_is_declined_in_the_browser_leaves_the_payment_open_fo
 
 
 async def test_a_saved_card_that_is_declined_ends_its_payment(billing: Billing, stripe: StripeStandIn) -> None:
-    tenant, invoice_id = await invoiced(billing)
-    method = await saved(tenant, DECLINED)
-    stripe.faults.extend(LOST["charged"])
-    assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code >= 500
+    tenant, _, _ = await unanswered(billing, stripe, token=DECLINED)
     intent = list(stripe.intents.values())[-1]
     assert await send(billing, stripe, stripe.event("payment_intent.payment_failed", intent)) == "applied"
     [payment] = await payments(tenant)
@@ -383,10 +385,7 @@ async def test_a_payment_that_was_cancelled_at_the_provider_is_failed(
 async def test_a_declined_charge_whose_answer_and_event_were_lost_is_failed(
     billing: Billing, stripe: StripeStandIn, asked: str
 ) -> None:
-    tenant, invoice_id = await invoiced(billing)
-    method = await saved(tenant, DECLINED)
-    stripe.faults.extend(LOST["charged"])
-    assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code >= 500
+    tenant, invoice_id, method = await unanswered(billing, stripe, token=DECLINED)
     if asked == "by the clock":
         await look_up(billing, stripe, tenant)
     else:
@@ -398,10 +397,7 @@ async def test_a_declined_charge_whose_answer_and_event_were_lost_is_failed(
 async def test_a_payment_by_a_saved_method_that_was_deleted_meanwhile_is_failed_and_cancelled(
     billing: Billing, stripe: StripeStandIn
 ) -> None:
-    tenant, invoice_id = await invoiced(billing)
-    method = await saved(tenant)
-    stripe.faults.extend(LOST["made"])
-    assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code >= 500
+    tenant, invoice_id, method = await unanswered(billing, stripe, "made")
     intent = list(stripe.intents.values())[-1]
     # At the provider's own page.
     stripe.detached.add(intent["payment_method"])
@@ -414,10 +410,7 @@ async def test_a_debit_that_is_under_way_stays_open_when_the_provider_has_forgot
     billing: Billing, stripe: StripeStandIn
 ) -> None:
     """The provider forgets the key of a charge after a day."""
-    tenant, invoice_id = await invoiced(billing)
-    method = await saved(tenant)
-    stripe.faults.extend(LOST["charged"])
-    assert (await pay(tenant, invoice_id, payment_method_id=method)).status_code >= 500
+    tenant, invoice_id, method = await unanswered(billing, stripe)
     intent = list(stripe.intents.values())[-1]
     intent |= {"status": "processing", "amount_received": 0}
     stripe.forget_keys()
