@@ -87,7 +87,9 @@ class RabbitPublisher:
         try:
             await self.send(row.destination, row.routing_key, row.body, row.headers, str(row.message_id))
         except PublishError:
-            return HeldBack(f"exchange {row.destination}: no queue is bound to routing key {row.routing_key!r}")
+            # A broker can forget a binding in a power cut; the provisioning makes it again.
+            unbound = f"no queue is bound to routing key {row.routing_key!r}"
+            return HeldBack(f"exchange {row.destination}: {unbound}; run claw up")
         except DeliveryError:
             return HeldBack(f"exchange {row.destination}: the queue of routing key {row.routing_key!r} is full")
         return None

@@ -226,7 +226,7 @@ async def test_a_message_that_no_queue_takes_holds_up_only_its_routing_key(
     async with buses.relay(desk, publisher):
         await until(is_published(desk, routed))
         [error] = await until(lambda: set_aside(desk, "sample"))
-        assert error == "exchange sample: no queue is bound to routing key 'sample.unrouted'"
+        assert error == "exchange sample: no queue is bound to routing key 'sample.unrouted'; run claw up"
         assert not await is_published(desk, unrouted)()
         await buses.provision(stack, Catalog(topics=(SAMPLE_EVENTS, AUDIT_LOGS), queues=(SAMPLE_WORK, UNROUTED)))
         await ask_again_now(desk)
