@@ -82,9 +82,10 @@ class RawRequest:
         makes the first one wrong."""
         found = {name.decode("latin-1"): value.decode("latin-1") for name, value in self._headers}
         if len(found) < len(self._headers):
-            for given in found:
-                values = [value for name, value in self._headers if name.decode("latin-1") == given]
-                found[given] = b", ".join(values).decode("latin-1")
+            values: dict[str, list[str]] = {}
+            for name, value in self._headers:
+                values.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
+            found = {name: ", ".join(given) for name, given in values.items()}
         return found
 
     @property

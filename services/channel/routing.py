@@ -11,8 +11,9 @@ import msgspec
 from services.channel.vendors.base import Groups
 from services.channel.vendors.items import Inbound
 
-# In a group, some vendors leave the mention of the bot in the text, as ``@name`` or as ``<@id>``.
-_MENTION = re.compile(r"\s*(?:<@[^<>\n]{1,100}>\s*|@[^/@\n]{1,100}?\s+)(?=[/@])")
+# In a group, some vendors leave the mention of the bot in the text, as ``@name`` or as ``<@id>``. A name ends with
+# another sign than a space: otherwise each part of many spaces could be its end.
+_MENTION = re.compile(r"\s*(?:<@[^<>\n]{1,100}>\s*|@[^/@\n]{0,99}[^/@\s]\s+)(?=[/@])")
 # ``/name`` or ``@name`` at the beginning; Telegram adds the bot's name to a command.
 _COMMAND = re.compile(r"\s*[/@]([A-Za-z0-9_-]{1,32})(?:@\w+)?(?:[\s,:，：]+|$)")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 
@@ -11,7 +12,8 @@ from infra.observe.redaction import redacted
 from infra.stores.filetypes import HTML, TEXT, content_type
 from infra.stores.objects import safe_name
 from infra.web import data_urls
-from services.agent.models import scripted
+from infra.web.raw import RawRequest, RawRoute
+from services.agent.models import refusals, scripted
 from services.agent.runs.decisions import decision_in
 from services.channel import routing
 from services.channel.vendors import teams_activities
@@ -29,11 +31,20 @@ ATTACKS: dict[str, Callable[[], object]] = {
     "a row of digits and spaces": lambda: scripted._SUM.findall("1 " * MANY),
     "labels of links": lambda: data_urls.replaced("![a](" * MANY + ";base64,", lambda *_: ""),
     "a command": lambda: routing._COMMAND.match(" " * MANY),
+    "a mention before spaces": lambda: routing._MENTION.match("@" + " " * 50 * MANY),
+    "a refusal of a model server": lambda: refusals.found(400, b"toolcallid" * 20 * MANY, {}, set()),
+    "headers of a webhook call": lambda: _headers([b"%x" % n for n in (0, *range(MANY))]),
     "lines of base64": lambda: without_base64(("A" * 60 + "\n") * 10_000),
     "a URL in a log line": lambda: redacted("://a:" * MANY),
     "accents of a file name": lambda: safe_name("a" + "\u0301\u0327" * MANY + ".txt"),
     "a token in a log line": lambda: redacted("bearer " + " " * MANY),
 }
+
+
+def _headers(names: list[bytes]) -> object:
+    parser = Mock(get_method=Mock(return_value=b"POST"))
+    protocol = Mock(parser=parser, headers=[(name, b"") for name in names])
+    return RawRequest(protocol, RawRoute("/raw", lambda _: None, max_body=1), is_first=True).headers
 
 
 @pytest.mark.timeout(120)

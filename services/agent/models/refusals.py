@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MAX_READ_BYTES = 16 * 1024
+"""Of an error answer. Patterns look for words with others behind them, which takes seconds for each megabyte."""
 # The names of the limit of the answer. A server may know only one of them.
 LIMITS = ("max_tokens", "max_completion_tokens")
 # The platform chooses their values, so a server that refuses them does not know them.
@@ -83,7 +85,7 @@ class Refusal:
 
 def found(status: int, answer: bytes, body: Body, known: set[str]) -> Refusal | None:
     """The refusal in this answer; None if it names no part of the request, or only known parts."""
-    text = answer.decode(errors="replace")
+    text = answer[:MAX_READ_BYTES].decode(errors="replace")
     # llama.cpp answers 500 if a template refuses.
     for name, pattern in (_ROLES | _IDS | _THOUGHTS).items() if status in (400, 422, 500) else ():
         if name not in known and pattern.search(text):
