@@ -36,6 +36,8 @@ _SIMPLIFIED = """
 价退款订单客户服务配送发票修质说明换货周请联系账号密码登录支付费免快递地址邮箱电话公司部门合同功能问题答案
 机器除垢故障电源按键温度冷热安全使用须知北京上海广州深圳中文编码测试文档内容句您吗呢吧啊哪谁每
 早晚午饭茶咖啡店元角块钱买卖租房车票站楼层室号
+字符效标置语错选未列项存输误失包值参引型示模败库需令组序持索显息查写读改创找图签版操删证复称钥含函软转略省移启允节态执超匹获检
+缺段默限始警串归载亚否连属束止状冲缓忽径端析消调级装范准围集布备注链印排域志窗整闭视缩线询页终择算锁跳验添
 """
 _TRADITIONAL = """
 的一是不了在人有我他這個們中來上大為和國地到以說時要就出會可也你對生能而子那得於著下自之年過發後作裡用道行所然家種事成
@@ -44,6 +46,8 @@ _TRADITIONAL = """
 給世位次度門任常先海通教兒原東聲提立及比員解水名真論處走義各入幾口認條平系氣題活爾更別打女變四神總何電數安少報才結反受目
 太量再感建務做接必場件計管期市直德資命山金指克許統區保至隊形社便空決治展馬科司五基眼書非則聽白卻界達光放強即像難且權思王
 器需每月除垢溫度冷熱電源按鍵清潔價退款訂單客戶服務配送發票修質說明換貨請聯繫帳號密碼登錄支付費免快遞地址郵箱電話公司部門台灣香港您嗎呢吧
+檔案式語字取設選錯標項效元列誤輸未存示稱引組失訊程符格料敗值模顯版型令啟寫包預讀執置參鑰交圖找編記移類亞連庫援告否態套略含簽
+端路警視索容印徑確串拉共刪狀載序線準複改封忽始息該裝完驗影窗籤須範轉群併整停縮傳查暫製屬段衝缺色規試尋限檢止欄算擇圍
 係我哋嘅喺唔咗啲冇佢嚟乜嘢邊度睇返攞畀呀啦喇
 """
 _KANJI = """
@@ -57,6 +61,7 @@ _KANA = "".join(map(chr, range(0x3041, 0x3097))) + "".join(map(chr, range(0x30A1
 _HANGUL = """
 이다는을의에가고하은를한로지도사기서해어자과인리일대시그나제보수정아니장들으라부있주게전여면만것상성스국용습요안공동세경원유
 적비우관화발오중신물내생방모소무연행법실계선개체구조회합등위했었였음업와않할될된더때말년월없같받교명영간데거려러치트드미통학
+파션함패값름프되버못크옵키력잘형설디블야호열메변테레류료브록번목복읽령코현태렉타베포추임알커항퍼줄절래른본최속았능랜십페럼색확
 재단분결당운필품작반표출점예식마바저너네요까불달터입격환증문의매상담직배송금액
 """
 # In the order of their frequency, as in `_FREQUENT`.
@@ -82,12 +87,28 @@ _ALPHABETS = {
         *("àçèéíïòóúü·", "áéíóúâêîôû", "ëïéèöü"),
     ),
 }
-# A letter in a place that Western languages do not have: it is č, ě, ň, ř, ů or ă.
+_ALPHABETS["iso8859_2"] = _ALPHABETS["cp1250"]
+# Parts of words that are Icelandic, and not Turkish, Croatian or Polish with other letters for the same bytes.
+_ICELANDIC = {
+    "cp1254": re.compile(
+        r"[rfg]ð|ðv|\bh[vlr]\w*[ðýæáéíóú]|þj|\bþýð|\b(?:vi|þa|me)ð\b|\b(?:hlý|lý)ð|\bþ[eúó]|"
+        r"[áéíóú]\w{0,20}[ðþ]|[ðþ]\w{0,20}[áéíóú]"
+    ),
+    "cp1250": re.compile(
+        r"ð(?:u[rmn]|i[rnl]?|ar?|v[ei]\w*|h\w*)?\b(?<!\bð)|[aeiouy]ð[rsvhlm]|\w[rfg]ð|þ[ýjóúæ]|æð|ðæ|æm\b|\b[hm]æ"
+    ),
+}
+# A letter in a place that Western languages do not have: it is č, ć, ě, ň, ř, ś, ů, ű or ă.
 _NOT_WESTERN = re.compile(
-    r"\bè\w|è(?=[aeiouyáíéó])|[aeouyáéíý]è|[ìò](?=[a-z])|[aeoyáéíý][ìòù]|ù\w|[aeiouyáéíý]ø|ø[aiouyáíý]|ï(?=[a-z]?\b)|\bï|\bò|"
-    r"ã(?=[bcdfghjklmpqrtuvxyz])|(?<![hmçlfs])ã\b"
+    r"\bè\w|è(?=[aeiouyáíéó])|[aeouyáéíý]è|ì(?=[a-z])|ò(?=[aeiouyáíé])|[aeoyáéíý][ìòù]|ù\w|[aeiouyáéíý]ø|ø[aiouyáíý]|ï\b|"
+    r"(?<![aeou])ï(?=[a-z]\b)|\wœ(?![ui])|\bï|\bò|ã(?=[bcdfghjklmpqrtuvxyz])|(?<![hmçlfs])ã\b|\w{4}[mls]ã\b|rsã\b|"
+    r"[aeiou]æ(?:[aeiou]|\b)|\bæ[eu]|èk|[yz]û|mû(?!r)|û[kvz]"
 )
 
+# In Windows-1250: a letter that is ı in Turkish after a vowel with which it does not go, and others that Turkish lacks.
+_NOT_TURKISH = re.compile(r"[eiöü][b-df-hj-np-tv-z]{1,3}ý|[áéíóúčďěňřšťůž]")
+# In Windows-1250, letters of ISO-8859-2.
+_NOT_POLISH = re.compile(r"\bą|[aeouy]ą|ą[aeiouyąęčž]|^[^«]*\w»")
 # Encoding → its common letters. The order decides between equals.
 _COMMON: dict[str, frozenset[str]] = {
     "gb18030": frozenset(_SIMPLIFIED + _PUNCTUATION + _WESTERN),
@@ -132,6 +153,8 @@ _MIN_FREQUENCY = 0.15
 # Of two capital letters side by side: few texts have only capital letters.
 _CAPITAL_SHARE = 0.8
 _FINAL_LETTERS = "ךםןףץ"
+# The second byte of their characters may be that of an ASCII letter.
+_WITH_ASCII_BYTES = ("gb18030", "big5hkscs", "cp932", "cp949")
 # The last lead byte of the more common half of the characters.
 _LESS_COMMON = {"gb18030": b"\xd7", "big5hkscs": b"\xc6"}
 _LESS_COMMON_SHARE = 0.3
@@ -203,13 +226,19 @@ def _judge(content: bytes, read: Callable[[bytes, str], str | None]) -> str | No
     best, second = sorted(shares, key=lambda encoding: -shares[encoding])[:2]
     if shares[best] >= MIN_SHARE and best in _FREQUENT:
         best = max(_FREQUENT, key=lambda encoding: shares[encoding] * frequencies[encoding])
+    # Of the Latin encodings, which share most of their bytes, the letters' neighbours decide.
+    share, central = shares[best], max(shares[encoding] for encoding in _CENTRAL_ENCODINGS)
     if best == "cp1250" and not _fits(sample, best):
-        # Icelandic, or Turkish in capital letters.
-        best = next((other for other in ("cp1254", "cp1252") if _fits(sample, other)), best)
-    if best in ("cp1252", "cp1254", "mac_roman") and shares["cp1250"] > MIN_SHARE and _is_central(sample, best):
-        # The letter ť of ISO-8859-2 is a sign in Windows-1250.
-        best = max(_CENTRAL_ENCODINGS, key=lambda encoding: len(_letters(sample.decode(encoding, "replace"))))
-    if shares[best] >= MIN_SHARE or shares[best] >= MIN_SHARE / 2 > 2 * shares[second]:
+        # The letters š and ž of ISO-8859-2, Icelandic, or Turkish in capital letters.
+        best = next((other for other in ("iso8859_2", "cp1254", "cp1252") if _fits(sample, other)), best)
+    if best in _ICELANDIC and _ICELANDIC[best].search(sample.decode("cp1252", "replace").lower()):
+        best = "cp1252"
+    elif best in ("cp1252", "cp1254", "mac_roman") and central > MIN_SHARE and _is_central(sample, best):
+        best = "cp1250"
+    if best == "cp1250" and _NOT_POLISH.search(sample.decode(best, "replace").lower()):
+        # The letters š and ť of ISO-8859-2 are ą and a sign in Windows-1250.
+        best = "iso8859_2"
+    if share >= MIN_SHARE or share >= MIN_SHARE / 2 > 2 * shares[second]:
         return best
     return None
 
@@ -300,6 +329,10 @@ def _without_part(content: bytes, encoding: str) -> str:
 def _is_odd(encoding: str, letter: str, before: str, after: str) -> bool:
     """True for a letter in a place that real texts do not have."""
     last = before[-1:]
+    if encoding in _WITH_ASCII_BYTES and "a" <= last <= "z" and "a" <= after <= "z":
+        # The letter ł in nieprawidłowy and the next one make one character, as do šč of Slovenian. In Chinese a word
+        # may stand between two of another alphabet.
+        return encoding == "cp949" or letter.encode(encoding)[-1:].isalpha()
     if encoding == "big5hkscs":
         # Texts of Hong Kong have few of the characters that are only there, except for the common ones.
         return letter not in _TRADITIONAL and not letter.encode("big5", "ignore")
@@ -333,10 +366,11 @@ def _is_odd_sign(encoding: str, letter: str, before: str, after: str) -> bool:
 
 def _is_central(sample: bytes, western: str) -> bool:
     """True if the text, whose letters fit Western or Turkish, is Polish, Hungarian, Romanian or a neighbour of them."""
-    text = sample.decode("cp1250", "replace").lower()
+    text = sample.decode("cp1250", "replace")
     if western == "cp1254":
         # Turkish and Romanian have ş and ţ at the same place.
-        return not re.search("[ğýöüç]", text)
+        return bool(_NOT_TURKISH.search(text)) or not re.search("[ğýöüç]", text.lower())
+    text = text.lower()
     is_central, is_western = _fits(sample, "cp1250"), _fits(sample, "cp1252")
     if is_central != (is_western and not _NOT_WESTERN.search(sample.decode("cp1252", "replace").lower())):
         return is_central

@@ -63,6 +63,51 @@ TEXTS = [
         )
         for cased in (text, text.upper())
     ),
+    *(
+        ("cp1252", text)
+        for text in (
+            "Norður",
+            "Ekki er hægt að opna dyrnar",
+            "Verðið er lægra",
+            "Lýðveldið",
+            "Þýsk ábyrgð",
+            "L'error s'ha produït avui",
+            "El fitxer és un sòcol",
+        )
+    ),
+    *(
+        ("cp1250", text)
+        for text in (
+            "nieprawidłowy numer telefonu",
+            "wprowadzone słowo",
+            "Egyértelmű válasz",
+            "Az Alt és Win billentyűk",
+            "Parolă nouă",
+            "Valoarea maximă posibilă",
+            "Slijedeće naredbe",
+            "Onemogući obavijesti",
+            "Baltički jezici",
+        )
+    ),
+    ("cp1250", "wyświetlanie informacji"),
+    ("cp1250", "Slovinský jazyk"),
+    *(
+        ("iso8859_2", text)
+        for text in (
+            "Izvršavanje nije uspjelo",
+            "Boja križića",
+            "Greška čitanja",
+            "arabščina",
+        )
+    ),
+    ("cp1254", "Yeni ağ bağlantısı"),
+    ("cp949", "소속 파티션:"),
+    ("cp949", "잘못된 그룹 목록"),
+    *(
+        ("big5hkscs", text)
+        for text in ("無效的列寬數值", "主要圖示名稱", "setgroups 失敗", "顏色選擇元件", "記憶體耗盡")
+    ),
+    ("gb18030", "请用api和sdk"),
     ("cp1254", "KAPILAR KENDİLİĞİNDEN KAPANIR"),
     ("cp1254", "LÜTFEN MÜŞTERİ HİZMETLERİ İLE İLETİŞİME GEÇİN"),
     ("cp1255", "זהירות: מתח גבוה"),
