@@ -11,6 +11,7 @@ from infra.errors import NotFound
 from infra.postgres.tx import Tx
 from infra.stores.objects import Stored
 from services.memory import storage
+from services.memory.lanes import enqueue_document
 from services.memory.rights import ALL
 from services.memory.usage import UseSource, of_client
 
@@ -154,20 +155,23 @@ async def change(tx: Tx, id_: UUID, audience: Sequence[str] | None, tags: Sequen
     return await get(tx, id_)
 
 
-async def delete(tx: Tx, id_: UUID) -> list[UUID]:
-    """Hides the document and its next version from the commit on. Returns the ids of their rows; files, vectors and
-    rows are removed later. Raises NotFound."""
-    await lock(tx, id_)
-    rows = await tx.sql(
-        """
-        UPDATE document
-        SET deleted_at = clock_timestamp()
-        WHERE (id = $1 OR replaces = $1) AND deleted_at IS NULL
-        RETURNING id
-        """,
-        id_,
-    )
-    return [row_id for (row_id,) in rows]
+async def delete(tx: Tx, ids: Sequence[UUID]) -> None:
+    """Hides the documents and their next versions from the commit on. Files, vectors and rows are removed later.
+
+    ids: in their order. Raises NotFound."""
+    for id_ in ids:
+        await lock(tx, id_)
+        rows = await tx.sql(
+            """
+            UPDATE document
+            SET deleted_at = clock_timestamp()
+            WHERE (id = $1 OR replaces = $1) AND deleted_at IS NULL
+            RETURNING id
+            """,
+            id_,
+        )
+        for (row_id,) in rows:
+            enqueue_document(tx, row_id, "remove")
 
 
 async def made_of(tx: Tx, subject_id: str, message_id: UUID | None = None) -> list[UUID]:

@@ -24,7 +24,7 @@ from protos.catalog import DOCUMENT_INDEX
 from protos.messages.memory import IndexDocument
 from services.memory import adapters, documents, received, rights, versions
 from services.memory.documents import StoredDocument
-from services.memory.handlers import delete_documents, enqueue
+from services.memory.lanes import enqueue_document
 from services.memory.usage import of_client
 
 _NAMES = {"type": "array", "items": {"type": "string"}}
@@ -178,7 +178,7 @@ def router(runtime: Runtime) -> APIRouter:
             await documents.get(tx, id_, rights.view_names(who))
             added, given_up = await versions.replace(tx, id_, next_id, given.name, given.stored, who.actor)
             if given_up:
-                enqueue(tx, given_up, "remove")
+                enqueue_document(tx, given_up, "remove")
             if added:
                 tx.send(DOCUMENT_INDEX, IndexDocument(document_id=next_id))
                 _audit(tx, who, "document.replace", id_, content_type=given.stored.content_type)
@@ -260,7 +260,7 @@ def router(runtime: Runtime) -> APIRouter:
         id_ = _id(document_id)
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             await documents.get(tx, id_, rights.view_names(who))
-            await delete_documents(tx, [id_])
+            await documents.delete(tx, [id_])
             _audit(tx, who, "document.delete", id_)
 
     return routes

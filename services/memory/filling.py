@@ -9,7 +9,7 @@ from typing import NamedTuple
 from infra.postgres.database import Database
 from infra.postgres.tx import Tx
 from services.memory import vectors
-from services.memory.handlers import enqueue_fill, enqueue_memory, enqueue_utterance
+from services.memory.lanes import enqueue_fill, enqueue_memory, enqueue_utterance
 
 # The texts that the indexes of the names $1 must have, and memories, which the model $2 must have embedded. Replies and
 # memories that no model has embedded yet have an item of their own, which ends under the active model.

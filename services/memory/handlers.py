@@ -1,19 +1,10 @@
-"""The messages that memory handles, and the lanes in which it processes documents and replies."""
+"""The messages that memory handles, and the work of its lanes."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from datetime import timedelta
-from typing import Literal
-from uuid import UUID
-
-import msgspec
 
 from infra.clock import time_of
 from infra.errors import EffectFailed, NotYet, Transient
 from infra.lanes.effects import Effects
-from infra.lanes.lane import Lane
-from infra.postgres.lane_items import AT_ONCE
 from infra.postgres.tx import Tx
 from protos.catalog import AGENT_EVENTS, DOCUMENT_INDEX, PLATFORM_EVENTS
 from protos.messages.agent import RunCompleted, RunMessageDeleted
@@ -24,52 +15,28 @@ from services.memory.conversations import KEEP, Conversations
 from services.memory.forgetting import erase
 from services.memory.indexing import Indexing
 from services.memory.keeping import Keeping
+from services.memory.lanes import (
+    DOCUMENTS,
+    FILLS,
+    MEMORIES,
+    UTTERANCES,
+    DocumentWork,
+    FillWork,
+    MemoryWork,
+    UtteranceWork,
+    enqueue_document,
+    enqueue_fill,
+    enqueue_memory,
+    enqueue_utterance,
+)
 from services.memory.learning import FinishedRun, Learning
 from services.memory.models import EmbeddingModels
 from services.memory.versions import OldVersion
 
 
-class DocumentWork(msgspec.Struct, frozen=True):
-    document_id: UUID
-    act: Literal["index", "fill", "remove", "remove_version"]
-    """fill: of a former version of this service, now `FillWork`. remove_version: remove a version that was replaced."""
-    path: str = ""
-    """Of the replaced version's file."""
-    owner: UUID | None = None
-    """Of the replaced version's rows in the index."""
-
-
-class FillWork(msgspec.Struct, frozen=True):
-    """Put an indexed document into the index of a model again, after the model has embedded it if it had not."""
-
-    document_id: UUID
-    model: str
-    """The key of its vectors."""
-
-
-class UtteranceWork(msgspec.Struct, frozen=True):
-    run_id: UUID
-    act: Literal["embed", "forget"]
-
-
-class MemoryWork(msgspec.Struct, frozen=True):
-    """Embed a memory."""
-
-    memory_id: UUID
-
-
-# One lane per document.
-DOCUMENTS = Lane("documents", DocumentWork)
-# One lane per model and document. Not those of `DOCUMENTS`: a new document must not wait for all the old ones.
-FILLS = Lane("fills", FillWork)
-# One lane per act and run: an item that is due in a month must not block any other item.
-UTTERANCES = Lane("utterances", UtteranceWork)
-MEMORIES = Lane("memories", MemoryWork)
-
-
 @DOCUMENT_INDEX.worker(prefetch=20)
 async def index_document(message: IndexDocument, tx: Tx) -> None:
-    enqueue(tx, message.document_id, "index")
+    enqueue_document(tx, message.document_id, "index")
 
 
 @AGENT_EVENTS.each(RunCompleted, group="memory")
@@ -106,7 +73,7 @@ async def work_on_memory(item: MemoryWork, effects: Effects, tx: Tx, learning: L
 @PLATFORM_EVENTS.each(SubjectErased, group="memory")
 async def forget_person(event: SubjectErased, tx: Tx, conversations: Conversations) -> None:
     await erase(tx, event.tenant_id, event.subject_id)
-    await delete_documents(tx, await documents.made_of(tx, event.subject_id))
+    await documents.delete(tx, await documents.made_of(tx, event.subject_id))
     for run_id in await conversations.erase(tx, event.subject_id):
         # Behind an embedding that may be under way, which would put the vector back.
         tx.enqueue(UTTERANCES, lane=f"embed {run_id}", item=UtteranceWork(run_id, "forget"))
@@ -157,26 +124,3 @@ async def work_on_utterance(item: UtteranceWork, effects: Effects, tx: Tx, conve
             await conversations.embed(item.run_id, effects, tx)
         case "forget":
             await conversations.forget(item.run_id, effects, tx)
-
-
-def enqueue(tx: Tx, document_id: UUID, act: Literal["index", "remove"]) -> None:
-    tx.enqueue(DOCUMENTS, lane=str(document_id), item=DocumentWork(document_id, act))
-
-
-async def delete_documents(tx: Tx, ids: Sequence[UUID]) -> None:
-    """Hides the documents from the commit on; they are removed later. In the order of their ids."""
-    for id_ in ids:
-        for row_id in await documents.delete(tx, id_):
-            enqueue(tx, row_id, "remove")
-
-
-def enqueue_fill(tx: Tx, document_id: UUID, model: str) -> None:
-    tx.enqueue(FILLS, lane=f"{model} {document_id}", item=FillWork(document_id, model))
-
-
-def enqueue_memory(tx: Tx, memory_id: UUID) -> None:
-    tx.enqueue(MEMORIES, lane=str(memory_id), item=MemoryWork(memory_id))
-
-
-def enqueue_utterance(tx: Tx, run_id: UUID, act: Literal["embed", "forget"], after: timedelta = AT_ONCE) -> None:
-    tx.enqueue(UTTERANCES, lane=f"{act} {run_id}", item=UtteranceWork(run_id, act), after=after)

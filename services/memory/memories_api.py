@@ -26,8 +26,8 @@ from infra.web.times import Time
 from services.memory import adapters
 from services.memory.events import Scope
 from services.memory.extraction import MAX_TEXT, Kind, topic_of
-from services.memory.handlers import enqueue_memory
 from services.memory.keeping import MAX_PARTS, New
+from services.memory.lanes import enqueue_memory
 from services.memory.memories import Memory, id_of
 
 _EXAMPLE: JsonDict = {"text": "I am allergic to nuts.", "scope": "user", "importance": 9, "confidence": 1.0}

@@ -22,8 +22,8 @@ from services.memory.adapters import keeping, learning, memories, objects, retri
 from services.memory.documents import DocumentOrigin
 from services.memory.events import MAX_IMPORTANCE
 from services.memory.extraction import MAX_FACTS, MAX_TEXT, Kind, is_stated, normal
-from services.memory.handlers import enqueue_memory
 from services.memory.keeping import Keeping
+from services.memory.lanes import enqueue_memory
 from services.memory.learning import FinishedRun, FoundFact, Learning, Merged
 from services.memory.memories import Memories, Memory, id_of
 from services.memory.reading import FileReader

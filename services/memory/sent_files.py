@@ -16,7 +16,6 @@ from protos.messages.memory import IndexDocument
 from services.memory import documents, rights
 from services.memory.credit import Credit
 from services.memory.forgetting import is_withdrawn, mark_withdrawn
-from services.memory.handlers import delete_documents
 from services.memory.memories import lock
 from services.memory.received import checked_name
 from services.memory.uploads import Uploads
@@ -70,7 +69,7 @@ class SentFiles:
         async with self._database.begin(tenant_id=tenant_id) as tx:
             await lock(tx, "user", subject_id)
             await mark_withdrawn(tx, message_id)
-            await delete_documents(tx, await documents.made_of(tx, subject_id, message_id))
+            await documents.delete(tx, await documents.made_of(tx, subject_id, message_id))
 
 
 async def _exists(tx: Tx, id_: UUID) -> bool:

@@ -6,7 +6,7 @@ from infra.lanes.effects import Effects
 from infra.service.service import Runtime
 from infra.service.tenant_erasure import Before, EraseTenant, delete_files
 from services.memory import adapters
-from services.memory.handlers import DOCUMENTS
+from services.memory.lanes import DOCUMENTS
 
 _FILES = """
     SELECT path

@@ -124,7 +124,7 @@ class Vanishing(Retrieval):
     async def _read(self, model: str, caller: ReaderNames, *given: Any) -> Any:
         if self.vanishes:
             async with self._request.begin(tenant_id=caller.tenant_id) as tx:
-                await documents.delete(tx, self.vanishes)
+                await documents.delete(tx, [self.vanishes])
                 await add_indexed(tx, "Line 3.")
             self.vanishes = None
         return await super()._read(model, caller, *given)

@@ -124,7 +124,7 @@ async def test_only_the_tenants_own_indexed_and_present_documents_are_found(memo
         await add(memory_database, tenant, [Block("An unfinished canary.")], indexed=False)
         gone = await add(memory_database, tenant, [Block("A deleted canary.")])
         async with memory_database.begin(tenant_id=tenant) as tx:
-            await documents.delete(tx, gone)
+            await documents.delete(tx, [gone])
     for tenant in tenants:
         assert await found(memory_database, tenant, "canary") == [f"The canary of {tenant} sings."]
 
