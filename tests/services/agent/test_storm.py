@@ -156,7 +156,7 @@ class Storm:
         await platform.until(taken)
         process.send_signal(signal.SIGCONT)
         process.terminate()
-        assert await asyncio.to_thread(process.wait, 60) == 0
+        assert await asyncio.to_thread(process.wait, 130) == 0  # a service that does not stop is ended after 120 s
 
     async def _ask(self, agent: str, chat: str) -> None:
         """Sends questions, the next one when the last one has its answer."""
