@@ -23,8 +23,9 @@ SERIES, CREDIT_SERIES = "INV", "CN"
 
 
 async def preview(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller) -> tuple[Invoice, list[InvoiceLine]]:
-    """Returns the draft of an invoice of usage with the amounts that `finalise` would give it now, and the line that it
-    would add, if any. Any other invoice is returned as it is. A draft stays one until the transaction ends.
+    """Returns the draft of an invoice of usage with the amounts that `finalise` would give it now, after the older
+    drafts, and the line that it would add, if any. Any other invoice is returned as it is. A draft stays one until
+    the transaction ends.
 
     Raises NotFound.
     """
@@ -36,9 +37,27 @@ async def preview(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller) -> t
     if invoice.status != "draft" or invoice.is_order:
         return invoice, []
     await grants.settle(tx, tenant_id)
-    purchased = min(max(0, invoice.subtotal_nanos), await grants.left(tx, tenant_id, only="purchased"))
+    free = await grants.left(tx, tenant_id, only="purchased") - await _taken_before(tx, tenant_id, invoice)
+    purchased = max(0, min(invoice.subtotal_nanos, free))
     lines = [_taxed_before(invoice, purchased)] if purchased else []
     return await _priced(tx, tenant_id, invoice, purchased, seller), lines
+
+
+async def _taken_before(tx: Tx, tenant_id: str, draft: Invoice) -> int:
+    """Returns the purchased credit that the tenant's drafts which were made before this one will take, if there is so
+    much."""
+    [(nanos,)] = await tx.sql(
+        """
+        SELECT coalesce(sum(subtotal_nanos), 0)::text
+        FROM invoice
+        WHERE tenant_id = $1 AND status = 'draft' AND purpose = 'usage' AND subtotal_nanos > 0
+          AND (made_at, invoice_id) < ($2, $3)
+        """,
+        tenant_id,
+        draft.made_at,
+        draft.id,
+    )
+    return int(nanos)
 
 
 def _taxed_before(draft: Invoice, purchased: int) -> InvoiceLine:

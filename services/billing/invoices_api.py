@@ -151,9 +151,11 @@ def router(runtime: Runtime) -> APIRouter:
             raise bad_cursor()
         async with runtime.worker.begin() as tx:
             tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
-            _, more = await booking.preview(tx, tenant_id, invoice_id, seller)
             found = await invoices.lines(tx, tenant_id, invoice_id, after=int(after), limit=paging.limit + 1)
             if len(found) <= paging.limit:
+                # Only the last page shows what `finalise` would add. It may just have done so: read again.
+                _, more = await booking.preview(tx, tenant_id, invoice_id, seller)
+                found = await invoices.lines(tx, tenant_id, invoice_id, after=int(after), limit=paging.limit + 1)
                 found += enumerate(more, 1 + (found[-1][0] if found else int(after)))
         shown = page(found, paging, lambda line: str(line[0]))
         return shown | {"items": [line for _, line in shown["items"]]}

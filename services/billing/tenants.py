@@ -94,7 +94,7 @@ async def _finalise(tx: Tx, tenant_id: str, seller: Seller) -> None:
         SELECT invoice_id
         FROM invoice
         WHERE tenant_id = $1 AND status = 'draft' AND purpose = 'usage'
-        ORDER BY begins
+        ORDER BY made_at, invoice_id
         """,
         tenant_id,
     )

@@ -790,12 +790,65 @@ async def test_credit_that_was_bought_pays_before_tax_because_the_tax_on_it_is_p
         assert (answer.status_code, "is paid" in answer.text) == (409, True)
 
 
-async def test_a_correction_gives_credit_that_was_bought_back_as_such(billing: Billing) -> None:
+async def credited(billing: Billing, nanos: int) -> Tenant:
+    """A tenant that has bought credit. Its country is not known, so there is no tax."""
     tenant = await billing.tenant(credit_nanos=0)
-    order = (await tenant.http.post("/api/v1/grants", json={"nanos": UNIT})).json()
+    order = (await tenant.http.post("/api/v1/grants", json={"nanos": nanos})).json()
     async with billing.platform.database("billing").begin(tenant_id=tenant.id) as tx:
         await accounts.lock_one(tx, tenant.id)
         await purchases.issue(tx, tenant.id, UUID(order["id"]), "test")
+    return tenant
+
+
+async def test_credit_that_was_bought_is_shown_by_one_draft_only(billing: Billing) -> None:
+    tenant = await credited(billing, 40 * UNIT)
+    made = await post(billing, "plans", plan(charges=[], included=[], usage_markup_percent=None))
+    body = {"tenant_id": tenant.id, "plan_id": made["id"], "starts_at": START.isoformat(), **ANCHOR}
+    await post(billing, "subscriptions", body)
+    await draft(billing, tenant)
+    # The fee of the next period is for the whole of it.
+    await tenant.sql(
+        """
+        UPDATE period
+        SET begins = begins - interval '1 day', ends = now() - interval '1 hour',
+            full_begins = begins - interval '1 day', full_ends = now() - interval '1 hour'
+        WHERE tenant_id = $1 AND closed_at IS NULL
+        """,
+        tenant.id,
+    )
+    await draft(billing, tenant)
+    [_, *drafts] = (await tenant.http.get("/api/v1/invoices")).json()["items"]
+    ids = [one["id"] for one in drafts]
+
+    async def views() -> list[Any]:
+        listed = (await tenant.http.get("/api/v1/invoices")).json()["items"]
+        shown = [(await tenant.http.get(f"/api/v1/invoices/{id_}")).json() for id_ in ids]
+        assert [one["subtotal_nanos"] for one in listed[1:]] == [one["subtotal_nanos"] for one in shown]
+        return [[line["amount_nanos"] // UNIT for line in one["lines"]] for one in shown]
+
+    assert await views() == [[30, -30], [30, -10]]
+    # The other one takes the credit if it is finalised first.
+    await post(billing, f"invoices/{ids[1]}/finalise", status=200)
+    assert await views() == [[30, -10], [30, -30]]
+    await post(billing, f"invoices/{ids[0]}/finalise", status=200)
+    assert await views() == [[30, -10], [30, -30]]
+    assert await left(tenant) == 0
+
+
+async def test_a_page_of_lines_before_the_last_waits_for_no_other_work_on_the_account(billing: Billing) -> None:
+    tenant, _ = await subscribed(billing)
+    await tenant.use("a", occurred_at=START, input_tokens=1, output_tokens=1)
+    await tenant.verdict("a")
+    path = f"/api/v1/invoices/{(await draft(billing, tenant))['id']}/lines"
+    async with billing.platform.database("billing").begin(tenant_id=tenant.id) as tx:
+        await accounts.lock_one(tx, tenant.id)
+        first = (await tenant.http.get(path, params={"limit": 1})).json()
+    rest = (await tenant.http.get(path, params={"cursor": first["next"]})).json()
+    assert [line["quantity"] for line in first["items"] + rest["items"]] == [1, 1, 1, 1]
+
+
+async def test_a_correction_gives_credit_that_was_bought_back_as_such(billing: Billing) -> None:
+    tenant = await credited(billing, UNIT)
     await tenant.use("a", input_tokens=1000, output_tokens=0)
     assert (await tenant.verdict("a"))["amount_nanos"] == 150_000
     assert await left(tenant) == UNIT - 150_000
