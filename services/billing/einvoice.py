@@ -50,13 +50,23 @@ class LinePrice(NamedTuple):
     base: int = 1
 
 
-def document(invoice: Invoice, lines: Sequence[InvoiceLine], credited: Invoice | None = None) -> bytes:
+def document(
+    invoice: Invoice,
+    lines: Sequence[InvoiceLine],
+    corrected: Sequence[Invoice] = (),
+    credited: Invoice | None = None,
+) -> bytes:
     """Raises Conflict for an invoice that the standard cannot express, and names the missing part.
 
-    `credited`: the invoice that is credited by `invoice`, which is a credit note then.
+    `corrected`: the invoices whose usage lines of `invoice` correct. `credited`: the invoice that is credited by
+    `invoice`, which is a credit note then. An invoice below zero is a credit note, too (type 381).
     """
     if fault := obstacle(invoice, lines):
         raise Conflict(fault)
+    terms = f"It reduces the amount due of invoice {credited.number}." if credited else ""
+    if invoice.total_minor < 0:
+        invoice, lines = as_credit(invoice, lines)
+        terms = "It becomes prepaid credit."
     assert invoice.finalised_at
     tax = _tax(invoice)
     net = to_minor(invoice.subtotal_nanos, invoice.currency)
@@ -69,7 +79,7 @@ def document(invoice: Invoice, lines: Sequence[InvoiceLine], credited: Invoice |
     _add(_add(context, "ram:GuidelineSpecifiedDocumentContextParameter"), "ram:ID", _PROFILE)
     head = _add(root, "rsm:ExchangedDocument")
     _add(head, "ram:ID", invoice.number)
-    _add(head, "ram:TypeCode", "381" if credited else "380")
+    _add(head, "ram:TypeCode", "381" if terms else "380")
     _date(_add(head, "ram:IssueDateTime"), invoice.finalised_at)
 
     deal = _add(root, "rsm:SupplyChainTradeTransaction")
@@ -98,9 +108,8 @@ def document(invoice: Invoice, lines: Sequence[InvoiceLine], credited: Invoice |
     _date(_add(period, "ram:StartDateTime"), invoice.period.begins)
     _date(_add(period, "ram:EndDateTime"), last)
     due = invoice.total_minor - invoice.prepaid_minor
-    if credited:
-        terms = _add(settlement, "ram:SpecifiedTradePaymentTerms")
-        _add(terms, "ram:Description", f"It reduces the amount due of invoice {credited.number}.")
+    if terms:
+        _add(_add(settlement, "ram:SpecifiedTradePaymentTerms"), "ram:Description", terms)
     # BR-CO-25 wants a due date if the amount due is above zero.
     elif due > 0:
         assert invoice.due_at
@@ -112,10 +121,10 @@ def document(invoice: Invoice, lines: Sequence[InvoiceLine], credited: Invoice |
     _add(sums, "ram:GrandTotalAmount", money(invoice.total_minor))
     _add(sums, "ram:TotalPrepaidAmount", money(invoice.prepaid_minor))
     _add(sums, "ram:DuePayableAmount", money(due))
-    if credited:
-        assert credited.finalised_at
+    for other in [credited] if credited else corrected:
+        assert other.finalised_at
         preceding = _add(settlement, "ram:InvoiceReferencedDocument")
-        _add(preceding, "ram:IssuerAssignedID", credited.number)
+        _add(preceding, "ram:IssuerAssignedID", other.number)
         # Its namespace stands here, because the bytes of invoices stay the same.
         date = etree.SubElement(
             _add(preceding, "ram:FormattedIssueDateTime"),
@@ -123,8 +132,21 @@ def document(invoice: Invoice, lines: Sequence[InvoiceLine], credited: Invoice |
             nsmap={"qdt": _QUALIFIED},
             format="102",
         )
-        date.text = f"{credited.finalised_at:%Y%m%d}"
+        date.text = f"{other.finalised_at:%Y%m%d}"
     return bytes(etree.tostring(root, xml_declaration=True, encoding="UTF-8", pretty_print=True))
+
+
+def as_credit(invoice: Invoice, lines: Sequence[InvoiceLine]) -> tuple[Invoice, list[InvoiceLine]]:
+    """Returns an invoice below zero as a credit note: with amounts above zero, because the kind of the document says
+    that they are given back."""
+    changes = {
+        "subtotal_nanos": -invoice.subtotal_nanos,
+        "tax_nanos": -invoice.tax_nanos,
+        "total_minor": -invoice.total_minor,
+        "due_at": None,
+    }
+    negated = [line.model_copy(update={"amount_nanos": -line.amount_nanos}) for line in lines]
+    return invoice.model_copy(update=changes), negated
 
 
 def obstacle(invoice: Invoice, lines: Sequence[InvoiceLine]) -> str:

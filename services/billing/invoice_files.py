@@ -25,18 +25,40 @@ MOST_PRINTED = 10_000
 MOST_CHARACTERS = 120
 
 
-def page(invoice: Invoice, lines: Sequence[InvoiceLine]) -> pdf.Page:
+def page(invoice: Invoice, lines: Sequence[InvoiceLine], corrected: Sequence[Invoice] = ()) -> pdf.Page:
     """The texts of an invoice, and its e-invoice if there can be one. Its state is left out, because a payment must not
-    change the document."""
-    return _page(f"Invoice {invoice.number}" if invoice.number else "Draft of an invoice", invoice, lines, None)
+    change the document. An invoice below zero is a credit note, as in its e-invoice."""
+    xml = _xml(invoice, lines, corrected)
+    kind = "Credit note" if invoice.total_minor < 0 else "Invoice"
+    if invoice.total_minor < 0:
+        invoice, lines = einvoice.as_credit(invoice, lines)
+    title = f"{kind} {invoice.number}" if invoice.number else "Draft of an invoice"
+    return _page(title, invoice, lines, [f"Corrects {_named(other)}" for other in corrected], xml)
 
 
 def note_page(note: CreditNote, invoice: Invoice) -> pdf.Page:
     """The texts of a credit note, and its e-invoice if there can be one."""
-    return _page(f"Credit note {note.number}", *as_invoice(note, invoice), invoice)
+    shown, lines = as_invoice(note, invoice)
+    xml = _xml(shown, lines, credited=invoice)
+    return _page(f"Credit note {note.number}", shown, lines, [f"For {_named(invoice)}"], xml)
 
 
-def _page(title: str, invoice: Invoice, lines: Sequence[InvoiceLine], credited: Invoice | None) -> pdf.Page:
+def _named(invoice: Invoice) -> str:
+    return f"invoice {invoice.number} of {invoice.finalised_at:%Y-%m-%d}"
+
+
+def _xml(
+    invoice: Invoice,
+    lines: Sequence[InvoiceLine],
+    corrected: Sequence[Invoice] = (),
+    credited: Invoice | None = None,
+) -> str:
+    if einvoice.obstacle(invoice, lines):
+        return ""
+    return einvoice.document(invoice, lines, corrected, credited).decode()
+
+
+def _page(title: str, invoice: Invoice, lines: Sequence[InvoiceLine], others: Sequence[str], xml: str) -> pdf.Page:
     period, day = invoice.period, invoice.finalised_at or invoice.made_at
     due = invoice.total_minor - invoice.prepaid_minor
     due_name = "Amount due" if invoice.prepaid_minor else "Total"
@@ -53,7 +75,7 @@ def _page(title: str, invoice: Invoice, lines: Sequence[InvoiceLine], credited: 
             *_party("From", invoice.seller),
             *_party("To", invoice.buyer),
             f"Date: {day:%Y-%m-%d}",
-            *([f"For invoice {credited.number} of {credited.finalised_at or day:%Y-%m-%d}"] if credited else []),
+            *others,
             *(
                 [f"Period: {period.begins:%Y-%m-%d %H:%M} to {period.ends:%Y-%m-%d %H:%M} UTC"]
                 if period.begins < period.ends
@@ -80,7 +102,7 @@ def _page(title: str, invoice: Invoice, lines: Sequence[InvoiceLine], credited: 
         ],
         f"{due_name} {format_minor(due, invoice.currency)} {invoice.currency}",
         day.strftime("%Y-%m-%d"),
-        "" if einvoice.obstacle(invoice, lines) else einvoice.document(invoice, lines, credited).decode(),
+        xml,
     )
 
 

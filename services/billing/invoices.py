@@ -229,13 +229,39 @@ async def add_line(tx: Tx, tenant_id: str, invoice_id: UUID, line: InvoiceLine) 
     )
 
 
-async def whole(tx: Tx, tenant_id: str, invoice_id: UUID) -> tuple[Invoice, list[InvoiceLine]]:
-    """Returns an invoice with all its lines. Raises NotFound."""
-    return await get(tx, tenant_id, invoice_id), await all_lines(tx, tenant_id, invoice_id)
+async def whole(tx: Tx, tenant_id: str, invoice_id: UUID) -> tuple[Invoice, list[InvoiceLine], list[Invoice]]:
+    """Returns an invoice with all its lines, and the invoices that it corrects. Raises NotFound."""
+    numbered = await lines(tx, tenant_id, invoice_id, after=0, limit=None)
+    return (
+        await get(tx, tenant_id, invoice_id),
+        [line for _, line in numbered],
+        await corrected(tx, tenant_id, invoice_id),
+    )
 
 
-async def all_lines(tx: Tx, tenant_id: str, invoice_id: UUID) -> list[InvoiceLine]:
-    return [line for _, line in await lines(tx, tenant_id, invoice_id, after=0, limit=None)]
+async def corrected(tx: Tx, tenant_id: str, invoice_id: UUID) -> list[Invoice]:
+    """Returns the invoices whose usage a finalised invoice corrects. One that was finalised after it had no number yet,
+    and the documents of an invoice stay the same."""
+    rows = await tx.sql(
+        f"""
+        SELECT {_INVOICE}
+        FROM invoice AS old
+        WHERE tenant_id = $1 AND EXISTS (
+            SELECT
+            FROM invoice AS new
+            JOIN period_correction AS c USING (tenant_id, period)
+            JOIN invoice_line AS l USING (tenant_id, invoice_id)
+            WHERE new.tenant_id = $1 AND new.invoice_id = $2 AND old.finalised_at < new.finalised_at
+              AND c.usage_period = old.period AND c.nanos <> 0
+              -- A plan may charge by its own prices only.
+              AND l.source::json ->> 'meter' = 'correction_nanos'
+        )
+        ORDER BY number
+        """,
+        tenant_id,
+        invoice_id,
+    )
+    return [_invoice(row) for row in rows]
 
 
 _CREDIT_NOTE = """

@@ -131,16 +131,17 @@ def router(runtime: Runtime) -> APIRouter:
             shown.append(invoice)
         return page(shown, paging, lambda invoice: str(invoice.id))
 
-    async def _whole(invoice_id: UUID, who: Identity) -> tuple[Invoice, list[InvoiceLine]]:
+    async def _whole(invoice_id: UUID, who: Identity) -> tuple[Invoice, list[InvoiceLine], list[Invoice]]:
         async with runtime.worker.begin() as tx:
             tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
-            invoice, more = await booking.preview(tx, tenant_id, invoice_id, seller)
-            return invoice, await invoices.all_lines(tx, tenant_id, invoice_id) + more
+            shown, more = await booking.preview(tx, tenant_id, invoice_id, seller)
+            _, lines, corrected = await invoices.whole(tx, tenant_id, invoice_id)
+            return shown, lines + more, corrected
 
     @router.get("/invoices/{invoice_id}")
     async def get_invoice(invoice_id: UUID, who: Viewer) -> WholeInvoice:
         """A draft has the amounts that it would be finalised with now: credit that was bought is taken off."""
-        invoice, lines = await _whole(invoice_id, who)
+        invoice, lines, _ = await _whole(invoice_id, who)
         return WholeInvoice(**dict(invoice), lines=lines)
 
     @router.get("/invoices/{invoice_id}/lines")
@@ -163,20 +164,21 @@ def router(runtime: Runtime) -> APIRouter:
     @router.get("/invoices/{invoice_id}/csv", response_class=Response)
     async def get_csv(invoice_id: UUID, who: Viewer) -> Response:
         """The lines as comma-separated values (RFC 4180), amounts in units of the currency."""
-        invoice, lines = await _whole(invoice_id, who)
+        invoice, lines, _ = await _whole(invoice_id, who)
         return _csv(str(invoice.number or invoice.id), invoice_files.as_csv(invoice, lines))
 
     @router.get("/invoices/{invoice_id}/pdf", response_class=Response)
     async def get_pdf(invoice_id: UUID, who: Viewer) -> Response:
         """The invoice as PDF. The same invoice gives the same bytes. 429 while another PDF of the tenant is printed."""
-        invoice, lines = await _whole(invoice_id, who)
-        return await _pdf(str(invoice.number or invoice.id), invoice_files.page(invoice, lines), who)
+        invoice, lines, corrected = await _whole(invoice_id, who)
+        return await _pdf(str(invoice.number or invoice.id), invoice_files.page(invoice, lines, corrected), who)
 
     @router.get("/invoices/{invoice_id}/xml", response_class=Response)
     async def get_xml(invoice_id: UUID, who: Viewer) -> Response:
-        """The finalised invoice as XML of EN 16931 (Cross Industry Invoice, as in Factur-X)."""
-        invoice, lines = await _whole(invoice_id, who)
-        return _xml(str(invoice.number or invoice.id), einvoice.document(invoice, lines))
+        """The finalised invoice as XML of EN 16931 (Cross Industry Invoice, as in Factur-X). One below zero is of type
+        381, a credit note."""
+        invoice, lines, corrected = await _whole(invoice_id, who)
+        return _xml(str(invoice.number or invoice.id), einvoice.document(invoice, lines, corrected))
 
     @router.post("/invoices/{invoice_id}/finalise", response_model=Invoice)
     async def finalise(invoice_id: UUID, who: Operator, request: Request) -> Response:

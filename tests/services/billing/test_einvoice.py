@@ -114,7 +114,10 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"tax_nanos": 0, "tax_note": "no tax: no rate is known for DE"}, "E", "0"),
     ({"tax_nanos": 0, "tax_note": "0 % DE"}, "Z", "0"),
     ({"currency": "JPY"}, "S", "19"),
-    ({"lines": [line(-UNIT, 3, None)]}, "S", "19"),
+    # Corrections above the charges, and all usage given back.
+    ({"lines": [line(60 * UNIT, 1, 60 * UNIT), line(-70 * UNIT - 4_999_999, 3), line(-1, 0)]}, "S", "19"),
+    (REVERSED | {"lines": [line(-UNIT, 3, None)]}, "AE", "0"),
+    ({"currency": "JPY", "lines": [line(-100 * UNIT, 3)]}, "S", "19"),
     ({"lines": [line(0, 7, 5)]}, "S", "19"),
     # Credit that was bought before pays a part, or all.
     ({"lines": [line(150 * UNIT), line(-100 * UNIT)]}, "S", "19"),
@@ -135,6 +138,8 @@ def test_an_e_invoice_fits_the_schema_and_the_rules_and_adds_up(
     assert xml_check_xsd(content, flavor="factur-x", level="en16931")
     assert get_level(etree.fromstring(content)) == "en16931"
     assert rules()(content) == []
+    below_zero = made.total_minor < 0
+    assert texts(content, "TypeCode")[0] == ("381" if below_zero else "380")
     assert set(texts(content, "CategoryCode")) == {category}
     assert set(texts(content, "RateApplicablePercent")) == {percent}
     assert texts(content, "Name")[-2:] == ["Clawbus GmbH", "深圳 <Beispiel> & Co"]
@@ -150,11 +155,35 @@ def test_an_e_invoice_fits_the_schema_and_the_rules_and_adds_up(
     assert sum(of_lines) == together == net
     assert list(map(Decimal, texts(content, "CalculatedAmount"))) == [tax]
     assert net + tax == total == due + prepaid
+    assert total == Decimal(abs(made.total_minor)).scaleb(0 if made.currency == "JPY" else -2)
     assert not due or made.purpose == "usage", "the money was there before the invoice"
     # BR-CO-17 allows for the rounding of the exact tax. It is at most one minor unit here.
     assert abs(tax - net * Decimal(percent) / 100) <= (1 if made.currency == "JPY" else Decimal("0.01"))
-    assert len(texts(content, "DueDateDateTime")) == (due > 0)
+    assert len(texts(content, "DueDateDateTime")) == (due > 0 and not below_zero)
     assert document(made, lines) == content
+
+
+@pytest.mark.parametrize("amount", [100 * UNIT, -100 * UNIT])
+def test_an_invoice_names_the_invoices_that_it_corrects(amount: int) -> None:
+    lines = [line(amount, 3)]
+    earlier = [invoice(number=f"INV-00000{n}", finalised_at=datetime(2026, n, 3, tzinfo=UTC)) for n in (8, 9)]
+    content = document(made := invoice(lines), lines, earlier)
+    assert xml_check_xsd(content, flavor="factur-x", level="en16931")
+    assert rules()(content) == []
+    assert texts(content, "IssuerAssignedID") == ["INV-000008", "INV-000009"]
+    assert texts(content, "DateTimeString")[-2:] == ["20260803", "20260903"]
+    shown = page(made, lines, earlier)
+    assert [text for text in shown.head if "Corrects" in text] == [
+        "Corrects invoice INV-000008 of 2026-08-03",
+        "Corrects invoice INV-000009 of 2026-09-03",
+    ]
+    kind = "Invoice" if amount > 0 else "Credit note"
+    assert (shown.title, shown.total, shown.lines[0][-1]) == (
+        f"{kind} INV-000001",
+        "Total 119.00 EUR",
+        "100.000000000",
+    )
+    assert shown.xml == content.decode()
 
 
 def test_the_sale_of_credit_is_of_one_day() -> None:
@@ -189,7 +218,7 @@ def test_a_credit_note_fits_the_schema_and_the_rules_and_names_its_invoice(
 ) -> None:
     made = invoice(**changes)
     note = credit_note(made, made.total_minor * percents // 100 or 1)
-    content = document(*as_invoice(note, made), made)
+    content = document(*as_invoice(note, made), credited=made)
     assert xml_check_xsd(content, flavor="factur-x", level="en16931")
     assert rules()(content) == []
     assert texts(content, "TypeCode")[0] == "381"
@@ -216,7 +245,7 @@ async def test_the_pdf_of_a_credit_note_has_its_e_invoice() -> None:
     made = invoice()
     note = credit_note(made, 1190)
     content = await pdf.document(note_page(note, made))
-    assert get_facturx_xml_from_pdf(content) == ("factur-x.xml", document(*as_invoice(note, made), made))
+    assert get_facturx_xml_from_pdf(content) == ("factur-x.xml", document(*as_invoice(note, made), credited=made))
 
 
 async def test_the_pdf_of_an_invoice_has_its_e_invoice_and_is_factur_x() -> None:

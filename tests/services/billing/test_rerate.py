@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from infra.clock import utcnow, uuid7
-from tests.services.billing.conftest import Billing, Tenant
+from tests.services.billing.conftest import Billing, Tenant, pdf_pages
 from tests.services.billing.test_invoices import (
     START,
     UNIT,
@@ -115,6 +115,31 @@ async def test_a_corrected_price_is_booked_once_and_comes_with_the_next_invoice(
         first["id"]: (await lines(tenant, first["id"]))[0]["description"],
         second["id"]: line["description"],
     }
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+async def test_an_invoice_below_zero_is_a_credit_note_that_names_the_invoice_it_corrects(
+    billing: Billing, in_order: bool
+) -> None:
+    tenant, subscription = await subscribed(billing, base_nanos=0, charges=[], included=[])
+    model = f"acme/{uuid7()}"
+    await price(billing, model, str(UNIT))
+    await tenant.use("a", model, occurred_at=AT, input_tokens=10, output_tokens=1)
+    await tenant.verdict("a")
+    first = await draft(billing, tenant)
+    await price(billing, model, str(UNIT // 2))
+    assert (await rerate(billing, tenant))["difference_nanos"] == -5 * UNIT
+    await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
+    second = await draft(billing, tenant)
+    for made in (first, second) if in_order else (second, first):
+        await post(billing, f"invoices/{made['id']}/finalise", status=200)
+    [text] = pdf_pages((await tenant.http.get(f"/api/v1/invoices/{second['id']}/pdf")).content)
+    assert text.startswith("Credit note INV-00000")
+    assert "Total 5.50 USD" in text
+    # Finalised later, the other one had no number yet.
+    assert ("Corrects invoice INV-000001" in text) == in_order
+    [other] = pdf_pages((await tenant.http.get(f"/api/v1/invoices/{first['id']}/pdf")).content)
+    assert "Corrects" not in other
 
 
 async def test_a_line_is_proved_down_to_one_record(billing: Billing) -> None:
