@@ -255,12 +255,13 @@ def router(runtime: Runtime) -> APIRouter:
     async def get_note_xml(invoice_id: UUID, credit_note_id: UUID, who: Viewer) -> Response:
         """The credit note as XML of EN 16931 (type 381). It names its invoice."""
         note, invoice = await _note(invoice_id, credit_note_id, who)
-        return _xml(note.number, einvoice.document(*invoice_files.as_invoice(note, invoice), invoice))
+        return _xml(note.number, einvoice.document(*invoice_files.as_invoice(note, invoice), credited=invoice))
 
     @router.post("/invoices/{invoice_id}/received", response_model=Invoice)
     async def receive(invoice_id: UUID, body: ManualPayment, who: Operator, request: Request) -> Response:
         """Books money that arrived outside of a payment provider. One reference is booked once. Money above the amount
-        that is due is owed to the tenant."""
+        that is due is owed to the tenant. The order of prepaid credit takes exactly its total, and its credit is
+        granted."""
 
         async def work(tx: Tx) -> tuple[int, Invoice]:
             tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
@@ -274,7 +275,8 @@ def router(runtime: Runtime) -> APIRouter:
     @router.post("/invoices/{invoice_id}/received/reverse", response_model=Invoice)
     async def reverse_received(invoice_id: UUID, body: Reversal, who: Operator, request: Request) -> Response:
         """Takes a payment that `received` has booked back: the bank returned it, or it was booked wrongly. Its
-        reference may then be booked for another invoice or amount."""
+        reference may then be booked for another invoice or amount. A credit note takes unspent credit back that it has
+        paid."""
 
         async def work(tx: Tx) -> tuple[int, Invoice]:
             tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)

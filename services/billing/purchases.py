@@ -1,9 +1,9 @@
 """Credit that a tenant buys: an order, its payment, and what happens if the money goes back.
 
 An order is a draft of an invoice with the purpose `credit`. Services and tax rate are known at the sale, so the tax is
-due when the money arrives: the payment's event numbers the invoice, books it and grants the credit, in one transaction.
-An order that is never paid stays a draft, without a number. The credit itself is before tax, and its use is not taxed
-again.
+due when the money arrives: the payment's event, or the operator's entry of a bank transfer, numbers the invoice, books
+it and grants the credit, in one transaction. An order that is never paid stays a draft, without a number. The credit
+itself is before tax, and its use is not taxed again.
 """
 
 from __future__ import annotations

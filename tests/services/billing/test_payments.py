@@ -815,11 +815,15 @@ async def bought(billing: Billing, stripe: StripeStandIn, used: int = 0) -> tupl
     payment = (await pay(tenant, order["id"])).json()["payment"]
     assert await send(billing, stripe, stripe.succeeded(payment["reference"])) == "applied"
     if used:
-        price = {"resource": (model := f"acme/{uuid4()}"), "nanos_per_unit": {"input_tokens": str(UNIT)}}
-        await post(billing, "prices", price | {"valid_from": (START - timedelta(days=1)).isoformat()})
-        await tenant.use("a", model, input_tokens=used)
-        await tenant.verdict("a")
+        await spend(billing, tenant, used)
     return tenant, order["id"], payment
+
+
+async def spend(billing: Billing, tenant: Tenant, units: int) -> None:
+    price = {"resource": (model := f"acme/{uuid4()}"), "nanos_per_unit": {"input_tokens": str(UNIT)}}
+    await post(billing, "prices", price | {"valid_from": (START - timedelta(days=1)).isoformat()})
+    await tenant.use("a", model, input_tokens=units)
+    await tenant.verdict("a")
 
 
 async def credit_of(tenant: Tenant) -> tuple[int, int, int]:
@@ -864,6 +868,30 @@ async def test_credit_that_a_tenant_orders_is_granted_when_its_money_arrives(
     assert "Nothing is to be paid." in mails[0]["text"]
 
 
+async def test_a_bank_transfer_pays_an_order_and_its_reversal_takes_the_unspent_credit_back(billing: Billing) -> None:
+    tenant = await buyer(billing)
+    order = await ordered(tenant)
+    path, body = f"invoices/{order['id']}/received", {"amount_minor": 12000, "reference": "SEPA 7"}
+    for minor in (11999, 12001):
+        answer = await billing.operator.post(f"/api/v1/{path}", json=body | {"amount_minor": minor})
+        assert field_of(answer) == "amount_minor"
+    assert (await tenant.http.get("/api/v1/grants")).json()["items"] == []
+    for _ in range(2):
+        paid = await post(billing, path, body, status=200)
+        assert (paid["status"], paid["number"], paid["due_minor"]) == ("paid", "INV-000001", 0)
+    assert await credit_of(tenant) == (100, 0, 100)
+    assert await journal(tenant) == {"cash": 120 * UNIT, "purchased": -100 * UNIT, "tax": -20 * UNIT}
+    await spend(billing, tenant, 25)
+    for _ in range(2):
+        back = await post(billing, f"{path}/reverse", {"reference": "SEPA 7"}, status=200)
+        assert (back["status"], back["credited_minor"], back["due_minor"]) == ("finalised", 9000, 3000)
+    assert await credit_of(tenant) == (0, 0, 0)
+    assert await journal(tenant) == {"receivable": 30 * UNIT, "revenue": -25 * UNIT, "tax": -5 * UNIT}
+    # The bank has kept the money for the spent part.
+    paid = await post(billing, path, body | {"amount_minor": 3000}, status=200)
+    assert (paid["status"], paid["due_minor"]) == ("paid", 0)
+
+
 async def test_credit_is_charged_and_granted_once_however_often_its_payment_is_asked(
     billing: Billing, stripe: StripeStandIn
 ) -> None:
@@ -900,10 +928,7 @@ async def test_an_order_that_is_not_paid_uses_no_number_and_nothing_else_finalis
     order = await ordered(tenant)
     path = f"/api/v1/invoices/{order['id']}"
     note = {"amount_minor": 1, "reason": "r"}
-    bank = {"amount_minor": 12000, "reference": f"bank {order['id']}"}
-    for act, body in (
-        ("finalise", {}), ("void", {}), ("uncollectible", {}), ("credit-notes", note), ("received", bank)
-    ):  # fmt: skip
+    for act, body in (("finalise", {}), ("void", {}), ("uncollectible", {}), ("credit-notes", note)):
         assert (await billing.operator.post(f"{path}/{act}", json=body)).status_code == 409, act
     await tenant.sql("UPDATE invoice SET made_at = made_at - interval '9 days' WHERE tenant_id = $1", tenant.id)
     await Clock(billing.platform.database("billing"), Seller(), {}).close()
