@@ -939,6 +939,19 @@ async def test_an_order_that_is_not_paid_uses_no_number_and_nothing_else_finalis
     assert await journal(tenant) == {}
 
 
+async def test_orders_that_are_never_paid_take_no_place_of_the_drafts_that_the_clock_finalises(
+    billing: Billing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenant, _ = await subscribed(billing)
+    order, made = await ordered(tenant), await draft(billing, tenant)
+    # Older than any draft of another test.
+    for invoice, at in ((order, "2001-01-01"), (made, "2001-01-02")):
+        await tenant.sql(f"UPDATE invoice SET made_at = '{at}' WHERE invoice_id = $1", UUID(invoice["id"]))
+    monkeypatch.setattr("services.billing.clock.MOST", 1)
+    await Clock(billing.platform.database("billing"), Seller(), {}).close()
+    assert [(await status(tenant, invoice["id"]))[0] for invoice in (order, made)] == ["draft", "finalised"]
+
+
 async def end_billing(billing: Billing, tenant: Tenant, number: int) -> None:
     """A pass of the tenant's erasure."""
     runtime = cast(Runtime, SimpleNamespace(settings=SimpleNamespace(seller=Seller(), stripe_api_key=None)))
