@@ -48,7 +48,10 @@ class Tax(NamedTuple):
 
 _EU = "AT BE BG CY CZ DE DK EE ES FI FR GR HR HU IE IT LT LU LV MC MT NL PL PT RO SE SI SK"
 EU = frozenset(_EU.split())
-"""The countries of the EU's tax union. Monaco counts as a part of France (directive 2006/112/EC, article 7)."""
+"""The countries of the EU's tax union."""
+_PART_OF = {"IM": "GB", "MC": "FR", "XI": "GB"}
+"""Countries that are taxed as a part of another one. Monaco and the Isle of Man: directive 2006/112/EC, article 7.
+Northern Ireland is a part of the EU's tax union for goods only."""
 
 
 def standard(buyer: Buyer, seller_country: str, rates: Mapping[str, Decimal]) -> Tax:
@@ -57,12 +60,19 @@ def standard(buyer: Buyer, seller_country: str, rates: Mapping[str, Decimal]) ->
     A buyer without a country is taxed as at home. So is one of the EU whose rate is not stored, if the seller is in the
     EU.
     """
+
+    def whole(country: str) -> str:
+        return _PART_OF.get(country, country)
+
     country = buyer.country or seller_country
+    is_abroad = whole(seller_country) not in ("", whole(country))
     # Again at each invoice: an id may have been stored before its rule was known here.
-    if seller_country not in ("", country) and buyer.vat_id and not vat_ids.fault(buyer.vat_id, country):
+    if is_abroad and buyer.vat_id and not vat_ids.fault(buyer.vat_id, country):
         return Tax(Decimal(0), f"reverse charge: the buyer accounts for the tax under {buyer.vat_id}")
+    if country not in rates:
+        country = whole(country)
     if country not in rates and country in EU and seller_country in EU:
-        country = seller_country
+        country = seller_country if seller_country in rates else whole(seller_country)
     if country in rates:
         return Tax(rates[country], f"{rates[country].normalize():f} % {country}")
     if not country:

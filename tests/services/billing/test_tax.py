@@ -27,6 +27,16 @@ AUSTRIAN, BRITISH, GERMAN = "ATU33864707", "GB980780684", "DE129273398"
         ("", "", "DE", "19 % DE"),
         ("FR", "", "DE", "19 % DE"),
         ("MC", "", "DE", "19 % DE"),
+        # Monaco, the Isle of Man and Northern Ireland are taxed as a part of another country.
+        ("MC", "", "AT", "20 % AT"),
+        ("AT", "", "MC", "20 % AT"),
+        ("IM", "", "DE", "20 % GB"),
+        ("XI", "", "GB", "20 % GB"),
+        ("GB", "", "IM", "20 % GB"),
+        ("IM", "GB569953277", "GB", "20 % GB"),
+        ("XI", "XI980780684", "GB", "20 % GB"),
+        ("IM", "GB569953277", "DE", "reverse charge"),
+        ("MC", "FR40303265045", "DE", "reverse charge"),
         # Outside of the tax union of the seller.
         ("AQ", "", "DE", "no rate is known for AQ"),
         ("US", "", "DE", "no rate is known for US"),
@@ -48,6 +58,17 @@ def test_the_tax_follows_the_countries_and_the_vat_id(country: str, vat_id: str,
     found = tax.tax_of(Buyer(country=country, vat_id=vat_id), seller, RATES)
     assert note in found.note
     assert found.percent == (Decimal(note.partition(" %")[0]) if "%" in note else 0)
+
+
+@pytest.mark.parametrize(
+    ("country", "vat_id", "seller"),
+    [("MC", "FR40303265045", "FR"), ("FR", "FR40303265045", "MC"), ("MC", "", "FR"), ("MC", "", "DE")],
+)
+def test_monaco_has_the_tax_of_france(country: str, vat_id: str, seller: str) -> None:
+    rates = {"DE": Decimal(19), "FR": Decimal(20)}
+    assert tax.tax_of(Buyer(country=country, vat_id=vat_id), seller, rates) == tax.Tax(Decimal(20), "20 % FR")
+    # A rate of its own.
+    assert tax.tax_of(Buyer(country="MC"), seller, rates | {"MC": Decimal(21)}).note == "21 % MC"
 
 
 @pytest.mark.parametrize(("country", "vat_id"), [("", ""), ("DE", ""), ("FR", ""), ("AT", AUSTRIAN), ("US", "")])
