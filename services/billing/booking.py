@@ -262,7 +262,8 @@ async def end(
 ) -> Invoice:
     """Ends a finalised invoice that is not paid: `void` takes it back, `uncollectible` writes it off.
 
-    Raises Conflict for any other status, and for a void of prepaid credit or of an invoice that is partly paid.
+    Raises Conflict for any other status, and for a void of prepaid credit, of an invoice that is partly paid, or of one
+    whose usage was corrected on another invoice: that part would be given back twice.
     """
     await accounts.lock_one(tx, tenant_id)
     invoice = await invoices.get(tx, tenant_id, invoice_id)
@@ -280,6 +281,8 @@ async def end(
         used = await grants.burned(tx, tenant_id, str(invoice_id))
         if invoice.paid_minor or any(used) or invoice.credited_minor:
             raise Conflict("a part of the invoice is paid or credited; make a credit note")
+        if await _is_corrected(tx, tenant_id, invoice_id):
+            raise Conflict("corrections of its usage are on another invoice; make a credit note about the rest")
         rounding = invoice.total_minor * unit - invoice.subtotal_nanos - invoice.tax_nanos
         amounts = {
             "receivable": -due,
@@ -292,6 +295,25 @@ async def end(
         "UPDATE invoice SET status = $3 WHERE tenant_id = $1 AND invoice_id = $2", tenant_id, invoice_id, status
     )
     return await invoices.get(tx, tenant_id, invoice_id)
+
+
+async def _is_corrected(tx: Tx, tenant_id: str, invoice_id: UUID) -> bool:
+    """Whether another invoice has, or will have, corrections of the usage that this one charges."""
+    return bool(
+        await tx.sql(
+            """
+            SELECT
+            FROM invoice AS i
+            JOIN invoice_line AS l USING (tenant_id, invoice_id)
+            JOIN period_correction AS c ON c.tenant_id = i.tenant_id AND c.usage_period = i.period
+            WHERE i.tenant_id = $1 AND i.invoice_id = $2 AND c.period <> i.period AND c.nanos <> 0
+              AND l.source::json ->> 'meter' = 'cost_nanos'
+            LIMIT 1
+            """,
+            tenant_id,
+            invoice_id,
+        )
+    )
 
 
 async def credit(
