@@ -1,7 +1,7 @@
 """Any history of one tenant's money: usage, late and repeated; periods, changes of the plan, cancellation; grants that
-expire or roll over; finalisation, credit notes, void, write-off; payments, refunds, disputes; prices, re-rating;
-deletion of old records; credit that the tenant buys. After each act the books agree with each other and with the
-records."""
+expire or roll over; finalisation, credit notes, void, write-off; payments, bank transfers, refunds, disputes; prices,
+re-rating; deletion of old records; credit that the tenant buys. After each act the books agree with each other and with
+the records."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from services.billing import (
     rerate,
     retention,
     subscriptions,
+    transfers,
 )
 from services.billing.currencies import nanos_per_minor, to_minor
 from services.billing.payments import store as payments
@@ -129,7 +130,7 @@ class History:
         subs = await subscriptions.listed(tx, tenant_id, after=None, limit=50)
         known = await invoices.listed(tx, tenant_id, after=None, limit=100)
         paid = await payments.listed(tx, tenant_id, after=None, limit=100)
-        match rng.randrange(17):
+        match rng.randrange(19):
             case 0 | 1 | 2 | 3:
                 await self.use(tx)
             case 4:
@@ -181,6 +182,12 @@ class History:
                     await self.price(tx)
                 else:
                     await retention.delete(tx, tenant_id, retention.kept_since(self.clock.now))
+            case 17 if known:
+                one = rng.choice(known)
+                minor = rng.choice([max(1, one.total_minor), rng.randrange(1, 10**5)])
+                await transfers.receive(tx, tenant_id, one.id, minor, reference=rng.choice("abc"), actor="test")
+            case 18 if known:
+                await transfers.reverse(tx, tenant_id, rng.choice(known).id, reference=rng.choice("abc"), actor="test")
 
     async def report(self, tx: Tx, payment: Payment, kind: EventKind, minor: int) -> None:
         event = ProviderEvent(
@@ -316,8 +323,11 @@ async def agree(history: History) -> None:
     asked = 0
     for one in known:
         assert one.total_minor == to_minor(one.subtotal_nanos + one.tax_nanos, history.currency)
-        if one.status in ("finalised", "paid") and one.total_minor > 0:
-            asked += one.total_minor - one.applied_minor - one.credited_minor - one.paid_minor
+        if one.status in ("finalised", "paid"):
+            # What is owed for a total below zero became a grant.
+            asked += max(0, one.total_minor) - one.applied_minor - one.credited_minor - one.paid_minor
+        if one.status == "void":
+            asked -= one.paid_minor
         if one.status == "uncollectible":
             asked -= one.owed_minor
         if one.status == "paid" and one.total_minor > 0:
