@@ -95,7 +95,7 @@ class Clock(Periodic):
 
     async def look_up(self) -> None:
         """Asks the providers about payments whose event may be lost, at most MOST, and cancels those of abandoned
-        orders."""
+        orders and those for another amount than is due by now."""
         async with self._database.begin() as tx:
             due = await store.to_look_up(tx, list(self._providers), MOST)
         for payment in due:
@@ -144,9 +144,10 @@ class Clock(Periodic):
         provider = self._providers[payment.provider]
         async with self._database.begin(tenant_id=payment.tenant_id) as tx:
             invoice = await invoices.get(tx, payment.tenant_id, payment.invoice_id)
-        # The payer could complete it at any time, with the tax of today.
+        # The payer could complete it at any time: with the tax of today, or for an amount that is not due any more.
         is_abandoned = invoice.is_order and payment.made_at < utcnow() - CANCEL_AFTER
-        intent = await (provider.cancel if is_abandoned else provider.look)(payment.reference)
+        is_outdated = payment.amount_minor != invoice.due_minor
+        intent = await (provider.cancel if is_abandoned or is_outdated else provider.look)(payment.reference)
         async with self._database.begin(tenant_id=payment.tenant_id) as tx:
             await store.keep_answer(tx, payment, intent)
 

@@ -115,8 +115,8 @@ def _send_invoice(tx: Tx, tenant_id: str, invoice: Invoice, document: bytes) -> 
     about = "prepaid credit"
     if invoice.purpose == "usage":
         about = f"{invoice.period.begins:%Y-%m-%d} to {invoice.period.ends:%Y-%m-%d}"
-    text = f"Invoice {invoice.number} for {about}: {amount(invoice, invoice.total_minor)}. {where}\n\n{_due(invoice)}"
-    accounts.send_mail(tx, tenant_id, f"Invoice {invoice.number}", text, attachment)
+    text = f"{invoice.title} for {about}: {amount(invoice, abs(invoice.total_minor))}. {where}\n\n{_due(invoice)}"
+    accounts.send_mail(tx, tenant_id, invoice.title, text, attachment)
 
 
 def attached(number: str, document: bytes, path: str) -> tuple[str, Attachment | None]:

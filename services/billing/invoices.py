@@ -59,6 +59,11 @@ class Invoice(BaseModel):
     finalised_at: datetime | None
 
     @property
+    def title(self) -> str:
+        """Of its document. An invoice below zero is a credit note."""
+        return f"{'Credit note' if self.total_minor < 0 else 'Invoice'} {self.number}"
+
+    @property
     def is_order(self) -> bool:
         """Prepaid credit that is not paid yet."""
         return self.purpose == "credit" and self.status == "draft"

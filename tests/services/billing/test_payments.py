@@ -280,6 +280,26 @@ async def test_a_payment_whose_answer_was_lost_takes_no_more_than_is_due_by_now(
     await reconciled(billing)
 
 
+@pytest.mark.parametrize("change", ["void", "received"])
+async def test_a_payment_that_the_payer_could_still_complete_is_cancelled_when_its_amount_is_not_due_any_more(
+    billing: Billing, stripe: StripeStandIn, change: str
+) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    payment = (await pay(tenant, invoice_id)).json()["payment"]
+    await look_up(billing, stripe, tenant)
+    assert [each["status"] for each in await payments(tenant)] == ["pending"]
+    body = {} if change == "void" else {"amount_minor": 1000, "reference": "a part"}
+    await post(billing, f"invoices/{invoice_id}/{change}", body, status=200)
+    await look_up(billing, stripe, tenant)
+
+    async def failed() -> bool:
+        # The clock of the service may have been faster.
+        return [each["status"] for each in await payments(tenant)] == ["failed"]
+
+    await billing.platform.until(failed)
+    assert stripe.intents[payment["reference"]]["status"] == "canceled"
+
+
 async def test_a_charge_whose_answer_was_lost_is_booked_although_the_invoice_was_voided(
     billing: Billing, stripe: StripeStandIn
 ) -> None:

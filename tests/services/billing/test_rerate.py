@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 from datetime import datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
 
 from infra.clock import utcnow, uuid7
+from services.billing.clock import Clock
+from services.billing.tax import Seller
 from tests.services.billing.conftest import Billing, Tenant, pdf_pages
 from tests.services.billing.test_invoices import (
     START,
@@ -140,6 +143,12 @@ async def test_an_invoice_below_zero_is_a_credit_note_that_names_the_invoice_it_
     assert "Total 5.50 USD" in text
     # Finalised later, the other one had no number yet.
     assert ("Corrects invoice INV-000001" in text) == in_order
+    await Clock(billing.platform.database("billing"), Seller(), {})._mail(tenant.id, UUID(second["id"]), first=True)
+    found = await billing.platform.outbox("billing", "notification")
+    [mail] = [
+        body for headers, body in found if headers.get("tenant_id") == tenant.id and "Credit note" in body["subject"]
+    ]
+    assert ": 5.50 USD." in mail["text"]
     [other] = pdf_pages((await tenant.http.get(f"/api/v1/invoices/{first['id']}/pdf")).content)
     assert "Corrects" not in other
 
