@@ -17,7 +17,7 @@ from services.billing import accounts, grants, holds, invoices, journal, schemes
 from services.billing.currencies import nanos_per_minor, to_minor
 from services.billing.grants import PurchasedCredit
 from services.billing.invoices import CreditNote, Invoice, InvoiceLine
-from services.billing.tax import Seller
+from services.billing.tax import Buyer, Seller
 
 SERIES, CREDIT_SERIES = "INV", "CN"
 
@@ -40,7 +40,7 @@ async def preview(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller) -> t
     free = await grants.left(tx, tenant_id, only="purchased") - await _taken_before(tx, tenant_id, invoice)
     purchased = max(0, min(invoice.subtotal_nanos, free))
     lines = [_taxed_before(invoice, purchased)] if purchased else []
-    return await _priced(tx, tenant_id, invoice, purchased, seller), lines
+    return await _priced(tx, invoice, purchased, await tax.buyer(tx, tenant_id), seller), lines
 
 
 async def _taken_before(tx: Tx, tenant_id: str, draft: Invoice) -> int:
@@ -64,15 +64,15 @@ def _taxed_before(draft: Invoice, purchased: int) -> InvoiceLine:
     return invoices.line_of(draft, "Credit that was paid and taxed before", -purchased)
 
 
-async def _priced(tx: Tx, tenant_id: str, draft: Invoice, purchased: int, seller: Seller) -> Invoice:
+async def _priced(tx: Tx, draft: Invoice, purchased: int, buyer: Buyer, seller: Seller) -> Invoice:
     """Returns a draft with purchased credit taken off before tax, and the tax of now."""
     reduced = draft.model_copy(update={"subtotal_nanos": draft.subtotal_nanos - purchased})
-    return await taxed(tx, tenant_id, reduced, seller, draft.period.ends)
+    return await taxed(tx, reduced, buyer, seller, draft.period.ends)
 
 
-async def taxed(tx: Tx, tenant_id: str, invoice: Invoice, seller: Seller, at: datetime) -> Invoice:
+async def taxed(tx: Tx, invoice: Invoice, buyer: Buyer, seller: Seller, at: datetime) -> Invoice:
     """Returns an invoice with the tax on its subtotal at a time, and its total."""
-    tax_nanos, note = await tax.due(tx, tenant_id, invoice.subtotal_nanos, seller.country, at)
+    tax_nanos, note = await tax.due(tx, buyer, invoice.subtotal_nanos, seller.country, at)
     total = to_minor(invoice.subtotal_nanos + tax_nanos, invoice.currency)
     return invoice.model_copy(update={"tax_nanos": tax_nanos, "tax_note": note, "total_minor": total})
 
@@ -106,7 +106,8 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
     )
     if purchased:
         await invoices.add_line(tx, tenant_id, invoice_id, _taxed_before(draft, purchased))
-    priced = await _priced(tx, tenant_id, draft, purchased, seller)
+    buyer = await tax.buyer(tx, tenant_id)
+    priced = await _priced(tx, draft, purchased, buyer, seller)
     total = priced.total_minor
     await journal.post(
         tx,
@@ -141,7 +142,7 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
         priced.tax_note,
         total,
         applied,
-        (await tax.buyer(tx, tenant_id)).model_dump_json(),
+        buyer.model_dump_json(),
         seller.model_dump_json(),
         now,
         now + timedelta(days=(await terms.get(tx, tenant_id)).due_days),

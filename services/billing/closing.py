@@ -40,7 +40,7 @@ async def _draft(tx: Tx, tenant_id: str, currency: str, period: Period, seller_c
     lines += await _commitments(tx, tenant_id, period, plan, subtotal)
     subtotal = _subtotal(period, lines)
     invoice_id = uuid7()
-    taxed = await tax.due(tx, tenant_id, subtotal, seller_country, period.ends)
+    taxed = await tax.due(tx, await tax.buyer(tx, tenant_id), subtotal, seller_country, period.ends)
     await tx.sql(
         """
         INSERT INTO invoice (tenant_id, invoice_id, period, status, currency, begins, ends, subtotal_nanos, tax_nanos,

@@ -75,8 +75,9 @@ async def priced(tx: Tx, tenant_id: str, invoice: Invoice, seller: Seller) -> In
     """Returns an order with the tax and the parties of now, and any other invoice as it is."""
     if not invoice.is_order:
         return invoice
-    taxed = await booking.taxed(tx, tenant_id, invoice, seller, utcnow())
-    return taxed.model_copy(update={"buyer": await tax.buyer(tx, tenant_id), "seller": seller})
+    buyer = await tax.buyer(tx, tenant_id)
+    taxed = await booking.taxed(tx, invoice, buyer, seller, utcnow())
+    return taxed.model_copy(update={"buyer": buyer, "seller": seller})
 
 
 async def keep_price(tx: Tx, tenant_id: str, order: Invoice) -> None:

@@ -88,10 +88,10 @@ def tax_of(buyer: Buyer, seller_country: str, rates: Mapping[str, Decimal]) -> T
     return RULES.get(buyer.country, standard)(buyer, seller_country, rates)
 
 
-async def due(tx: Tx, tenant_id: str, subtotal: int, seller_country: str, ends: datetime) -> tuple[int, str]:
+async def due(tx: Tx, buyer: Buyer, subtotal: int, seller_country: str, ends: datetime) -> tuple[int, str]:
     """Returns the tax on `subtotal` in nano-units, and its note. `ends`: the end of the period, which decides about the
     rate, whenever the invoice is made."""
-    found = tax_of(await buyer(tx, tenant_id), seller_country, await rates(tx, ends))
+    found = tax_of(buyer, seller_country, await rates(tx, ends))
     return plans.with_markup(subtotal, found.percent) - subtotal, found.note
 
 
@@ -106,6 +106,7 @@ def check(buyer: Buyer) -> None:
 
 
 async def buyer(tx: Tx, tenant_id: str) -> Buyer:
+    """The tenant may change it at any time: an invoice is taxed and stored with one answer."""
     rows = await tx.sql("SELECT name, country, vat_id, address FROM buyer WHERE tenant_id = $1", tenant_id)
     return Buyer(**dict(zip(Buyer.model_fields, rows[0], strict=True))) if rows else Buyer()
 

@@ -21,12 +21,13 @@ from infra.errors import Conflict
 from infra.lanes.effects import Effects
 from infra.observe.metrics import Metrics
 from infra.outgoing.client import Outgoing
+from infra.postgres.tx import Tx
 from infra.security import subjects
 from infra.service.service import Runtime
 from infra.service.tenant_erasure import EraseTenant
 from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import TenantErased
-from services.billing import purchases, tenants
+from services.billing import accounts, booking, invoices, purchases, tax, tenants
 from services.billing.clock import Clock
 from services.billing.payments.stripe import Stripe, amount_of, minor_of
 from services.billing.payments.watch import PaymentWatch
@@ -810,6 +811,7 @@ async def test_killed_between_the_answer_and_the_books_a_repeated_call_pays_once
 
 
 # The seller is in DE. Tenants of this module without a country pay no tax, because DE has no rate here.
+SELLER = Seller(name="Clawbus GmbH", country="DE", vat_id="DE123456789")
 FRENCH, AUSTRIAN = {"country": "FR"}, {"name": "Acme", "country": "AT", "vat_id": "ATU33864707"}
 
 
@@ -1065,6 +1067,32 @@ async def test_the_tax_of_an_order_follows_the_buyer_until_another_payment_begin
     xml = (await tenant.http.get(f"/api/v1/invoices/{order['id']}/xml")).text
     for text in (">AE<", "<ram:TotalPrepaidAmount>100.00<", "<ram:DuePayableAmount>0.00<"):
         assert text in xml
+
+
+@pytest.mark.parametrize("kind", ["usage", "order"])
+async def test_an_invoice_names_the_buyer_by_whom_it_is_taxed_although_the_buyer_changes_meanwhile(
+    billing: Billing, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    await buyer(billing)  # stores the rate
+    tenant, _ = await subscribed(billing)
+    assert (await tenant.http.put("/api/v1/billing/buyer", json=FRENCH)).status_code == 200
+    made = await (draft(billing, tenant) if kind == "usage" else ordered(tenant))
+    read = tax.buyer
+
+    async def read_then_changed(tx: Tx, tenant_id: str) -> tax.Buyer:
+        found = await read(tx, tenant_id)
+        assert (await tenant.http.put("/api/v1/billing/buyer", json=AUSTRIAN)).status_code == 200
+        return found
+
+    monkeypatch.setattr(tax, "buyer", read_then_changed)
+    async with billing.platform.database("billing").begin(tenant_id=tenant.id) as tx:
+        await accounts.lock_one(tx, tenant.id)
+        if kind == "usage":
+            done = await booking.finalise(tx, tenant.id, UUID(made["id"]), SELLER, "test")
+        else:
+            order = await invoices.get(tx, tenant.id, UUID(made["id"]))
+            done = await purchases.priced(tx, tenant.id, order, SELLER)
+    assert (done.buyer.country, done.tax_note.split(":")[0]) in (("FR", "20 % FR"), ("AT", "reverse charge"))
 
 
 @pytest.mark.parametrize(("currency", "units", "total"), [("JPY", 101, 121), ("KWD", 7, 8400)])
