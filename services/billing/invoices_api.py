@@ -154,7 +154,7 @@ def router(runtime: Runtime) -> APIRouter:
             tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
             found = await invoices.lines(tx, tenant_id, invoice_id, after=int(after), limit=paging.limit + 1)
             if len(found) <= paging.limit:
-                # Only the last page shows what `finalise` would add. It may just have done so: read again.
+                # Only the last page shows the line that `finalise` would add. It may just have done so: read again.
                 _, more = await booking.preview(tx, tenant_id, invoice_id, seller)
                 found = await invoices.lines(tx, tenant_id, invoice_id, after=int(after), limit=paging.limit + 1)
                 found += enumerate(more, 1 + (found[-1][0] if found else int(after)))

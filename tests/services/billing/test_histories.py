@@ -324,7 +324,7 @@ async def agree(history: History) -> None:
     for one in known:
         assert one.total_minor == to_minor(one.subtotal_nanos + one.tax_nanos, history.currency)
         if one.status in ("finalised", "paid"):
-            # What is owed for a total below zero became a grant.
+            # A total below zero became a grant.
             asked += max(0, one.total_minor) - one.applied_minor - one.credited_minor - one.paid_minor
         if one.status == "void":
             asked -= one.paid_minor
