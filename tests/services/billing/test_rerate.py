@@ -137,7 +137,8 @@ async def test_an_invoice_below_zero_is_a_credit_note_that_names_the_invoice_it_
     for made in (first, second) if in_order else (second, first):
         await post(billing, f"invoices/{made['id']}/finalise", status=200)
     void = await billing.operator.post(f"/api/v1/invoices/{first['id']}/void")
-    assert (void.status_code, "corrections of its usage" in void.text) == (409, True), "5.50 would be given back twice"
+    reason = "corrections of its usage" if in_order else "a part of the invoice is paid"
+    assert (void.status_code, reason in void.text) == (409, True), "5.50 would be given back twice"
     [text] = pdf_pages((await tenant.http.get(f"/api/v1/invoices/{second['id']}/pdf")).content)
     assert text.startswith("Credit note INV-00000")
     assert "Total 5.50 USD" in text
