@@ -37,11 +37,10 @@ from services.agent.models.contract import (
     UserTurn,
 )
 from services.agent.models.pieces import CALL_FIELDS, MAX_EVENT_BYTES, lines, whole_arguments
-from services.agent.models.stops import Stops
 from services.agent.models.thoughts import without_thoughts
 from services.agent.models.tool_schemas import tool_schema
 from services.agent.models.wording import system_message, valid_arguments, wire_name
-from services.agent.models.written_calls import TAG, written_calls
+from services.agent.models.written_calls import BeforeCalls, taken
 
 OPENAI = "https://api.openai.com/v1"
 # Google's Gemini API in OpenAI's shape: https://ai.google.dev/gemini-api/docs/openai
@@ -114,8 +113,10 @@ class ChatModel:
             extensions={"timeout": TIMEOUT.as_dict()},
         )
         received, shown = _Received(), 0
-        # From its tag on, a written call is held back.
-        before_calls = Stops((TAG,) if names else ())
+        tools = {name: tool for tool in prompt.tools for name in (tool.name, wire_name(tool.name))}
+        # An answer that has to be JSON may look like a call.
+        bare = prompt.output_schema is None
+        before_calls = BeforeCalls(tools, bare=bare)
         try:
             async with asyncio.timeout(FIRST_TOKEN_SECONDS) as waiting:
                 response = await self._transport.handle_async_request(request)
@@ -140,7 +141,7 @@ class ChatModel:
         except httpx2.HTTPError as error:
             raise ModelFailed(f"{self._name}: {type(error).__name__}", transient=True) from error
         with self._reading():
-            received.read_written_calls(names)
+            received.read_written_calls(tools, bare=bare)
             answer = self._answer(received, names)
         if rest := "".join(received.text)[shown:]:
             await on_text(rest)
@@ -296,22 +297,10 @@ class _Received:
             self.is_refused = self.is_refused or bool(delta.get("refusal"))
         return said
 
-    def read_written_calls(self, names: Mapping[str, str]) -> None:
-        """Moves calls of the offered tools from the end of the text to the calls. Raises ValueError if the text begins
-        as a call and is none. `names`: of the tools, by their names in the request."""
-        text = "".join(self.text)
-        at = text.find(TAG) if names else -1
-        if at < 0:
-            return
-        try:
-            found = written_calls(text[at:])
-            if not {call.name for call in found} <= {*names, *names.values()}:
-                raise ValueError("a tool is not offered")
-        except ValueError:
-            if text[:at].strip():
-                return  # an answer about such calls
-            raise
-        self.text = [text[:at].rstrip()]
+    def read_written_calls(self, tools: Mapping[str, Tool], *, bare: bool) -> None:
+        """Moves calls from the end of the text to the calls; as `taken`."""
+        text, found = taken("".join(self.text), tools, bare=bare)
+        self.text = [text]
         # Some servers send the calls in both forms.
         for n, call in enumerate(() if self.calls else found):
             arguments = msgspec.json.encode(call.arguments).decode()

@@ -10,6 +10,7 @@ from typing import Any
 import httpx2
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from services.agent.models import completions
 from services.agent.models.contract import (
@@ -19,9 +20,11 @@ from services.agent.models.contract import (
     ModelEndpoint,
     ModelFailed,
     Prompt,
+    Tool,
     UserTurn,
 )
 from services.agent.models.providers import Providers
+from services.agent.models.written_calls import taken
 from tests.services.agent.models.test_completions import (
     MODEL,
     PROMPT,
@@ -387,6 +390,83 @@ async def test_a_call_that_is_written_as_text_is_a_call(
     assert (answer.text, "".join(streamed).strip()) == (said, said)
 
 
+BARE = '{"name": "add", "parameters": {"a": 1, "b": 2}}'
+AS_PARAMETERS = "<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n2\n</parameter>\n</function>"
+FORMS = {
+    "Llama 3 with a function's tag": ('<function=add>{"a": 1, "b": 2}</function>', 1),
+    "Llama 3 with its mark": (f"<|python_tag|>{BARE}; {BARE}<|eom_id|>", 2),
+    "Mistral with a list": (f"[TOOL_CALLS] [{BARE.replace('parameters', 'arguments')}]", 1),
+    "Mistral with names": ('[TOOL_CALLS]add{"a": 1, "b": 2}[TOOL_CALLS]add[ARGS]{"a": 1, "b": 2}</s>', 2),
+    "Qwen3-Coder": (f"<tool_call>\n{AS_PARAMETERS}\n</tool_call>\n<tool_call>\n{AS_PARAMETERS}\n</tool_call>", 2),
+    "Qwen3-Coder without a tag": (f"{AS_PARAMETERS}\n</tool_call>", 1),
+    "DeepSeek V3": (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n"
+        '{"a": 1, "b": 2}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+        1,
+    ),
+    "DeepSeek V3.1": (
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 1, "b": 2}<｜tool▁call▁end｜>'
+        '<｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 1, "b": 2}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("said", ["", "One moment."])
+@pytest.mark.parametrize("form", FORMS)
+async def test_a_call_is_read_in_each_form(server: ModelServer, providers: Providers, form: str, said: str) -> None:
+    written, count = FORMS[form]
+    numbers = {"type": "object", "properties": {name: {"type": "integer"} for name in "ab"}}
+    prompt = replace(PROMPT, tools=(Tool("add", "", numbers),))
+    server.script(MODEL, of(*(chunk({"content": sign}) for sign in f"{said}\n{written}"), STOP))
+    streamed: list[str] = []
+    answer = await ask(server, providers, prompt, streamed)
+    made = [(one.name, msgspec.json.decode(one.arguments)) for one in answer.calls]
+    assert made == [("add", {"a": 1, "b": 2})] * count
+    assert (answer.text.strip(), "".join(streamed).strip()) == (said, said)
+
+
+@pytest.mark.parametrize("written", [BARE, f" {BARE};\n{BARE}", BARE.replace("{", '{ "type": "function", ', 1)])
+async def test_an_answer_that_is_only_the_json_of_calls_makes_them(
+    server: ModelServer, providers: Providers, written: str
+) -> None:
+    pieces = [chunk({"content": sign}) for sign in written]
+    streamed: list[str] = []
+    server.script(MODEL, of(*pieces, STOP))
+    answer = await ask(server, providers, streamed=streamed)
+    made = [(one.name, msgspec.json.decode(one.arguments)) for one in answer.calls]
+    assert (made, answer.text, streamed) == ([("add", {"a": 1, "b": 2})] * written.count("add"), "", [])
+    # It is the answer if JSON was asked for, or the tool was not offered.
+    for prompt in (replace(PROMPT, output_schema={"type": "object"}), replace(PROMPT, tools=())):
+        server.script(MODEL, of(*pieces, STOP))
+        answer = await ask(server, providers, prompt=prompt)
+        assert (answer.text.strip(), answer.calls) == (written.strip(), ())
+
+
+def test_the_parameters_of_a_written_call_are_texts_or_json_as_the_schema_says() -> None:
+    kinds = {
+        "text": {"type": "string"},
+        "perhaps": {"type": ["string", "null"]},
+        "flag": {"type": "boolean"},
+        "none": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+        "part": {"$ref": "#/$defs/part"},
+        "odd": True,
+    }
+    values = {
+        "text": "1",
+        "perhaps": "null",
+        "flag": "True",
+        "none": "None",
+        "part": '{"x": 1}',
+        "odd": "2",
+        "code": "a\n </p>",
+    }
+    written = "".join(f"<parameter={name}>\n{value}\n</parameter>\n" for name, value in values.items())
+    tool = Tool("run", "", {"type": "object", "properties": kinds})
+    _, [made] = taken(f"<function=run>\n{written}</function>", {"run": tool}, bare=True)
+    assert made.arguments == values | {"flag": True, "none": None, "part": {"x": 1}}
+
+
 async def test_a_call_in_both_forms_is_one(server: ModelServer, providers: Providers) -> None:
     made = chunk({"content": WRITTEN, "tool_calls": [call(0, "c1", "add", JSON)]})
     server.script(MODEL, of(made, chunk(finish="tool_calls")))
@@ -401,7 +481,11 @@ async def test_a_call_in_both_forms_is_one(server: ModelServer, providers: Provi
         WRITTEN.replace("1", "one"),
         WRITTEN.replace("arguments", "input"),
         f"{WRITTEN} Done.",
-        "<tool_call>\n<function=add>\n</function>\n</tool_call>",
+        "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>",
+        "<function=made_up>{}</function>",
+        "<|python_tag|>print(1)",
+        '[TOOL_CALLS] [{"name": "add", "arguments": {"a"',
+        "<｜tool▁calls▁begin｜>",
     ],
 )
 async def test_a_text_that_begins_as_a_call_and_is_none_is_no_answer(
@@ -415,7 +499,20 @@ async def test_a_text_that_begins_as_a_call_and_is_none_is_no_answer(
 
 
 @pytest.mark.parametrize(
-    "content", ["Hermes writes `<tool_call>` before a call.", f"It writes\n```\n{WRITTEN}\n```", "a <"]
+    "content",
+    [
+        "Hermes writes `<tool_call>` before a call.",
+        f"It writes\n```\n{WRITTEN}\n```",
+        f"It writes\n```\n{WRITTEN}",
+        "a <",
+        "Mistral writes [TOOL_CALLS] before a list.",
+        f"```json\n{BARE}\n```",
+        f"{BARE} is a call.",
+        BARE.replace("add", "made_up"),
+        BARE.replace("{", '{"comment": "", ', 1),
+        '{"name": "add", "description": "adds"}',
+        '{"nam',
+    ],
 )
 async def test_an_answer_about_calls_is_a_text(server: ModelServer, providers: Providers, content: str) -> None:
     server.script(MODEL, of(*(chunk({"content": sign}) for sign in content), STOP))
