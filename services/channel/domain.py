@@ -56,10 +56,14 @@ class MarkSent(NamedTuple):
 
 class MarkFailed(NamedTuple):
     reason: str
+    ids: tuple[str | None, ...] = ()
+    """As in `MarkSent`, if some parts were sent before."""
 
 
 class MarkUnknown(NamedTuple):
     reason: str
+    ids: tuple[str | None, ...] = ()
+    """As in `MarkFailed`."""
 
 
 class MarkReceived(NamedTuple):
@@ -91,10 +95,10 @@ def decide(command: Command, delivery: Delivery) -> Sequence[DeliveryEvent]:
         case MarkSent(ids):
             last = next((id_ for id_ in reversed(ids) if id_), None)
             return [DeliverySent(*about, last, ids if len(ids) > 1 else (), bool(delivery.late))]
-        case MarkFailed(reason):
-            return [DeliveryFailed(*about, reason)]
-        case MarkUnknown(reason):
-            return [DeliveryUnknown(*about, reason)]
+        case MarkFailed(reason, ids):
+            return [DeliveryFailed(*about, reason, ids if any(ids) else ())]
+        case MarkUnknown(reason, ids):
+            return [DeliveryUnknown(*about, reason, ids if any(ids) else ())]
         case _:
             assert_never(command)
 

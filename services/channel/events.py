@@ -147,6 +147,8 @@ class DeliveryFailed(msgspec.Struct, frozen=True):
     session_key: str
     run_id: UUID | None
     reason: str
+    parts: tuple[str | None, ...] = ()
+    """If some of several parts were sent before: the vendor's id of each part, in their order."""
 
 
 class DeliveryUnknown(msgspec.Struct, frozen=True):
@@ -156,6 +158,8 @@ class DeliveryUnknown(msgspec.Struct, frozen=True):
     session_key: str
     run_id: UUID | None
     reason: str
+    parts: tuple[str | None, ...] = ()
+    """As in `DeliveryFailed`."""
 
 
 class DeliveryReceived(msgspec.Struct, frozen=True):

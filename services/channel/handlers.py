@@ -103,12 +103,13 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
         which = f"part {n} of {len(parts)}: " if len(parts) > 1 else ""
         if outcome.state == "failed":
             error = outcome.error or ""
-            await _decide(tx, due.delivery_id, MarkFailed(which + error), **about)
+            await _decide(tx, due.delivery_id, MarkFailed(which + error, tuple(sent)), **about)
             if error.startswith(AccountRefused.PREFIX):
                 await break_account(tx, account, error)
             return
         if outcome.state == "unknown":
-            await _decide(tx, due.delivery_id, MarkUnknown(f"{which}{outcome.error or 'no answer'}"), **about)
+            unknown = MarkUnknown(f"{which}{outcome.error or 'no answer'}", tuple(sent))
+            await _decide(tx, due.delivery_id, unknown, **about)
             return
         assert outcome.result is not None
         # Slack gives no id of the message of a file.

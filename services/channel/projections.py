@@ -41,16 +41,16 @@ async def project(tx: Tx, delivery_id: UUID, event: DeliveryEvent) -> None:
         case DeliveryResumed():
             await _settle(tx, delivery_id, "queued")
         case DeliveryFailed():
-            await _settle(tx, delivery_id, "failed", reason=event.reason)
+            await _settle(tx, delivery_id, "failed", reason=event.reason, part_ids=_part_ids(event))
         case DeliveryUnknown():
-            await _settle(tx, delivery_id, "unknown", reason=event.reason)
+            await _settle(tx, delivery_id, "unknown", reason=event.reason, part_ids=_part_ids(event))
         case DeliveryReceived(state):
             await _settle(tx, delivery_id, state)
         case _:
             assert_never(event)
 
 
-def _part_ids(event: DeliverySent) -> list[str] | None:
+def _part_ids(event: DeliverySent | DeliveryFailed | DeliveryUnknown) -> list[str] | None:
     return [part_id(event.channel_id, message) for message in event.parts if message] or None
 
 
@@ -99,7 +99,6 @@ def delivery(delivery_id: str, history: Sequence[Recorded]) -> Iterator[Mapping[
             case DeliverySent():
                 row |= {"state": "sent", "reason": None}
                 row["vendor_message_id"] = event.vendor_message_id or row["vendor_message_id"]
-                row["part_ids"] = _part_ids(event) or row["part_ids"]
             case DeliveryResumed():
                 row |= {"state": "queued", "reason": None}
             case DeliveryFailed():
@@ -110,6 +109,8 @@ def delivery(delivery_id: str, history: Sequence[Recorded]) -> Iterator[Mapping[
                 row |= {"state": state, "reason": None}
             case _:
                 assert_never(event)
+        if isinstance(event, DeliverySent | DeliveryFailed | DeliveryUnknown):
+            row["part_ids"] = _part_ids(event) or row["part_ids"]
         row["updated_at"] = at
     yield row
 

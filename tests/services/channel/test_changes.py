@@ -11,7 +11,7 @@ import pytest
 from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import SubjectErased
 from tests.services.channel.conftest import Call, Desk
-from tooling.testing.vendors import SlackStandIn, TelegramStandIn
+from tooling.testing.vendors import Fault, SlackStandIn, TelegramStandIn, answer, cut
 
 
 @pytest.fixture
@@ -188,6 +188,21 @@ async def test_a_reaction_to_the_first_part_of_a_long_answer_is_in_the_history(c
     [inbound] = await chat.desk.received(chat.channel)
     await chat.desk.settled(await chat.desk.reply(inbound, "word " * 1_000))
     first, _ = chat.vendor.ledger
+    await chat.call(chat.vendor.reaction(int(first.id), "👍"))
+    assert await chat.ends() == []
+    sign = {"sign": "👍", "subject_id": inbound["subject_id"]}
+    assert [item["reactions"] for item in await chat.history()] == [[], [sign]]
+
+
+@pytest.mark.parametrize("fault", [answer(400, {"ok": False, "description": "no"}), cut(accept=False)])
+async def test_a_reaction_to_a_part_that_was_sent_before_another_one_failed_is_in_the_history(
+    chat: Chat, fault: Fault
+) -> None:
+    await chat.call(chat.vendor.update("Hi", message_id=1_000))
+    [inbound] = await chat.desk.received(chat.channel)
+    chat.vendor.faults += [Fault(late=True), fault]
+    await chat.desk.settled(await chat.desk.reply(inbound, "word " * 1_000))
+    [first] = chat.vendor.ledger
     await chat.call(chat.vendor.reaction(int(first.id), "👍"))
     assert await chat.ends() == []
     sign = {"sign": "👍", "subject_id": inbound["subject_id"]}
