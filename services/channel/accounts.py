@@ -16,9 +16,13 @@ from uuid import UUID
 
 import msgspec
 
-from infra.errors import Unauthenticated
+from infra.errors import Unauthenticated, describe
+from infra.observe.logs import get_logger
+from infra.outgoing import shares
+from infra.outgoing.client import Outgoing
 from infra.postgres.database import Database
 from infra.postgres.tx import Tx
+from infra.recent import Recent
 from infra.security.audit import audit
 from infra.security.crypto import KEY_BYTES, Cipher
 from infra.security.rewrap import SealedColumn
@@ -35,13 +39,18 @@ from services.channel.vendors.items import Received
 CACHE_SECONDS = 3.0
 UNKNOWN_SECONDS = 5.0
 CACHE_SIZE = 10_000
+# A bot gets another name rarely.
+IDENTITY_SECONDS = 3_600.0
+UNKNOWN_IDENTITY_SECONDS = 60.0
 TOKEN_BYTES = 24
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{32}")
+
+_log = get_logger("channel.accounts")
 
 COLUMNS = """
     account.id, account.tenant_id, account.type, account.agent_id, account.credentials, account.pseudonyms,
     account.api_base, account.enabled, account.broken_reason, account.streaming, account.routes, account.groups,
-    account.approvers, account.old_credentials, account.old_until
+    account.approvers, account.old_credentials, account.old_until, account.identity
 """
 """Of the table ``account``, as `AccountSecrets.account` takes them."""
 
@@ -73,6 +82,8 @@ class ChannelAccount(NamedTuple):
     old_credentials: Any = None
     """Those before the last rotation. A call that they prove is accepted until `old_until`."""
     old_until: datetime | None = None
+    identity: str = ""
+    """The account's name at the vendor, as last known; empty: not known."""
 
     def receive(self, request: Request, now: datetime) -> Received:
         """As `Vendor.receive`, with the old credentials too during a rotation."""
@@ -104,7 +115,7 @@ class AccountSecrets:
 
     def account(self, row: tuple[Any, ...]) -> ChannelAccount:
         id_, tenant_id, type_, agent_id, credentials, pseudonyms, api_base, enabled, broken_reason, streaming = row[:10]
-        routes, groups, approvers, old, old_until = row[10:]
+        routes, groups, approvers, old, old_until, identity = row[10:]
         vendor = VENDORS[type_]
 
         def opened(sealed: bytes) -> Any:
@@ -126,6 +137,7 @@ class AccountSecrets:
             tuple(approvers),
             None if old is None else opened(old),
             old_until,
+            identity or "",
         )
 
 
@@ -158,6 +170,9 @@ class Accounts:
         self._known: dict[str, tuple[float, ChannelAccount]] = {}
         self._unknown: dict[str, float] = {}
         self._reading: dict[str, asyncio.Task[ChannelAccount | None]] = {}
+        self._identified: Recent[UUID, float] = Recent(CACHE_SIZE)
+        """When the identity of an account was last asked for."""
+        self._identifying: set[asyncio.Task[None]] = set()
 
     def cached(self, type_: str, token: str) -> ChannelAccount | None:
         """The account, if `by_token` would return it without waiting."""
@@ -210,6 +225,40 @@ class Accounts:
         for token, (_, account) in list(self._known.items()):
             if account.id == account_id:
                 del self._known[token]
+
+    def refresh_identity(self, account: ChannelAccount, outgoing: Outgoing) -> None:
+        """Begins to ask the vendor for the account's identity, unless that was done recently. After a failure the known
+        one stays."""
+        now, pause = time.monotonic(), IDENTITY_SECONDS if account.identity else UNKNOWN_IDENTITY_SECONDS
+        if now - self._identified.get(account.id, -pause) < pause:
+            return
+        self._identified[account.id] = now
+        task = asyncio.create_task(self._identify(account, outgoing), context=Context())
+        self._identifying.add(task)
+        task.add_done_callback(self._identifying.discard)
+
+    async def _identify(self, account: ChannelAccount, outgoing: Outgoing) -> None:
+        shares.work_for(account.tenant_id)
+        try:
+            identity = await account.vendor.identify(outgoing, account.origin, account.credentials)
+
+            async def work(tx: Tx) -> None:
+                await keep_identity(tx, self._secrets, account, identity)
+
+            await self._database.run(work, tenant_id=account.tenant_id)
+        except Exception as error:
+            _log.warning("could not read the name of the bot", channel_id=str(account.id), error=describe(error))
+            return
+        self.forget(account.id)
+
+
+async def keep_identity(tx: Tx, secrets_: AccountSecrets, account: ChannelAccount, identity: str) -> None:
+    """Stores the account's name at the vendor, unless the account has other credentials meanwhile."""
+    # Locks the account: the change of its credentials forgets the name.
+    await tx.sql("SELECT FROM account WHERE id = $1 FOR UPDATE", account.id)
+    current = await read(tx, secrets_, account.id)
+    if current and current.credentials == account.credentials:
+        await tx.sql("UPDATE account SET identity = $2 WHERE id = $1", account.id, identity)
 
 
 async def break_account(tx: Tx, account: ChannelAccount, error: str) -> None:

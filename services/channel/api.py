@@ -246,6 +246,7 @@ def _router(runtime: Runtime, secrets: AccountSecrets, accounts: Accounts) -> AP
                     -- Without an overlap, a call with the old credentials is refused at once.
                     old_until = CASE WHEN $3::bytea IS NULL THEN old_until END,
                     old_credentials = CASE WHEN $3::bytea IS NULL THEN old_credentials END,
+                    identity = CASE WHEN $3::bytea IS NULL THEN identity END,
                     enabled = coalesce($4, enabled), streaming = coalesce($6, streaming),
                     routes = coalesce($7, routes), groups = coalesce($8, groups),
                     approvers = coalesce($9, approvers),

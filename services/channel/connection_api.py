@@ -135,6 +135,10 @@ def router(runtime: Runtime, secrets: AccountSecrets, accounts: Accounts) -> API
         """
         account = await account_of(channel_id, who)
         identity, error = await _attempt(account.vendor.identify(runtime.outgoing, account.origin, account.credentials))
+        if identity is not None:
+            async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+                await stored.keep_identity(tx, secrets, account, identity)
+            accounts.forget(channel_id)
         return Tested(ok=error is None, identity=identity, error=error)
 
     @router.post("/{channel_id}/register")
@@ -165,7 +169,8 @@ def router(runtime: Runtime, secrets: AccountSecrets, accounts: Accounts) -> API
                 """
                 UPDATE account
                 SET old_credentials = CASE WHEN $3::timestamptz IS NULL THEN NULL ELSE credentials END,
-                    old_until = $3, credentials = $2, broken_reason = NULL, updated_at = clock_timestamp()
+                    old_until = $3, credentials = $2, identity = NULL, broken_reason = NULL,
+                    updated_at = clock_timestamp()
                 WHERE id = $1
                 """,
                 channel_id,

@@ -51,4 +51,4 @@ def is_for_the_bot(groups: Groups, item: Inbound) -> bool:
     none."""
     if not item.in_group or groups == "all":
         return True
-    return item.replies_to_bot or (groups == "mentions" and item.mentions_bot)
+    return item.replies_to_bot or (groups == "mentions" and item.mentions_bot is not False)

@@ -148,6 +148,8 @@ class Webhooks:
     def _accept(self, call: _Call, account: ChannelAccount, received: Received | None) -> None:
         if received is None:
             return
+        if account.vendor.needs_identity(call.request.body):
+            self._accounts.refresh_identity(account, self._outgoing)
         if not received.items:
             self._answer(call, received.ack)
             return
@@ -170,7 +172,7 @@ class Webhooks:
             raise TooLarge(f"body: must have at most {account.vendor.max_body} bytes")
         query = request.query
         url = f"{self._public_url}{call.path}{f'?{query}' if query else ''}"
-        return Request(request.method, query, call.headers, body, url)
+        return Request(request.method, query, call.headers, body, url, identity=account.identity)
 
     def _end(self, call: _Call, ack: Ack, accepted: asyncio.Future[None]) -> None:
         """The items are committed, or they are not."""

@@ -62,6 +62,8 @@ class Request(NamedTuple):
     """The public URL that the vendor called, with its query. Some vendors sign it."""
     keys: Mapping[str, Any] = {}
     """The answer of `Vendor.keys`."""
+    identity: str = ""
+    """The account's name at the vendor, as `identify` last told it; empty: not known."""
 
 
 class OutboundFile(NamedTuple):
@@ -162,9 +164,13 @@ class Vendor(ABC, Generic[C]):
         return False
 
     async def keys(self, outgoing: Outgoing, origin: str, credentials: C, request: Request) -> Mapping[str, Any]:
-        """The vendor's facts that `receive` needs for this call: the published keys with which it is verified, or the
-        bot's own name. Raises Transient if they cannot be read now."""
+        """The vendor's published keys, with which `receive` verifies this call. Raises Transient if they cannot be read
+        now."""
         return {}
+
+    def needs_identity(self, body: bytes) -> bool:
+        """True if `receive` reads `Request.identity`."""
+        return False
 
     @abstractmethod
     def receive(self, request: Request, credentials: C, now: datetime) -> Received:

@@ -26,7 +26,8 @@ class Inbound(NamedTuple):
     """With them the text may be empty."""
     in_group: bool = False
     """Others read it, too."""
-    mentions_bot: bool = False
+    mentions_bot: bool | None = False
+    """None: perhaps. It is answered then, and a yes in it does not count if it may be for others."""
     replies_to_bot: bool = False
     """It quotes a message of the bot."""
     by_admin: bool = False

@@ -31,7 +31,6 @@ from services.channel.vendors.base import (
     OutboundFile,
     Preview,
     Request,
-    Tokens,
     Vendor,
     constant_time_equals,
     download,
@@ -50,8 +49,6 @@ MAX_TEXT = 4096
 _NO_PHOTO = re.compile("PHOTO_|IMAGE_PROCESS_FAILED")
 # An answer is sent again at most this often with something corrected: chat, topic, markup.
 _CORRECTIONS = 3
-# A bot gets another name rarely.
-_NAME_SECONDS = 3_600
 
 
 def _tag(name: str) -> tuple[str, str]:
@@ -135,31 +132,15 @@ class Telegram(Vendor[TelegramCredentials]):
         "Call setWebhook with the webhook's public URL and the same secret_token.",
     )
 
-    def __init__(self) -> None:
-        self._names = Tokens()
-
-    def needs_keys(self, body: bytes) -> bool:
-        """Only a mention and a command name a bot."""
+    def needs_identity(self, body: bytes) -> bool:
+        """Only a mention and a command name a bot, and updates do not tell the bot's own name."""
         return b'"mention"' in body or b'"bot_command"' in body
-
-    async def keys(
-        self, outgoing: Outgoing, origin: str, credentials: TelegramCredentials, request: Request
-    ) -> Mapping[str, Any]:
-        """The bot's own name, which updates do not tell; no name if Telegram refuses the account."""
-
-        async def ask() -> tuple[str, float]:
-            return await self.identify(outgoing, origin, credentials), _NAME_SECONDS
-
-        try:
-            return {"name": await self._names.get((origin, credentials), ask)}
-        except EffectFailed:
-            return {}
 
     def receive(self, request: Request, credentials: TelegramCredentials, now: datetime) -> Received:
         given = request.headers.get("x-telegram-bot-api-secret-token", "")
         if not constant_time_equals(given, credentials.secret_token):
             raise Unauthenticated("X-Telegram-Bot-Api-Secret-Token is not this channel's secret_token")
-        bot = telegram_updates.Bot(credentials.bot_token.partition(":")[0], request.keys.get("name", ""))
+        bot = telegram_updates.Bot(credentials.bot_token.partition(":")[0], request.identity)
         return telegram_updates.read(request.body, bot)
 
     def split(self, text: str) -> Sequence[str]:

@@ -317,10 +317,11 @@ def _is(bot: Bot, user: _User | None) -> bool:
     return user is not None and str(user.id) == bot.id
 
 
-def _mentions(message: _Message, bot: Bot) -> tuple[bool, bool]:
+def _mentions(message: _Message, bot: Bot) -> tuple[bool | None, bool]:
     """Whether the bot is mentioned, and whether others are. A command without a name is for the bot. Offsets count
-    UTF-16 units."""
-    named = others = False
+    UTF-16 units. While the bot's own name is not known, each name may be the bot's or another one's."""
+    named: bool | None = False
+    others = False
     text = (message.text or message.caption or "").encode("utf-16-le", "surrogatepass")
     for entity in message.entities or message.caption_entities or ():
         part = text[entity.offset * 2 : (entity.offset + entity.length) * 2].decode("utf-16-le", "replace")
@@ -330,9 +331,11 @@ def _mentions(message: _Message, bot: Bot) -> tuple[bool, bool]:
             case "mention" | "bot_command":
                 _, at, name = part.partition("@")
                 is_own = at + name.lower() == bot.name.lower() if at else entity.type == "bot_command"
+                if at and not bot.name:
+                    named = named or None
             case _:
                 continue
-        named, others = named or is_own, others or not is_own
+        named, others = is_own or named, others or not is_own
     return named, others
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
@@ -11,8 +12,10 @@ import pytest
 from infra.clock import utcnow, uuid7
 from infra.outgoing.client import Outgoing
 from services.channel.routing import Route, is_for_the_bot, routed
+from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Groups, Request
 from services.channel.vendors.items import Inbound
+from services.channel.vendors.telegram import TelegramCredentials
 from tests.services.channel.conftest import Desk
 from tests.services.channel.vendors.conftest import Adapter, Call, keys_of
 from tooling.testing.vendors import (
@@ -23,6 +26,7 @@ from tooling.testing.vendors import (
     TeamsStandIn,
     TelegramStandIn,
     WhatsAppStandIn,
+    answer,
 )
 from tooling.testing.vendors.server import StandIn
 
@@ -271,7 +275,7 @@ async def test_adapters_tell_the_message_that_is_quoted_and_that_of_a_thread(
 
 def _with_keys(call: Call) -> Request:
     body, headers = call
-    return Request("POST", "", headers, body, keys={**keys_of(TEAMS), "name": "@ada_bot"})
+    return Request("POST", "", headers, body, keys=keys_of(TEAMS), identity="@ada_bot")
 
 
 async def change(desk: Desk, channel: dict[str, Any], **body: Any) -> httpx.Response:
@@ -296,6 +300,52 @@ async def test_a_channel_leads_to_several_agents_and_answers_mentions_only(desk:
         got = [(one["agent_id"], one["text"]) for one in await desk.received(channel)]
         assert sorted(got) == sorted([(str(SALES), "how much?"), (channel["agent_id"], "hello")])
         assert await desk.ignored(channel) == ["a message of a group; only mentions are answered"]
+
+
+async def test_a_mention_is_accepted_by_the_last_known_name_while_telegram_is_away(desk: Desk) -> None:
+    async with TelegramStandIn() as telegram:
+        channel = await desk.connect("telegram", telegram.credentials, telegram.url)
+        await change(desk, channel, groups="mentions")
+        async with desk.client() as http:
+            assert (await http.post(f"/api/v1/channels/{channel['id']}/test")).json()["identity"] == "@ada_bot"
+        telegram.faults += [answer(500)] * 10
+        for text in ("@bob hi", "@ada_bot hi"):
+            assert (await desk.call(channel, _mentioning(telegram, text))).status_code == 200
+        assert [one["text"] for one in await desk.received(channel)] == ["@ada_bot hi"]
+
+
+async def test_a_name_that_is_not_known_is_read_apart_from_the_message(desk: Desk) -> None:
+    async with TelegramStandIn() as telegram:
+        channel = await desk.connect("telegram", telegram.credentials, telegram.url)
+        await change(desk, channel, groups="mentions")
+        assert (await desk.call(channel, _mentioning(telegram, "@ada_bot hi"))).status_code == 200
+        assert "@ada_bot hi" in [one["text"] for one in await desk.received(channel)]
+
+        async def is_known() -> bool:
+            await desk.call(channel, _mentioning(telegram, "@bob hi"))
+            return bool(await desk.ignored(channel))
+
+        await desk.platform.until(is_known)
+        async with TelegramStandIn() as other:
+            # It may be another bot.
+            await change(desk, channel, credentials=other.credentials)
+        async with desk.platform.database("channel").begin() as tx:
+            assert await tx.sql("SELECT identity FROM account WHERE id = $1", UUID(channel["id"])) == [(None,)]
+
+
+def test_a_mention_may_be_of_a_bot_whose_name_is_not_known_and_its_yes_does_not_count() -> None:
+    vendor, credentials = VENDORS["telegram"], TelegramCredentials(**TELEGRAM.credentials)
+    for kind, text in (("mention", "@ada_bot yes"), ("bot_command", "/yes@ada_bot")):
+        body, headers = _of_telegram(text, kind)
+        [item] = vendor.receive(Request("POST", "", headers, body), credentials, utcnow()).items
+        assert isinstance(item, Inbound)
+        assert is_for_the_bot("mentions", item)
+        assert item.for_others
+
+
+def _mentioning(telegram: TelegramStandIn, text: str) -> Call:
+    length = len(text.partition(" ")[0])
+    return telegram.update(text, chat=-5, entities=[{"type": "mention", "offset": 0, "length": length}])
 
 
 async def test_the_approvers_of_a_channel_go_with_each_message_to_the_agent(desk: Desk) -> None:
