@@ -65,6 +65,8 @@ class MessageReceived(Message, frozen=True, kw_only=True):
     thread_run_id: UUID | None = None
     """The run whose message began the thread of this message: it alone can be answered from the thread, of the runs
     that wait in the parent session."""
+    in_album: bool = False
+    """It is a part of an album, whose other parts come as messages of their own."""
 
 
 class MessageChanged(Message, frozen=True, kw_only=True):

@@ -65,6 +65,7 @@ def _incoming(message: MessageReceived, tx: Tx, trace: Callable[[], object]) -> 
         else None,
         words=message.words,
         for_others=message.for_others,
+        in_album=message.in_album,
     )
     return Incoming(envelope.tenant_id, message.position, arrival, trace)
 

@@ -407,6 +407,7 @@ def publish(
         # A file says something, too.
         words="" if content.attachments else content.words,
         for_others=content.for_others,
+        in_album=content.in_album,
         received_at=fact.received_at,
         position=item.position,
         parent_session_key=item.parent_session_key,

@@ -36,6 +36,8 @@ class InboundContent(msgspec.Struct, frozen=True):
     """The person's own, if the text also quotes a message of the bot."""
     for_others: bool = False
     """Written in a group to other persons, and not to the bot; or it quotes another message than the bot's."""
+    in_album: bool = False
+    """As `Inbound.in_album`."""
 
 
 class File(msgspec.Struct, frozen=True):

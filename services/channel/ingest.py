@@ -394,7 +394,14 @@ def _message(arrival: _Arrival, now: datetime) -> AcceptedMessage:
         account.pseudonyms.session(item.conversation),
         account.pseudonyms.subject(item.person),
         InboundContent(
-            item.conversation, item.person, item.message, text, item.attachments, item.words, item.for_others
+            item.conversation,
+            item.person,
+            item.message,
+            text,
+            item.attachments,
+            item.words,
+            item.for_others,
+            item.in_album,
         ),
         now,
         account.pseudonyms.session(item.parent) if item.parent else "",

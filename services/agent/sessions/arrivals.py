@@ -79,6 +79,8 @@ class Arrival:
     """The author's own, if the text also quotes the agent."""
     for_others: bool = False
     """Written in a group to other persons, and not to the agent."""
+    in_album: bool = False
+    """Its album's other parts are messages of their own."""
 
     @property
     def answer(self) -> str:

@@ -12,6 +12,8 @@ from services.agent.sessions.events import Event, MessageAccepted, MessagesReque
 # The most messages that one run answers together, and how long it waits for the next of them.
 CAP = 20
 DEBOUNCE = timedelta(milliseconds=500)
+# For the next part of an album: its files are fetched one after the other.
+ALBUM = timedelta(seconds=3)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Accept:
     """At least one run of the session is queued or running."""
     decides: UUID | None = None
     """The run that waits for the decision that this message is about."""
+    in_album: bool = False
+    """More parts of its album may come. One run answers them, whatever the mode."""
 
 
 class Busy(Exception):
@@ -55,17 +59,18 @@ class Busy(Exception):
 def decide(command: Accept, session: Session) -> list[MessageAccepted]:
     """Raises Busy."""
     mode = command.mode
-    if command.decides is None and mode == "reject" and command.busy:
-        raise Busy
-    collected = mode in ("collect", "steer") and command.joinable and session.messages < CAP
+    collects = mode in ("collect", "steer") or (command.in_album and session.waits)
+    collected = collects and command.joinable and session.messages < CAP
     joins = command.decides is None and (collected or (mode == "steer" and command.steerable))
+    if command.decides is None and mode == "reject" and command.busy and not joins:
+        raise Busy
     run_id = session.run_id if joins else None
     return [
         MessageAccepted(
             message_id=command.message_id,
             run_id=command.decides or run_id or command.new_run_id,
             opens=command.decides is None and run_id is None,
-            waits=session.waits if joins else mode == "collect" and command.busy,
+            waits=session.waits if joins else command.in_album or (mode == "collect" and command.busy),
             subject_id=command.subject_id,
             text=command.text,
             at=command.at,
@@ -85,6 +90,11 @@ def evolve(session: Session, event: Event) -> Session:
     return Session(event.run_id, 1 if event.opens else session.messages + 1, event.waits)
 
 
-def begins_after(session: Session) -> timedelta:
-    """The time after which the session's last run may start: a moment after its last message, or none if it is full."""
-    return DEBOUNCE if session.waits and session.messages < CAP else timedelta()
+def begins_after(session: Session, *, in_album: bool = False) -> timedelta:
+    """The time after which the session's last run may start: a moment after its last message, or none if it is full.
+
+    in_album: of that message.
+    """
+    if not session.waits or session.messages >= CAP:
+        return timedelta()
+    return ALBUM if in_album else DEBOUNCE

@@ -118,6 +118,7 @@ def _take(tx: Tx, rows: ArrivalRows, one: Incoming, session: _Session, mode: Que
         joinable=session.changed and session.agent_id == arrival.agent_id,
         steerable=False,
         busy=session.changed,
+        in_album=arrival.in_album,
     )
     [event] = decide(command, session.state)
     session.state = evolve(session.state, event)
@@ -128,7 +129,7 @@ def _take(tx: Tx, rows: ArrivalRows, one: Incoming, session: _Session, mode: Que
     if event.opens:
         session.agent_id = arrival.agent_id
         rows.runs.append(run_row(one.tenant_id, arrival, event.run_id))
-        queue_run(tx, event.run_id, arrival.session_key, after=begins_after(session.state))
+        queue_run(tx, event.run_id, arrival.session_key, after=begins_after(session.state, in_album=arrival.in_album))
     rows.messages.append(message_row(one.tenant_id, arrival, event, session.messages, key))
 
 

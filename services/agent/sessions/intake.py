@@ -74,6 +74,7 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
         steerable=last in (OpenRun("running", arrival.agent_id, False), OpenRun("waiting", arrival.agent_id, False)),
         busy=await _is_busy(tx, arrival.session_key),
         decides=asking.run_id if asking else None,
+        in_album=arrival.in_album,
     )
     busy = False
     try:
@@ -89,7 +90,7 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
     if asking:
         await _settle_question(tx, arrival, subjects, asking)
         return event.run_id
-    after = begins_after(session)
+    after = begins_after(session, in_album=arrival.in_album)
     if taken_over:
         await fail(tx, event.run_id, arrival.session_key, "cancelled", TAKEN_OVER)
     elif busy:

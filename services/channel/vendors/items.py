@@ -43,6 +43,8 @@ class Inbound(NamedTuple):
     """The vendor's id of the message that it quotes, if the vendor does not tell its author."""
     root: str = ""
     """The vendor's id of the message at which its thread began."""
+    in_album: bool = False
+    """It is one of several files that were sent together, each as a message of its own."""
 
     @property
     def for_others(self) -> bool:

@@ -116,6 +116,8 @@ class _Message(msgspec.Struct):
     """The things that a sticker shows."""
     mention: _Mention | None = None
     quotedMessageId: str = ""
+    imageSet: Any = None
+    """Of which the image is a part."""
 
 
 class _Params(msgspec.Struct):
@@ -309,6 +311,7 @@ def _item(event: _Event) -> Inbound | Deleted | Ignored:
         mentions_bot=any(one.isSelf for one in mentionees),
         names_others=not all(one.isSelf for one in mentionees),
         quotes=message.quotedMessageId,
+        in_album=message.imageSet is not None,
     )
 
 

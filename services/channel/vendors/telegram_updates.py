@@ -101,6 +101,8 @@ class _Message(msgspec.Struct):
     entities: list[_Entity] | None = None
     caption_entities: list[_Entity] | None = None
     quote: _Quote | None = None
+    media_group_id: str | None = None
+    """Of an album."""
     business_connection_id: str | None = None
     """The message was written to a person in whose name the bot answers."""
     message_thread_id: int | None = None
@@ -262,6 +264,7 @@ def _item(
         by_admin=message.sender_chat is not None and message.sender_chat.id == chat,
         words=own,
         names_others=names_others,
+        in_album=message.media_group_id is not None,
     )
 
 

@@ -90,6 +90,7 @@ class Tenant:
         seconds_late: float = 0,
         words: str = "",
         for_others: bool = False,
+        in_album: bool = False,
         vendor_message_id: str = "m1",
     ) -> UUID:
         """A message from a channel, as the channel service's relay sends it. It was under way for `seconds_late`."""
@@ -110,6 +111,7 @@ class Tenant:
             approvers=approvers,
             words=words,
             for_others=for_others,
+            in_album=in_album,
         )
         queue = CHANNEL_INBOUND["telegram"]
         traceparent = f"00-{trace_id}-{'1' * 16}-01" if trace_id else None

@@ -31,6 +31,15 @@ def of(world: World, tenant: Tenant) -> list[list[str]]:
     ]
 
 
+async def test_one_run_answers_the_parts_of_an_album(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(queue_mode="followup", system_prompt=tenant.id)
+    for position, text in enumerate(("What is on these?", "[a.jpg]", "[b.jpg]"), 1):
+        await tenant.receive(agent, text, position=position, in_album=True)
+    [run] = await tenant.runs(1)
+    assert run["status"] == "completed"
+    assert of(world, tenant) == [["What is on these?\n[a.jpg]\n[b.jpg]"]]
+
+
 async def test_steering_reaches_the_run_before_its_next_step(world: World, tenant: Tenant) -> None:
     agent = await tenant.agent(queue_mode="steer", tools=[WEATHER], system_prompt=tenant.id)
     go = asyncio.Event()

@@ -540,9 +540,10 @@ def test_the_texts_of_all_files_together_are_limited() -> None:
 async def test_an_image_reaches_the_agent_as_an_image(desk: Desk, telegram: TelegramStandIn) -> None:
     channel = await connected(desk, telegram)
     telegram.files["p1"] = b"\x89PNG\r\n\x1a\n" + bytes(50)
-    await desk.call(channel, telegram.update(None, photo=[{"file_id": "small"}, {"file_id": "p1"}]))
+    photo = [{"file_id": "small"}, {"file_id": "p1"}]
+    await desk.call(channel, telegram.update(None, photo=photo, media_group_id="13"))
     [message] = await arrived(desk, channel)
-    assert message["text"] == "[The person sent an image (photo.jpg).]"
+    assert (message["text"], message["in_album"]) == ("[The person sent an image (photo.jpg).]", True)
     [image] = message["images"]
     assert image["content_type"] == "image/png"
     assert image["path"].startswith(message["subject_id"])

@@ -10,7 +10,7 @@ import pytest
 
 from infra.postgres.lane_items import AT_ONCE
 from services.agent.definitions.queue_modes import QueueMode
-from services.agent.sessions.domain import CAP, DEBOUNCE, Accept, Busy, Session, begins_after, decide, evolve
+from services.agent.sessions.domain import ALBUM, CAP, DEBOUNCE, Accept, Busy, Session, begins_after, decide, evolve
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 OLD, NEW = UUID(int=1), UUID(int=2)
@@ -25,6 +25,7 @@ def accept(
     steerable: bool = False,
     busy: bool,
     decides: UUID | None = None,
+    in_album: bool = False,
 ) -> Session:
     command = Accept(
         message_id=UUID(int=3),
@@ -37,6 +38,7 @@ def accept(
         steerable=steerable,
         busy=busy,
         decides=decides,
+        in_album=in_album,
     )
     [event] = decide(command, session)
     return evolve(session, event)
@@ -86,6 +88,14 @@ def test_a_busy_session_may_reject() -> None:
     with pytest.raises(Busy):
         accept(Session(OLD, 1), mode="reject", steerable=True, busy=True)
     assert accept(Session(OLD, 1), mode="reject", busy=False) == Session(NEW, 1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_run_answers_the_parts_of_an_album_whatever_the_mode(mode: QueueMode) -> None:
+    first = accept(Session(OLD, 1), mode=mode, busy=False, in_album=True)
+    assert (first, begins_after(first, in_album=True)) == (Session(NEW, 1, waits=True), ALBUM)
+    both = accept(first, mode=mode, joinable=True, busy=True, in_album=True)
+    assert (both, begins_after(both)) == (Session(NEW, 2, waits=True), DEBOUNCE)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -143,6 +143,13 @@ async def test_a_file_is_an_attachment(fake: LineStandIn, line: Adapter) -> None
         assert (item.text, item.attachments) == ("", (Attachment(of_kind, "7", "a.pdf"),))  # type: ignore[arg-type]
 
 
+async def test_an_image_of_a_set_is_a_part_of_an_album(fake: LineStandIn, line: Adapter) -> None:
+    image = {"type": "image", "id": "5", "contentProvider": {"type": "line"}}
+    of_set = image | {"imageSet": {"id": "E1", "index": 1, "total": 2}}
+    items = line.receive(fake.call(*(fake.event(message=one) for one in (image, of_set)))).items
+    assert [isinstance(item, Inbound) and item.in_album for item in items] == [False, True]
+
+
 async def test_a_genuine_call_of_another_shape_is_told_apart_from_one_that_is_not_json(
     fake: LineStandIn, line: Adapter
 ) -> None:
