@@ -232,7 +232,8 @@ class ChatModel:
             calls=tuple(
                 ToolCall(
                     call["id"],
-                    names.get(call["name"], call["name"]),
+                    # Models that were trained on namespaces write ``functions.name``.
+                    names.get(call["name"], names.get(call["name"].removeprefix("functions."), call["name"])),
                     whole_arguments(call["arguments"]) or "{}",
                     self._extra(call["extra"]),
                 )

@@ -33,6 +33,8 @@ _OWN_SERVERS = ("api.openai.com", "generativelanguage.googleapis.com")
 REST_SECONDS = 1.0
 # The fields of a delta that a server may cut inside a character.
 _TEXTS = ("content", "reasoning_content", "reasoning")
+# In Anthropic's names, the input that is beside ``input_tokens``.
+_BESIDE_INPUT = ("cache_read_input_tokens", "cache_creation_input_tokens")
 # How servers write that the answer goes on.
 _NO_FINISHES = (None, "", "null", "None")
 # The types of a content's parts that have text for the person.
@@ -300,7 +302,7 @@ class _Repair:
             # A part that a later chunk does not report is 0 or null there.
             if value or (value is not None and name not in self._reported):
                 self._reported[name] = value
-        self._usage = usage(reported) or usage(self._reported) or self._usage
+        self._usage = usage(self._reported) or self._usage
         chunk["choices"] = [choice for choice in chunk.get("choices") or () if self._is_ours(choice)]
         for choice in chunk["choices"]:
             # Some servers send a whole message as a chunk, others repeat it at the end.
@@ -395,9 +397,15 @@ def usage(given: Any) -> Chunk | None:
         return None
     prompt = _first_count(given.get("prompt_tokens"), given.get("input_tokens"))
     completion = _first_count(given.get("completion_tokens"), given.get("output_tokens"))
-    if not prompt or completion is None:
+    if prompt is None or completion is None:
         return None
     details = _mapping(given.get("prompt_tokens_details")), _mapping(given.get("input_tokens_details"))
+    missing = (_first_count(given.get("total_tokens")) or 0) - prompt - completion
+    beside = sum(_first_count(given.get(name)) or 0 for name in _BESIDE_INPUT)
+    if beside and not any(details) and (missing == beside or "prompt_tokens" not in given):
+        prompt, missing = prompt + beside, missing - beside
+    if not prompt:
+        return None
     cached = _first_count(
         *(detail.get("cached_tokens") for detail in details),
         given.get("prompt_cache_hit_tokens"),
@@ -406,9 +414,8 @@ def usage(given: Any) -> Chunk | None:
     )
     completion_details = _mapping(given.get("completion_tokens_details"))
     reasoning = _first_count(completion_details.get("reasoning_tokens"), given.get("reasoning_tokens"))
-    missing = (_first_count(given.get("total_tokens")) or 0) - prompt - completion
     if not reasoning and missing > 0 and missing != cached:
-        # Gemini counts thoughts in the total only. A proxy for Anthropic's models counts cached tokens there.
+        # Gemini counts thoughts in the total only. Some servers count cached tokens there.
         reasoning = missing
     if reasoning and (reasoning > completion or reasoning == missing):
         # xAI and some proxies for Gemini report thoughts beside the output instead of as a part of it.

@@ -90,6 +90,13 @@ class Thoughts:
                 return ""
             if self._held != 0 and (self._is_nested or not self._after_thoughts):
                 if closing := _CLOSING.search(self._buffer):
+                    before = "".join((*self._waiting, self._buffer[: closing.start()]))
+                    if not self._after_thoughts and (opening := _TAG.search(before)):
+                        # The answer began before the thoughts. Within a line, it speaks of tags.
+                        are_thoughts = before[: opening.start()].endswith("\n")
+                        rest = self._buffer[(closing.end() if are_thoughts else closing.start()) :]
+                        self._decided = self._after_thoughts = True
+                        return self._show(before[: opening.start() if are_thoughts else None] + rest)
                     self.ended_without_beginning = self.ended_without_beginning or not self._after_thoughts
                     self._after_thoughts = True
                     self._buffer = self._buffer[closing.end() :]

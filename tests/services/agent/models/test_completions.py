@@ -105,8 +105,9 @@ def total(prompt: Any, completion: Any, **more: Any) -> dict[str, Any]:
             )
         ),
         Streams((chunk({"content": "aaa"}), chunk(finish="stop"), {"usage": total("10", "3")})),
-        # A later null does not take back the reported usage.
+        # A later null or zero does not take back the reported usage.
         Streams((chunk({"content": "aaa"}, usage=total(10, 3)), chunk(finish="stop", usage=None))),
+        Streams((chunk({"content": "aaa"}, usage=total(10, 3)), chunk(finish="stop", usage=total(10, 0)))),
         Streams((chunk({"content": "aaa"}), chunk(finish="stop", usage=total(10, 3))), done=False),
         # Input at the start and output at the end, as in Anthropic's streams.
         Streams(
@@ -136,6 +137,11 @@ async def test_running_totals_of_the_usage_count_once(
         # More cached tokens than tokens: all are charged as input.
         (total(100, 5, cached_tokens=190), None),
         ({"input_tokens": 100, "output_tokens": 5, "input_tokens_details": {"cached_tokens": 90}}, 90),
+        # Anthropic's names: the cached input is beside the other.
+        ({"input_tokens": 4, "output_tokens": 5, "cache_read_input_tokens": 90, "cache_creation_input_tokens": 6}, 90),
+        ({"input_tokens": 0, "output_tokens": 5, "cache_read_input_tokens": 100}, 100),
+        (total(10, 5, total_tokens=105, cache_read_input_tokens=90), 90),
+        (total(100, 5, total_tokens=105, cache_read_input_tokens=90), 90),
     ],
 )
 async def test_cached_tokens_are_found_in_the_fields_of_vendors(
@@ -159,7 +165,7 @@ async def test_cached_tokens_are_found_in_the_fields_of_vendors(
         # In the total only.
         (total(10, 3, total_tokens=113), 103, 100),
         # The rest of the total is cached input.
-        (total(10, 3, total_tokens=113, cache_read_input_tokens=100), 3, None),
+        (total(10, 3, total_tokens=113, cached_tokens=100), 3, None),
     ],
 )
 async def test_thoughts_that_are_reported_beside_the_output_are_charged(
@@ -509,6 +515,7 @@ async def test_thoughts_in_tags_are_neither_streamed_nor_in_the_answer(
     "words",
     [
         "The tag <think> is no HTML, and </think> neither.",
+        "Between <think>and</think> stand thoughts.",
         "Write `</think>` to close it.",
         "a <thinker> thinks",
         "<b>bold</b> and </p>",
@@ -525,6 +532,15 @@ async def test_tags_in_a_sentence_stay(server: ModelServer, providers: Providers
         streamed: list[str] = []
         answer = await ask(server, providers, streamed=streamed)
         assert ("".join(streamed), answer.text) == (words, words)
+
+
+async def test_thoughts_after_the_first_words_are_removed(server: ModelServer, providers: Providers) -> None:
+    said = "Hello.\n<think>they are angry</think>Goodbye."
+    server.script(MODEL, text(said), text(*said))
+    for _ in range(2):
+        streamed: list[str] = []
+        answer = await ask(server, providers, streamed=streamed)
+        assert ("".join(streamed), answer.text) == ("Hello.\nGoodbye.", "Hello.\nGoodbye.")
 
 
 async def test_long_thoughts_without_an_opening_tag_are_removed_and_next_time_held_back(

@@ -341,6 +341,7 @@ CALLS: dict[str, Streams] = {
     ),
     "finish function_call": of(chunk({"tool_calls": [call(0, "c1", "add", JSON)]}), chunk(finish="function_call")),
     "no finish": of(chunk({"tool_calls": [call(0, "c1", "add", JSON)]})),
+    "a call with its namespace": of(chunk({"tool_calls": [call(0, "functions.add:0", "functions.add", JSON)]}, "stop")),
     "a call in a whole message": of(
         {
             "choices": [
