@@ -305,13 +305,26 @@ def from_json(body: bytes | str | msgspec.Raw, type_: type[T]) -> T: ...
 
 
 def from_json(body: bytes | str | msgspec.Raw, type_: Any = Any) -> Any:
-    """JSON as `type_`, `mended` if it has to be. Raises the errors of MALFORMED."""
+    """JSON as `type_`, `mended` if it has to be. A field that may be missing may be null.
+
+    Raises the errors of MALFORMED.
+    """
     try:
         return msgspec.json.decode(body, type=type_)
-    except msgspec.ValidationError:
-        raise
+    except msgspec.ValidationError as error:
+        try:
+            given = msgspec.json.encode(_without_nulls(from_json(body)))
+        except MALFORMED:
+            raise error from None
+        return msgspec.json.decode(given, type=type_)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return msgspec.json.decode(mended(body.encode() if isinstance(body, str) else bytes(body)), type=type_)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(field) for name, field in value.items() if field is not None}
+    return list(map(_without_nulls, value)) if isinstance(value, list) else value
 
 
 def read_json(answer: Answer, type_: type[T]) -> T:

@@ -92,7 +92,7 @@ class _Press(msgspec.Struct):
     userIdType: int | None = None
     spaceType: str | None = None
     spaceId: str | None = None
-    content: str = ""
+    content: str = "{}"
     """JSON."""
 
 

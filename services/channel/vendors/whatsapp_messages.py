@@ -361,7 +361,7 @@ def _edited(ids: tuple[str, ...], message: _Message, edit: _Changed, own: str) -
     fields = edit.message | {"id": edit.original_message_id, "from": message.person, "edit": None}
     fields |= {"group_id": message.group_id}
     try:
-        item = _item(msgspec.convert(fields, _Message), own)
+        item = _item(from_json(msgspec.json.encode(fields), _Message), own)
     except msgspec.ValidationError as error:
         raise UnreadableCall(f"edit: {error}") from error
     if not isinstance(item, Inbound):

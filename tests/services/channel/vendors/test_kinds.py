@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import pytest
@@ -75,6 +78,34 @@ def test_each_kind_is_read_or_ignored_with_its_reason(name: str, kind: str, made
     else:
         assert isinstance(item, expected)
     assert 200 <= received.ack.status < 300
+
+
+WHATSAPP = ("entry", 0, "changes", 0, "value", "messages", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "place"),
+    [
+        ("telegram", "message", ("message", "from", "is_bot")),
+        ("slack", "message", ("authorizations", 0, "is_bot")),
+        ("teams", "message", ("replyToId",)),
+        ("teams", "message", ("reactionsAdded",)),
+        ("whatsapp", "text", (*WHATSAPP, "group_id")),
+        ("whatsapp", "location", (*WHATSAPP, "location", "name")),
+        ("whatsapp", "image", (*WHATSAPP, "image", "mime_type")),
+        ("line", "sticker", ("events", 0, "message", "keywords")),
+        ("feishu", "text", ("event", "message", "chat_type")),
+    ],
+)
+def test_a_field_that_may_be_missing_may_be_null(
+    name: str, kind: str, place: tuple[Any, ...], made: dict[str, Any]
+) -> None:
+    fake, request, given = made[name]
+    content = deepcopy(given[kind][0])
+    *path, field = place
+    reduce(getitem, path, content)[field] = None
+    [item] = VENDORS[name].receive(request(content), VENDORS[name].credentials(**fake.credentials), utcnow()).items
+    assert isinstance(item, Inbound)
 
 
 @pytest.fixture(scope="module")
