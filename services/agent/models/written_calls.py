@@ -20,13 +20,9 @@ from services.agent.models.stops import Stops
 _TAGS = re.compile("</?tool_call>")
 _FUNCTION = re.compile(r"\s*<function=([^<>\s]+)>(.*?)</function>(?=\s*(?:<function=|\Z))\s*", re.DOTALL)
 _PARAMETER = re.compile(r"\s*<parameter=([^<>\s]+)>\n?(.*?)\n?</parameter>(?=\s*(?:<parameter=|\Z))\s*", re.DOTALL)
-# DeepSeek V3 writes the name after ``function``, V3.1 in its place.
-_DEEPSEEK = re.compile(
-    r"\s*<｜tool▁call▁begin｜>"
-    r"(?:function<｜tool▁sep｜>([^\n]+)\n```json\n(.*?)\n```|([^<]+)<｜tool▁sep｜>(.*?))"
-    r"<｜tool▁call▁end｜>(?=\s*(?:<｜tool▁call▁begin｜>|\Z))\s*",
-    re.DOTALL,
-)
+_BETWEEN = re.compile(r"[\s;]*")
+# Calls of an answer, or parameters of a call. Each looks into the schema, and both are a tenant's.
+_MOST = 200
 # As models write them that were trained on Python.
 _CONSTANTS = {"True": True, "False": False, "None": None}
 # The ends of answers, which some servers pass on.
@@ -152,12 +148,11 @@ def _arguments(text: str, tool: Tool | None) -> dict[str, Any]:
         return msgspec.json.decode(text, type=dict[str, Any])
     properties = tool.schema.get("properties") if tool else None
     schemas = properties if isinstance(properties, dict) else {}
-    return {one[1]: _value(one[2], schemas.get(one[1])) for one in _all(_PARAMETER, text)}
+    return {one[1]: _value(one[2], _kinds(schemas.get(one[1]))) for one in _all(_PARAMETER, text)}
 
 
-def _value(text: str, schema: Any) -> Any:
+def _value(text: str, kinds: set[str]) -> Any:
     """The value of the text: a text if it may be one, else JSON or a constant of Python."""
-    kinds = _kinds(schema)
     if "string" in kinds or not (kinds or text.startswith(("{", "["))):
         return text
     with suppress(msgspec.DecodeError):
@@ -181,11 +176,11 @@ def _after_python_tag(text: str, tools: Mapping[str, Tool]) -> list[WrittenCall]
 
 def _objects(text: str, type_: type[_Object]) -> list[WrittenCall]:
     """Calls as JSON, with semicolons between."""
-    calls, rest = [], text.strip()
-    while rest:
-        value, end = _DECODER.raw_decode(rest)
+    calls: list[WrittenCall] = []
+    end = 0
+    while (between := _BETWEEN.match(text, end)) and between.end() < len(text):
+        value, end = _DECODER.raw_decode(text, between.end())
         calls.append(_call(msgspec.convert(value, type=type_)))
-        rest = rest[end:].lstrip().removeprefix(";").lstrip()
     return calls
 
 
@@ -204,17 +199,24 @@ def _of_mistral(text: str, tools: Mapping[str, Tool]) -> list[WrittenCall]:
 
 def _of_deepseek(text: str, tools: Mapping[str, Tool]) -> list[WrittenCall]:
     text = text.removeprefix("<｜tool▁calls▁begin｜>").removesuffix("<｜tool▁calls▁end｜>")
-    return [
-        WrittenCall((one[1] or one[3]).strip(), msgspec.json.decode(one[2] or one[4], type=dict[str, Any]))
-        for one in _all(_DEEPSEEK, text)
-    ]
+    calls: list[WrittenCall] = []
+    *parts, rest = text.split("<｜tool▁call▁end｜>")
+    for part in map(str.strip, parts):
+        name, _, arguments = part.removeprefix("<｜tool▁call▁begin｜>").partition("<｜tool▁sep｜>")
+        if name == "function" and "```json" in arguments:
+            # V3 writes the kind of the tool first, V3.1 does not.
+            name, _, arguments = arguments.removesuffix("```").partition("```json")
+        calls.append(WrittenCall(name.strip(), msgspec.json.decode(arguments, type=dict[str, Any])))
+    if rest.strip():
+        raise ValueError("the text has more than calls")
+    return calls
 
 
 def _all(pattern: re.Pattern[str], text: str) -> list[re.Match[str]]:
     """The matches of which the text consists. Raises ValueError if it has more."""
     found: list[re.Match[str]] = []
     while (at := found[-1].end() if found else 0) < len(text):
-        if not (match := pattern.match(text, at)):
+        if len(found) == _MOST or not (match := pattern.match(text, at)):
             raise ValueError("the text has more than calls")
         found.append(match)
     return found
