@@ -93,7 +93,8 @@ def _parameters(given: Any, where: str) -> dict[str, Any]:
 def function_of(given: Any, where: str, nested: str) -> tuple[dict[str, Any], str]:
     """The fields of a function, and their place in the request."""
     check(isinstance(given, dict), where, "must be an object")
-    check(given.get("type") == "function", f"{where}.type", "only function is supported")
+    # Some clients omit it, as other servers do.
+    check(given.get("type") in (None, "function"), f"{where}.type", "only function is supported")
     return _fields(given, where, nested)
 
 

@@ -205,7 +205,7 @@ class ResponsesRequest(BaseModel):
 
 def _item(item: Mapping[str, Any], where: str) -> Turn:
     """An item of the input of a response."""
-    match item.get("type", "message"):
+    match item.get("type") or "message":
         case "message":
             return Turn(where, item.get("role"), item.get("content"))
         case "function_call":

@@ -673,6 +673,15 @@ def test_a_function_without_parameters_takes_an_empty_object(function_: dict[str
     assert [tool.parameters for tool in asked.tools] == [EMPTY]
 
 
+def test_a_type_that_says_nothing_may_be_absent_or_null() -> None:
+    for type_ in ({}, {"type": None}):
+        tool = {**type_, "function": {"name": "now"}}
+        called = CALLED | {"tool_calls": [{**type_, "id": CALL["id"], "function": CALL["function"]}]}
+        asked = chat(HI, called, RESULT, tools=[tool])
+        assert ([one.name for one in asked.tools], len(asked.since[0].calls)) == (["now"], 1)
+        assert responses(input=[{**type_, "role": "user", "content": "Hi"}]).text == "Hi"
+
+
 @pytest.mark.parametrize(
     "schema",
     [
