@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from contextlib import suppress
@@ -93,17 +94,28 @@ class _Events(httpx2.AsyncByteStream):
 
 
 def whole_arguments(pieces: Sequence[str]) -> str:
-    """The arguments of a call. Some servers repeat them from the start in each piece, or as a whole in the last one.
-    Some models write them as JSON within a text.
+    """The arguments of a call. Some servers repeat them: from the start in each piece, or as a whole. Some models write
+    them as JSON within a text.
     """
     joined = "".join(pieces)
     if joined.startswith('"'):
         with suppress(msgspec.DecodeError):
             joined = msgspec.json.decode(joined, type=str)
-    if len(pieces) < 2 or _is_object(joined) or not _is_object(pieces[-1]):
+    if _is_object(joined):
         return joined
+    if len(pieces) < 2 or not _is_object(pieces[-1]):
+        return _first_of_repeats(joined)
     totals = all(later.startswith(former) for former, later in pairwise(pieces))
     return pieces[-1] if totals or "".join(pieces[:-1]) == pieces[-1] else joined
+
+
+def _first_of_repeats(text: str) -> str:
+    """The object, if the text is nothing but repeats of it; else the text."""
+    with suppress(ValueError, RecursionError):
+        value, end = json.JSONDecoder().raw_decode(text)
+        if isinstance(value, dict) and text == text[:end] * (len(text) // end):
+            return text[:end]
+    return text
 
 
 def _is_object(text: str) -> bool:
@@ -126,7 +138,7 @@ class _Call:
         self.index = index
         self.given_id = given_id
         self.id = id_
-        self.has_name = False
+        self.name = ""
         self._pieces: list[str] = []
         self._depth = 0
         self._in_text = self._is_escaped = False
@@ -149,6 +161,10 @@ class _Call:
             elif not self._in_text:
                 self._depth += 1 if sign in "{[" else -1
 
+    def is_made(self, name: str, arguments: str) -> bool:
+        """Whether it is this call, and a whole one."""
+        return (name, arguments) == (self.name, "".join(self._pieces)) and self.is_complete()
+
     def is_complete(self) -> bool:
         """Whether the arguments so far are a whole object."""
         if self._depth or self._in_text or not self._pieces:
@@ -162,7 +178,7 @@ class ToolCalls:
     """Gives each tool call an index and an id of its own.
 
     A piece with a name begins a call, unless the server repeats the name in each piece. A piece without one continues
-    the call with its index, else with its id, else the last one.
+    the call with its index, else with its id, else the last one. A call that comes again with its id is a repeat.
     """
 
     def __init__(self) -> None:
@@ -193,9 +209,11 @@ class ToolCalls:
         call = self._found(index, given_id)
         if call is None and name is None and self._calls:
             call = self._calls[-1]
+        if call and given_id and name and call.given_id == given_id and call.is_made(name, arguments):
+            name, arguments = None, ""
         if call is None or (name and self._begins(call, given_id, arguments)):
             call = self._new(given_id)
-        elif call.has_name:
+        elif call.name:
             name = None
         if index is not None:
             self._by_index[index] = call
@@ -203,7 +221,7 @@ class ToolCalls:
         sent: Chunk = {field: value for field, value in piece.items() if field not in CALL_FIELDS}
         sent |= {"index": call.index, "function": {"arguments": arguments}}
         if name:
-            call.has_name = True
+            call.name = name
             sent |= {"id": call.id, "type": "function", "function": {"name": name, "arguments": arguments}}
         return sent
 

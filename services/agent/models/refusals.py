@@ -66,6 +66,9 @@ _THOUGHTS = {
         r"reasoning_content\b.{0,60}\b(missing|passed back)|missing\W{1,3}reasoning_content", re.IGNORECASE
     )
 }
+# Some servers want a text beside calls. Others refuse an empty one, so it is left out first.
+_NULL_CONTENTS = "null contents"
+_NO_TEXT = re.compile(r"content\b.{0,200}\b(null|none|nil|string)\b", re.IGNORECASE | re.DOTALL)
 # Kimi takes an empty text for a missing one.
 _NO_THOUGHTS = " "
 
@@ -103,7 +106,8 @@ def found(status: int, answer: bytes, body: Body, known: set[str]) -> Refusal | 
         (at.start(), option) for option in (*_OPTIONS, *_VALUES) if option in sent and (at := _named(option, text))
     ]
     if not named:
-        return None
+        has_nulls = any(message.get("content", "") is None for message in sent.get("messages", ()))
+        return Refusal(frozenset((_NULL_CONTENTS,)), lasts=True) if has_nulls and _NO_TEXT.search(text) else None
     option = min(named)[1]
     if option in _FIXED or (option not in _VALUES and _UNKNOWN.search(text) and not is_value):
         return Refusal(frozenset((option,)), lasts=True)
@@ -137,6 +141,8 @@ def without(body: Body, refused: set[str]) -> dict[str, Any]:
         kept["messages"] = _in_turns(kept["messages"])
     if refused & _IDS.keys():
         kept["messages"] = [_with_short_ids(message) for message in kept["messages"]]
+    if _NULL_CONTENTS in refused:
+        kept["messages"] = [m | {"content": m.get("content") or ""} for m in kept["messages"]]
     if refused & _THOUGHTS.keys():
         kept["messages"] = [
             {"reasoning_content": _NO_THOUGHTS} | m if m["role"] == "assistant" else m for m in kept["messages"]

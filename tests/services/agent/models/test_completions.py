@@ -391,6 +391,18 @@ async def test_thoughts_that_a_server_misses_are_blank_from_then_on(
     assert sent == [[None, None, "a sum"], [" ", " ", "a sum"], [" ", " ", "a sum"]]
 
 
+async def test_a_server_that_wants_a_text_beside_calls_gets_an_empty_one_from_then_on(
+    server: ModelServer, providers: Providers
+) -> None:
+    detail = {"type": "string_type", "loc": ["body", "messages", 1, "content"], "msg": "Input should be a valid string"}
+    server.script(MODEL, Refuses(422, {"detail": [detail]}))
+    made = ToolCall("c1", "add", "{}")
+    turns = (UserTurn("?"), AssistantTurn("", (made,)), ToolTurn(made, "3"))
+    for _ in range(2):
+        await ask(server, providers, Prompt("", turns, tools=PROMPT.tools))
+    assert [request.body["messages"][1]["content"] for request in server.requests] == [None, "", ""]
+
+
 DETAILS: list[dict[str, Any]] = [
     {"type": "reasoning.text", "text": "They want ", "format": "anthropic-claude-v1", "index": 0},
     {"type": "reasoning.text", "text": "a sum.", "signature": None, "format": "anthropic-claude-v1", "index": 0},

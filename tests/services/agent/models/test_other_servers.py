@@ -299,6 +299,19 @@ CALLS: dict[str, Streams] = {
         *(chunk({"tool_calls": [call(0, None, None, piece)]}) for piece in ('{"a":1', ',"b":2}', JSON)),
         chunk(finish="tool_calls"),
     ),
+    "the call comes again as a whole": of(
+        *(chunk({"tool_calls": [call(0, "c1", name, text)]}) for name, text in (("add", '{"a":1'), (None, ',"b":2}'))),
+        *(chunk({"tool_calls": [call(0, "c1", "add", JSON)]}) for _ in range(2)),
+        chunk(finish="tool_calls"),
+    ),
+    "the arguments three times": of(
+        chunk({"tool_calls": [call(0, "c1", "add", JSON * 3)]}), chunk(finish="tool_calls")
+    ),
+    "the pieces of the arguments twice": of(
+        chunk({"tool_calls": [call(0, "c1", "add", "")]}),
+        *(chunk({"tool_calls": [call(0, None, None, piece)]}) for piece in ('{"a":1', ',"b":2}') * 2),
+        chunk(finish="tool_calls"),
+    ),
     "an old server: function_call": of(
         chunk({"function_call": {"name": "add", "arguments": ""}}),
         *(chunk({"function_call": {"arguments": piece}}) for piece in ('{"a":1', ',"b":2}')),
