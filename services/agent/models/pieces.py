@@ -178,7 +178,7 @@ class ToolCalls:
     """Gives each tool call an index and an id of its own.
 
     A piece with a name begins a call, unless the server repeats the name in each piece. A piece without one continues
-    the call with its index, else with its id, else the last one. A call that comes again with its id is a repeat.
+    the call with its index, else with its id, else the last one. A call that is sent again with its id counts once.
     """
 
     def __init__(self) -> None:

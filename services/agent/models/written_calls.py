@@ -213,7 +213,7 @@ def _of_deepseek(text: str, tools: Mapping[str, Tool]) -> list[WrittenCall]:
 
 
 def _all(pattern: re.Pattern[str], text: str) -> list[re.Match[str]]:
-    """The matches of which the text consists. Raises ValueError if it has more."""
+    """The matches that make up the whole text. Raises ValueError if it has more."""
     found: list[re.Match[str]] = []
     while (at := found[-1].end() if found else 0) < len(text):
         if len(found) == _MOST or not (match := pattern.match(text, at)):

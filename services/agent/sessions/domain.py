@@ -49,7 +49,7 @@ class Accept:
     decides: UUID | None = None
     """The run that waits for the decision that this message is about."""
     in_album: bool = False
-    """More parts of its album may come. One run answers them, whatever the mode."""
+    """More parts of its album may come. One run answers them in each mode."""
 
 
 class Busy(Exception):
