@@ -1,7 +1,7 @@
 """Reads tool calls that a model has written as text. Pure.
 
 A server without a parser for the model passes its calls on as the text of the answer. The forms are those of Hermes and
-Qwen, Qwen3-Coder, Llama 3, Mistral and DeepSeek.
+Qwen, Qwen3-Coder, Llama 3, Mistral, DeepSeek, Kimi K2, GLM-4.5 and MiniMax M2.
 """
 
 from __future__ import annotations
@@ -17,9 +17,17 @@ import msgspec
 from services.agent.models.contract import Tool
 from services.agent.models.stops import Stops
 
-_TAGS = re.compile("</?tool_call>")
-_FUNCTION = re.compile(r"\s*<function=([^<>\s]+)>(.*?)</function>(?=\s*(?:<function=|\Z))\s*", re.DOTALL)
-_PARAMETER = re.compile(r"\s*<parameter=([^<>\s]+)>\n?(.*?)\n?</parameter>(?=\s*(?:<parameter=|\Z))\s*", re.DOTALL)
+_TAGS = re.compile("</?(?:tool_call|minimax:tool_call|function_calls)>")
+_FUNCTION = re.compile(
+    r'\s*<(?:function=|invoke name=")([^<>"\s]+)"?>(.*?)</(?:function|invoke)>(?=\s*(?:<function=|<invoke |\Z))\s*',
+    re.DOTALL,
+)
+_PARAMETER = re.compile(
+    r'\s*<parameter(?:=| name=")([^<>"\s]+)"?(?: string="[a-z]+")?>\n?(.*?)\n?</parameter>'
+    r"(?=\s*(?:<parameter[= ]|\Z))\s*",
+    re.DOTALL,
+)
+_PAIR = re.compile(r"\s*<arg_key>([^<>]+)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
 _BETWEEN = re.compile(r"[\s;]*")
 # Calls of an answer, or parameters of a call. Each looks into the schema, and both are a tenant's.
 _MOST = 200
@@ -126,13 +134,19 @@ def _without_end(text: str) -> str:
 
 
 def _tagged(text: str, tools: Mapping[str, Tool]) -> list[WrittenCall]:
-    between, calls = (_TAGS.split(text)[first::2] for first in (0, 1))
+    between, calls = (_TAGS.split(text.replace("｜DSML｜", ""))[first::2] for first in (0, 1))
     if any(map(str.strip, between)):
         raise ValueError("the text has more than calls")
     found: list[WrittenCall] = []
-    for call in calls:
-        is_json = not call.lstrip().startswith("<function=")
-        found += [_call(msgspec.json.decode(call, type=_Object))] if is_json else _functions(call, tools)
+    for call in map(str.strip, calls):
+        if call.startswith("{"):
+            found.append(_call(msgspec.json.decode(call, type=_Object)))
+        elif call.startswith(("<function=", "<invoke ")):
+            found += _functions(call, tools)
+        else:
+            # GLM writes the name, and then keys and values.
+            name, mark, rest = call.partition("<arg_key>")
+            found.append(WrittenCall(name.strip(), _values(_PAIR, mark + rest, tools.get(name.strip()))))
     return found
 
 
@@ -146,9 +160,14 @@ def _arguments(text: str, tool: Tool | None) -> dict[str, Any]:
     """The arguments as Llama 3 writes them, or those of Qwen3-Coder, which are texts."""
     if text.startswith("{"):
         return msgspec.json.decode(text, type=dict[str, Any])
+    return _values(_PARAMETER, text, tool)
+
+
+def _values(pattern: re.Pattern[str], text: str, tool: Tool | None) -> dict[str, Any]:
+    """The arguments, from their names and values in the text."""
     properties = tool.schema.get("properties") if tool else None
     schemas = properties if isinstance(properties, dict) else {}
-    return {one[1]: _value(one[2], _kinds(schemas.get(one[1]))) for one in _all(_PARAMETER, text)}
+    return {one[1]: _value(one[2], _kinds(schemas.get(one[1]))) for one in _all(pattern, text)}
 
 
 def _value(text: str, kinds: set[str]) -> Any:
@@ -198,18 +217,33 @@ def _of_mistral(text: str, tools: Mapping[str, Tool]) -> list[WrittenCall]:
 
 
 def _of_deepseek(text: str, tools: Mapping[str, Tool]) -> list[WrittenCall]:
-    text = text.removeprefix("<｜tool▁calls▁begin｜>").removesuffix("<｜tool▁calls▁end｜>")
     calls: list[WrittenCall] = []
-    *parts, rest = text.split("<｜tool▁call▁end｜>")
-    for part in map(str.strip, parts):
-        name, _, arguments = part.removeprefix("<｜tool▁call▁begin｜>").partition("<｜tool▁sep｜>")
+    for name, arguments in _marked(text, "<｜tool▁{}｜>", "calls▁begin call▁begin sep call▁end calls▁end"):
         if name == "function" and "```json" in arguments:
             # V3 writes the kind of the tool first, V3.1 does not.
             name, _, arguments = arguments.removesuffix("```").partition("```json")
         calls.append(WrittenCall(name.strip(), msgspec.json.decode(arguments, type=dict[str, Any])))
+    return calls
+
+
+def _of_kimi(text: str, tools: Mapping[str, Tool]) -> list[WrittenCall]:
+    marks = "calls_section_begin call_begin call_argument_begin call_end calls_section_end"
+    calls: list[WrittenCall] = []
+    for id_, arguments in _marked(text, "<|tool_{}|>", marks):
+        # Such as ``functions.name:0``.
+        name = id_.strip().removeprefix("functions.").partition(":")[0]
+        calls.append(WrittenCall(name, msgspec.json.decode(arguments, type=dict[str, Any])))
+    return calls
+
+
+def _marked(text: str, form: str, marks: str) -> list[tuple[str, str]]:
+    """The texts before and after the middle mark of each call."""
+    first, begin, middle, end, last = map(form.format, marks.split())
+    *calls, rest = text.removeprefix(first).removesuffix(last).split(end)
     if rest.strip():
         raise ValueError("the text has more than calls")
-    return calls
+    found = [call.strip().removeprefix(begin).partition(middle) for call in calls]
+    return [(before, after) for before, _, after in found]
 
 
 def _all(pattern: re.Pattern[str], text: str) -> list[re.Match[str]]:
@@ -233,8 +267,11 @@ _DECODER = json.JSONDecoder()
 # By the text with which they begin.
 _FORMS: Mapping[str, Callable[[str, Mapping[str, Tool]], list[WrittenCall]]] = {
     "<tool_call>": _tagged,
+    "<minimax:tool_call>": _tagged,
+    "<｜DSML｜function_calls>": _tagged,
     "<function=": _functions,
     "<|python_tag|>": _after_python_tag,
     "[TOOL_CALLS]": _of_mistral,
     "<｜tool▁calls▁begin｜>": _of_deepseek,
+    "<|tool_calls_section_begin|>": _of_kimi,
 }

@@ -418,6 +418,27 @@ FORMS = {
         '{"a": 1, "b": 2}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
         1,
     ),
+    "DeepSeek V3.2": (
+        '<｜DSML｜function_calls>\n<｜DSML｜invoke name="add">\n<｜DSML｜parameter name="a" string="false">1'
+        '</｜DSML｜parameter>\n<｜DSML｜parameter name="b" string="false">2</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+        "</｜DSML｜function_calls>",
+        1,
+    ),
+    "MiniMax M2": (
+        '<minimax:tool_call>\n<invoke name="add">\n<parameter name="a">1</parameter>\n<parameter name="b">2</parameter>'
+        "\n</invoke>\n</minimax:tool_call>",
+        1,
+    ),
+    "GLM-4.5": (
+        "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n<arg_key>b</arg_key>\n"
+        "<arg_value>2</arg_value>\n</tool_call>",
+        1,
+    ),
+    "Kimi K2": (
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.add:0<|tool_call_argument_begin|>"
+        '{"a": 1, "b": 2}<|tool_call_end|><|tool_calls_section_end|>',
+        1,
+    ),
     "DeepSeek V3.1": (
         '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 1, "b": 2}<｜tool▁call▁end｜>'
         '<｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 1, "b": 2}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
@@ -500,6 +521,7 @@ async def test_a_call_in_both_forms_is_one(server: ModelServer, providers: Provi
         "<|python_tag|>print(1)",
         '[TOOL_CALLS] [{"name": "add", "arguments": {"a"',
         "<｜tool▁calls▁begin｜>",
+        "<tool_call>add this",
     ],
 )
 async def test_a_text_that_begins_as_a_call_and_is_none_is_no_answer(
