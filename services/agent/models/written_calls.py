@@ -138,14 +138,17 @@ def _tagged(text: str, tools: Mapping[str, Tool]) -> list[WrittenCall]:
     if any(map(str.strip, between)):
         raise ValueError("the text has more than calls")
     found: list[WrittenCall] = []
-    for call in map(str.strip, calls):
-        if call.startswith("{"):
+    for call in calls:
+        start = call.lstrip()
+        if start.startswith("{"):
             found.append(_call(msgspec.json.decode(call, type=_Object)))
-        elif call.startswith(("<function=", "<invoke ")):
-            found += _functions(call, tools)
+        elif start.startswith(("<function=", "<invoke ")):
+            found += _functions(start, tools)
         else:
-            # GLM writes the name, and then keys and values.
+            # GLM writes the name on a line, and then keys and values.
             name, mark, rest = call.partition("<arg_key>")
+            if "\n" not in name:
+                raise ValueError("a call is malformed")
             found.append(WrittenCall(name.strip(), _values(_PAIR, mark + rest, tools.get(name.strip()))))
     return found
 

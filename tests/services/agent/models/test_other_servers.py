@@ -540,6 +540,7 @@ async def test_a_text_that_begins_as_a_call_and_is_none_is_no_answer(
         "Hermes writes `<tool_call>` before a call.",
         f"It writes\n```\n{WRITTEN}\n```",
         f"It writes\n```\n{WRITTEN}",
+        "It writes <tool_call>add</tool_call>",
         "a <",
         "Mistral writes [TOOL_CALLS] before a list.",
         f"```json\n{BARE}\n```",
