@@ -11,6 +11,8 @@ import pytest
 
 from infra.clock import utcnow, uuid7
 from infra.outgoing.client import Outgoing
+from infra.security.crypto import Cipher
+from services.channel.accounts import AccountSecrets, keep_identity, read
 from services.channel.routing import Route, is_for_the_bot, routed
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Groups, Request
@@ -18,6 +20,7 @@ from services.channel.vendors.items import Inbound
 from services.channel.vendors.telegram import TelegramCredentials
 from tests.services.channel.conftest import Desk
 from tests.services.channel.vendors.conftest import Adapter, Call, keys_of
+from tooling.testing.platform import MASTER_KEY
 from tooling.testing.vendors import (
     FeishuStandIn,
     LineStandIn,
@@ -341,6 +344,19 @@ def test_a_mention_may_be_of_a_bot_whose_name_is_not_known_and_its_yes_does_not_
         assert isinstance(item, Inbound)
         assert is_for_the_bot("mentions", item)
         assert item.for_others
+
+
+async def test_a_name_that_was_read_with_former_credentials_is_not_kept(desk: Desk) -> None:
+    async with TelegramStandIn() as former, TelegramStandIn() as current:
+        channel = await desk.connect("telegram", former.credentials)
+        secrets, id_ = AccountSecrets(Cipher(MASTER_KEY)), UUID(channel["id"])
+        async with desk.platform.database("channel").begin(tenant_id=desk.tenant_id) as tx:
+            account = await read(tx, secrets, id_)
+        await change(desk, channel, credentials=current.credentials)
+        async with desk.platform.database("channel").begin(tenant_id=desk.tenant_id) as tx:
+            assert account
+            await keep_identity(tx, secrets, account, "@former_bot")
+            assert await tx.sql("SELECT identity FROM account WHERE id = $1", id_) == [(None,)]
 
 
 def _mentioning(telegram: TelegramStandIn, text: str) -> Call:
