@@ -29,7 +29,7 @@ def page(invoice: Invoice, lines: Sequence[InvoiceLine], corrected: Sequence[Inv
     """The texts of an invoice, and its e-invoice if there can be one. Its state is left out, because a payment must not
     change the document. An invoice below zero is a credit note, as in its e-invoice."""
     xml = _xml(invoice, lines, corrected)
-    title = invoice.title if invoice.number else "Draft of an invoice"
+    title = invoice.title
     if invoice.total_minor < 0:
         invoice, lines = einvoice.as_credit(invoice, lines)
     return _page(title, invoice, lines, [f"Corrects {_named(other)}" for other in corrected], xml)

@@ -61,7 +61,10 @@ class Invoice(BaseModel):
     @property
     def title(self) -> str:
         """Of its document. An invoice below zero is a credit note."""
-        return f"{'Credit note' if self.total_minor < 0 else 'Invoice'} {self.number}"
+        is_credit = self.total_minor < 0
+        if self.number is None:
+            return f"Draft of {'a credit note' if is_credit else 'an invoice'}"
+        return f"{'Credit note' if is_credit else 'Invoice'} {self.number}"
 
     @property
     def is_order(self) -> bool:

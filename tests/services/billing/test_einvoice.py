@@ -184,6 +184,8 @@ def test_an_invoice_names_the_invoices_that_it_corrects(amount: int) -> None:
         "100.000000000",
     )
     assert shown.xml == content.decode()
+    draft = page(made.model_copy(update={"number": None, "status": "draft"}), lines)
+    assert (draft.title, draft.total) == (f"Draft of {'an invoice' if amount > 0 else 'a credit note'}", shown.total)
 
 
 def test_the_sale_of_credit_is_of_one_day() -> None:
