@@ -155,7 +155,7 @@ def obstacle(invoice: Invoice, lines: Sequence[InvoiceLine]) -> str:
         return "the invoice is a draft; only a finalised one has an e-invoice"
     for party, names in (("seller", ("name", "country", "vat_id")), ("buyer", ("name", "country"))):
         for name in names:
-            if not getattr(getattr(invoice, party), name):
+            if not _printable(getattr(getattr(invoice, party), name)).strip():
                 return f"the {party} had no {name} when the invoice was finalised; an e-invoice needs it"
     if DIGITS[invoice.currency] > 2:
         return f"{invoice.currency} has more than the two decimals of EN 16931"
@@ -210,7 +210,9 @@ def _tax(invoice: Invoice) -> _Tax:
 def _party(element: etree._Element, party: Seller | Buyer) -> None:
     _add(element, "ram:Name", party.name)
     address = _add(element, "ram:PostalTradeAddress")
-    for name, line in zip(("ram:LineOne", "ram:LineTwo", "ram:LineThree"), party.address.splitlines(), strict=False):
+    # The rules want no empty elements.
+    lines = [line for line in party.address.splitlines() if _printable(line).strip()]
+    for name, line in zip(("ram:LineOne", "ram:LineTwo", "ram:LineThree"), lines, strict=False):
         _add(address, name, line)
     _add(address, "ram:CountryID", party.country)
     if party.vat_id:
@@ -228,6 +230,10 @@ def _name(name: str) -> str:
 
 def _add(parent: etree._Element, name: str, text: str | None = None, **attributes: str) -> etree._Element:
     made = etree.SubElement(parent, _name(name), **attributes)
-    # XML 1.0 has no control characters.
-    made.text = text and "".join(c for c in text if c.isprintable())
+    made.text = text and _printable(text)
     return made
+
+
+def _printable(text: str) -> str:
+    """XML 1.0 has no control characters."""
+    return "".join(c for c in text if c.isprintable())

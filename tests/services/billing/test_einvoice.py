@@ -188,6 +188,18 @@ def test_an_invoice_names_the_invoices_that_it_corrects(amount: int) -> None:
     assert (draft.title, draft.total) == (f"Draft of {'an invoice' if amount > 0 else 'a credit note'}", shown.total)
 
 
+@pytest.mark.parametrize(("address", "lines"), [("Weg 2\n\nBerlin", ["Weg 2", "Berlin"]), (" \n\x0b", []), ("", [])])
+def test_an_address_has_no_empty_lines(address: str, lines: list[str]) -> None:
+    content = document(invoice(buyer=BUYER.model_copy(update={"address": address})), LINES)
+    assert rules()(content) == []
+    assert [*texts(content, "LineOne"), *texts(content, "LineTwo")] == [
+        "Hafen 1",
+        *lines[:1],
+        "20457 Hamburg",
+        *lines[1:],
+    ]
+
+
 def test_the_sale_of_credit_is_of_one_day() -> None:
     """BR-29: a period that ends before it begins is refused. The rules above do not compare the dates."""
     made = invoice(**SALE)
@@ -314,6 +326,7 @@ def test_the_price_is_that_of_one_unit_if_it_is_exact(of: InvoiceLine, quantity:
         ({"number": None, "status": "draft"}, "draft"),
         ({"seller": SELLER.model_copy(update={"vat_id": ""})}, "the seller had no vat_id"),
         ({"buyer": Buyer(country="DE")}, "the buyer had no name"),
+        ({"buyer": Buyer(name=" \x0b", country="DE")}, "the buyer had no name"),
         ({"currency": "KWD"}, "KWD"),
         ({"lines": []}, "no lines"),
     ],
