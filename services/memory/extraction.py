@@ -36,12 +36,15 @@ def _rule(pattern: str, kind: Kind, importance: int, topic: str | None = None) -
     return _Rule(re.compile(pattern, re.IGNORECASE), kind, importance, topic)
 
 
-_I = r"\bI(?: a|['’])m\b"
+# In chats many write Im and dont.
+_I = r"\bI(?: a|['’])?m\b"
 _IS = rf"{_I}(?: not| no longer)?(?: an?)?"
 _LIVE = r"\bI(?: now)? live in"
-_MOVED = r"\bI(?:['’]ve| have)? moved to"
+_MOVED = r"\bI(?:['’]?ve| have)? moved to"
 _WORK = r"\bI(?: now)? work"
 _OBJECT = r"([^;!]{2,})"
+# What these mean, only the messages before can say.
+_TASTE = rf"(?!(?:it|this|that|these|those|them|him|her|you|your|his|their|when|how|what|one)\b){_OBJECT}"
 # Before a name, as most people write it; before a place and not a kind of home.
 _NAMED = r"(?=(?:the )?(?-i:[^\W\d_a-z]))"
 _PLACE = r"(?!(?:an?|my|our|this) |the (?-i:[^A-Z]))"
@@ -54,6 +57,8 @@ _DAY = rf"(?: on)?(?: the)? (?:\d+[./-]\d|\d+(?:st|nd|rd|th)?(?: of)? {_MONTH}|{
 # The first rule that fits a sentence decides. It has a topic only if its sentences contradict each other.
 _RULES = (
     _rule(rf"{_I}(?: not| severely| very| no longer)? allergic to {_OBJECT}", "fact", 9, "allergy {}"),
+    _rule(rf"\bI have an? (?:\w+ )?allergy to {_OBJECT}", "fact", 9, "allergy {}"),
+    _rule(r"\bI have an? (?:severe |serious |bad |mild )?([^\W\d_]+) allergy\b", "fact", 9, "allergy {}"),
     _rule(r"我对([^,，。；;！]{1,30}?)(?:不再|不|严重|有点)*过敏", "fact", 9, "allergy {}"),
     # Vegetarians say so too.
     _rule(rf"{_I} not (?:a )?(?:vegan|pescatarian)\b(?! any ?more)", "fact", 8),
@@ -61,8 +66,8 @@ _RULES = (
     _rule(r"我(?:现在)?(?:吃素|不吃素|是素食)", "fact", 8, "diet"),
     _rule(rf"{_IS} diabetic", "fact", 8, "diabetes"),
     _rule(rf"{_IS} co?eliac", "fact", 8, "coeliac disease"),
-    _rule(rf"\bmy name is {_NAMED}", "fact", 7, "name"),
-    _rule(r"\bmy name is \w", "fact", 7),
+    _rule(rf"\bmy name(?: is|['’]s) {_NAMED}", "fact", 7, "name"),
+    _rule(r"\bmy name(?: is|['’]s) \w", "fact", 7),
     # And not, for example, on Monday or ASAP.
     _rule(r"\bcall me (?-i:(?!\w*day\b|[A-Z]{2})[^\W\d_a-z])", "fact", 7, "form of address"),
     # With these signs it means to order, or to call a person.
@@ -77,17 +82,25 @@ _RULES = (
     _rule(rf"{_WORK} as an?\b", "fact", 6, "occupation"),
     _rule(rf"{_WORK} (?:at|for|as|in)\b", "fact", 6),
     _rule(r"我(?:现在)?在[^,，。；;！]{1,20}(?:工作|上班)", "fact", 6),
+    # Without a topic: it may deny one place, and another one is the home.
+    _rule(r"\bI (?:do not|don['’]?t|no longer) (?:live in|work (?:at|for|as|in))\b", "fact", 6),
+    _rule(r"我(?:已经)?不再?(?:住在|在[^,，。；;！]{1,20}(?:工作|上班))", "fact", 6),
     _rule(
         rf"\b(?:my birthday is|I was born){_DAY}|我的生日是[\d一二三四五六七八九十]+[年月./-]", "fact", 7, "birthday"
     ),
     _rule(r"\bmy birthday is|\bI was born [io]n\b|我的生日是|我出生", "fact", 7),
     _rule(
-        rf"\bI (?:do not |don['’]t |really |now |no longer )*(?:like|love|prefer|enjoy|hate|dislike) {_OBJECT}",
+        rf"\bI (?:do not |don['’]?t |really |now |no longer )*(?:like|love|prefer|enjoy|hate|dislike) {_TASTE}",
         "preference",
         5,
         "taste {}",
     ),
-    _rule(r"我(?:现在|很|非常|最|不再|不)*(?:喜欢|爱吃|爱喝|讨厌|偏好)([^。；;！]+)", "preference", 5, "taste {}"),
+    _rule(
+        r"我(?:现在|很|非常|最|不再|不)*(?:喜欢|爱吃|爱喝|讨厌|偏好)(?![它他她你这那])([^。；;！]+)",
+        "preference",
+        5,
+        "taste {}",
+    ),
     _rule(r"\b(?:we|I)(?: have|['’]ve)? (?:decided|agreed) (?:to|on|that)\b|我们?决定", "decision", 6),
     _rule(r"\bI promise\b|我(?:答应|保证)", "promise", 6),
     _rule(r"^(?:please )?(?:remember|note)(?: that|:) |^请?记住", "fact", 8),
@@ -96,6 +109,38 @@ _RULES = (
 _FORGET = re.compile(
     r"(?i)^(?:(?:can|could|would|will) you )?(?:please )?(?:forget|delete|erase|remove|do(?:n['’]t| not) remember)\b"
     r"|^请?你?(?:忘记|忘掉|忘了|删除|删掉|不要记|别记)"
+)
+# Parts of a message that are not the person's own words: lines of an earlier message, code, quotations.
+_QUOTED = re.compile(
+    r"""
+    ^[ \t]*>.* | ```[\s\S]*?(?:```|\Z) | `[^`\n]*`
+    | "[^"]*" | “[^“”]*” | «[^«»]*» | 「[^「」]*」 | 『[^『』]*』
+    | (?<!\w)['‘][^'‘’\n]*(?:(?<=\w)['’](?=\w)[^'‘’\n]*)*['’](?!\w)
+    """,
+    re.MULTILINE | re.VERBOSE,
+)
+# Before a fact in its sentence: others say it, it is only supposed, or it is to be written.
+_NOT_STATED = re.compile(
+    r"""(?ix)
+    ^(?!as\b).*(?<!\bI[ ])(?<!ve[ ])(?<!already[ ])
+        \b(?:said|says|told|tells|wrote|writes|asked|asks|thinks|believes|claims)\b
+    | \b(?:they|people|you|others|friends)[ ](?:say|think|believe|claim)\b
+    | \b(?:if|whether|unless|suppose|imagine|pretend|assum(?:e|ing)|not[ ]true|untrue)\b[^,]*$
+    | \b(?:translate|write|say|send|draft|correct|rephrase|print|type|answer|reply)\b.*:
+    | ^[\W\d]*(?!(?:note|fyi|update|ps|info|correction|important|remember|reminder|btw|me|also|yes|no|diet|work)[ ]*:)
+        [^\W\d_]+(?:[ ](?-i:[^\W\d_a-z])[^\W\d_]*)?[ ]*:
+    | (?<![我你])(?:说|告诉|认为|觉得|以为)[^，]*$ | (?:如果|假如|要是|假设|翻译|是否)[^，]*$
+    """
+)
+# A question behind a statement. One that asks whether the statement is true belongs to it.
+_ASKED = re.compile(
+    r"""(?ix)
+    (?P<said>(?!(?:am|do|does|did|is|are|was|were|can|could|will|would|should|have|has|what|which|where|when|who|how|why)\b)
+        .*?\w)[,;]\s*(?:(?:so|and|but)\s+)?(?!is\s(?:that|this|it)\s(?:right|correct|true|so)\b|are\syou\ssure)
+        (?:what|which|where|when|who|how|why|can|could|may|do\syou|does|is|are|will|would|should|any)\b.*[?？]
+    | (?P<said_zh>[^吗?？]*?)[，；](?!(?:不?对|不?是|好|真的)[吗吧])
+        [^，；]*(?:吗|呢|什么|哪|怎么|多少|几|谁|可以|能)[^，；]*[?？]
+    """
 )
 # The part of a sentence outside of its fact says more of the person, or doubts the fact. If a newer fact replaced the
 # sentence, this part would be lost.
@@ -124,17 +169,18 @@ _NOT_LETTERS = re.compile(r"[^\w]+")
 
 
 def facts(said: str) -> list[LearnedFact]:
-    """The facts in a person's message, at most MAX_FACTS. A question and a wish to forget state none."""
+    """The facts that a person states about themselves in a message, at most MAX_FACTS. Questions, wishes to forget,
+    quotations and suppositions state none."""
     found: dict[str, LearnedFact] = {}
-    for sentence in _sentences(said):
-        if sentence.endswith(("?", "？")) or len(sentence) > MAX_TEXT:
-            continue
-        if _FORGET.match(sentence):
+    own = _QUOTED.sub(lambda quoted: "\0" * len(quoted[0]), said)
+    for begin, sentence in _statements(said):
+        if len(sentence) > MAX_TEXT:
             continue
         for rule in _RULES:
             if part := rule.pattern.search(sentence):
-                fact = LearnedFact(sentence, rule.kind, rule.importance, _topic(rule, part))
-                found.setdefault(normal(sentence), fact)
+                if own[begin + part.start()] != "\0" and not _NOT_STATED.search(sentence[: part.start()]):
+                    fact = LearnedFact(sentence, rule.kind, rule.importance, _topic(rule, part))
+                    found.setdefault(normal(sentence), fact)
                 break
     return list(found.values())[:MAX_FACTS]
 
@@ -148,15 +194,19 @@ def topic_of(text: str) -> str | None:
 def is_stated(quote: str, said: str) -> bool:
     """Whether a person said these words, and not in a question or in a wish to have them forgotten."""
     wanted = normal(quote)
-    stated = (sentence for sentence in _sentences(said) if not sentence.endswith(("?", "？")))
-    kept = normal(" ".join(sentence for sentence in stated if not _FORGET.match(sentence)))
-    return len(wanted) >= MIN_QUOTE and wanted in kept
+    return len(wanted) >= MIN_QUOTE and wanted in normal(" ".join(sentence for _, sentence in _statements(said)))
 
 
-def _sentences(text: str) -> Iterator[str]:
+def _statements(text: str) -> Iterator[tuple[int, str]]:
+    """The sentences, with their places, that are neither questions nor wishes to forget; of a statement with a question
+    behind it the statement."""
     for match in _SENTENCE.finditer(text):
-        if sentence := match[0].strip():
-            yield sentence
+        sentence = match[0].strip()
+        if sentence.endswith(("?", "？")):
+            asked = _ASKED.fullmatch(sentence) if len(sentence) <= MAX_TEXT else None
+            sentence = (asked["said"] or asked["said_zh"]) if asked else ""
+        if sentence and not _FORGET.match(sentence):
+            yield text.index(sentence, match.start()), sentence
 
 
 def normal(text: str) -> str:
