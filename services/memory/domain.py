@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -25,6 +26,8 @@ _SENTENCE_ENDS = re.compile(
 )
 _WHOLE = re.compile(r"[.!?:。！？；：…][”’」』）\"')\s]*$")
 _HEADING = re.compile(r"(#{1,6})[ \t]+(.+)")
+# Signs that end a heading. In C# the sign is part of a word.
+_CLOSED = re.compile(r"(?:^|(?<=[ \t]))#+\s*$")
 # The line below a heading of Markdown's other form: = for the first level, - for the second.
 _UNDERLINE = re.compile(r" {0,3}(=+|-{2,})[ \t]*\n?")
 # A longer heading is text: each passage below a heading repeats it.
@@ -33,9 +36,13 @@ _CODE = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")
 # A block of code begins and ends with such a line; in an item of a list it is indented.
 _FENCE = re.compile(r"[ \t]*(`{3,}(?![^`]*`)|~{3,})")
 # Letters, digits and signs of codes in full width, as Chinese and Japanese keyboards write them, the hyphens of Word,
-# and the plain ones.
-WIDE = {ord(sign) + 0xFEE0: sign for sign in f"{string.ascii_letters}{string.digits}-._"} | {0x2010: "-", 0x2011: "-"}
-
+# the radicals that stand for characters in the text of many PDFs, and Japanese letters of half the width: the usual
+# ones.
+_UNUSUAL = (
+    {ord(sign) + 0xFEE0: sign for sign in f"{string.ascii_letters}{string.digits}-._"}
+    | {0x2010: "-", 0x2011: "-"}
+    | {code: unicodedata.normalize("NFKC", chr(code)) for code in (*range(0x2F00, 0x2FD6), *range(0xFF61, 0xFFA0))}
+)
 
 DAMAGED = "Some characters of the text are damaged, so they are not read."
 
@@ -71,6 +78,11 @@ class _Piece(NamedTuple):
     tokens: float
     head: str = ""
     """The table's header, repeated in each passage that has rows of the table."""
+
+
+def folded(text: str) -> str:
+    """The text in the one form that passages and queries have: a letter with its accents is one character."""
+    return unicodedata.normalize("NFC", text.translate(_UNUSUAL))
 
 
 def count_tokens(text: str) -> int:
@@ -111,7 +123,7 @@ def sections(markdown: str) -> Iterator[Block]:
     for n, line in enumerate(given):
         fence = _fence_after(line, fence) if n < ended else ""
         heading = None if fence or len(line) > MAX_HEADING else _HEADING.match(line)
-        title = heading[2].strip().rstrip("#").rstrip() if heading else ""
+        title = _CLOSED.sub("", heading[2]).strip() if heading else ""
         level = len(heading[1]) if heading else 0
         underline = None if fence else _UNDERLINE.fullmatch(line)
         if underline and _is_title(lines):

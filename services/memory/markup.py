@@ -139,6 +139,8 @@ class _Writer:
             self._pre = element, self._line, self._outside, len(self._out)
             self._line, self._outside = [], []
             self._out.append("")
+        elif tag == "br" and self._prefix.startswith("#"):
+            self._text(" ")
         elif tag == "br":
             self._break()
         elif tag == "img":

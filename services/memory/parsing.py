@@ -25,7 +25,7 @@ from infra.stores import charsets
 from infra.stores import filetypes as types
 from infra.web import data_urls
 from services.memory import ebooks, mail, markup, ocr, outlook, pdf, slides, spreadsheets, word
-from services.memory.domain import DAMAGED, WIDE, Block, Chunk, UnreadableFile, chunk, sections
+from services.memory.domain import DAMAGED, Block, Chunk, UnreadableFile, chunk, folded, sections
 
 # A larger archive is refused before it is unpacked. Real ones are compressed ten times at most.
 MAX_UNPACKED_BYTES = 512 * 1024**2
@@ -50,11 +50,9 @@ _ARCHIVES = (types.DOCX, types.XLSX, types.PPTX, types.EPUB)
 _MACROS = re.compile(r"/(?:vbaProject\.bin$|macrosheets/)")
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
 # Signs that a reader does not see, and forms of letters that no query has: fi as one sign, letters of equations.
-_FOLDED = (
-    dict.fromkeys((0xAD, 0x200B, 0x2060, 0xFEFF))
-    | {code: unicodedata.normalize("NFKC", chr(code)) for code in (*range(0xFB00, 0xFB07), *range(0x1D400, 0x1D800))}
-    | WIDE
-)
+_PLAIN = dict.fromkeys((0xAD, 0x200B, 0x2060, 0xFEFF)) | {
+    code: unicodedata.normalize("NFKC", chr(code)) for code in (*range(0xFB00, 0xFB07), *range(0x1D400, 0x1D800))
+}
 _SPACES = re.compile(r"(?<=\S)[^\S\n]{9,}")
 # Before a line. Code is indented far, and no text that far.
 MAX_INDENT = 100
@@ -170,7 +168,7 @@ def _listed(pages: Sequence[int]) -> str:
 def _clean(text: str) -> str:
     # A picture in the text would be a long number.
     text = data_urls.replaced(text, lambda label, mime_type, _: f"[{label or mime_type}]")
-    text = _NOT_TEXT.sub(" ", text.translate(_FOLDED).replace("\r\n", "\n").replace("\r", "\n"))
+    text = _NOT_TEXT.sub(" ", folded(text.translate(_PLAIN)).replace("\r\n", "\n").replace("\r", "\n"))
     text = _INDENT.sub(" " * MAX_INDENT, _SPACES.sub(" " * 8, text))
     return _EMPTY_LINES.sub("\n\n", text)
 

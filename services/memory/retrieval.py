@@ -20,7 +20,7 @@ from infra.postgres.database import Database
 from services.memory import documents, readable
 from services.memory.conversations import Conversations, session_scope
 from services.memory.credit import Credit
-from services.memory.domain import WIDE, codes, embedded_text, ends, fuse
+from services.memory.domain import codes, embedded_text, ends, folded, fuse
 from services.memory.embeddings import Embedder
 from services.memory.index import Hit
 from services.memory.keywords import with_words
@@ -220,7 +220,7 @@ class Retrieval:
         unavailable, and NoCredit, but not in the mode hybrid: its answer is degraded then.
         """
         began = time.monotonic()
-        query = query._replace(text=query.text.translate(WIDE))
+        query = query._replace(text=folded(query.text))
         model = await self._active()
         limit = DEFAULT_LIMIT if query.limit is None else query.limit
         found = await self._find(model, caller, query, limit, seconds)

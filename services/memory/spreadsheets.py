@@ -139,7 +139,8 @@ def text_table(text: str) -> Iterator[Block]:
     stated = _STATED_DELIMITER.match(text)
     if stated:
         text = text[stated.end() :]
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=stated[1] if stated else _delimiter(text))
+    delimiter = stated[1] if stated else _delimiter(text)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
         yield from _blocks(map(_without_empty_end, rows))
     except csv.Error as error:
@@ -157,7 +158,9 @@ def _delimiter(text: str) -> str:
     sample = text[:65_536].splitlines()[:_JUDGED_LINES]
 
     def regularity(delimiter: str) -> tuple[int, bool, int]:
-        widths = Counter(len(row) for row in csv.reader(sample, delimiter=delimiter) if len(row) > 1)
+        widths = Counter(
+            len(row) for row in csv.reader(sample, delimiter=delimiter, skipinitialspace=True) if len(row) > 1
+        )
         width, count = max(widths.items(), key=lambda item: (item[1], item[0]), default=(0, 0))
         # Cells with another delimiter in each line: the commas are those of decimal numbers, or of texts.
         return count, count > 0 and delimiter != ",", width
@@ -235,6 +238,8 @@ def _has_text(value: Any) -> bool:
 
 
 def _text(cell: Any) -> str:
+    from openpyxl.utils.escape import unescape  # type: ignore[import-untyped]
+
     value = cell.value
     if isinstance(value, bool):
         return str(value).upper()
@@ -245,7 +250,8 @@ def _text(cell: Any) -> str:
     if isinstance(value, dt.timedelta):
         seconds = round(value.total_seconds())
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-    return "" if value is None else str(value)
+    # The file has the end of a line of Windows as _x000D_.
+    return "" if value is None else unescape(str(value))
 
 
 def _number(value: float, format_: str) -> str:

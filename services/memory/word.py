@@ -21,7 +21,8 @@ _M = "{http://schemas.openxmlformats.org/officeDocument/2006/math}"
 _COMPATIBILITY = "{http://schemas.openxmlformats.org/markup-compatibility/2006}"
 _SHAPE = "{urn:schemas-microsoft-com:vml}"
 _BODY = re.compile(r"word/(?:document|footnotes|endnotes|comments)\d*\.xml")
-_NUMBERING = ("word/numbering.xml", "word/styles.xml")
+_STYLES = "word/styles.xml"
+_NUMBERING = ("word/numbering.xml", _STYLES)
 _MARGIN = re.compile(r"word/(?:header|footer)\d*\.xml")
 # The numbers of the page and of all pages.
 _PAGE_NUMBER = re.compile(r"[\W_]*(?:\d{1,3}[\W_]*){0,2}")
@@ -40,6 +41,10 @@ _ONE = re.compile(r"\d+(?:[.,]\d+)?|\w")
 _BACK = re.compile(r'<a href="#[^"]{0,100}-ref-[^"]{0,20}">↑</a>')
 _REFERENCES = tuple(_W + name for name in ("footnoteReference", "endnoteReference", "commentReference"))
 _OFF = ("0", "false", "off")
+# The levels of headings; 9 is that of text.
+_HEADING_LEVELS = ("0", "1", "2", "3", "4", "5")
+# How many styles of a chain are looked at. A style may be based on itself.
+_MAX_BASED = 20
 
 
 def html(file: IO[bytes]) -> str:
@@ -83,9 +88,30 @@ def _rewritten(file: IO[bytes]) -> IO[bytes]:
                         if number := numbers.take(paragraph):
                             _show_number(paragraph, number)
                 copy.writestr(name, etree.tostring(root))
+            elif name == _STYLES:
+                root = _parsed(archive.read(name))
+                _name_headings(root)
+                copy.writestr(name, etree.tostring(root))
             elif not name.startswith(("word/media/", "word/embeddings/")):
                 copy.writestr(name, archive.read(name))
     return out
+
+
+def _name_headings(styles: etree._Element) -> None:
+    """mammoth knows headings by the names of Word's own styles. A style may be a heading by its level, or by the style
+    on which it is based."""
+    by_id = {style.get(f"{_W}styleId"): style for style in styles.iterfind(f"{_W}style")}
+    for style in by_id.values():
+        of, level = style, None
+        for _ in range(_MAX_BASED):
+            level = of.find(f"{_W}pPr/{_W}outlineLvl")
+            based = of.find(f"{_W}basedOn")
+            if level is not None or based is None or based.get(f"{_W}val") not in by_id:
+                break
+            of = by_id[based.get(f"{_W}val")]
+        name = style.find(f"{_W}name")
+        if name is not None and level is not None and level.get(f"{_W}val") in _HEADING_LEVELS:
+            name.set(f"{_W}val", f"heading {int(level.get(f'{_W}val')) + 1}")
 
 
 def _rewrite(root: etree._Element) -> None:

@@ -237,6 +237,37 @@ def test_paragraphs_of_a_word_document_have_the_numbers_that_it_shows() -> None:
     assert shown[20:] == ["- dot", "1. long"]
 
 
+def test_styles_of_a_word_document_that_are_headings_by_their_level_or_base_give_the_section() -> None:
+    def style(name: str, properties: str = "", base: str = "") -> str:
+        based = f"<w:basedOn w:val='{base}'/>" if base else ""
+        return (
+            f"<w:style w:type='paragraph' w:styleId='{name}'><w:name w:val='{name}'/>{based}<w:pPr>{properties}</w:pPr>"
+            "</w:style>"
+        )
+
+    styles = (
+        style("heading 1", "<w:outlineLvl w:val='0'/>")
+        + style("Chapter", base="heading 1")
+        + style("TOC Heading", "<w:outlineLvl w:val='9'/>", "heading 1")
+        + style("Clause", "<w:outlineLvl w:val='1'/>")
+        + style("Loop", base="Loop")
+    )
+    body = "".join(
+        _item(text, style=name)
+        for text, name in (
+            ("Contents", "TOC Heading"),
+            ("Care", "Chapter"),
+            ("Descaling", "Clause"),
+            ("Do it.", "Loop"),
+        )
+    )
+    lines = parse(docx(body, {"styles": styles}), types.DOCX)
+    assert [(line["section"], line["text"]) for line in lines if "text" in line] == [
+        (None, "Contents"),
+        ("Care > Descaling", "Do it."),
+    ]
+
+
 def pdf(content: str, page: str = "", catalog: str = "", objects: tuple[str, ...] = ()) -> bytes:
     """One page with this content. `objects` have the numbers from 6."""
     return files.assembled(
@@ -292,6 +323,8 @@ def test_ligatures_and_letters_of_equations_are_read_as_plain_letters(tmp_path: 
     source.write_text("An efficient office: $E = m c^2$")
     assert text_of(bytes(typst.compile(source)), types.PDF).startswith("An efficient office: E = mc")
     assert text_of("e\ufb03cient main\u00adtenance 𝐸".encode(), types.TEXT) == "efficient maintenance E"
+    # Accents beside their letters, radicals in place of characters, letters of half the width.
+    assert text_of("Cafe\u0301 \u2f64\u4e8e\u2f00\u822c ﾎﾟﾝﾌﾟ".encode(), types.TEXT) == "Café 用于一般 ポンプ"
     assert text_of("错误Ｅ０４，ＮＬ２－２３０！".encode(), types.TEXT) == "错误E04，NL2-230！"
 
 
@@ -331,6 +364,7 @@ def test_a_sheet_keeps_units_codes_durations_comments_and_text_boxes() -> None:
         (6543.5, '#0"x"00.0', "6543.5"),
         (dt.timedelta(hours=30, minutes=5), "[h]:mm:ss", "30:05:00"),
         (True, "", "TRUE"),
+        ("two_x000D_\nlines", "", "two lines"),
         ("#DIV/0!", "", "#DIV/0!"),
     ]
     for n, (value, format_, _) in enumerate(rows, 1):
@@ -446,6 +480,7 @@ PAGES = {
         "| Do | Reset |\n| --- | --- |\n\n```\nrun\n  b\n```\n| Do | Reset |\n| --- | --- |\n|  | off |\n| x | y |",
     ),
     "code in code": ("<pre>a\n<div><pre>b\nc</pre></div>d</pre>e", "```\na\nb\nc\nd\n```\ne"),
+    "heading in two lines": ("<h2>Care<br>of pumps</h2>x<br>y", "x\ny"),
     "pronunciation": ("<p><ruby>東<rp>(</rp><rt>とう</rt><rp>)</rp>京<rt>きょう</rt></ruby></p>", "東京"),
     "title beside a heading": ("<title>Care - A shop</title><h1>Care</h1><p>x</p>", "x"),
     "chosen and written": (
@@ -476,6 +511,11 @@ def test_underlined_headings_of_markdown_give_the_section() -> None:
     assert "| a | b |\n|---|---|\n| 1 | 2 |" in sections[1][1]
 
 
+def test_a_sign_of_a_heading_that_is_part_of_a_word_stays() -> None:
+    lines = parse(b"# C#\na\n## F# ###\nb\n", types.MARKDOWN)
+    assert [line["section"] for line in lines if "text" in line] == ["C#", "C# > F#"]
+
+
 def test_a_table_that_states_its_delimiter_is_read_by_it() -> None:
     assert text_of(b"sep=;\r\na;b,c\r\n1;2,5\r\n", types.CSV) == "| a | b,c |\n| --- | --- |\n| 1 | 2,5 |"
 
@@ -487,6 +527,7 @@ def test_a_table_that_states_its_delimiter_is_read_by_it() -> None:
         ("1,50\t2,70\n3,20\t4,10\n", "| 1,50 | 2,70 |"),
         ("Name;Price, net\nA;1,50\nB;2,70\n", "| Name | Price, net |"),
         ("id,tags\n1,a;b\n2,c;d\n", "| id | tags |"),
+        ('name, note\nAnn, "hello, world"\n', "| Ann | hello, world |"),
         ("one column\n" * 60 + "a,b\n", "| a | b |"),
     ],
 )
