@@ -43,8 +43,8 @@ _LIVE = r"\bI(?: now)? live in"
 _MOVED = r"\bI(?:['’]?ve| have)? moved to"
 _WORK = r"\bI(?: now)? work"
 _OBJECT = r"([^;!]{2,})"
-# What these mean, only the messages before can say.
-_TASTE = rf"(?!(?:it|this|that|these|those|them|him|her|you|your|his|their|when|how|what|one)\b){_OBJECT}"
+# Of these words the earlier messages give the meaning.
+_TASTE = rf"(?!(?:it|th(?:is|at|[eo]se|em|eir)|h(?:im|er|is)|your?|wh(?:en|at)|how|one)\b){_OBJECT}"
 # Before a name, as most people write it; before a place and not a kind of home.
 _NAMED = r"(?=(?:the )?(?-i:[^\W\d_a-z]))"
 _PLACE = r"(?!(?:an?|my|our|this) |the (?-i:[^A-Z]))"
