@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from lxml import etree, html  # type: ignore[import-untyped]
 
@@ -43,6 +44,8 @@ _PRESCANNED_BYTES = 4_096
 _ENTERED = frozenset(("text", "number", "date", "time", "email", "tel", "url", "search"))
 _WHITE = re.compile(r"\s+")
 _TICKS = re.compile(r"^[ \t]*(`{3,})", re.MULTILINE)
+# A value, and not a year, which may be the name of a column.
+_VALUE = re.compile(r"(?!(?:19|20)\d\d$)[-+−]?[\d.,%$€£¥ ]+")
 _POWER = re.compile(r"[-−+]?\d")
 # A cell that spans rows stands in each of them, and one that spans columns has empty cells beside it. Without these
 # limits, a small page could become a large text.
@@ -91,6 +94,9 @@ class _Writer:
         self._interrupted: list[bool] = []
         # The cells of earlier rows that span the next ones, by column: their text, and how many rows are left.
         self._spanning: list[dict[int, tuple[str, int]]] = []
+        # The cells of the row that span columns, and the first row if it has some: it may be a part of the header.
+        self._spans: list[list[range]] = []
+        self._first: list[tuple[list[str], list[range]] | None] = []
         self._repeatable = MAX_REPEATED_CHARACTERS
 
     def write(self, root: etree._Element) -> str:
@@ -128,8 +134,10 @@ class _Writer:
             self._heads.append("")
             self._interrupted.append(False)
             self._spanning.append({})
+            self._spans.append([])
+            self._first.append(None)
         elif tag == "tr" and self._rows:
-            self._rows[-1] = []
+            self._rows[-1], self._spans[-1] = [], []
         elif tag in ("td", "th") and self._rows:
             self._break()
             self._outside.append(self._line)
@@ -160,6 +168,9 @@ class _Writer:
         elif tag == "tr" and self._rows:
             self._row()
         elif tag == "table" and self._rows:
+            if first := self._first.pop():
+                self._write_row(first[0])
+            self._spans.pop()
             self._rows.pop()
             self._heads.pop()
             self._interrupted.pop()
@@ -190,6 +201,8 @@ class _Writer:
         if self._repeatable < 0:
             columns = rows = 1
         self._repeatable -= columns - 1
+        if columns > 1:
+            self._spans[-1].append(range(len(row), len(row) + columns))
         for n in range(columns):
             if rows > 1:
                 self._spanning[-1][len(row)] = ("" if n else text, rows - 1)
@@ -210,6 +223,18 @@ class _Writer:
         cells, self._rows[-1] = self._rows[-1], []
         if not any(cells):
             return
+        first, self._first[-1] = self._first[-1], None
+        if first:
+            if header := joined(first[0], cells, first[1]):
+                self._write_row(header)
+                return
+            self._write_row(first[0])
+        elif self._spans[-1] and not self._heads[-1] and any(cells[1:]):
+            self._first[-1] = cells, self._spans[-1]
+            return
+        self._write_row(cells)
+
+    def _write_row(self, cells: list[str]) -> None:
         line = f"| {' | '.join(cells)} |\n"
         head = self._heads[-1]
         if not head and len(cells) > 1 and not any(cells[1:]):
@@ -247,6 +272,24 @@ class _Writer:
         elif text := _WHITE.sub(" ", text).strip():
             self._out.append(f"{self._prefix}{text}\n")
             self._prefix = ""
+
+
+def joined(above: list[str], below: list[str], spans: Sequence[range]) -> list[str] | None:
+    """One row for a header of two: the row with ``2025`` and ``2026``, whose cells span columns, and the row with their
+    parts, ``Q1 Q2 Q1 Q2``. None if the row below does not belong to the header.
+
+    spans: the columns of each cell that spans some. The name of any other column stands in one of the rows, or in both.
+    """
+    width = max(len(above), len(below))
+    above, below = ([*cells, *[""] * (width - len(cells))] for cells in (above, below))
+    names = {n: above[span[0]] for span in spans for n in span}
+    parts = [below[n] for n in names]
+    is_title = len(spans) == 1 and len(names) == width
+    if is_title or not all(parts) or all(map(_VALUE.fullmatch, parts)):
+        return None
+    if any(n not in names and above[n] and below[n] not in ("", above[n]) for n in range(width)):
+        return None
+    return [f"{names[n]} {below[n]}" if names.get(n) else below[n] or above[n] for n in range(width)]
 
 
 def _has_lines(element: etree._Element) -> bool:

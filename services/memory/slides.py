@@ -60,7 +60,7 @@ def _shape_texts(shape: Any, read: set[str]) -> Iterator[str]:
         if hasattr(shape, "shapes"):
             waiting += reversed(list(shape.shapes))
         elif getattr(shape, "has_table", False) and shape.has_table:
-            yield spreadsheets.table(_cells(shape.table))
+            yield spreadsheets.table(list(spreadsheets.with_header(_cells(shape.table))))
         elif getattr(shape, "has_chart", False) and shape.has_chart:
             if _is_new(shape.chart.part, read):
                 yield _chart(shape.chart)
@@ -71,17 +71,19 @@ def _shape_texts(shape: Any, read: set[str]) -> Iterator[str]:
             yield "\n".join(_diagram(shape, read)) or shape.element.xpath("string((.//p:cNvPr/@descr)[1])")
 
 
-def _cells(table: Any) -> list[list[str]]:
-    """The cells of a slide's table. The text of a cell that spans rows stands in each of them."""
+def _cells(table: Any) -> list[tuple[list[str], list[range]]]:
+    """The rows of a slide's table, each with the places of its cells that span columns. The text of a cell that spans
+    rows stands in each of them."""
     from pptx.table import _Cell
 
-    rows: list[list[str]] = []
+    rows: list[tuple[list[str], list[range]]] = []
     # Column → the text of a cell of an earlier row, and in how many rows it still stands.
     spanning: dict[int, tuple[str, int]] = {}
     repeatable = MAX_REPEATED_CHARACTERS
     # The library looks for all rows again for each of them.
     for row in table._tbl.tr_lst:
-        rows.append([])
+        cells: list[str] = []
+        rows.append((cells, []))
         for column, cell in enumerate(row.tc_lst):
             text = _Cell(cell, table).text
             above, left = spanning.get(column, ("", 0))
@@ -91,7 +93,9 @@ def _cells(table: Any) -> list[list[str]]:
                 spanning[column] = above, left - 1
                 repeatable -= len(above)
                 text = above if repeatable >= 0 else ""
-            rows[-1].append(text)
+            if cell.gridSpan > 1:
+                rows[-1][1].append(range(column, min(column + cell.gridSpan, len(row.tc_lst))))
+            cells.append(text)
     return rows
 
 

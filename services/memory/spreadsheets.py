@@ -9,13 +9,14 @@ import operator
 import posixpath
 import re
 import zipfile
-from collections import Counter
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import IO, Any
 
 from services.memory.domain import Block, UnreadableFile, is_repeated
-from services.memory.markup import MAX_REPEATED_CHARACTERS
+from services.memory.markup import MAX_REPEATED_CHARACTERS, joined
 
 # Rows of one block. A large sheet must not be in memory as one text.
 BLOCK_ROWS = 1_000
@@ -29,8 +30,10 @@ _DELIMITERS = ",;\t|"
 _JUDGED_LINES = 50
 # The first line of a table that Excel has written.
 _STATED_DELIMITER = re.compile(r"sep=([,;\t|])\r?\n", re.IGNORECASE)
-_MERGED = re.compile(rb'<(?:\w{1,20}:)?mergeCell\s{1,9}ref="([A-Z]{1,3})(\d{1,7}):[A-Z]{1,3}(\d{1,7})"')
+_MERGED = re.compile(rb'<(?:\w{1,20}:)?mergeCell\s{1,9}ref="([A-Z]{1,3})(\d{1,7}):([A-Z]{1,3})(\d{1,7})"')
 _MAX_MERGED = 10_000
+# A row's cells that the other columns of a wide table do not have are found by the first one, of so many characters.
+_MAX_KEY = 200
 _FORMULA = re.compile(rb"<f(?:\s[^<>]{0,300})?(?:/>|>[^<]{0,8192}</f>)(?:<v\s?/>|<v></v>)?</c>")
 _FORMULA_BYTES = 9_000
 _DRAWING = "{http://schemas.openxmlformats.org/drawingml/2006/main}"
@@ -74,7 +77,7 @@ def sheets(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
             used.update(n for n, value in enumerate(row) if _has_text(value))
         columns = sorted(used)
         merged = _Merged(book, sheet)
-        yield from _blocks(_rows(sheet, columns, merged), sheet.title)
+        yield from _blocks(with_header(_rows(sheet, columns, merged)), sheet.title)
         if beside := "\n".join(_beside(book._archive, sheet._worksheet_path, read)):
             yield Block(beside, sheet.title)
         if sheet.sheet_state != "visible":
@@ -85,11 +88,27 @@ def sheets(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
             )
 
 
-def _rows(sheet: Any, columns: list[int], merged: _Merged) -> Iterator[list[str]]:
+def _rows(sheet: Any, columns: list[int], merged: _Merged) -> Iterator[tuple[list[str], list[range]]]:
+    """The rows, each with the places of its cells that span columns."""
     for number, row in enumerate(sheet.iter_rows(max_row=MAX_ROWS), 1):
         cells = [_text(row[n]) if n < len(row) else "" for n in columns]
         merged.fill(number, columns, cells)
-        yield cells
+        yield cells, merged.spans(number, columns)
+
+
+def with_header(rows: Iterable[tuple[list[str], list[range]]]) -> Iterator[list[str]]:
+    """The rows that have text. Of the first ones, two that are one header are one row."""
+    above: tuple[list[str], list[range]] | None = None
+    filled = (row for row in rows if any(row[0]))
+    for n, row in enumerate(filled):
+        header = joined(above[0], row[0], above[1]) if above else None
+        if above and not header:
+            yield above[0]
+        above = row if row[1] and not header and n < FIRST_ROWS else None
+        if not above:
+            yield header or row[0]
+    if above:
+        yield above[0]
 
 
 class _Merged:
@@ -102,6 +121,8 @@ class _Merged:
         """Row and column of the first cell → the last row, rows counted from 1 and columns from 0."""
         self._open: dict[int, tuple[str, int]] = {}
         """Column → its text and the last row."""
+        self._spans: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        """Row → the first and last columns of its cells that span columns."""
         self._repeatable = MAX_REPEATED_CHARACTERS
         self.without_value = False
         """Whether the file has formulas whose values no program has stored."""
@@ -111,11 +132,20 @@ class _Merged:
             while piece := part.read(_READ_BYTES):
                 rest += piece
                 for found in _MERGED.finditer(rest):
-                    first, last = int(found[2]), int(found[3])
+                    left, right = (column_index_from_string(found[n].decode()) - 1 for n in (1, 3))
+                    first, last = int(found[2]), int(found[4])
                     if last > first and len(self._last_row) < _MAX_MERGED:
-                        self._last_row[first, column_index_from_string(found[1].decode()) - 1] = last
+                        self._last_row[first, left] = last
+                    if right > left and len(self._spans) < _MAX_MERGED:
+                        self._spans[first].append((left, right))
                 self.without_value = self.without_value or _FORMULA.search(rest) is not None
                 rest = rest[-_FORMULA_BYTES:]
+
+    def spans(self, number: int, columns: list[int]) -> list[range]:
+        """The places of the cells of a row that span several of the columns."""
+        found = self._spans.pop(number, ())
+        places = (range(bisect_left(columns, left), bisect_right(columns, right)) for left, right in found)
+        return [place for place in places if len(place) > 1]
 
     def fill(self, number: int, columns: list[int], cells: list[str]) -> None:
         """Completes the cells of a row, unless it is empty."""
@@ -180,22 +210,45 @@ def table(rows: list[list[str]]) -> str:
 
 
 def _blocks(rows: Iterator[list[str]], section: str | None = None) -> Iterator[Block]:
-    """As `table`, in blocks with the header. Empty rows are left out."""
+    """As `table`, in blocks with the header. A table whose header is too long for each passage is read as several ones,
+    each with some of the columns beside the first one. Empty rows are left out."""
     filled = filter(any, rows)
     first = list(islice(filled, FIRST_ROWS))
     if not first:
         return
     at = _header(first)
-    head = _head(first[at])
-    # A header that no passage repeats would be read again for each block.
-    repeated = head if is_repeated("\n".join(head)) else []
-    lines = [*_titles(first[:at]), *head]
-    rest = map(_line, chain(first[at + 1 :], filled))
-    while lines:
-        lines += islice(rest, BLOCK_ROWS)
-        yield Block("\n".join(lines) + "\n", section)
-        following = next(rest, None)
-        lines = [] if following is None else [*repeated, following]
+    parts = [(begin, end, _head(_part(first[at], begin, end))) for begin, end in _parts(first[at])]
+    lines = _titles(first[:at])
+    rest = chain(first[at + 1 :], filled)
+    is_first = True
+    while (block := list(islice(rest, BLOCK_ROWS))) or is_first:
+        for begin, end, head in parts:
+            shown = [row for row in block if begin == 0 or any(row[begin:end])]
+            if shown or (is_first and any(first[at][begin:end])):
+                # A header that no passage repeats would be read again for each block.
+                lines += head if is_first or is_repeated("\n".join(head)) else []
+                lines += [_line(_part(row, begin, end)) for row in shown]
+                yield Block("\n".join(lines) + "\n", section)
+                lines = []
+        is_first = False
+
+
+def _parts(header: list[str]) -> list[tuple[int, int | None]]:
+    """The columns of each table that a wide one is read as, from the first one until before the last one: as many as
+    each passage can repeat the names of."""
+    parts: list[tuple[int, int | None]] = []
+    begin = 0
+    if not is_repeated("\n".join(_head(header))):
+        for end in range(2, len(header)):
+            if end > begin and not is_repeated("\n".join(_head(_part(header, begin, end + 1)))):
+                parts.append((begin, end))
+                begin = end
+    return [*parts, (begin, None)]
+
+
+def _part(cells: list[str], begin: int, end: int | None) -> list[str]:
+    """The first cell, and those from `begin` on."""
+    return cells[begin:end] if begin == 0 else [*(cell[:_MAX_KEY] for cell in cells[:1]), *cells[begin:end]]
 
 
 def _header(rows: list[list[str]]) -> int:

@@ -186,6 +186,74 @@ def test_the_header_is_the_first_row_that_fills_half_of_the_columns(rows: list[l
     assert re.sub(r"\|(?: --- \|)+", "|-|", spreadsheets.table(rows)) == text
 
 
+HEADERS = {
+    "parts below names": (["2025", None, "2026", None], ["Q1", "Q2", "Q1", "Q2"], "2025 Q1 2025 Q2 2026 Q1 2026 Q2"),
+    "column beside": (["Item", "Sales", None, "Note"], [None, "2025", "2026", None], "Item Sales 2025 Sales 2026 Note"),
+    "values": (["Item", "Sales", None, "Note"], [None, "12", "13.5", None], "Item Sales Note"),
+    "another name": (["Item", "Sales", None, "Note"], ["Pump", "North", "South", "x"], "Item Sales Note"),
+}
+
+
+@pytest.mark.parametrize(("above", "below", "names"), HEADERS.values(), ids=HEADERS)
+def test_two_rows_of_a_header_are_one(above: list[str | None], below: list[str | None], names: str) -> None:
+    from openpyxl import Workbook  # type: ignore[import-untyped]
+    from pptx import Presentation
+
+    width = len(above)
+    spans = [n for n, name in enumerate(above[1:]) if name is None]
+    book, deck = Workbook(), Presentation()
+    numbers = [str(n) for n in range(1, width + 1)]
+    for row in (["Sold pumps"], above, below, numbers):
+        book.active.append(list(row))
+    book.active.merge_cells(start_row=1, end_row=1, start_column=1, end_column=width)
+    slide = deck.slides.add_slide(deck.slide_layouts[6])
+    table = slide.shapes.add_table(3, width, 0, 0, 9, 9).table
+    for n, names_of_columns in enumerate((above, below, numbers)):
+        for column, name in enumerate(names_of_columns):
+            table.cell(n, column).text = name or ""
+    for column in spans:
+        book.active.merge_cells(start_row=2, end_row=2, start_column=column + 1, end_column=column + 2)
+        table.cell(0, column).merge(table.cell(0, column + 1))
+    cells = "".join(f"<th colspan={1 + (n in spans)}>{name}" for n, name in enumerate(above) if name is not None)
+    page = f"<table><tr>{cells}</tr><tr><th>{'<th>'.join(name or '' for name in below)}</tr>"
+    page += f"<tr><td>{'<td>'.join(numbers)}</tr></table>"
+    out, shown = io.BytesIO(), io.BytesIO()
+    book.save(out)
+    deck.save(shown)
+    texts = [
+        read(content, type_)[0][0]["text"]
+        for content, type_ in (
+            (out.getvalue(), types.XLSX),
+            (shown.getvalue(), types.PPTX),
+            (page.encode(), types.HTML),
+        )
+    ]
+    for text in texts:
+        [header] = [line for line, rule in zip(text.split("\n"), text.split("\n")[1:], strict=False) if "---" in rule]
+        assert " ".join(header.replace("|", " ").split()) == names
+
+
+def test_each_passage_of_a_wide_table_names_the_columns_of_its_values() -> None:
+    names = [f"Measure {n} of the pump in winter" for n in range(24)]
+    rows = [["Serial", *names], *([f"S{n}", *(f"{n}.{m}" for m in range(24))] for n in range(1_002))]
+    rows[5][9:] = []
+    for content, type_ in (
+        (files.xlsx("Wide", rows), types.XLSX),
+        ("\n".join(map(",".join, [[*row] for row in rows])).encode(), types.CSV),
+    ):
+        passages, _ = read(content, type_)
+        values: dict[tuple[str, str], str] = {}
+        for passage in passages:
+            header, _, *lines = (re.split(r" *\| *", line)[1:-1] for line in passage["text"].splitlines())
+            assert header[0] == "Serial"
+            for line in lines:
+                values |= {(line[0], name): value for name, value in zip(header[1:], line[1:], strict=False) if value}
+        for n, row in enumerate(rows[1:]):
+            for m, value in enumerate(row[1:]):
+                assert values.pop((f"S{n}", names[m])) == value
+        assert values == {}
+
+
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_each_piece_of_a_csv_table_has_its_header(delimiter: str) -> None:
     rows = [f'E{n:03}{delimiter}"Valve {n}, the ""left"" one,\nis | wrong"{delimiter}{n * 0.5}' for n in range(1200)]
@@ -511,7 +579,7 @@ def test_spans_do_not_make_a_small_page_large() -> None:
 
 
 def test_a_merged_cell_of_a_sheet_stands_in_each_of_its_rows() -> None:
-    from openpyxl import Workbook  # type: ignore[import-untyped]
+    from openpyxl import Workbook
 
     book = Workbook()
     for row in (["region", "month"], ["North", "May"], [None, "June"], [None, None], ["South", "May"]):
