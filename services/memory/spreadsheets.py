@@ -20,6 +20,8 @@ from services.memory.markup import MAX_REPEATED_CHARACTERS, joined
 
 # Rows of one block. A large sheet must not be in memory as one text.
 BLOCK_ROWS = 1_000
+# A small file can repeat one long text in each cell.
+MAX_BLOCK_CHARACTERS = 100_000_000
 # Among so many rows of a table, without the empty ones, its header is looked for.
 FIRST_ROWS = 10
 # Of a sheet of Excel. A row may state any number, and the library makes all rows before it.
@@ -222,6 +224,8 @@ def _blocks(rows: Iterator[list[str]], section: str | None = None) -> Iterator[B
     rest = chain(first[at + 1 :], filled)
     is_first = True
     while (block := list(islice(rest, BLOCK_ROWS))) or is_first:
+        if sum(len(cell) for row in block for cell in row) > MAX_BLOCK_CHARACTERS:
+            raise UnreadableFile(f"{BLOCK_ROWS} rows of a table have more than {MAX_BLOCK_CHARACTERS} characters.")
         for begin, end, head in parts:
             shown = [row for row in block if begin == 0 or any(row[begin:end])]
             if shown or (is_first and any(first[at][begin:end])):

@@ -203,13 +203,15 @@ def test_two_rows_of_a_header_are_one(above: list[str | None], below: list[str |
     spans = [n for n, name in enumerate(above[1:]) if name is None]
     book, deck = Workbook(), Presentation()
     numbers = [str(n) for n in range(1, width + 1)]
-    for row in (["Sold pumps"], above, below, numbers):
-        book.active.append(list(row))
+    rows: list[list[str | None]] = [above, below, [*numbers]]
+    book.active.append(["Sold pumps"])
+    for row in rows:
+        book.active.append(row)
     book.active.merge_cells(start_row=1, end_row=1, start_column=1, end_column=width)
     slide = deck.slides.add_slide(deck.slide_layouts[6])
     table = slide.shapes.add_table(3, width, 0, 0, 9, 9).table
-    for n, names_of_columns in enumerate((above, below, numbers)):
-        for column, name in enumerate(names_of_columns):
+    for n, row in enumerate(rows):
+        for column, name in enumerate(row):
             table.cell(n, column).text = name or ""
     for column in spans:
         book.active.merge_cells(start_row=2, end_row=2, start_column=column + 1, end_column=column + 2)
