@@ -17,6 +17,7 @@ from typing import NamedTuple
 from lxml import etree  # type: ignore[import-untyped]
 
 from infra.errors import Conflict
+from services.billing.countries import COUNTRIES
 from services.billing.currencies import DIGITS, format_minor, nanos_per_minor, to_minor
 from services.billing.invoices import Invoice, InvoiceLine
 from services.billing.tax import Buyer, Seller
@@ -157,6 +158,9 @@ def obstacle(invoice: Invoice, lines: Sequence[InvoiceLine]) -> str:
         for name in names:
             if not _printable(getattr(getattr(invoice, party), name)).strip():
                 return f"the {party} had no {name} when the invoice was finalised; an e-invoice needs it"
+        # BR-CO-09. Greece has EL.
+        if (vat_id := getattr(invoice, party).vat_id) and vat_id[:2] not in COUNTRIES | {"EL"}:
+            return f"the vat_id of the {party} does not begin with the code of a country; an e-invoice needs it"
     if DIGITS[invoice.currency] > 2:
         return f"{invoice.currency} has more than the two decimals of EN 16931"
     if not lines:
