@@ -164,7 +164,7 @@ class ProviderModel:
         return ModelAnswer(
             text=without_thoughts("".join(part.content for part in response.parts if isinstance(part, wire.TextPart))),
             calls=calls,
-            usage=_usage(response.usage),
+            usage=_usage(response.usage, has_content=bool(response.parts)),
             model=response.model_name or self._name,
             finish_reason=finish,
         )
@@ -235,8 +235,9 @@ def _arguments(call: wire.ToolCallPart) -> str:
     return call.args if isinstance(call.args, str) else call.args_as_json_str()
 
 
-def _usage(usage: RequestUsage) -> Usage:
-    if usage.unmeasured_requests:
+def _usage(usage: RequestUsage, *, has_content: bool) -> Usage:
+    # The library takes counts that it cannot read for zero. The prompt is never empty, and content is output.
+    if usage.unmeasured_requests or not usage.input_tokens or (has_content and not usage.output_tokens):
         return Usage()
     # A field that the provider did not report is not set on the object. Reading it gives the class's default, zero.
     reported = vars(usage)

@@ -52,7 +52,7 @@ def check_size(size: int) -> None:
 
 class WholeEvents(httpx2.AsyncBaseTransport):
     """A transport whose streams come event by event. Libraries take quadratic time for an event of many lines, and for
-    one that comes in many pieces."""
+    one that comes in many pieces. Events of Anthropic's shape have a usage, which may be empty."""
 
     def __init__(self, inner: httpx2.AsyncBaseTransport) -> None:
         self._inner = inner
@@ -83,14 +83,27 @@ class _Events(httpx2.AsyncByteStream):
             if count > MAX_EVENT_LINES:
                 raise TooLarge(f"an event of the stream has more than {MAX_EVENT_LINES} lines")
             if not line.strip(b"\r"):
-                yield b"\n".join((*event, b""))
+                yield b"\n".join((*map(_with_usage, event), b""))
                 event.clear()
                 count = size = 0
         if event:
-            yield b"\n".join(event)
+            yield b"\n".join(map(_with_usage, event))
 
     async def aclose(self) -> None:
         await self._stream.aclose()
+
+
+def _with_usage(line: bytes) -> bytes:
+    """The line with an empty usage, if it is an event that has none: Anthropic's library fails without it."""
+    if not (line.startswith(b"data:") and (b'"message_start"' in line or b'"message_delta"' in line)):
+        return line
+    with suppress(msgspec.DecodeError, RecursionError):
+        data = msgspec.json.decode(line.removeprefix(b"data:"))
+        place = data.get("message", data) if isinstance(data, dict) else None
+        if isinstance(place, dict) and place.get("usage") is None:
+            place["usage"] = {}
+            return b"data: " + msgspec.json.encode(data)
+    return line
 
 
 def whole_arguments(pieces: Sequence[str]) -> str:

@@ -112,6 +112,48 @@ async def test_usage_that_is_not_reported_is_not_zero(server: ModelServer, provi
     assert answer.usage == Usage()
 
 
+def _anthropic(begun: dict[str, Any], ended: dict[str, Any]) -> Streams:
+    """An answer of Anthropic's shape with these fields in its first and its last event."""
+    block = {"index": 0, "content_block": {"type": "text", "text": "Yes."}}
+    events: tuple[dict[str, Any], ...] = (
+        {
+            "type": "message_start",
+            "message": {"id": "m", "type": "message", "role": "assistant", "content": []} | begun,
+        },
+        {"type": "content_block_start", **block},
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, **ended},
+        {"type": "message_stop"},
+    )
+    lines = ((b"event: " + one["type"].encode() + b"\ndata: " + msgspec.json.encode(one) + b"\n\n") for one in events)
+    return Streams(tuple(lines), done=False)
+
+
+@pytest.mark.parametrize(
+    ("begun", "ended", "usage"),
+    [
+        ({"usage": {"input_tokens": 10, "output_tokens": 1}}, {"usage": {"output_tokens": 3}}, (10, 3)),
+        ({"usage": {"input_tokens": 0}}, {"usage": {"input_tokens": 10, "output_tokens": 3}}, (10, 3)),
+        ({}, {"usage": {"input_tokens": 10, "output_tokens": 3}}, (10, 3)),
+        ({"usage": None}, {"usage": {"input_tokens": 10, "output_tokens": 3}}, (10, 3)),
+        ({}, {}, (None, None)),
+        ({"usage": {"input_tokens": 0, "output_tokens": 0}}, {"usage": {"output_tokens": 0}}, (None, None)),
+        ({"usage": {"input_tokens": 10, "output_tokens": 0}}, {"usage": {"output_tokens": 0}}, (None, None)),
+    ],
+)
+async def test_a_usage_of_anthropics_shape_that_is_missing_or_zero_is_not_reported(
+    server: ModelServer,
+    providers: Providers,
+    begun: dict[str, Any],
+    ended: dict[str, Any],
+    usage: tuple[int | None, int | None],
+) -> None:
+    server.script("claude-haiku-5-5", _anthropic(begun, ended))
+    answer = await ask(server, providers, ANTHROPIC, Prompt("", (UserTurn("?"),)))
+    assert answer.text == "Yes."
+    assert (answer.usage.input_tokens, answer.usage.output_tokens) == usage
+
+
 @BOTH
 async def test_transient_and_permanent_errors_are_distinguished(
     name: str, server: ModelServer, providers: Providers
