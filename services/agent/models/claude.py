@@ -33,6 +33,7 @@ from infra.errors import InvalidMessage, TooLarge
 from infra.observe.redaction import redacted
 from infra.outgoing.retry_after import retry_after
 from services.agent.models import chat, refusals
+from services.agent.models.completions import without_halves
 from services.agent.models.contract import (
     AssistantTurn,
     Image,
@@ -145,10 +146,16 @@ class ProviderModel:
                     model_request_parameters=parameters,
                 ) as stream,
             ):
+                held = ""
                 async for event in stream:
                     waiting.reschedule(None)
-                    if text := _text(event):
+                    text = held + _text(event)
+                    # The first half of a character, whose second half comes with the next text.
+                    held = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""
+                    if text := without_halves(text.removesuffix(held)):
                         await on_text(text)
+                if held:
+                    await on_text(without_halves(held))
                 response = stream.get()
         details = response.provider_details or {}
         finish = response.finish_reason or chat.finish_reason(str(details.get("finish_reason")))
@@ -157,12 +164,13 @@ class ProviderModel:
         if finish == "content_filter" and not response.parts:
             raise ModelFailed(f"{self._name}: the provider's content filter withheld the answer", transient=False)
         calls = tuple(
-            ToolCall(part.tool_call_id, names.get(part.tool_name, part.tool_name), _arguments(part))
+            ToolCall(part.tool_call_id, names.get(part.tool_name, part.tool_name), without_halves(_arguments(part)))
             for part in response.parts
             if isinstance(part, wire.ToolCallPart)
         )
+        text = "".join(part.content for part in response.parts if isinstance(part, wire.TextPart))
         return ModelAnswer(
-            text=without_thoughts("".join(part.content for part in response.parts if isinstance(part, wire.TextPart))),
+            text=without_thoughts(without_halves(text)),
             calls=calls,
             usage=_usage(response.usage, has_content=bool(response.parts)),
             model=response.model_name or self._name,
@@ -259,6 +267,9 @@ def _failures(name: str) -> Iterator[None]:
         raise ModelFailed(reason, transient=True) from error
     except (AgentRunError, InvalidMessage, TooLarge) as error:
         raise _failure(name, error) from error
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        # Any value may stand in any place of an answer, and the library expects Anthropic's.
+        raise ModelFailed(f"{name}: the answer is malformed", transient=True) from error
 
 
 def _failure(name: str, error: Exception) -> ModelFailed:

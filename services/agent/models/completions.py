@@ -272,10 +272,10 @@ class _Repair:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             chunk = _decode_damaged(data)
             self._hold_halves(chunk)
-            return _without_halves(chunk)
+            return without_halves(chunk)
         if self._halves:
             self._hold_halves(chunk)
-            return _without_halves(chunk)
+            return without_halves(chunk)
         return chunk
 
     def _hold_halves(self, chunk: Any) -> None:
@@ -373,14 +373,14 @@ def _decode_damaged(data: bytes) -> Any:
         return None
 
 
-def _without_halves(value: Any) -> Any:
+def without_halves(value: Any) -> Any:
     """The value with whole characters in all texts. A half without its other half becomes U+FFFD."""
     if isinstance(value, str):
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     if isinstance(value, list):
-        return [_without_halves(item) for item in value]
+        return [without_halves(item) for item in value]
     if isinstance(value, dict):
-        return {_without_halves(name): _without_halves(item) for name, item in value.items()}
+        return {without_halves(name): without_halves(item) for name, item in value.items()}
     return value
 
 

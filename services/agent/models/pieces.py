@@ -52,7 +52,7 @@ def check_size(size: int) -> None:
 
 class WholeEvents(httpx2.AsyncBaseTransport):
     """A transport whose streams come event by event. Libraries take quadratic time for an event of many lines, and for
-    one that comes in many pieces. Events of Anthropic's shape have a usage, which may be empty."""
+    one that comes in many pieces. Events of Anthropic's shape have a usage, which may be zero."""
 
     def __init__(self, inner: httpx2.AsyncBaseTransport) -> None:
         self._inner = inner
@@ -94,14 +94,14 @@ class _Events(httpx2.AsyncByteStream):
 
 
 def _with_usage(line: bytes) -> bytes:
-    """The line with an empty usage, if it is an event that has none: Anthropic's library fails without it."""
+    """The line with a usage of zero, if it is an event that has none: Anthropic's library fails without it."""
     if not (line.startswith(b"data:") and (b'"message_start"' in line or b'"message_delta"' in line)):
         return line
     with suppress(msgspec.DecodeError, RecursionError):
         data = msgspec.json.decode(line.removeprefix(b"data:"))
         place = data.get("message", data) if isinstance(data, dict) else None
         if isinstance(place, dict) and place.get("usage") is None:
-            place["usage"] = {}
+            place["usage"] = {"input_tokens": 0, "output_tokens": 0}
             return b"data: " + msgspec.json.encode(data)
     return line
 

@@ -154,6 +154,27 @@ async def test_a_usage_of_anthropics_shape_that_is_missing_or_zero_is_not_report
     assert (answer.usage.input_tokens, answer.usage.output_tokens) == usage
 
 
+async def test_a_character_that_anthropics_shape_cuts_in_two_is_whole(
+    server: ModelServer, providers: Providers
+) -> None:
+    first, start, *rest = _anthropic({}, {}).chunks
+    event = b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":'
+    halves = (b'%s{"type":"text_delta","text":"%s"}}\n\n' % (event, half) for half in (rb"\ud83d", rb"\ude00 \ud83d"))
+    server.script("claude-haiku-5-5", Streams((first, start, *halves, *rest), done=False))
+    answer = await ask(server, providers, ANTHROPIC, Prompt("", (UserTurn("?"),)))
+    assert answer.text == "Yes.😀 \ufffd"
+
+
+@pytest.mark.parametrize("chunks", [_anthropic({}, {"delta": None}).chunks, _anthropic({}, {}).chunks[1:]])
+async def test_an_answer_that_is_not_of_anthropics_shape_is_malformed(
+    chunks: tuple[bytes, ...], server: ModelServer, providers: Providers
+) -> None:
+    server.script("claude-haiku-5-5", Streams(chunks, done=False))
+    with pytest.raises(ModelFailed, match="malformed") as failed:
+        await ask(server, providers, ANTHROPIC, Prompt("", (UserTurn("?"),)))
+    assert failed.value.transient
+
+
 @BOTH
 async def test_transient_and_permanent_errors_are_distinguished(
     name: str, server: ModelServer, providers: Providers
