@@ -133,7 +133,11 @@ def _anthropic(begun: dict[str, Any], ended: dict[str, Any]) -> Streams:
     ("begun", "ended", "usage"),
     [
         ({"usage": {"input_tokens": 10, "output_tokens": 1}}, {"usage": {"output_tokens": 3}}, (10, 3)),
-        ({"usage": {"input_tokens": 0}}, {"usage": {"input_tokens": 10, "output_tokens": 3}}, (10, 3)),
+        (
+            {"usage": {"input_tokens": 0, "output_tokens": 0}},
+            {"usage": {"input_tokens": 10, "output_tokens": 3}},
+            (10, 3),
+        ),
         ({}, {"usage": {"input_tokens": 10, "output_tokens": 3}}, (10, 3)),
         ({"usage": None}, {"usage": {"input_tokens": 10, "output_tokens": 3}}, (10, 3)),
         ({}, {}, (None, None)),
