@@ -15,6 +15,7 @@ import msgspec
 
 from infra.errors import TooLarge
 from infra.web.http import media_type
+from services.agent.models.contract import ModelFailed
 
 Chunk = dict[str, Any]
 # Of one event, or of an answer in one piece. Lists of JSON take twenty times as much memory.
@@ -23,6 +24,8 @@ MAX_EVENT_BYTES = 4 * 1024**2
 MAX_EVENT_LINES = 1_000
 # The fields of a tool call; a server may have more.
 CALL_FIELDS = ("index", "id", "type", "function", "name", "arguments")
+# The end of an answer of Anthropic's shape. Some servers give no reason, others do not tell the end.
+_END = re.compile(rb'"message_stop"|"stop_reason"\s*:\s*"|"error"')
 # The signs of JSON that open and close a part. A sign after a backslash does neither.
 _BRACKETS = re.compile(r'["{}\[\]]|\\.?', re.DOTALL)
 
@@ -74,7 +77,10 @@ class _Events(httpx2.AsyncByteStream):
     async def __aiter__(self) -> AsyncIterator[bytes]:
         event: list[bytes] = []
         count = size = 0
+        has_begun = has_ended = False
         async for line in lines(self._stream):
+            has_begun = has_begun or b'"message_start"' in line
+            has_ended = has_ended or _END.search(line) is not None
             event.append(line)
             size += len(line)
             check_size(size)
@@ -88,6 +94,9 @@ class _Events(httpx2.AsyncByteStream):
                 count = size = 0
         if event:
             yield b"\n".join(map(_with_usage, event))
+        if has_begun and not has_ended:
+            # A proxy cut the stream and then closed the connection normally.
+            raise ModelFailed("the answer was cut off", transient=True)
 
     async def aclose(self) -> None:
         await self._stream.aclose()

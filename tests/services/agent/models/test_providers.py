@@ -158,6 +158,20 @@ async def test_a_usage_of_anthropics_shape_that_is_missing_or_zero_is_not_report
     assert (answer.usage.input_tokens, answer.usage.output_tokens) == usage
 
 
+async def test_an_answer_of_anthropics_shape_without_an_end_was_cut_off(
+    server: ModelServer, providers: Providers
+) -> None:
+    whole = _anthropic({}, {}).chunks
+    no_reason = _anthropic({}, {"delta": {"stop_reason": None}}).chunks
+    server.script("claude-haiku-5-5", *(Streams(one, done=False) for one in (whole[:-2], whole[:-1], no_reason)))
+    prompt = Prompt("", (UserTurn("?"),))
+    with pytest.raises(ModelFailed, match="the answer was cut off") as failed:
+        await ask(server, providers, ANTHROPIC, prompt)
+    assert failed.value.transient
+    for _ in range(2):
+        assert (await ask(server, providers, ANTHROPIC, prompt)).text == "Yes."
+
+
 async def test_a_character_that_anthropics_shape_cuts_in_two_is_whole(
     server: ModelServer, providers: Providers
 ) -> None:
