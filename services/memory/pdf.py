@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
@@ -15,6 +16,7 @@ MAX_PIXELS = 4_000
 # PDFium's sign for a hyphen at the end of a line, with the line break that may follow it.
 _BROKEN = re.compile(r"\x02[\r\n]*(?=(\w?))")
 _MAX_ANNOTATIONS = 10_000
+_RIGHT_TO_LEFT = ("R", "AL")
 
 
 def pages(file: IO[bytes], recognizer: ocr.Recognizer | None, recognized: list[int]) -> Iterator[str]:
@@ -53,6 +55,9 @@ def _text(page: Any) -> str:
     # The end and the vertical extent of the last character that is shown.
     end = low = high = 0.0
     space = ""
+    # The place of the last character, and where the first one of this place stands in the text.
+    place = (0.0, 0.0, 0.0, 0.0)
+    begin = 0
     for n in range(words.count_chars()):
         character = chr(raw.FPDFText_GetUnicode(words.raw, n))
         if character.isspace():
@@ -62,9 +67,15 @@ def _text(page: Any) -> str:
             text.append(character)
             continue
         raw.FPDFText_GetCharBox(words.raw, n, *places)
+        before, place = place, (left.value, right.value, bottom.value, top.value)
+        if place == before and unicodedata.bidirectional(character) in _RIGHT_TO_LEFT:
+            # PDFium turns the letters of one sign round with their line.
+            text.insert(begin, character)
+            continue
         size = max(high - low, top.value - bottom.value)
         if bottom.value < high and top.value > low and (left.value - end > size or (space and left.value >= end)):
             space = " "
+        begin = len(text) + 1
         text += (space, character)
         space, end, low, high = "", right.value, bottom.value, top.value
     words.close()

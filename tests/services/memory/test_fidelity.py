@@ -316,6 +316,15 @@ def test_the_fields_and_comments_of_a_pdf_are_read() -> None:
     assert text_of(content, types.PDF) == "A form\nYour name: 保修\nagree: ☑\na sticky note"
 
 
+def test_letters_that_are_one_sign_of_an_arabic_pdf_keep_their_order(tmp_path: Path) -> None:
+    import typst
+
+    source = tmp_path / "a.typ"
+    source.write_text('#set text(lang: "ar", dir: rtl)\nبدأ الاجتماع ولا يبدأ الإثنين')
+    assert text_of(bytes(typst.compile(source)), types.PDF) == "بدأ الاجتماع ولا يبدأ الإثنين"
+    assert text_of("\ufedf\ufe8e \ufefb".encode(), types.TEXT) == "لا لا"
+
+
 def test_ligatures_and_letters_of_equations_are_read_as_plain_letters(tmp_path: Path) -> None:
     import typst
 
