@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from lxml import etree, html  # type: ignore[import-untyped]
 
 from infra.stores.charsets import decode
+from services.memory.numbering import written
 
 # Not shown to a reader of the page.
 _SKIPPED = frozenset(
@@ -42,11 +43,13 @@ _CHARSET = re.compile(
 )
 _PRESCANNED_BYTES = 4_096
 _ENTERED = frozenset(("text", "number", "date", "time", "email", "tel", "url", "search"))
+# Types of the numbers of a list.
+_FORMS = {"a": "lowerLetter", "A": "upperLetter", "i": "lowerRoman", "I": "upperRoman"}
 _WHITE = re.compile(r"\s+")
 _TICKS = re.compile(r"^[ \t]*(`{3,})", re.MULTILINE)
 # A value, and not a year, which may be the name of a column.
 _VALUE = re.compile(r"(?!(?:19|20)\d\d$)[-+−]?[\d.,%$€£¥ ]+")
-_POWER = re.compile(r"[-−+]?\d")
+POWER = re.compile(r"[-−+]?\d")
 # A cell that spans rows stands in each of them, and one that spans columns has empty cells beside it. Without these
 # limits, a small page could become a large text.
 MAX_SPAN = 100
@@ -153,7 +156,7 @@ class _Writer:
             self._break()
         elif tag == "img":
             self._text(element.get("alt"))
-        elif tag == "sup" and _POWER.match(element.text or "") and (self._line or [""])[-1][-1:].isdigit():
+        elif tag == "sup" and POWER.match(element.text or "") and (self._line or [""])[-1][-1:].isdigit():
             # 10 to the power of 6 is not 106.
             self._text("^")
         elif tag == "p" and not self._outside:
@@ -254,7 +257,8 @@ class _Writer:
             return "- "
         number = _number(element, "value", number)
         self._items[-1] = number + 1
-        return f"{number}. "
+        parent = element.getparent()
+        return f"{written(number, _FORMS.get(parent.get('type'), 'decimal'))}. "
 
     def _text(self, text: str | None) -> None:
         if text:

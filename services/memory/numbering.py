@@ -90,7 +90,7 @@ class Numbers:
         def shown(place: re.Match[str]) -> str:
             n = int(place[1]) - 1
             of = levels.get(n)
-            return _written(numbers.setdefault(n, of.first), of.form) if of and n <= at else ""
+            return written(numbers.setdefault(n, of.first), of.form) if of and n <= at else ""
 
         return _PLACE.sub(shown, level.text).strip()
 
@@ -133,7 +133,7 @@ def _number(text: str | None) -> int:
     return int(text) if text and text.isascii() and text.isdecimal() and len(text) < 7 else 0
 
 
-def _written(number: int, form: str) -> str:
+def written(number: int, form: str) -> str:
     """The number as the form writes it; in digits if the form is not known, or not for so large numbers."""
     if form == "decimalZero":
         return f"{number:02}"

@@ -9,7 +9,7 @@ from typing import IO, Any
 from lxml import etree  # type: ignore[import-untyped]
 
 from services.memory import spreadsheets, word
-from services.memory.markup import MAX_REPEATED_CHARACTERS
+from services.memory.markup import MAX_REPEATED_CHARACTERS, POWER
 
 _DRAWING = "{http://schemas.openxmlformats.org/drawingml/2006/main}"
 _CHART = "{http://schemas.openxmlformats.org/drawingml/2006/chart}"
@@ -35,6 +35,7 @@ def texts(file: IO[bytes]) -> Iterator[str]:
                 choice.getparent().addprevious(shape)
         for equation in list(slide.shapes._spTree.iter(_EQUATION)):
             equation.addprevious(equation.getparent().add_r(word.linear(equation)))
+        _mark_powers(slide.shapes._spTree)
         title = slide.shapes.title
         shown = title is not None and title.text.strip()
         lines = [f"# {' '.join(title.text.split())}"] if shown else []
@@ -44,6 +45,17 @@ def texts(file: IO[bytes]) -> Iterator[str]:
             notes = slide.notes_slide.notes_text_frame
             lines += [] if notes is None else [notes.text]
         yield "\n\n".join(lines)
+
+
+def _mark_powers(tree: Any) -> None:
+    """10 to the power of 6 is not 106."""
+    for run in tree.iter(f"{_DRAWING}r"):
+        before, properties, text = run.getprevious(), run.find(f"{_DRAWING}rPr"), run.find(f"{_DRAWING}t")
+        raised = "0" if properties is None else properties.get("baseline", "0")
+        if before is None or text is None or raised[:1] in ("0", "-") or not POWER.match(text.text or ""):
+            continue
+        if (before.findtext(f"{_DRAWING}t") or "")[-1:].isdigit():
+            text.text = f"^{text.text}"
 
 
 def _is_new(part: Any, read: set[str]) -> bool:

@@ -448,6 +448,11 @@ def test_a_slide_keeps_charts_in_three_dimensions_and_boxes_with_equations() -> 
         chart = slide.shapes.add_chart(kind, *size, values).chart
         for plot in chart._chartSpace.iter(f"{{*}}{flat}Chart"):
             plot.tag = plot.tag.replace(f"{flat}Chart", f"{flat}3DChart")
+    runs = slide.shapes.add_textbox(*size).text_frame.paragraphs[0]
+    for text, baseline in (("10", None), ("-6", "30000"), (" m", None), ("2", "30000"), (" H", None), ("2", "-25000")):
+        run = runs.add_run()
+        run.text = text
+        run.font._element.set("baseline", baseline or "0")
     box = slide.shapes.add_textbox(*size)
     box.text_frame.text = "Energy: "
     m14 = "http://schemas.microsoft.com/office/drawing/2010/main"
@@ -464,7 +469,7 @@ def test_a_slide_keeps_charts_in_three_dimensions_and_boxes_with_equations() -> 
     table = "|  | Sold |\n| --- | --- |\n| North | 12.5 |\n| South | 0.3 |"
     text = text_of(out.getvalue(), types.PPTX)
     assert text.count(table) == 2
-    assert text.endswith("Energy: E=mc^2")
+    assert text.endswith("10^-6 m2 H2\n\nEnergy: E=mc^2")
 
 
 PAGES = {
@@ -475,6 +480,10 @@ PAGES = {
     "numbers of a list": (
         "<ol start=3><li>three<ul><li>dot</ul><li>four<li value=9>nine</ol>",
         "3. three\n- dot\n4. four\n9. nine",
+    ),
+    "letters of a list": (
+        "<ol type=a><li>one<li>two<ol type=I><li>three<li>four</ol></ol>",
+        "a. one\nb. two\nI. three\nII. four",
     ),
     "form": (
         "<input type=checkbox checked> yes <input type=radio> no <input value=42> <input type=hidden value=7>",
