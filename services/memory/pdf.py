@@ -55,7 +55,7 @@ def _text(page: Any) -> str:
     # The end and the vertical extent of the last character that is shown.
     end = low = high = 0.0
     space = ""
-    # The place of the last character, and where the first one of this place stands in the text.
+    # The place of the last character on the page, and the number of the first piece of the text that has this place.
     place = (0.0, 0.0, 0.0, 0.0)
     begin = 0
     for n in range(words.count_chars()):
