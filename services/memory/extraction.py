@@ -119,17 +119,15 @@ _QUOTED = re.compile(
     """,
     re.MULTILINE | re.VERBOSE,
 )
-# Before a fact in its sentence: others say it, it is only supposed, or it is to be written.
+# Before a fact in its sentence: another person says it of themselves, it is only supposed, or it is to be written.
 _NOT_STATED = re.compile(
     r"""(?ix)
-    ^(?!as\b).*(?<!\bI[ ])(?<!ve[ ])(?<!already[ ])
-        \b(?:said|says|told|tells|wrote|writes|asked|asks|thinks|believes|claims)\b
-    | \b(?:they|people|you|others|friends)[ ](?:say|think|believe|claim)\b
-    | \b(?:if|whether|unless|suppose|imagine|pretend|assum(?:e|ing)|not[ ]true|untrue)\b[^,]*$
-    | \b(?:translate|write|say|send|draft|correct|rephrase|print|type|answer|reply)\b.*:
-    | ^[\W\d]*(?!(?:note|fyi|update|ps|info|correction|important|remember|reminder|btw|me|also|yes|no|diet|work)[ ]*:)
+    \b(?:if|whether|unless|suppose|imagine|pretend|assum(?:e|ing)|not[ ]true|untrue)\b[^,]*$
+    | \b(?:translate|write|say|send|draft|correct|rephrase|print|type|answer|reply|said|says|told|wrote|writes)\b.*:
+    | ^[\W\d]*(?!(?:note|fyi|update|ps|info|correction|important|remember|reminder|btw|me|also|yes|no|diet|hi|hello)[ ]*:)
         [^\W\d_]+(?:[ ](?-i:[^\W\d_a-z])[^\W\d_]*)?[ ]*:
-    | (?<![我你])(?:说|告诉|认为|觉得|以为)[^，]*$ | (?:如果|假如|要是|假设|翻译|是否)[^，]*$
+    | ^[\W\d]*(?!注意|更正|补充|备注|另外|提醒|你好|请)[\u4e00-\u9fff]{2,4}[:：] | 说[:：]
+    | (?:如果|假如|要是|假设|翻译|是否)[^，]*$
     """
 )
 # A question behind a statement. One that asks whether the statement is true belongs to it.
@@ -144,7 +142,9 @@ _ASKED = re.compile(
 )
 # The part of a sentence outside of its fact says more of the person, or doubts the fact. If a newer fact replaced the
 # sentence, this part would be lost.
-_SAYS_MORE = re.compile(r"(?i)\b(?:I|my|and|but)\b|[我和]|，\S|而且")
+_SAYS_MORE = re.compile(
+    r"(?i)\b(?:I|my|and|but|said|says|told|thinks?|believes?|claims?|asked)\b|[我和]|，\S|而且|说|告诉|认为|觉得|以为"
+)
 # A single letter before one of these words is not an initial.
 _BEGINNING = r"""
     (?:I|My|We|Our|You|Your|It|This|That|The|There|Do|Does|Did|Is|Are|Am|Can|Could|Would|Should|What|Where|When|Who|Which
