@@ -124,7 +124,7 @@ _NOT_STATED = re.compile(
     r"""(?ix)
     \b(?:if|whether|unless|suppose|imagine|pretend|assum(?:e|ing)|not[ ]true|untrue)\b[^,]*$
     | \b(?:translate|write|say|send|draft|correct|rephrase|print|type|answer|reply|said|says|told|wrote|writes)\b.*:
-    | ^[\W\d]*(?!(?:note|fyi|update|ps|info|correction|important|remember|reminder|btw|me|also|yes|no|diet|hi|hello)[ ]*:)
+    | ^[\W\d]*(?!(?:note|fyi|update|ps|correction|important|rem(?:emb|ind)er|btw|me|also|yes|no|diet|hi|hello)[ ]*:)
         [^\W\d_]+(?:[ ](?-i:[^\W\d_a-z])[^\W\d_]*)?[ ]*:
     | ^[\W\d]*(?!注意|更正|补充|备注|另外|提醒|你好|请)[\u4e00-\u9fff]{2,4}[:：] | 说[:：]
     | (?:如果|假如|要是|假设|翻译|是否)[^，]*$
