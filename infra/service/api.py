@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -40,6 +40,8 @@ T = TypeVar("T")
 Id = TypeVar("Id")
 
 MAX_PAGE = 200
+PAGE_BYTES = 4 * 1024 * 1024
+"""Of the items of a page whose items may be large."""
 OPERATOR = "operator"
 """On OpenAPI pages, the right of the operator, beside the scopes."""
 JSON = "application/json"
@@ -305,6 +307,18 @@ def id_cursor(paging: _Paging) -> UUID | None:
         return UUID(paging.after) if paging.after else None
     except ValueError:
         raise bad_cursor() from None
+
+
+def of_one_page(sizes: Iterable[tuple[Id, int]]) -> list[Id]:
+    """The first of the items that have PAGE_BYTES together, or a little more. `sizes`: each item and its bytes."""
+    found: list[Id] = []
+    left = PAGE_BYTES
+    for item, size in sizes:
+        if left <= 0:
+            break
+        found.append(item)
+        left -= size
+    return found
 
 
 def page(items: Sequence[T], paging: _Paging, key: Callable[[T], str], *, more: bool = False) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from infra.security.audit import audit
 from infra.security.crypto import DataKey
 from infra.security.reads import record_reads
 from infra.security.subjects import ERASED_TEXT, SubjectKeys
-from infra.service.api import Admin, Paging, Reader, Writer, page
+from infra.service.api import Admin, Paging, Reader, Writer, of_one_page, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from infra.web import rpc
@@ -42,9 +42,9 @@ DELETED_TEXT = "[deleted]"
 
 # Reads only. A conversation's newest messages stand at the end of its stream.
 _INBOUND = """
-SELECT m.event_id, m.recorded_at, m.type, m.schema_version, m.data, c.channel_id, c.session_key
+SELECT m.recorded_at, m.event_id, m.event_id, m.size, c.channel_id, c.session_key
 FROM conversation c CROSS JOIN LATERAL (
-    SELECT event_id, recorded_at, type, schema_version, data FROM event
+    SELECT event_id, recorded_at, octet_length(data) AS size FROM event
     WHERE stream_id = $1 || c.session_key
         AND ($4::timestamptz IS NULL OR (recorded_at, event_id) < ($4, $5::uuid))
     ORDER BY version DESC
@@ -63,9 +63,10 @@ _FILE = """
 SELECT path FROM attachment WHERE tenant_id = $1 AND subject_id = $2 AND strpos(path, '/' || $3 || '_') > 0
 ORDER BY strpos(path, '/' || $1 || '/') = 0
 """
+_EVENTS = "SELECT event_id, type, schema_version, data FROM event WHERE event_id = ANY($1::uuid[])"
 # The first event of a delivery's stream holds its content.
 _OUTBOUND = """
-SELECT d.id, d.created_at, e.type, e.schema_version, e.data, d.state, d.reason, d.vendor_message_id
+SELECT d.created_at, d.id, e.event_id, octet_length(e.data), d.state, d.reason, d.vendor_message_id
 FROM delivery d JOIN event e ON e.stream_id = $1 || d.id::text AND e.version = 1
 WHERE ($2::text IS NULL OR d.session_key = $2) AND ($3::uuid IS NULL OR d.channel_id = $3)
     AND ($4::timestamptz IS NULL OR (d.created_at, d.id) < ($4, $5::uuid))
@@ -223,19 +224,26 @@ def router(runtime: Runtime, secrets: AccountSecrets) -> APIRouter:
         session_key: Annotated[str | None, Query(min_length=1, max_length=100)] = None,
         channel_id: Annotated[UUID | None, Query()] = None,
     ) -> MessagePage:
-        """The messages of a session, of a channel, or of all channels, newest first."""
+        """The messages of a session, of a channel, or of all channels, newest first. A page of long messages has fewer
+        than `limit`."""
         before = paging.after_time(UUID) or (None, None)
         where = session_key, channel_id, *before, paging.limit + 1
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             inbound = await tx.sql(_INBOUND, CONVERSATION.stream("").row, *where)
             outbound = await tx.sql(_OUTBOUND, DELIVERY.stream("").row, *where)
-            facts = [CONVERSATION.events.decode(*row[2:5]) for row in inbound]
-            asked = [DELIVERY.events.decode(*row[2:5]) for row in outbound]
+            # By time and id.
+            listed = sorted((*inbound, *outbound), key=lambda row: row[:2], reverse=True)
+            shown = set(of_one_page((row[2], row[3]) for row in listed[: paging.limit]))
+            more = len(listed) > len(shown)
+            stored = {id_: row for id_, *row in await tx.sql(_EVENTS, sorted(shown))}
+            inbound, outbound = ([row for row in rows if row[2] in shown] for rows in (inbound, outbound))
+            facts = [CONVERSATION.events.decode(*stored[row[2]]) for row in inbound]
+            asked = [DELIVERY.events.decode(*stored[row[2]]) for row in outbound]
             people = {(who.tenant_id, fact.subject_id) for fact in (*facts, *asked)}
             keys = await subjects.keys(tx, people) if people else {}
-            changed = await history.changes(tx, subjects, [row[0] for row in (*inbound, *outbound)])
+            changed = await history.changes(tx, subjects, [row[1] for row in (*inbound, *outbound)])
             messages = []
-            for (id_, at, *_, channel, session), fact in zip(inbound, facts, strict=True):
+            for (at, id_, _, _, channel, session), fact in zip(inbound, facts, strict=True):
                 words = _open(keys[who.tenant_id, fact.subject_id], fact.content, id_, InboundContent)
                 files = words.attachments if words else ()
                 now = changed.get(id_, history.Now())
@@ -258,7 +266,7 @@ def router(runtime: Runtime, secrets: AccountSecrets) -> APIRouter:
                         created_at=at,
                     )
                 )
-            for (id_, at, *_, state, reason, vendor_message_id), request in zip(outbound, asked, strict=True):
+            for (at, id_, _, _, state, reason, vendor_message_id), request in zip(outbound, asked, strict=True):
                 reply = _open(keys[who.tenant_id, request.subject_id], request.content, id_, OutboundContent)
                 messages.append(
                     MessageView(
@@ -280,7 +288,7 @@ def router(runtime: Runtime, secrets: AccountSecrets) -> APIRouter:
                     )
                 )
             messages.sort(key=lambda message: (message.created_at, message.id), reverse=True)
-            found = page(messages[: paging.limit + 1], paging, MessageView.cursor)
+            found = page(messages, paging, MessageView.cursor, more=more)
             await record_reads(tx, who, "session", [message.session_key for message in found["items"]])
         return MessagePage(**found)
 

@@ -15,6 +15,8 @@ from services.plugin.domain import Effect, Tool
 from services.plugin.tools.builtin import BUILTIN
 
 MAX_PLUGINS = 100
+MAX_TOOLS_BYTES = 8 * 1024 * 1024
+"""Of the descriptions and schemas of a tenant's tools: a list of tools reads all of them."""
 
 
 class StoredPlugin(NamedTuple):
@@ -137,7 +139,8 @@ async def add_plugin(tx: Tx, new: StoredPlugin) -> None:
 async def set_tools(tx: Tx, plugin_id: UUID, tools: Sequence[tuple[Tool, str]]) -> None:
     """Replaces the plugin's tools with these, each with its remote name.
 
-    The caller has called `lock_names`, and has checked that no name is in `taken_names`.
+    The caller has called `lock_names`, and has checked that no name is in `taken_names`. Raises Conflict if the
+    tenant's tools have more than MAX_TOOLS_BYTES.
     """
     # In the order of the key, as every write of several rows.
     tools = sorted(tools, key=lambda named: named[0].name)
@@ -155,6 +158,9 @@ async def set_tools(tx: Tx, plugin_id: UUID, tools: Sequence[tuple[Tool, str]]) 
         [_json(tool.schema) for tool, _ in tools],
         [tool.effect for tool, _ in tools],
     )
+    [(size,)] = await tx.sql("SELECT sum(octet_length(description) + octet_length(schema)) FROM tool")
+    if size and size > MAX_TOOLS_BYTES:
+        raise Conflict(f"tools: all tools of a tenant may have {MAX_TOOLS_BYTES} bytes; delete a plugin first")
 
 
 async def set_config(tx: Tx, plugin_id: UUID, config: Mapping[str, Any]) -> None:

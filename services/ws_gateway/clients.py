@@ -26,6 +26,9 @@ TICK_SECONDS = 5.0
 PLACES = 12_000
 """For the connections of a process: 10,000 of all tenants fit, and one tenant gets at most half of the places."""
 
+HELD_BYTES = 64 * 1024 * 1024
+"""Of messages that clients have sent in part, or that wait for their answers. A tenant alone has a half."""
+
 _log = get_logger("ws_gateway.clients")
 
 
@@ -38,6 +41,7 @@ class End(Enum):
     FAILED = 1011, "internal error"
     RESTARTING = 1012, "the service restarts: connect again"
     TOO_MANY = 1013, "the tenant has too many connections: close some, or connect again later"
+    TOO_MUCH = 1013, "the tenant's clients send too much at once: connect again later"
     TOO_SLOW = 1013, "the client reads too slowly: connect again"
     UNCHECKED = 1013, "the API key cannot be checked now: connect again"
     NOT_ALLOWED = 4401, "the API key was revoked or has expired"
@@ -72,6 +76,8 @@ class Clients:
         self._keys = keys
         self._stopping = stopping
         self._places = Shares(PLACES)
+        self.held = Shares(HELD_BYTES)
+        """The bytes that clients have sent and that are not answered."""
         self._by_key: dict[tuple[str, str, str], _Key] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 

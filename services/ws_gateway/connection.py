@@ -83,6 +83,11 @@ class Connection(asyncio.Protocol):
         """The server stops."""
         raise NotImplementedError
 
+    @property
+    def unread(self) -> int:
+        """The bytes of a message of the client that is not complete."""
+        return len(self._part) + len(self._protocol.reader.buffer)
+
     def take_over(self, transport: asyncio.Transport, released: Callable[[], object]) -> None:
         """Makes this the protocol of the transport. `released` is called when the connection has ended."""
         self.transport = transport

@@ -43,6 +43,8 @@ from services.ws_gateway.protocol import (
 MAX_RUNS = 1_000
 # With more unanswered messages, nothing more is read from the client.
 MAX_UNANSWERED = 16
+FREE_BYTES = 4 * 1024
+"""Of a client's messages that are not answered, so many take no share of the tenant's."""
 
 _log = get_logger("ws_gateway.socket")
 _FROM_CLIENT = cast("type[ClientMessage]", ClientMessage)
@@ -61,7 +63,19 @@ class Socket(Connection):
     when its run was read. The socket has a task only while it answers messages or catches up with a run.
     """
 
-    __slots__ = ("__weakref__", "_agent", "_hub", "_refusals", "_room", "_runs", "_tasks", "_unanswered", "who")
+    __slots__ = (
+        "__weakref__",
+        "_agent",
+        "_held",
+        "_hub",
+        "_refusals",
+        "_room",
+        "_runs",
+        "_tasks",
+        "_unanswered",
+        "_waiting",
+        "who",
+    )
 
     def __init__(self, hub: Hub, agent: Agent, who: Identity, refusals: Refusals) -> None:
         super().__init__()
@@ -74,6 +88,8 @@ class Socket(Connection):
         self._runs: dict[UUID, asyncio.Task[None] | Feed] = {}
         # None if no message waits for its answer.
         self._unanswered: deque[str | None] | None = None
+        # The characters of the messages that are not answered, and the bytes that are taken for all that is held.
+        self._waiting = self._held = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     def on_open(self) -> None:
@@ -95,6 +111,7 @@ class Socket(Connection):
 
     def on_end(self) -> None:
         self._hub.clients.leave(self)
+        self._hold()
         for task in self._tasks:
             task.cancel()
         for feed in self._runs.values():
@@ -102,7 +119,12 @@ class Socket(Connection):
                 self._leave(feed)
         self._runs.clear()
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._hold()
+
     def on_message(self, text: str | None) -> None:
+        self._waiting += len(text or "")
         if self._unanswered is not None:
             self._unanswered.append(text)
             if len(self._unanswered) == MAX_UNANSWERED:
@@ -110,6 +132,19 @@ class Socket(Connection):
             return
         self._unanswered = deque((text,))
         self._start(self._answer_all(self._unanswered))
+
+    def _hold(self) -> None:
+        """Takes the client's bytes from the tenant's share, or gives them back. Without a share the socket ends."""
+        size = self.unread + self._waiting
+        wanted = size if size > FREE_BYTES and self.is_open else 0
+        if wanted < self._held:
+            self._hub.clients.held.give(self.who.tenant_id, self._held - wanted)
+        elif wanted > self._held and not self._hub.clients.held.take_now(self.who.tenant_id, wanted - self._held):
+            self.end(End.TOO_MUCH)
+            # It could go on sending until it answers the close frame.
+            self.transport.abort()
+            return
+        self._held = wanted
 
     async def read(self, run_id: UUID, after: int) -> list[Fact]:
         return await self._agent.facts(run_id, after, self.who)
@@ -126,7 +161,10 @@ class Socket(Connection):
         while messages and self.is_open:
             # A client that does not read its answers gets no new ones.
             await self.drained()
-            await self._answer(messages.popleft())
+            text = messages.popleft()
+            await self._answer(text)
+            self._waiting -= len(text or "")
+            self._hold()
             if len(messages) == MAX_UNANSWERED - 1 and self.is_open:
                 self.transport.resume_reading()
         self._unanswered = None

@@ -14,6 +14,7 @@ from infra.errors import Conflict, NotFound
 from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.rewrap import SealedColumn
+from infra.service.api import of_one_page
 from services.agent.definitions.models import (
     AgentView,
     FallbackView,
@@ -27,8 +28,8 @@ from services.agent.models.contract import ModelEndpoint
 
 MAX_AGENTS = 1_000
 """Of a tenant. ``GET /v1/models`` lists all of them."""
-# Of the definitions on a page of agents. One may have 300 KB.
-PAGE_BYTES = 4 * 1024 * 1024
+KEPT_CHARACTERS = 10_000
+"""Of a definition that a process keeps in memory."""
 _PURPOSE = "model provider key"
 SEALED = tuple(
     SealedColumn("agent_version", column, _PURPOSE, ("tenant_id", "agent_id::text"))
@@ -183,13 +184,7 @@ async def listed(tx: Tx, after: UUID | None, limit: int) -> tuple[Sequence[Store
         after,
         limit + 1,
     )
-    ids: list[UUID] = []
-    left = PAGE_BYTES
-    for id_, size in sizes[:limit]:
-        if left <= 0:
-            break
-        ids.append(id_)
-        left -= size
+    ids: list[UUID] = of_one_page(sizes[:limit])
     rows = await tx.sql(f"SELECT {_COLUMNS} AND v.version = a.version WHERE a.id = ANY($1::uuid[]) ORDER BY a.id", ids)
     return [stored(row) for row in rows], len(sizes) > len(ids)
 
@@ -237,7 +232,10 @@ def stored(row: Sequence[Any]) -> StoredAgent:
     )
 
 
-@lru_cache(maxsize=1_000)
+# A definition never changes, and each run of an agent reads it again.
+_kept = lru_cache(maxsize=1_000)(NewAgent.model_validate_json)
+
+
 def _definition(stored_json: str) -> NewAgent:
-    """A definition never changes, and each run of an agent reads it again."""
-    return NewAgent.model_validate_json(stored_json)
+    # The long ones of one tenant would fill the memory.
+    return _kept(stored_json) if len(stored_json) <= KEPT_CHARACTERS else NewAgent.model_validate_json(stored_json)

@@ -36,7 +36,7 @@ from services.agent.models.contract import (
     Usage,
     UserTurn,
 )
-from services.agent.models.pieces import CALL_FIELDS, MAX_EVENT_BYTES, lines, whole_arguments
+from services.agent.models.pieces import CALL_FIELDS, MAX_EVENT_BYTES, MAX_FIELDS, lines, whole_arguments
 from services.agent.models.thoughts import without_thoughts
 from services.agent.models.tool_schemas import tool_schema
 from services.agent.models.wording import system_message, valid_arguments, wire_name
@@ -71,6 +71,10 @@ _FINISHES = (
 _THOUGHTS = ("reasoning", "reasoning_content")
 # The largest fields of a call beside OpenAI's that are stored, as JSON.
 MAX_EXTRA_BYTES = 100_000
+# A part of the thoughts comes in a piece for each token.
+MAX_DETAILS = 100_000
+# Of an answer with its thoughts and calls. It is copied several times before it is stored.
+MAX_CHARACTERS = 8 * 1024**2
 # Each call of a run has the same tools, and the change of 20 schemas takes milliseconds.
 _KEPT_TOOLS = 500
 
@@ -261,6 +265,9 @@ class _Received:
         """By field."""
         self.details: dict[str, list[dict[str, Any]]] = {}
         """The pieces of each part of the thoughts."""
+        self._pieces = 0
+        """How many pieces `details` has."""
+        self._size = 0
         self.usage: Mapping[str, Any] | None = None
         self.model = ""
         self.finish: str | None = None
@@ -271,22 +278,29 @@ class _Received:
         return bool(self.text or self.calls or self.thoughts or self.details)
 
     def take(self, chunk: Mapping[str, Any]) -> str:
-        """Adds a chunk, as `Completions` has repaired it. Returns its text."""
+        """Adds a chunk, as `Completions` has repaired it. Returns its text. Raises TooLarge: pieces take twenty times
+        their bytes in memory."""
         self.model = self.model or (model if isinstance(model := chunk.get("model"), str) else "")
         self.usage = chunk.get("usage") or self.usage
         said = ""
         for choice in (chunk.get("choices") or ())[:1]:
             delta = choice["delta"]
             if content := delta["content"]:
+                self._count(content)
                 self.text.append(content)
                 said += content
             for field in _THOUGHTS:
                 if isinstance(thought := delta.get(field), str) and thought:
+                    self._count(thought)
                     self.thoughts.setdefault(field, []).append(thought)
                     break
             details = delta.get("reasoning_details")
             for detail in details if isinstance(details, list) else ():
                 if isinstance(detail, dict):
+                    self._count(*(value for value in detail.values() if isinstance(value, str)))
+                    self._pieces += 1
+                    if self._pieces > MAX_DETAILS:
+                        raise TooLarge(f"the thoughts have more than {MAX_DETAILS} pieces")
                     # A text comes in pieces of one index, with its signature in the last one.
                     is_text = detail.get("type") in ("reasoning.text", "reasoning.summary")
                     place = (detail["type"], detail.get("index")) if is_text else len(self.details)
@@ -297,6 +311,11 @@ class _Received:
                 self.finish = str(finish)
             self.is_refused = self.is_refused or bool(delta.get("refusal"))
         return said
+
+    def _count(self, *texts: str) -> None:
+        self._size += sum(map(len, texts))
+        if self._size > MAX_CHARACTERS:
+            raise TooLarge(f"the answer has more than {MAX_CHARACTERS} characters")
 
     def read_written_calls(self, tools: Mapping[str, Tool], *, bare: bool) -> None:
         """Moves calls from the end of the text to the calls; as `taken`."""
@@ -312,8 +331,12 @@ class _Received:
         function = piece["function"]
         call["id"] = piece.get("id") or call["id"]
         call["name"] = function.get("name") or call["name"]
-        call["arguments"].append(function.get("arguments") or "")
+        arguments = function.get("arguments") or ""
+        self._count(arguments)
+        call["arguments"].append(arguments)
         call["extra"] |= {name: value for name, value in piece.items() if name not in CALL_FIELDS and value is not None}
+        if len(call["extra"]) > MAX_FIELDS:
+            raise TooLarge(f"a tool call has more than {MAX_FIELDS} fields")
 
 
 def _joined(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ from services.agent.models.contract import (
     Usage,
     UserTurn,
 )
+from services.agent.models.pieces import MAX_CALLS
 from services.agent.models.thoughts import without_thoughts
 from services.agent.models.tool_schemas import tool_schema
 from services.agent.models.wording import system_message, valid_arguments, wire_name
@@ -149,6 +150,8 @@ class ProviderModel:
                 held = ""
                 async for event in stream:
                     waiting.reschedule(None)
+                    if isinstance(event, wire.PartStartEvent) and event.index > MAX_CALLS:
+                        raise TooLarge(f"the answer has more than {MAX_CALLS} parts")
                     text = held + _text(event)
                     # The first half of a character, whose second half comes with the next text.
                     held = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" else ""

@@ -20,7 +20,7 @@ from infra.errors import TooLarge
 from infra.recent import Recent
 from services.agent.models import refusals
 from services.agent.models.contract import ModelFailed
-from services.agent.models.pieces import Chunk, ToolCalls, check_size, lines
+from services.agent.models.pieces import MAX_FIELDS, Chunk, ToolCalls, check_size, lines
 from services.agent.models.thoughts import HELD, Thoughts
 
 # At most this many options are left out one after the other.
@@ -302,6 +302,8 @@ class _Repair:
             # A part that a later chunk does not report is 0 or null there.
             if value or (value is not None and name not in self._reported):
                 self._reported[name] = value
+        if len(self._reported) > MAX_FIELDS:
+            raise TooLarge(f"the usage has more than {MAX_FIELDS} fields")
         self._usage = usage(self._reported) or self._usage
         chunk["choices"] = [choice for choice in chunk.get("choices") or () if self._is_ours(choice)]
         for choice in chunk["choices"]:

@@ -22,6 +22,10 @@ Chunk = dict[str, Any]
 MAX_EVENT_BYTES = 4 * 1024**2
 # Servers write two or three.
 MAX_EVENT_LINES = 1_000
+MAX_CALLS = 200
+"""Of one answer. Each call takes twenty times the memory of its piece of the stream."""
+MAX_FIELDS = 100
+"""Of one call or usage, beside the known ones."""
 # The fields of a tool call; a server may have more.
 CALL_FIELDS = ("index", "id", "type", "function", "name", "arguments")
 # The end of an answer of Anthropic's shape. Some servers give no reason, others do not tell the end.
@@ -214,6 +218,7 @@ class ToolCalls:
         return len(self._calls)
 
     def feed(self, pieces: list[Any]) -> list[Chunk]:
+        """Raises TooLarge."""
         return [self._piece(piece) for piece in pieces if isinstance(piece, dict)]
 
     def _piece(self, piece: Chunk) -> Chunk:
@@ -264,6 +269,8 @@ class ToolCalls:
 
     def _new(self, given_id: str | None) -> _Call:
         index = len(self._calls)
+        if index == MAX_CALLS:
+            raise TooLarge(f"the answer has more than {MAX_CALLS} tool calls")
         # Unlike any of earlier answers: Anthropic refuses a conversation with an id twice.
         id_ = given_id or f"call_{uuid4().hex[:12]}"
         call = _Call(index, given_id, id_ if id_ not in self._ids else f"{id_}_{index}")

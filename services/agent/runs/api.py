@@ -58,10 +58,7 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
             return None
         return queries.Costs({cost.run_id: cost for cost in reply.costs}, reply.currency or None)
 
-    async def shown(
-        who: Identity, read: Callable[[Tx], Awaitable[Sequence[queries.StoredRun]]], limit: int = 1
-    ) -> list[RunView]:
-        """Views of the runs. The client sees up to `limit` of them."""
+    async def shown(who: Identity, read: Callable[[Tx], Awaitable[Sequence[queries.StoredRun]]]) -> list[RunView]:
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             runs = await read(tx)
             made = await queries.steps(tx, runs)
@@ -69,8 +66,8 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
             replies = [await queries.reply(unsealer, run) for run in runs]
             calls = [await queries.calls(unsealer, run) for run in runs]
             waits = [await queries.waiting(tx, unsealer, run) for run in runs]
-            await _record(tx, who, runs[:limit])
-        charged = await costs(who.tenant_id, [run.id for run in runs[:limit]])
+            await _record(tx, who, runs)
+        charged = await costs(who.tenant_id, [run.id for run in runs])
         return [
             queries.view(run, reply, called, made[run.id], charged, waiting)
             for run, reply, called, waiting in zip(runs, replies, calls, waits, strict=True)
@@ -91,19 +88,23 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
         agent_id: Annotated[UUID | None, Query()] = None,
         status: Annotated[Status | None, Query()] = None,
     ) -> dict[str, Any]:
-        """The newest first."""
+        """The newest first. A page of long answers has fewer than `limit`."""
+        more = False
 
         async def read(tx: Tx) -> Sequence[queries.StoredRun]:
-            return await queries.listed(
+            nonlocal more
+            runs, more = await queries.listed(
                 tx,
                 session_key=session_key,
                 agent_id=agent_id,
                 status=status,
                 after=paging.after,
-                limit=paging.limit + 1,
+                limit=paging.limit,
             )
+            return runs
 
-        return page(await shown(who, read, paging.limit), paging, queries.position)
+        runs = await shown(who, read)
+        return page(runs, paging, queries.position, more=more)
 
     @routes.get("/api/v1/runs/{run_id}")
     async def get_run(run_id: UUID, who: Reader) -> RunView:

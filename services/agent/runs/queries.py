@@ -13,6 +13,7 @@ import msgspec
 from infra.errors import InvalidMessage, NotFound
 from infra.postgres.tx import Tx
 from infra.security.subjects import ERASED_TEXT, SubjectKeys
+from infra.service.api import of_one_page
 from protos.billing.v1 import billing_pb2
 from protos.messages import agent as public
 from services.agent.models.contract import ToolCall
@@ -116,12 +117,14 @@ async def steps(tx: Tx, runs: Sequence[StoredRun]) -> dict[UUID, list[StepView]]
 
 async def listed(
     tx: Tx, *, session_key: str | None, agent_id: UUID | None, status: Status | None, after: str | None, limit: int
-) -> Sequence[StoredRun]:
-    """The tenant's runs that match, the newest first."""
+) -> tuple[Sequence[StoredRun], bool]:
+    """At most `limit` of the tenant's runs that match, the newest first, and whether others follow. Their answers fit
+    on one page."""
     created_at, id_ = _position(after) if after else (None, None)
-    rows = await tx.sql(
-        f"""
-        SELECT {_COLUMNS} WHERE tenant_id = $1 AND ($2::text IS NULL OR session_key = $2)
+    sizes = await tx.sql(
+        """
+        SELECT id, coalesce(octet_length(reply), 0) + coalesce(octet_length(calls), 0) FROM run
+        WHERE tenant_id = $1 AND ($2::text IS NULL OR session_key = $2)
         AND ($3::uuid IS NULL OR agent_id = $3) AND ($4::text IS NULL OR status = $4)
         AND ($5::timestamptz IS NULL OR (created_at, id) < ($5, $6::uuid)) ORDER BY created_at DESC, id DESC LIMIT $7
         """,
@@ -131,9 +134,11 @@ async def listed(
         status,
         created_at,
         id_,
-        limit,
+        limit + 1,
     )
-    return [StoredRun(*row) for row in rows]
+    ids: list[UUID] = of_one_page(sizes[:limit])
+    rows = await tx.sql(f"SELECT {_COLUMNS} WHERE id = ANY($1::uuid[]) ORDER BY created_at DESC, id DESC", ids)
+    return [StoredRun(*row) for row in rows], len(sizes) > len(ids)
 
 
 def position(run: RunView) -> str:

@@ -236,6 +236,19 @@ async def test_lists_are_filtered_and_paged(world: World, tenant: Tenant) -> Non
     await tenant.call("GET", f"/api/v1/runs/{uuid7()}", expect=404)
 
 
+async def test_a_page_of_long_answers_is_cut(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    made = []
+    for n in range(7):
+        world.models.script(MODEL, Says("x" * 800_000, whole=True))
+        made.append(await tenant.say(agent, "Hi", session=f"s{n}"))
+        await tenant.over(made[-1])
+    first = await tenant.call("GET", "/api/v1/runs?limit=200")
+    rest = await tenant.call("GET", f"/api/v1/runs?limit=200&cursor={first['next']}")
+    assert [[run["id"] for run in page["items"]] for page in (first, rest)] == [made[:0:-1], made[:1]]
+    assert rest["next"] is None
+
+
 async def _is(tenant: Tenant, run_id: str, status: str) -> bool:
     return bool((await tenant.run(run_id))["status"] == status)
 

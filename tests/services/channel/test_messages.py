@@ -66,6 +66,25 @@ async def test_messages_are_listed_in_both_directions_with_their_states(desk: De
     assert await messages(Desk(desk.platform, "another"), channel_id=channel["id"]) == []
 
 
+async def test_a_page_of_long_messages_is_cut(desk: Desk, telegram: TelegramStandIn) -> None:
+    channel = await desk.connect("telegram", telegram.credentials, telegram.url)
+    for sign in "abcdefg":
+        await desk.call(channel, telegram.update(sign * 800_000, chat=1))
+    [first, *_] = await desk.received(channel)
+    await desk.settled(await desk.reply(first, "short"))
+    pages: list[str] = []
+    query = {"limit": 200}
+    async with desk.client() as http:
+        while len(pages) < 3:
+            page = (await http.get("/api/v1/messages", params=query)).json()
+            pages.append("".join(one["text"][0] for one in page["items"]))
+            if page["next"] is None:
+                break
+            query["cursor"] = page["next"]
+    # Stored, a text of 800 kB has more than a megabyte.
+    assert pages == ["sgfed", "cba"]
+
+
 async def test_an_erased_person_is_not_shown(desk: Desk, telegram: TelegramStandIn) -> None:
     channel = await desk.connect("telegram", telegram.credentials, telegram.url)
     await desk.call(channel, telegram.update("secret", chat=7, person=7))

@@ -180,6 +180,22 @@ async def test_one_of_several_concurrent_registrations_gets_a_name(plugin: Platf
     assert sorted(answer.status_code for answer in answers) == [201, 409, 409, 409]
 
 
+async def test_the_tools_of_a_tenant_have_a_size_together(plugin: Platform) -> None:
+    """A list of tools reads all of them."""
+
+    def large(n: int) -> dict[str, Any]:
+        schema = {"type": "object", "description": "x" * 31_000}
+        return shop(name=f"shop{n}", tools=[tool(f"order{n}_{m}") | {"schema": schema} for m in range(30)])
+
+    async with plugin.client("plugin", "large") as client:
+        answers = [await client.post("/api/v1/plugins", json=large(n)) for n in range(10)]
+        assert [answer.status_code for answer in answers] == [201] * 9 + [409]
+        assert "all tools" in answers[-1].json()["detail"]
+        assert (await client.get("/api/v1/plugins/" + answers[0].json()["id"])).status_code == 200
+        assert (await client.delete("/api/v1/plugins/" + answers[0].json()["id"])).status_code == 204
+        assert (await client.post("/api/v1/plugins", json=large(9))).status_code == 201
+
+
 async def test_a_plugin_of_another_tenant_is_not_found(plugin: Platform, server: ToolServer) -> None:
     made = await register(plugin, "owner", server, tool("order"))
     path = f"/api/v1/plugins/{made['id']}"

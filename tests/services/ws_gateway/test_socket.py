@@ -824,6 +824,35 @@ async def test_empty_fragments_without_an_end_take_no_memory() -> None:
     assert b"type" in transport.sent
 
 
+async def test_a_tenants_clients_have_a_share_of_the_memory_for_what_they_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients, "HELD_BYTES", 300)
+    monkeypatch.setattr(socket, "FREE_BYTES", 10)
+    hub = new_hub()
+
+    def sends(size: int, who: Identity = WHO, head: int = 0x01) -> tuple[Transport, socket.Socket]:
+        """The beginning of a message."""
+        shown = opened_on(transport := Transport(), hub, who)
+        shown.data_received(masked(head, b"x" * size))
+        return transport, shown
+
+    _, first = sends(120)
+    transport, second = sends(100)
+    assert (transport.code, transport.ended, second.is_open) == (End.TOO_MUCH.value[0], "aborted", False)
+    few, other = sends(10)[1], sends(80, replace(WHO, tenant_id="another"))[1]
+    assert few.is_open
+    assert other.is_open
+    # A frame in parts, which the protocol keeps.
+    third = opened_on(transport := Transport(), hub)
+    third.data_received(masked(0x81, b"x" * 100)[:60])
+    assert transport.code == End.TOO_MUCH.value[0]
+    # What is answered, and what a closed client has sent, is given back.
+    first.data_received(masked(0x80, b"x"))
+    other.connection_lost(None)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert sends(120)[1].is_open
+
+
 async def test_a_client_that_sends_pings_and_does_not_read_the_answers_is_dropped() -> None:
     transport = Transport()
     shown = opened_on(transport)

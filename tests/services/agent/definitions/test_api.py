@@ -7,6 +7,8 @@ from uuid import UUID
 
 import pytest
 
+from services.agent.definitions import store
+from services.agent.definitions.models import NewAgent
 from services.agent.definitions.store import MAX_AGENTS
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tooling.testing.model_server import KEY
@@ -122,6 +124,19 @@ async def test_a_page_of_long_definitions_is_cut_and_a_tenant_has_so_many_agents
     await copies(short, MAX_AGENTS - 31)
     problem = await tenant.call("POST", "/api/v1/agents", json=GOOD, expect=409)
     assert f"may have {MAX_AGENTS} agents" in problem["detail"]
+
+
+def test_long_definitions_are_not_kept_in_memory() -> None:
+    """A tenant may have a thousand of them."""
+    store.mode_of(_stored("x"))
+    kept = store._kept.cache_info().currsize
+    for sign in "abc":
+        store.mode_of(_stored(sign * store.KEPT_CHARACTERS))
+    assert store._kept.cache_info().currsize == kept
+
+
+def _stored(prompt: str) -> str:
+    return NewAgent(name="A", model="openai/x", system_prompt=prompt).model_dump_json()
 
 
 async def test_scopes_are_required(world: World, tenant: Tenant) -> None:

@@ -30,7 +30,7 @@ from services.agent.models.contract import (
     Usage,
     UserTurn,
 )
-from services.agent.models.pieces import WholeEvents
+from services.agent.models.pieces import MAX_CALLS, MAX_FIELDS, WholeEvents
 from services.agent.models.providers import Providers
 from services.agent.models.thoughts import HELD, Thoughts, without_thoughts
 from tooling.testing.model_server import KEY, ModelServer, Refuses, Says, Streams, model_server
@@ -577,7 +577,13 @@ LONG_STREAMS: dict[str, tuple[int | None, list[bytes]]] = {
     "white space": (HELD, [event(content=" " * 100)] * 10_000),
     "a text that may be thoughts": (None, [event(content="word")] * COUNT),
     "ends of tags": (HELD, [event(content="word " * 20), *([event(content="</ ")] * COUNT)]),
-    "calls": (HELD, [event(tool_calls=[call(n, f"c{n}", "add", "{}")]) for n in range(COUNT)]),
+    "calls": (
+        HELD,
+        [
+            event(tool_calls=[call(n % MAX_CALLS, f"c{n % MAX_CALLS}", "add" if n < MAX_CALLS else None, "1")])
+            for n in range(COUNT)
+        ],
+    ),
     "a call whose name is repeated": (
         HELD,
         [event(tool_calls=[call(0, "c", "add", '{"a":"' if n == 0 else "x" * 100)]) for n in range(COUNT)],
@@ -658,6 +664,51 @@ async def test_a_large_part_of_an_answer_is_not_read(kind: str) -> None:
     name, type_, pieces = LARGE[kind]
     providers = Providers(Sends(pieces, type_))
     with pytest.raises(ModelFailed, match="more than 4 MiB") as failed:
+        await providers.model(name, ModelEndpoint(base_url="http://a.example")).answer(PROMPT, _ignored)
+    assert not failed.value.transient
+    await providers.close()
+
+
+def _block(n: int) -> bytes:
+    block = {"type": "tool_use", "id": f"t{n}", "name": "add", "input": {}}
+    start = {"type": "content_block_start", "index": n, "content_block": block}
+    stop = {"type": "content_block_stop", "index": n}
+    return b"".join(
+        b"event: %s\ndata: %s\n\n" % (str(e["type"]).encode(), msgspec.json.encode(e)) for e in (start, stop)
+    )
+
+
+USAGE = {"input_tokens": 1, "output_tokens": 1}
+MESSAGE = {"id": "m", "type": "message", "role": "assistant", "model": "x", "content": [], "usage": USAGE}
+START = b"event: message_start\ndata: %s\n\n" % msgspec.json.encode({"type": "message_start", "message": MESSAGE})
+# Each would take much more memory than its bytes.
+MANY: dict[str, tuple[str, list[bytes]]] = {
+    "calls": ("openai/x", [event(tool_calls=[call(n, f"c{n}", "add", "{}")]) for n in range(MAX_CALLS + 1)]),
+    "fields of a call": (
+        "openai/x",
+        [event(tool_calls=[call(0, "c", "add", "{}") | {f"x{n}": n for n in range(MAX_FIELDS + 1)}])],
+    ),
+    "fields of the usage": (
+        "openai/x",
+        [b"data: " + msgspec.json.encode(chunk(usage={f"x{n}": n + 1 for n in range(MAX_FIELDS + 1)})) + b"\n\n"],
+    ),
+    "characters": ("openai/x", [event(content="x" * MIB)] * 9),
+    "characters of thoughts": ("openai/x", [event(reasoning="x" * MIB)] * 9),
+    "characters of arguments": ("openai/x", [event(tool_calls=[call(0, "c", "add", "x" * MIB)])] * 9),
+    "characters of parts of thoughts": (
+        "openai/x",
+        [event(reasoning_details=[{"type": "reasoning.text", "text": "x" * MIB}])] * 9,
+    ),
+    "parts of thoughts": ("openai/x", [event(reasoning_details=[{"type": "a"}] * 10_000)] * 11),
+    "parts of anthropic": ("anthropic/x", [START, *(_block(n) for n in range(MAX_CALLS + 2))]),
+}
+
+
+@pytest.mark.parametrize("kind", MANY)
+async def test_an_answer_of_many_parts_is_not_read(kind: str) -> None:
+    name, pieces = MANY[kind]
+    providers = Providers(Sends(pieces))
+    with pytest.raises(ModelFailed, match=r"(has|have) more than") as failed:
         await providers.model(name, ModelEndpoint(base_url="http://a.example")).answer(PROMPT, _ignored)
     assert not failed.value.transient
     await providers.close()

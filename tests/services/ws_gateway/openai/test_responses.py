@@ -14,6 +14,8 @@ from pydantic_ai.models.openai import OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 from infra.clock import uuid7
+from protos.messages.agent import RunCompleted, ToolCall
+from tests.services.ws_gateway.agent import SESSION
 from tests.services.ws_gateway.openai.conftest import WAIT_SECONDS, Hearing, World
 from tests.services.ws_gateway.openai.test_chat import CALLS, answering
 
@@ -187,6 +189,26 @@ async def test_a_request_refers_to_100_answers_at_most(world: World, client: Asy
     with pytest.raises(openai.BadRequestError, match="store: false") as refused:
         await client.responses.create(model=model, input=input_)
     assert (refused.value.param, world.agent.reads) == ("input[201].id", before)
+
+
+async def test_a_request_repeats_4_mib_of_earlier_answers_at_most(
+    world: World, client: AsyncOpenAI, model: str
+) -> None:
+    """With references, a few bytes of a request would stand for a hundred thousand."""
+    run_id = world.agent.new_run("acme")
+    call = ToolCall(id="c", name="find", arguments="x" * 100_000)
+    world.agent.committed[run_id] = [
+        RunCompleted(run_id=run_id, session_key=SESSION, reply="", tool_calls=(call,), n=1)
+    ]
+    pair = [
+        {"type": "item_reference", "id": f"fc_{run_id}_0"},
+        {"type": "function_call_output", "call_id": "c", "output": "Bern"},
+    ]
+    input_: Any = [{"role": "user", "content": "Hi"}, *pair * 50]
+    with pytest.raises(openai.BadRequestError, match="too many characters") as refused:
+        await client.responses.create(model=model, input=input_)
+    # The answer itself counts once, and each item that stands for a reference.
+    assert refused.value.param == "input[81].id"
 
 
 async def test_a_stream_ends_with_the_calls(world: World, client: AsyncOpenAI, model: str) -> None:
