@@ -16,6 +16,7 @@ agent
     GET    /api/v1/agents                                               read
     GET    /api/v1/agents/{agent_id}                                    read
     PATCH  /api/v1/agents/{agent_id}                                    write
+    DELETE /api/v1/agents/{agent_id}                                    write
     POST   /api/v1/agents/{agent_id}/sessions/{key}/messages            run
     POST   /api/v1/sessions/{session_key}/takeover                      write
     POST   /api/v1/sessions/{session_key}/release                       write

@@ -162,6 +162,14 @@ def router(runtime: Runtime) -> APIRouter:
         found = await warnings(who.tenant_id, changed.definition)
         return changed.view().model_copy(update={"warnings": found})
 
+    @routes.delete("/{agent_id}", status_code=204)
+    async def delete_agent(agent_id: UUID, who: Writer) -> None:
+        """Deletes an agent with its definitions. Its runs can still be read, and further messages to it are refused.
+        409 while a run is not over."""
+        async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
+            await store.delete(tx, agent_id)
+            audit(tx, who.actor, "agent.delete", "agent", str(agent_id))
+
     return routes
 
 

@@ -112,7 +112,7 @@ async def insert(tx: Tx, agent_id: UUID, definition: NewAgent, keys: ProviderKey
     """Raises Conflict if the tenant has MAX_AGENTS agents."""
     [(count,)] = await tx.sql("SELECT count(*) FROM agent WHERE tenant_id = $1", tx.tenant_id)
     if count >= MAX_AGENTS:
-        raise Conflict(f"a tenant may have {MAX_AGENTS} agents; change one that is not needed any more")
+        raise Conflict(f"a tenant may have {MAX_AGENTS} agents; delete one first")
     await tx.sql(
         "INSERT INTO agent (id, tenant_id, version, enabled) VALUES ($1, $2, 1, $3)",
         agent_id,
@@ -133,6 +133,23 @@ async def change(tx: Tx, agent: StoredAgent, definition: NewAgent, keys: Provide
         await tx.sql("UPDATE agent SET version = version + 1 WHERE id = $1", agent.id)
     await tx.sql("UPDATE agent SET enabled = $2 WHERE id = $1", agent.id, definition.enabled)
     return await load(tx, agent.id)
+
+
+async def delete(tx: Tx, agent_id: UUID) -> None:
+    """Deletes the agent and all its versions. Its runs stay. Raises NotFound, and Conflict while one is not over."""
+    await lock(tx, agent_id)
+    if await tx.sql(
+        """
+        SELECT 1 FROM run
+        WHERE tenant_id = $1 AND agent_id = $2 AND status IN ('queued', 'running', 'waiting')
+        LIMIT 1
+        """,
+        tx.tenant_id,
+        agent_id,
+    ):
+        raise Conflict(f"agent {agent_id}: has runs that are not over; disable it, and wait for them or cancel them")
+    await tx.sql("DELETE FROM agent_version WHERE agent_id = $1", agent_id)
+    await tx.sql("DELETE FROM agent WHERE id = $1", agent_id)
 
 
 async def _insert_version(

@@ -56,7 +56,7 @@ class Tenant:
             answer: httpx.Response = await client.request(method, path, **kwargs)
         ok = answer.status_code == expect if expect else answer.status_code < 300
         assert ok, f"{method} {path}: {answer.status_code} {answer.text}"
-        return answer.json()
+        return answer.json() if answer.content else None
 
     async def agent(self, **fields: Any) -> str:
         """A new agent on the model server. Returns its id."""

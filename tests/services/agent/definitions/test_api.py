@@ -11,7 +11,7 @@ from services.agent.definitions import store
 from services.agent.definitions.models import NewAgent
 from services.agent.definitions.store import MAX_AGENTS
 from tests.services.agent.conftest import MODEL, Tenant, World
-from tooling.testing.model_server import KEY
+from tooling.testing.model_server import KEY, Says
 
 GOOD: dict[str, Any] = {"name": "A", "model": f"openai/{MODEL}", "provider": {"api_key": "sk-secret"}}
 
@@ -124,6 +124,45 @@ async def test_a_page_of_long_definitions_is_cut_and_a_tenant_has_so_many_agents
     await copies(short, MAX_AGENTS - 31)
     problem = await tenant.call("POST", "/api/v1/agents", json=GOOD, expect=409)
     assert f"may have {MAX_AGENTS} agents" in problem["detail"]
+
+
+async def test_an_agent_is_deleted_and_its_runs_stay(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(approval=["calculator"], tools=["calculator"])
+    path = f"/api/v1/agents/{agent}"
+    done = await tenant.over(await tenant.say(agent, "Hi", session="s1"))
+    world.models.script(MODEL, Says("", calls=(("calculator", '{"expression": "1"}'),)))
+    waiting = await tenant.say(agent, "Sum", session="s2")
+
+    async def waits() -> bool:
+        return bool((await tenant.run(waiting))["status"] == "waiting")
+
+    await world.platform.until(waits)
+    problem = await tenant.call("DELETE", path, expect=409)
+    assert "not over" in problem["detail"]
+    assert (await tenant.call("GET", path))["id"] == agent
+    await tenant.call("POST", f"/api/v1/runs/{waiting}/cancel", expect=202)
+    await tenant.call("DELETE", path, expect=204)
+    await tenant.call("DELETE", path, expect=404)
+    await tenant.call("GET", path, expect=404)
+    assert (await tenant.call("GET", "/api/v1/agents"))["items"] == []
+    await tenant.call("POST", f"{path}/sessions/s1/messages", json={"text": "Hi"}, expect=404)
+    assert await tenant.run(done["id"]) == done
+    assert len(await tenant.runs(2, agent_id=agent)) == 2
+    # From a channel whose agent was deleted.
+    await tenant.receive(agent, "Hi")
+    refused = (await tenant.runs(3, agent_id=agent))[-1]
+    assert refused["status"] in ("refused", "failed")
+    async with world.platform.database("agent").begin() as tx:
+        assert await tx.sql("SELECT FROM agent_version WHERE agent_id = $1", UUID(agent)) == []
+    acts = [act["action"] for act in await tenant.sent("audit.logs") if act["object_id"] == agent]
+    assert acts == ["agent.create", "agent.delete"]
+
+
+async def test_an_agent_of_another_tenant_is_not_deleted(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    async with world.platform.client("agent", "another") as client:
+        assert (await client.delete(f"/api/v1/agents/{agent}")).status_code == 404
+    assert (await tenant.call("GET", f"/api/v1/agents/{agent}"))["id"] == agent
 
 
 def test_long_definitions_are_not_kept_in_memory() -> None:
