@@ -135,6 +135,7 @@ async def _parsed_once(
 
 # PostgreSQL holds no NUL, and numbers of 32 bits. A passage has a few thousand characters.
 _Line = Annotated[str, msgspec.Meta(max_length=100_000, pattern="^[^\\x00]*$")]
+_Warning = Annotated[str, msgspec.Meta(max_length=2_000, pattern="^[^\\x00]*$")]
 _Number = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
@@ -149,8 +150,9 @@ class _Said(msgspec.Struct):
     tokens: _Number = 0
     chunks: _Number | None = None
     pages: _Number | None = None
-    pages_without_text: list[_Number] = []
-    warnings: list[_Line] = []
+    # A list of documents shows these for each. `parsing` writes no more of them.
+    pages_without_text: Annotated[list[_Number], msgspec.Meta(max_length=10_000)] = []
+    warnings: Annotated[list[_Warning], msgspec.Meta(max_length=101)] = []
 
 
 def _understood(line: bytes) -> _Said:

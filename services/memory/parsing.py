@@ -32,6 +32,8 @@ MAX_UNPACKED_BYTES = 512 * 1024**2
 # Each passage repeats the path of its headings. A subject or the name of a sheet may have any length.
 MAX_SECTION = 2_000
 MAX_WARNINGS, MAX_WARNING = 100, 2_000
+MAX_LISTED_PAGES = 10_000
+"""Of those without text. A list of documents shows them for each."""
 
 _KINDS = {
     types.PDF: "PDF",
@@ -216,7 +218,7 @@ def answer(file: IO[bytes], type_: str, recognizer: ocr.Recognizer | None) -> It
         yield {
             "chunks": count,
             "pages": reader.pages,
-            "pages_without_text": reader.pages_without_text,
+            "pages_without_text": reader.pages_without_text[:MAX_LISTED_PAGES],
             "warnings": _told(reader.warnings),
         }
     except UnreadableFile as error:

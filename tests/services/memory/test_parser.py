@@ -20,7 +20,7 @@ import pytest
 from infra.errors import NotFound
 from infra.security import confinement
 from infra.stores import filetypes as types
-from services.memory import parser
+from services.memory import parser, parsing
 from services.memory.domain import Chunk
 from services.memory.parser import Findings
 from tests.services.memory import files
@@ -124,6 +124,13 @@ async def test_the_findings_of_the_parser_arrive() -> None:
     assert (findings.pages, findings.pages_without_text) == (3, [2])
     [warning] = findings.warnings
     assert warning.startswith("Pages without text: 2. ")
+
+
+def test_so_many_pages_without_text_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parsing, "MAX_LISTED_PAGES", 2)
+    with stored(files.pdf(["First.", "", "", ""])) as file:
+        *_, last = parsing.answer(file, types.PDF, None)
+    assert (last["pages"], last["pages_without_text"]) == (4, [2, 3])
 
 
 async def test_a_small_file_that_names_one_comment_many_times_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
