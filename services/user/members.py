@@ -23,6 +23,8 @@ from services.user import domain
 from services.user.domain import Role
 from services.user.fields import Body, Email, Name, View
 
+MAX_OWNERS = 20
+"""Of a tenant. Each gets the e-mails to it, and addresses are not confirmed."""
 _COLUMNS = "id, role, email, name, created_at"
 _SubjectId = Annotated[str, Path(pattern=r"^[!-~]{1,200}$")]
 
@@ -115,8 +117,10 @@ def router(runtime: Runtime) -> APIRouter:
 
 
 async def add(tx: Tx, subjects: SubjectKeys, tenant_id: str, new: NewMember, actor: str) -> Member:
-    """Adds a member and the member's subject key."""
+    """Adds a member and the member's subject key. Raises Conflict for one owner more than MAX_OWNERS."""
     id_ = uuid7()
+    if new.role == "owner":
+        await _check_owners(tx, tenant_id, str(id_), "owner")
     key = await subjects.key(tx, tenant_id, str(id_))
     [row] = await tx.sql(
         f"INSERT INTO member (id, tenant_id, role, email, name) VALUES ($1, $2, $3, $4, $5) RETURNING {_COLUMNS}",
@@ -149,11 +153,14 @@ async def _opened(tx: Tx, subjects: SubjectKeys, tenant_id: str, row: tuple[Any,
 
 
 async def _check_owners(tx: Tx, tenant_id: str, member_id: str, role: Role | None) -> None:
-    """Raises Conflict if the tenant would lose its last owner."""
+    """Raises Conflict if the tenant would lose its last owner, or have more than MAX_OWNERS."""
     # Locks the tenant's row: without the lock, two owners could remove each other at the same time.
     await tx.sql("SELECT FROM tenant WHERE tenant_id = $1 FOR UPDATE", tenant_id)
-    owners = await tx.sql("SELECT id FROM member WHERE tenant_id = $1 AND role = 'owner'", tenant_id)
-    if not domain.may_become([str(id_) for (id_,) in owners], member_id, role):
+    rows = await tx.sql("SELECT id FROM member WHERE tenant_id = $1 AND role = 'owner'", tenant_id)
+    owners = [str(id_) for (id_,) in rows]
+    if role == "owner" and member_id not in owners and len(owners) >= MAX_OWNERS:
+        raise Conflict(f"a tenant may have {MAX_OWNERS} owners; change the role of one first")
+    if not domain.may_become(owners, member_id, role):
         raise Conflict(f"member {member_id}: is the last owner; make another member an owner first")
 
 

@@ -20,6 +20,7 @@ from infra.security.auth import IDENTITY_HEADER, Identity
 from infra.web import rpc
 from protos.user.v1 import user_pb2, user_pb2_grpc
 from services.user.api_keys import MAX_KEYS
+from services.user.members import MAX_OWNERS
 from tooling.testing import keys
 from tooling.testing.keys import identities
 from tooling.testing.platform import ADMIN_TOKEN, PASSWORDS, Platform
@@ -291,6 +292,24 @@ async def test_a_members_key_follows_the_role_and_goes_with_the_member(
     assert identity.scopes == {"read"}
     assert (await tenant.delete(f"/api/v1/members/{member}")).status_code == 204
     assert await who_is(user, made["api_key"]) is None
+
+
+async def test_a_tenant_has_so_many_owners_even_if_two_come_at_once(tenant: httpx.AsyncClient) -> None:
+    """Each address gets the tenant's e-mails, unasked."""
+
+    async def add(role: str) -> httpx.Response:
+        return await tenant.post("/api/v1/members", json={"email": "o@acme.example", "role": role})
+
+    answers = await asyncio.gather(*(add("owner") for _ in range(MAX_OWNERS + 2)))
+    assert {answer.status_code for answer in answers} == {201, 409}
+    owners = [one for one in (await tenant.get("/api/v1/members?limit=200")).json()["items"] if one["role"] == "owner"]
+    assert len(owners) == MAX_OWNERS
+    admin = (await add("admin")).json()["id"]
+    assert (await tenant.patch(f"/api/v1/members/{admin}", json={"role": "owner"})).status_code == 409
+    path = f"/api/v1/members/{owners[0]['id']}"
+    assert (await tenant.patch(path, json={"role": "owner"})).status_code == 200
+    assert (await tenant.patch(path, json={"role": "viewer"})).status_code == 200
+    assert (await tenant.patch(f"/api/v1/members/{admin}", json={"role": "owner"})).status_code == 200
 
 
 async def test_the_last_owner_cannot_leave_even_if_two_go_at_once(tenant: httpx.AsyncClient) -> None:
