@@ -845,7 +845,7 @@ async def test_a_tenants_clients_have_a_share_of_the_memory_for_what_they_send(m
     third = opened_on(transport := Transport(), hub)
     third.data_received(masked(0x81, b"x" * 100)[:60])
     assert transport.code == End.TOO_MUCH.value[0]
-    # What is answered, and what a closed client has sent, is given back.
+    # The bytes of answered messages and of closed clients are given back.
     first.data_received(masked(0x80, b"x"))
     other.connection_lost(None)
     await asyncio.sleep(0)
