@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import IO, Any
 
 from lxml import etree  # type: ignore[import-untyped]
 
-from services.memory import spreadsheets, word
+from services.memory import charts, spreadsheets, word
 from services.memory.markup import MAX_REPEATED_CHARACTERS, POWER
 
 _DRAWING = "{http://schemas.openxmlformats.org/drawingml/2006/main}"
-_CHART = "{http://schemas.openxmlformats.org/drawingml/2006/chart}"
 _COMPATIBILITY = "{http://schemas.openxmlformats.org/markup-compatibility/2006}"
 _EQUATION = "{http://schemas.microsoft.com/office/drawing/2010/main}m"
-# A number of a chart as the file has it: 0.1 + 0.2 is 0.30000000000000004 there.
-_NUMBER = re.compile(r"-?\d{1,30}(?:\.\d{1,30})?(?:[Ee][-+]?\d{1,3})?")
-MAX_CELLS = 200_000
-"""Of the table of a chart."""
 _RELATIONS = {"r": "http://schemas.openxmlformats.org/officeDocument/2006/relationships"}
 
 
@@ -75,7 +69,8 @@ def _shape_texts(shape: Any, read: set[str]) -> Iterator[str]:
             yield spreadsheets.table(list(spreadsheets.with_header(_cells(shape.table))))
         elif getattr(shape, "has_chart", False) and shape.has_chart:
             if _is_new(shape.chart.part, read):
-                yield _chart(shape.chart)
+                title, cells = charts.read(shape.chart._chartSpace)
+                yield f"{title}\n\n{spreadsheets.table(cells)}".strip()
         elif shape.has_text_frame:
             yield shape.text_frame.text
         else:
@@ -109,36 +104,6 @@ def _cells(table: Any) -> list[tuple[list[str], list[range]]]:
                 rows[-1][1].append(range(column, min(column + cell.gridSpan, len(row.tc_lst))))
             cells.append(text)
     return rows
-
-
-def _chart(chart: Any) -> str:
-    """The title of a chart, and its values as a table of categories and series. The library reads only some kinds of
-    charts, so the series are read from the file."""
-    title = chart.chart_title.text_frame.text if chart.has_title and chart.chart_title.has_text_frame else ""
-    categories: dict[str, str] = {}
-    rows, names = [], [""]
-    for series in chart._chartSpace.iter(f"{_CHART}ser"):
-        named = series.find(f"{_CHART}tx")
-        names.append("" if named is None else "".join(value.text or "" for value in named.iter(f"{_CHART}v")))
-        categories = categories or _points(series, "cat", "xVal")
-        rows.append(_points(series, "val", "yVal"))
-    if not categories:
-        categories = dict.fromkeys((n for row in rows for n in row), "")
-    # A small file could have as many series as categories, without values.
-    if len(categories) * len(rows) > MAX_CELLS:
-        return title
-    cells = [names, *([category, *(row.get(n, "") for row in rows)] for n, category in categories.items())]
-    return f"{title}\n\n{spreadsheets.table(cells)}".strip()
-
-
-def _points(series: Any, *names: str) -> dict[str, str]:
-    """The values or categories of a series by their numbers; of categories on several levels, the lowest."""
-    points: dict[str, str] = {}
-    for name in names:
-        for point in series.iterfind(f"{_CHART}{name}//{_CHART}pt"):
-            text = point.findtext(f"{_CHART}v") or ""
-            points.setdefault(point.get("idx", ""), f"{float(text):.15g}" if _NUMBER.fullmatch(text) else text)
-    return points
 
 
 def _diagram(shape: Any, read: set[str]) -> Iterator[str]:

@@ -7,19 +7,22 @@ it knows.
 from __future__ import annotations
 
 import io
+import posixpath
 import re
 import zipfile
 from typing import IO
 
 from lxml import etree  # type: ignore[import-untyped]
 
-from services.memory import numbering
+from services.memory import charts, numbering
 
 _WORD = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
 _W = f"{{{_WORD}}}"
 _M = "{http://schemas.openxmlformats.org/officeDocument/2006/math}"
 _COMPATIBILITY = "{http://schemas.openxmlformats.org/markup-compatibility/2006}"
 _SHAPE = "{urn:schemas-microsoft-com:vml}"
+_RELATION = "{http://schemas.openxmlformats.org/officeDocument/2006/relationships}id"
+_RELATIONS = "word/_rels/document.xml.rels"
 _BODY = re.compile(r"word/(?:document|footnotes|endnotes|comments)\d*\.xml")
 _STYLES = "word/styles.xml"
 _NUMBERING = ("word/numbering.xml", _STYLES)
@@ -84,6 +87,7 @@ def _rewritten(file: IO[bytes]) -> IO[bytes]:
                 root = _parsed(archive.read(name))
                 _rewrite(root)
                 if name == "word/document.xml":
+                    _show_charts(root, archive)
                     for paragraph in root.iter(f"{_W}p"):
                         if number := numbers.take(paragraph):
                             _show_number(paragraph, number)
@@ -184,6 +188,29 @@ def _show_boxes(root: etree._Element) -> None:
                 shape = etree.SubElement(picture, f"{_SHAPE}shape")
                 etree.SubElement(shape, f"{_SHAPE}textbox").append(box)
             _replace(place, picture)
+
+
+def _show_charts(root: etree._Element, archive: zipfile.ZipFile) -> None:
+    """Adds the values of each chart as a table behind its paragraph; each chart once, as notes."""
+    related = _parsed(archive.read(_RELATIONS)) if _RELATIONS in archive.NameToInfo else ()
+    parts = {
+        each.get("Id"): posixpath.normpath(posixpath.join("/word", each.get("Target", "")))[1:] for each in related
+    }
+    for chart in list(root.iter(f"{charts.CHART}chart")):
+        part = parts.pop(chart.get(_RELATION), None)
+        paragraph = next(chart.iterancestors(f"{_W}p"), None)
+        if part not in archive.NameToInfo or paragraph is None:
+            continue
+        title, cells = charts.read(_parsed(archive.read(part)))
+        table = etree.Element(f"{_W}tbl")
+        for row in cells:
+            line = etree.SubElement(table, f"{_W}tr")
+            for cell in row:
+                etree.SubElement(etree.SubElement(line, f"{_W}tc"), f"{_W}p").append(_run(cell))
+        paragraph.addnext(table)
+        named = etree.Element(f"{_W}p")
+        named.append(_run(title))
+        paragraph.addnext(named)
 
 
 def linear(equation: etree._Element) -> str:

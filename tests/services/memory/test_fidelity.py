@@ -237,6 +237,29 @@ def test_paragraphs_of_a_word_document_have_the_numbers_that_it_shows() -> None:
     assert shown[20:] == ["- dot", "1. long"]
 
 
+def test_the_values_of_a_chart_in_a_word_document_are_a_table() -> None:
+    def points(name: str, *values: str) -> str:
+        cache = "".join(f"<c:pt idx='{n}'><c:v>{value}</c:v></c:pt>" for n, value in enumerate(values))
+        return f"<c:{name}><c:cache>{cache}</c:cache></c:{name}>"
+
+    title = "<c:title><c:tx><c:rich><a:p><a:r><a:t>Pumps</a:t></a:r></a:p></c:rich></c:tx></c:title>"
+    series = f"<c:ser>{points('tx', 'Sold')}{points('cat', 'North', 'South')}{points('val', '12.5', '7')}</c:ser>"
+    space = f"xmlns:c='{NAMES['a'].replace('/main', '/chart')}'"
+    part = f"<c:chartSpace {space}><c:chart>{title}<c:plotArea>{series}</c:plotArea></c:chart></c:chartSpace>"
+    shown = f"<w:p><w:r><w:drawing><c:chart {space} r:id='chart1' xmlns:r='{RELATIONS}'/></w:drawing></w:r></w:p>"
+    body = f"{paragraph('before')}{shown * 2}{paragraph('after')}"
+    text = text_of(docx(body, {"chart1": part}), types.DOCX)
+    assert [line for line in text.split("\n") if line] == [
+        "before",
+        "Pumps",
+        "|  | Sold |",
+        "| --- | --- |",
+        "| North | 12.5 |",
+        "| South | 7 |",
+        "after",
+    ]
+
+
 def test_styles_of_a_word_document_that_are_headings_by_their_level_or_base_give_the_section() -> None:
     def style(name: str, properties: str = "", base: str = "") -> str:
         based = f"<w:basedOn w:val='{base}'/>" if base else ""
