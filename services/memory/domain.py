@@ -59,6 +59,8 @@ class Block(NamedTuple):
     """The path of headings, such as ``Care > Descaling``."""
     page: int | None = None
     """The page's or slide's number, from 1."""
+    continues: bool = True
+    """Whether it may begin with the rest of a sentence of the block before."""
 
 
 class Chunk(NamedTuple):
@@ -179,7 +181,7 @@ def chunk(blocks: Iterable[Block]) -> Iterator[Chunk]:
             # An empty page would become a passage that has only the repeated sentence.
             continue
         # The unfinished last sentence of the page before, if the section continues.
-        broken_off = _end(before) if block.section == section else []
+        broken_off = _end(before) if block.continues and block.section == section else []
         overlap = [] if not broken_off or _WHOLE.search(broken_off[-1].text) else [*broken_off[-1:], _Piece("\n", 0.0)]
         section = block.section
         before = []

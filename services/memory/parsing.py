@@ -92,10 +92,11 @@ class BlockReader:
             self._check_archive()
         match self._type:
             case types.PDF:
-                found = pdf.pages(self._file, self._recognizer, self._recognized)
-                yield from self._page_blocks([Block(_clean(text))] for text in found)
+                texts = pdf.pages(self._file, self._recognizer, self._recognized)
+                yield from self._page_blocks([Block(_clean(text))] for text in texts)
             case types.PPTX:
-                yield from self._page_blocks(list(sections(_clean(text))) for text in slides.texts(self._file))
+                found = (sections(_clean(text)) for text in slides.texts(self._file))
+                yield from self._page_blocks([block._replace(continues=False) for block in slide] for slide in found)
             case types.XLSX:
                 for block in spreadsheets.sheets(self._file, self.warnings):
                     yield block._replace(text=_clean(block.text))

@@ -121,6 +121,11 @@ def test_a_presentation_slide_by_slide() -> None:
     assert read(again, types.PPTX) == (passages, None)
 
 
+def test_the_last_line_of_a_slide_is_not_repeated_on_the_next_one() -> None:
+    passages, _ = read(files.pptx([("", "Prices of May"), ("", "Prices of June")]), types.PPTX)
+    assert [(passage["text"], passage["page"]) for passage in passages] == [("Prices of May", 1), ("Prices of June", 2)]
+
+
 def test_every_passage_of_a_long_table_has_the_header() -> None:
     rows = [["Code", "Meaning"], *([f"E{n:03}", f"Something about valve number {n} is wrong"] for n in range(100))]
     passages, _ = read(files.xlsx("Errors", rows), types.XLSX)
