@@ -36,7 +36,7 @@ from services.agent.models.contract import (
     Usage,
     UserTurn,
 )
-from services.agent.models.pieces import CALL_FIELDS, MAX_EVENT_BYTES, MAX_FIELDS, lines, whole_arguments
+from services.agent.models.pieces import CALL_FIELDS, MAX_FIELDS, lines, whole_arguments
 from services.agent.models.thoughts import without_thoughts
 from services.agent.models.tool_schemas import tool_schema
 from services.agent.models.wording import system_message, valid_arguments, wire_name
@@ -433,8 +433,6 @@ def _detail(status: int, body: bytes) -> str:
     """The provider's message, except if it is about the key: some providers repeat parts of it."""
     if status in (401, 403):
         return " (is the provider's api_key right?)"
-    if len(body) > MAX_EVENT_BYTES:
-        return ""
     try:
         given = msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from itertools import pairwise
 from typing import Any
 from uuid import uuid4
@@ -20,6 +20,7 @@ from services.agent.models.contract import ModelFailed
 Chunk = dict[str, Any]
 # Of one event, or of an answer in one piece. Lists of JSON take twenty times as much memory.
 MAX_EVENT_BYTES = 4 * 1024**2
+MAX_ERROR_BYTES = 64 * 1024
 # Servers write two or three.
 MAX_EVENT_LINES = 1_000
 MAX_CALLS = 200
@@ -55,6 +56,39 @@ def check_size(size: int) -> None:
     """Raises TooLarge if an event of so many bytes is not read."""
     if size > MAX_EVENT_BYTES:
         raise TooLarge(f"the answer has a part of more than {MAX_EVENT_BYTES // 1024**2} MiB")
+
+
+class ShortErrors(httpx2.AsyncBaseTransport):
+    """A transport whose error answers are cut after MAX_ERROR_BYTES: libraries read them whole, and as JSON."""
+
+    def __init__(self, inner: httpx2.AsyncBaseTransport) -> None:
+        self._inner = inner
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        response = await self._inner.handle_async_request(request)
+        if response.status_code != 200:
+            response.stream = _Beginning(response.stream)
+        return response
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class _Beginning(httpx2.AsyncByteStream):
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        left = MAX_ERROR_BYTES
+        async with aclosing(aiter(self._stream)) as pieces:
+            async for piece in pieces:
+                yield piece[:left]
+                left -= len(piece)
+                if left <= 0:
+                    break
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 class WholeEvents(httpx2.AsyncBaseTransport):

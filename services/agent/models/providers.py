@@ -10,13 +10,14 @@ import httpx2
 from services.agent.models.chat import TIMEOUT, ChatModel
 from services.agent.models.completions import Completions
 from services.agent.models.contract import Model, ModelEndpoint
-from services.agent.models.pieces import WholeEvents
+from services.agent.models.pieces import ShortErrors, WholeEvents
 
 
 class Providers:
     """The models of providers, called over one guarded transport."""
 
     def __init__(self, transport: httpx2.AsyncBaseTransport) -> None:
+        transport = ShortErrors(transport)
         self._completions = Completions(transport)
         self._client = httpx2.AsyncClient(
             transport=WholeEvents(transport),

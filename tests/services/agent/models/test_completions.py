@@ -714,6 +714,29 @@ async def test_an_answer_of_many_parts_is_not_read(kind: str) -> None:
     await providers.close()
 
 
+class _RefusesAtLength(Sends):
+    """A server whose error answers have a megabyte."""
+
+    read = 0
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(400, headers={"content-type": "application/json"}, stream=self, request=request)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for _ in range(16):
+            self.read += 1
+            yield b"x" * 65_536
+
+
+@pytest.mark.parametrize("name", ["openai/x", "anthropic/x"])
+async def test_of_a_long_error_answer_the_beginning_is_read(name: str) -> None:
+    providers = Providers(sends := _RefusesAtLength([]))
+    with pytest.raises(ModelFailed, match="HTTP 400"):
+        await providers.model(name, ModelEndpoint(base_url="http://a.example")).answer(PROMPT, _ignored)
+    assert sends.read == 1
+    await providers.close()
+
+
 def _of(delta: bytes) -> bytes:
     return b'{"choices":[{"delta":' + delta + b"}]}"
 
