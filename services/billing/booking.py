@@ -13,7 +13,7 @@ from uuid import UUID
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage
 from infra.postgres.tx import Tx
-from services.billing import accounts, grants, holds, invoices, journal, schemes, tax, terms
+from services.billing import accounts, grants, holds, invoices, journal, plans, schemes, tax, terms
 from services.billing.currencies import nanos_per_minor, to_minor
 from services.billing.grants import PurchasedCredit
 from services.billing.invoices import CreditNote, Invoice, InvoiceLine
@@ -282,7 +282,7 @@ async def end(
         used = await grants.burned(tx, tenant_id, str(invoice_id))
         if invoice.paid_minor or any(used) or invoice.credited_minor:
             raise Conflict("a part of the invoice is paid or credited; make a credit note")
-        if await _is_corrected(tx, tenant_id, invoice_id):
+        if await _corrected_elsewhere(tx, tenant_id, invoice_id):
             raise Conflict("corrections of its usage are on another invoice; make a credit note about the rest")
         rounding = invoice.total_minor * unit - invoice.subtotal_nanos - invoice.tax_nanos
         amounts = {
@@ -298,23 +298,27 @@ async def end(
     return await invoices.get(tx, tenant_id, invoice_id)
 
 
-async def _is_corrected(tx: Tx, tenant_id: str, invoice_id: UUID) -> bool:
-    """Whether another invoice has, or will have, corrections of the usage that this one charges."""
-    return bool(
-        await tx.sql(
-            """
-            SELECT
-            FROM invoice AS i
-            JOIN invoice_line AS l USING (tenant_id, invoice_id)
-            JOIN period_correction AS c ON c.tenant_id = i.tenant_id AND c.usage_period = i.period
-            WHERE i.tenant_id = $1 AND i.invoice_id = $2 AND c.period <> i.period AND c.nanos <> 0
-              AND l.source::json ->> 'meter' = 'cost_nanos'
-            LIMIT 1
-            """,
-            tenant_id,
-            invoice_id,
-        )
+async def _corrected_elsewhere(tx: Tx, tenant_id: str, invoice_id: UUID) -> int:
+    """Returns the nano-units before tax that other invoices have, or will have, as corrections of the usage that this
+    one charges. Below zero: given back."""
+    rows = await tx.sql(
+        """
+        SELECT p.plan_id, p.plan_version, sum(c.nanos)::bigint
+        FROM invoice AS i
+        JOIN period AS p USING (tenant_id, period)
+        JOIN period_correction AS c ON c.tenant_id = i.tenant_id AND c.usage_period = i.period
+        WHERE i.tenant_id = $1 AND i.invoice_id = $2 AND c.period <> i.period
+        GROUP BY p.plan_id, p.plan_version
+        """,
+        tenant_id,
+        invoice_id,
     )
+    if not rows:
+        return 0
+    [(plan_id, plan_version, nanos)] = rows
+    markup = (await plans.version(tx, plan_id, plan_version)).usage_markup_percent
+    # Without a markup the plan charges by its own prices only, and corrections of the price book do not concern it.
+    return 0 if markup is None else plans.with_markup(nanos, markup)
 
 
 async def credit(
@@ -333,7 +337,8 @@ async def credit(
     Money that was paid already becomes a grant or, with `refund`, is owed until a payment is refunded. A note about
     prepaid credit always has `refund`. It takes unspent credit back that no work in progress has reserved or, with
     `money_is_gone`, any unspent credit. Raises Conflict for a draft or void invoice, and InvalidMessage for more than
-    the invoice has, than is unspent or than its payments can give back.
+    the invoice has, less the corrections of its usage on other invoices, than is unspent or than its payments can give
+    back.
     """
     await accounts.lock_one(tx, tenant_id)
     invoice = await invoices.get(tx, tenant_id, invoice_id)
@@ -342,6 +347,13 @@ async def credit(
     if minor > invoice.total_minor - invoice.credited_minor:
         raise InvalidMessage("amount_minor", f"must be at most {invoice.total_minor - invoice.credited_minor}")
     net = share(invoice, invoice.subtotal_nanos, minor)
+    burned = await grants.burned(tx, tenant_id, str(invoice_id))
+    if (corrected := await _corrected_elsewhere(tx, tenant_id, invoice_id)) < 0:
+        credited = schemes.part(invoice.subtotal_nanos, invoice.credited_minor, invoice.total_minor)
+        free = max(0, invoice.subtotal_nanos + burned.purchased + corrected - credited)
+        if net > free:
+            most = most_creditable(invoice, free)
+            raise InvalidMessage("amount_minor", f"must be at most {most}: corrections of its usage gave the rest back")
     if invoice.purpose == "credit":
         refund = True
         await _take_back(tx, tenant_id, invoice, net, actor=actor, money_is_gone=money_is_gone)
@@ -387,7 +399,6 @@ async def credit(
     if refund:
         over = 0
     await add_paid(tx, tenant_id, invoice_id, -over)
-    burned = await grants.burned(tx, tenant_id, str(invoice_id))
     # Money that is owed already was promised by another note or paid twice: this note cannot give it back.
     paid = (invoice.paid_minor - invoice.owed_minor) * unit + burned.prepaid
     for kind, nanos in grants.given_back(over * unit, 0, paid, burned.promotional):

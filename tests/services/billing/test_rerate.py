@@ -154,6 +154,33 @@ async def test_an_invoice_below_zero_is_a_credit_note_that_names_the_invoice_it_
     assert "Corrects" not in other
 
 
+@pytest.mark.parametrize("is_closed", [True, False])
+async def test_a_credit_note_cannot_take_back_what_corrections_on_another_invoice_give_back(
+    billing: Billing, is_closed: bool
+) -> None:
+    """By hand: 10 tokens at 1.00 plus 10 % are 11.00. At 0.60 they are 6.60, and the next invoice gives 4.40 back."""
+    tenant, subscription = await subscribed(billing, base_nanos=0, charges=[], included=[])
+    model = f"acme/{uuid7()}"
+    await price(billing, model, str(UNIT))
+    await tenant.use("a", model, occurred_at=AT, input_tokens=10, output_tokens=0)
+    await tenant.verdict("a")
+    first = await finalised(billing, tenant)
+    await price(billing, model, str(UNIT * 6 // 10))
+    assert (await rerate(billing, tenant))["difference_nanos"] == -4 * UNIT
+    if is_closed:
+        await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
+        second = await finalised(billing, tenant)
+        assert (second["total_minor"], await left(tenant)) == (-440, 440 * UNIT // 100)
+    path = f"invoices/{first['id']}/credit-notes"
+    await post(billing, path, {"amount_minor": 100, "reason": "r"})
+    for minor, most in ((1000, 560), (561, 560)):
+        too_much = await billing.operator.post(f"/api/v1/{path}", json={"amount_minor": minor, "reason": "r"})
+        assert too_much.status_code == 422, "4.40 would be given back twice"
+        [error] = too_much.json()["errors"]
+        assert (error["field"], f"at most {most}: corrections" in error["message"]) == ("amount_minor", True)
+    await post(billing, path, {"amount_minor": 560, "reason": "r"})
+
+
 async def test_a_line_is_proved_down_to_one_record(billing: Billing) -> None:
     tenant, _ = await subscribed(billing, charges=[], included=[])
     run_id = uuid7()
