@@ -161,8 +161,13 @@ def whole_arguments(pieces: Sequence[str]) -> str:
     if joined.startswith('"'):
         with suppress(msgspec.DecodeError):
             joined = msgspec.json.decode(joined, type=str)
+    if joined.strip() == "null":
+        return ""
     if _is_object(joined):
         return joined
+    # A proxy for Anthropic's models begins with the empty input of the call.
+    if joined.startswith("{}") and _is_object(later := joined.removeprefix("{}")):
+        return later
     if len(pieces) < 2 or not _is_object(pieces[-1]):
         return _first_of_repeats(joined)
     totals = all(later.startswith(former) for former, later in pairwise(pieces))

@@ -304,6 +304,11 @@ CALLS: dict[str, Streams] = {
         *(chunk({"tool_calls": [call(0, "c1", "add", JSON)]}) for _ in range(2)),
         chunk(finish="tool_calls"),
     ),
+    "an empty object before the arguments": of(
+        chunk({"tool_calls": [call(0, "c1", "add", "{}")]}),
+        *(chunk({"tool_calls": [call(0, None, None, piece)]}) for piece in ('{"a":1', ',"b":2}')),
+        chunk(finish="tool_calls"),
+    ),
     "the arguments three times": of(
         chunk({"tool_calls": [call(0, "c1", "add", JSON * 3)]}), chunk(finish="tool_calls")
     ),
@@ -375,6 +380,11 @@ async def test_a_call_is_read(server: ModelServer, providers: Providers, shape: 
     assert [(one.name, msgspec.json.decode(one.arguments)) for one in answer.calls] == [("add", {"a": 1, "b": 2})]
     assert len(server.requests) == 1
     msgspec.json.decode(msgspec.json.encode(answer), type=ModelAnswer)
+
+
+async def test_null_arguments_are_none(server: ModelServer, providers: Providers) -> None:
+    server.script(MODEL, of(chunk({"tool_calls": [call(0, "c1", "add", "null")]}, "tool_calls")))
+    assert [one.arguments for one in (await ask(server, providers)).calls] == ["{}"]
 
 
 WRITTEN = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
