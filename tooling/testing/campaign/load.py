@@ -12,9 +12,10 @@ import random
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import httpx
@@ -42,7 +43,8 @@ AGAIN = (429, 500, 502, 503, 504)
 TOOL_EVERY = 4
 REPEATED, REPEATED_LATE, FORGED, SWAPPED = 0.3, 0.1, 0.1, 0.2
 
-Call = tuple[bytes, dict[str, str]]
+# Gives body and headers. A vendor that sends a message again signs it again, by the time of the new call.
+Call = Callable[[], tuple[bytes, dict[str, str]]]
 Vendor = WebhookStandIn | TelegramStandIn
 
 
@@ -217,11 +219,12 @@ class Load:
     async def _accepted(
         self, client: httpx.AsyncClient, tenant: Tenant, conversation: str, text: str, call: Call
     ) -> Sent:
-        """Sends the same call again and again until it is answered 200, as a vendor does."""
+        """Sends the message again and again until it is answered 200, as a vendor does."""
         began, first, calls = time.time(), 0.0, 0
         while True:
             calls += 1
-            status = await self._post(client, tenant.path, content=call[0], headers=call[1])
+            body, headers = call()
+            status = await self._post(client, tenant.path, content=body, headers=headers)
             first = first or time.time() - began
             if status == 200:
                 sent = Sent(
@@ -238,13 +241,14 @@ class Load:
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _repeat(self, client: httpx.AsyncClient, tenant: Tenant, sent: Sent, call: Call) -> None:
-        if await self._post(client, tenant.path, content=call[0], headers=call[1]) == 200:
+        body, headers = call()
+        if await self._post(client, tenant.path, content=body, headers=headers) == 200:
             sent.repeats += 1
 
     async def _forge(self, client: httpx.AsyncClient, tenant: Tenant, n: int, number: int) -> None:
         """A call whose signature or secret is wrong. It must never be acknowledged."""
         text = f"c{n} forged {number} {tenant.canary}"
-        body, headers = _message(tenant, text, n)
+        body, headers = _message(tenant, text, n)()
         name = next(name for name in headers if "signature" in name or "secret" in name)
         self.forged += 1
         headers = headers | {name: "v1," + "A" * 43 + "="}
@@ -349,9 +353,11 @@ def _stage(asked: Asked) -> int:
 def _message(tenant: Tenant, text: str, n: int) -> Call:
     """The vendor's webhook call for a message in the conversation with the number n."""
     if isinstance(tenant.vendor, WebhookStandIn):
-        return tenant.vendor.message(text, conversation=f"conversation-{n}", user=f"person-{n}")
+        id_ = f"msg_{secrets.token_hex(12)}"
+        return partial(tenant.vendor.message, text, conversation=f"conversation-{n}", user=f"person-{n}", id_=id_)
     assert isinstance(tenant.vendor, TelegramStandIn)
-    return tenant.vendor.update(text, chat=1000 + n, person=1000 + n)
+    update = tenant.vendor.update(text, chat=1000 + n, person=1000 + n)
+    return lambda: update
 
 
 def _number(tenant: Tenant, to: str) -> str:
