@@ -78,7 +78,6 @@ async def balances(tx: Tx, tenant_id: str | None) -> dict[str, int]:
         """
         SELECT account, sum(amount_nanos)::text
         FROM journal_line
-        JOIN journal_entry USING (tenant_id, entry)
         WHERE $1::text IS NULL OR tenant_id = $1
         GROUP BY account
         ORDER BY account

@@ -568,8 +568,21 @@ class PaymentReconciliation(BaseModel):
 
 
 async def reconcile(tx: Tx, tenant_id: str | None) -> PaymentReconciliation:
-    payments = await listed(tx, tenant_id, after=None, limit=10**9)
-    due = sum(balance_of(payment).cash * nanos_per_minor(payment.currency) for payment in payments)
+    # The cash of `balance_of`, summed by the database: a tenant may have any number of payments.
+    rows = await tx.sql(
+        """
+        SELECT p.currency, sum(p.received_minor - p.refunded_minor - coalesce((
+                   SELECT sum(minor) FROM dispute AS d
+                   WHERE d.tenant_id = p.tenant_id AND d.payment_id = p.payment_id
+               ), 0))::text
+        FROM payment AS p
+        WHERE p.received_minor <> 0 AND ($1::text IS NULL OR p.tenant_id = $1)
+        GROUP BY p.currency
+        ORDER BY p.currency
+        """,
+        tenant_id,
+    )
+    due = sum(int(minor) * nanos_per_minor(currency) for currency, minor in rows)
     [(booked,)] = await tx.sql(
         """
         SELECT coalesce(sum(l.amount_nanos), 0)::text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, cast
@@ -29,6 +29,7 @@ from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import TenantErased
 from services.billing import accounts, booking, invoices, purchases, tax, tenants
 from services.billing.clock import Clock
+from services.billing.payments import store
 from services.billing.payments.stripe import Stripe, amount_of, minor_of
 from services.billing.payments.watch import PaymentWatch
 from services.billing.tax import Seller
@@ -159,6 +160,40 @@ async def test_a_saved_method_pays_an_invoice_once_however_often_it_is_asked(
     assert await send(billing, stripe, stripe.event("payment_intent.succeeded", stripe.intents[payment["reference"]]))
     assert await journal(tenant) == {"cash": 30 * UNIT, "revenue": -30 * UNIT}
     await reconciled(billing)
+
+
+async def test_a_reconciliation_reads_as_many_rows_for_one_payment_as_for_many(
+    billing: Billing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tenant, invoice_id = await invoiced(billing)
+    read: list[int] = []
+    sql = Tx.sql
+
+    async def counted(tx: Tx, statement: str, *arguments: Any) -> Sequence[tuple[Any, ...]]:
+        rows = await sql(tx, statement, *arguments)
+        read.append(len(rows))
+        return rows
+
+    # Received and given back; never received.
+    for minor, payments_made in ((1, 1), (0, 50)):
+        await tenant.sql(
+            """
+            INSERT INTO payment (tenant_id, payment_id, invoice_id, provider, amount_minor, currency, status,
+                                 received_minor, refunded_minor)
+            SELECT $1, gen_random_uuid(), $2, 'stripe', 1, 'USD', 'failed', $4, $4
+            FROM generate_series(1, $3)
+            """,
+            tenant.id,
+            UUID(invoice_id),
+            payments_made,
+            minor,
+        )
+    async with billing.platform.database("billing").begin() as tx:
+        with monkeypatch.context() as patch:
+            patch.setattr(Tx, "sql", counted)
+            found = await store.reconcile(tx, tenant.id)
+    assert (found.payments_nanos, found.difference) == (0, 0)
+    assert sum(read) == 2, "one currency, and one sum of the journal"
 
 
 @pytest.mark.parametrize(
