@@ -7,4 +7,7 @@ notification.v1.SendEmail. Serves: HTTP ``/api/v1/billing``, ``prices``, ``meter
 ``grants``, ``budgets``, ``invoices``, ``payments``, ``payment-methods``, ``tax-rates`` and ``/webhooks/payments``; gRPC
 ``Billing`` (Reserve, Release, Charges, Unpriced). Calls: the operations gRPC of every service that produces usage, for
 the reconciliation; payment providers.
+
+Rooms, each importing only those below: payments (providers), usage (records and their sums), invoices, plans
+(subscriptions), credit (accounts, journal, holds, grants), rating (prices).
 """

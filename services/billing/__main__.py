@@ -8,8 +8,8 @@ from services.billing import api, handlers, rpc, tenants
 from services.billing.clock import Clock
 from services.billing.payments.api import providers
 from services.billing.payments.watch import PaymentWatch
-from services.billing.read_models import READ_MODELS
 from services.billing.settings import BillingSettings
+from services.billing.usage.read_models import READ_MODELS
 
 
 def cache(runtime: Runtime) -> Cache:

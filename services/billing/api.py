@@ -18,24 +18,13 @@ from infra.security.audit import audit
 from infra.service.api import Operator, Paging, Reader, Viewer, api, bad_cursor, page
 from infra.service.service import Runtime
 from infra.web.times import Time
-from services.billing import (
-    accounts,
-    aggregates,
-    budgets_api,
-    explain,
-    grants_api,
-    invoices_api,
-    operator_api,
-    plans_api,
-    prices_api,
-    reports,
-    rerate,
-    terms_api,
-)
-from services.billing.aggregates import GROUPS, METERS, Meter, RebuiltBuckets, Sum, Window, full_hour
+from services.billing import budgets_api, grants_api, invoices_api, operator_api, plans_api, prices_api, terms_api
+from services.billing.credit import accounts
 from services.billing.payments import api as payments
-from services.billing.reconciliation import UsageReconciliation, reconcile
-from services.billing.reports import Balance, Grouping, UsageFilter, UsageList, UsageSummary
+from services.billing.usage import aggregates, explain, reports, rerate
+from services.billing.usage.aggregates import GROUPS, METERS, Meter, RebuiltBuckets, Sum, Window, full_hour
+from services.billing.usage.reconciliation import UsageReconciliation, reconcile
+from services.billing.usage.reports import Balance, Grouping, UsageFilter, UsageList, UsageSummary
 
 Since = Annotated[Time | None, Query(description="only usage that occurred at or after this time")]
 From = Annotated[Time | None, Query(alias="from", description="with group_by: first hour")]

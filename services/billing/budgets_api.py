@@ -15,8 +15,8 @@ from infra.security.audit import audit
 from infra.service.api import Admin, Paging, Reader, id_cursor, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
-from services.billing import budgets
-from services.billing.budgets import Budget, Scope, Window
+from services.billing.credit import budgets
+from services.billing.credit.budgets import Budget, Scope, Window
 
 
 class NewBudget(BaseModel):

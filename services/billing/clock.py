@@ -12,21 +12,14 @@ from infra.errors import describe
 from infra.observe.logs import get_logger
 from infra.postgres.database import Database
 from infra.service.periodic import Periodic
-from services.billing import (
-    accounts,
-    booking,
-    closing,
-    credit_notes,
-    dunning,
-    invoice_files,
-    invoices,
-    pdf,
-    retention,
-)
+from services.billing.credit import accounts
+from services.billing.invoices import booking, closing, credit_notes, dunning, invoice_files, pdf
+from services.billing.invoices import store as invoices
+from services.billing.invoices.tax import Seller
 from services.billing.payments import store
 from services.billing.payments.provider import PaymentProvider
 from services.billing.payments.store import Payment
-from services.billing.tax import Seller
+from services.billing.usage import retention
 
 # Records of a period that arrive within this time after its end are still in its invoice.
 CLOSE_AFTER = timedelta(days=2)

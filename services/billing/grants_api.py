@@ -17,10 +17,11 @@ from infra.service.api import Manager, Paging, Viewer, id_cursor, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from infra.web.times import Time
-from services.billing import accounts, grants, purchases
-from services.billing.accounts import MAX_CREDIT_NANOS
-from services.billing.grants import Grant
-from services.billing.invoices import Invoice
+from services.billing.credit import accounts, grants
+from services.billing.credit.accounts import MAX_CREDIT_NANOS
+from services.billing.credit.grants import Grant
+from services.billing.invoices import purchases
+from services.billing.invoices.store import Invoice
 from services.billing.plans_api import Text, owner_of_list
 
 

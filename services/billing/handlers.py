@@ -20,8 +20,10 @@ from protos.messages.billing import BudgetThresholdPassed, QuotaExhausted, Usage
 from protos.messages.channel import MessageDelivered, MessageReceived
 from protos.messages.user import TenantCreated
 from protos.pubsub import QUOTA_EXHAUSTED
-from services.billing import accounts, deliveries, usage
-from services.billing.domain import MESSAGE, NO_ACCOUNT, OTHER_CONTENT, Verdict
+from services.billing.credit import accounts
+from services.billing.rating.domain import MESSAGE, NO_ACCOUNT, OTHER_CONTENT, Verdict
+from services.billing.usage import deliveries
+from services.billing.usage import records as usage
 
 
 @USAGE_RECORDS.batch(group="billing")

@@ -18,20 +18,11 @@ from infra.service.api import Admin, Operator, Paging, Viewer, bad_cursor, id_cu
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from infra.web.times import Time
-from services.billing import (
-    booking,
-    closing,
-    countries,
-    einvoice,
-    invoice_files,
-    invoices,
-    journal,
-    pdf,
-    tax,
-    transfers,
-)
-from services.billing.invoices import CreditNote, Invoice, InvoiceLine, WholeInvoice
-from services.billing.tax import Buyer
+from services.billing.credit import journal
+from services.billing.invoices import booking, closing, countries, einvoice, invoice_files, pdf, tax, transfers
+from services.billing.invoices import store as invoices
+from services.billing.invoices.store import CreditNote, Invoice, InvoiceLine, WholeInvoice
+from services.billing.invoices.tax import Buyer
 
 Text = Annotated[str, Field(min_length=1, max_length=500)]
 Percent = Annotated[str, Field(pattern=r"^[0-9]{1,2}(\.[0-9]{1,4})?$", examples=["19", "7.7"])]

@@ -16,10 +16,12 @@ from infra.service.api import Operator, Paging, Viewer, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from infra.web.times import Time
-from services.billing import accounts, reports, usage
-from services.billing.accounts import MAX_CREDIT_NANOS, Entry
-from services.billing.domain import MAX_AMOUNT_NANOS, MAX_QUANTITIES, Verdict, implausible
-from services.billing.reports import Balance, UsageVerdict
+from services.billing.credit import accounts
+from services.billing.credit.accounts import MAX_CREDIT_NANOS, Entry
+from services.billing.rating.domain import MAX_AMOUNT_NANOS, MAX_QUANTITIES, Verdict, implausible
+from services.billing.usage import records as usage
+from services.billing.usage import reports
+from services.billing.usage.reports import Balance, UsageVerdict
 
 Text = Annotated[str, Field(min_length=1, max_length=500)]
 

@@ -19,12 +19,13 @@ from infra.service.api import Operator, Paging, Viewer, bad_cursor, id_cursor, p
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from infra.web.times import Time
-from services.billing import plans, schemes, subscriptions
-from services.billing.aggregates import METERS
-from services.billing.currencies import DIGITS
-from services.billing.plans import Included, Plan, PlanCharge, StoredPlan
-from services.billing.schemes import Scheme, SchemeTier
-from services.billing.subscriptions import PlanSubscription
+from services.billing.plans import plans, subscriptions
+from services.billing.plans.plans import Included, Plan, PlanCharge, StoredPlan
+from services.billing.plans.subscriptions import PlanSubscription
+from services.billing.rating import schemes
+from services.billing.rating.currencies import DIGITS
+from services.billing.rating.schemes import Scheme, SchemeTier
+from services.billing.usage.aggregates import METERS
 
 Text = Annotated[str, Field(min_length=1, max_length=200)]
 When = Literal["now", "period_end"]

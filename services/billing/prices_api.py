@@ -17,9 +17,9 @@ from infra.service.api import Operator, Paging, Viewer, bad_cursor, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from infra.web.times import Time
-from services.billing import price_book
-from services.billing.currencies import DIGITS
-from services.billing.domain import UNITS, Price, Tier
+from services.billing.rating import price_book
+from services.billing.rating.currencies import DIGITS
+from services.billing.rating.domain import UNITS, Price, Tier
 
 # A string, because clients parse a JSON number as a binary fraction, which is not exact.
 Nanos = Annotated[str, Field(pattern=r"^[0-9]{1,12}(\.[0-9]{1,18})?$", examples=["150", "0.5"])]

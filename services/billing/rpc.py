@@ -14,8 +14,9 @@ from infra.postgres.database import Database
 from infra.service.service import Runtime
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
-from services.billing import accounts, holds, price_book
-from services.billing.domain import RUN, price_at
+from services.billing.credit import accounts, holds
+from services.billing.rating import price_book
+from services.billing.rating.domain import RUN, price_at
 
 MAX_RESOURCES = 100
 MAX_RUNS = 200

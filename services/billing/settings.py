@@ -8,8 +8,8 @@ from pydantic import AfterValidator, SecretStr, model_validator
 
 from infra.service.settings import Settings
 from protos.catalog import USAGE_RECORDS
-from services.billing.countries import COUNTRIES
-from services.billing.tax import MAX_ADDRESS_LINES, Seller
+from services.billing.invoices.countries import COUNTRIES
+from services.billing.invoices.tax import MAX_ADDRESS_LINES, Seller
 
 
 def _targets(value: str) -> str:

@@ -17,10 +17,11 @@ from infra.lanes.effects import Effects
 from infra.postgres.tx import Tx
 from infra.service.service import Runtime
 from infra.service.tenant_erasure import PASSES, Before, EraseTenant
-from services.billing import booking, closing, subscriptions
+from services.billing.invoices import booking, closing
+from services.billing.invoices.tax import Seller
 from services.billing.payments import store
 from services.billing.payments.api import providers
-from services.billing.tax import Seller
+from services.billing.plans import subscriptions
 
 KEPT = (
     "account",

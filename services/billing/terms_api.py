@@ -10,9 +10,10 @@ from pydantic import ConfigDict, Field
 from infra.security.audit import audit
 from infra.service.api import Operator, Viewer
 from infra.service.service import Runtime
-from services.billing import accounts, terms
+from services.billing.credit import accounts
+from services.billing.plans import terms
+from services.billing.plans.terms import Terms
 from services.billing.plans_api import owner_of_list
-from services.billing.terms import Terms
 
 
 class TermsBody(Terms):

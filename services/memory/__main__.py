@@ -2,9 +2,13 @@
 
 from infra.security.subjects import erasure
 from infra.service.service import Service
-from services.memory import adapters, api, conversations, handlers, models, rpc, storage, tenants, uploads
-from services.memory.keeping import MEMORY
-from services.memory.read_models import READ_MODELS
+from services.memory import adapters, api, handlers, rpc, tenants
+from services.memory.indexes import models
+from services.memory.knowledge import uploads
+from services.memory.memories import conversations
+from services.memory.memories.keeping import MEMORY
+from services.memory.memories.read_models import READ_MODELS
+from services.memory.metering import storage
 from services.memory.settings import MemorySettings
 
 service = Service("memory", MemorySettings)

@@ -9,24 +9,24 @@ from infra.security.subjects import SubjectKeys
 from infra.service.service import Runtime
 from infra.stores.objects import Objects
 from protos.billing.v1 import billing_pb2_grpc
-from services.memory.conversations import Conversations
-from services.memory.credit import Credit
-from services.memory.embeddings import LOCAL, Embedder, Endpoint, LocalEmbedder, RemoteEmbedder
-from services.memory.engines import Engines
-from services.memory.filling import refill
-from services.memory.index import VectorIndex
-from services.memory.indexing import Indexing
-from services.memory.keeping import Keeping
-from services.memory.learning import Learning
-from services.memory.memories import Memories
-from services.memory.milvus import MilvusIndex
-from services.memory.model_change import ModelChange
-from services.memory.models import EmbeddingModels
-from services.memory.pgvector import PgvectorIndex
-from services.memory.reranking import Reranker
-from services.memory.retrieval import Retrieval
-from services.memory.sent_files import SentFiles
-from services.memory.uploads import Uploads
+from services.memory.indexes.embeddings import LOCAL, Embedder, Endpoint, LocalEmbedder, RemoteEmbedder
+from services.memory.indexes.engines import Engines
+from services.memory.indexes.filling import refill
+from services.memory.indexes.index import VectorIndex
+from services.memory.indexes.milvus import MilvusIndex
+from services.memory.indexes.model_change import ModelChange
+from services.memory.indexes.models import EmbeddingModels
+from services.memory.indexes.pgvector import PgvectorIndex
+from services.memory.knowledge.indexing import Indexing
+from services.memory.knowledge.sent_files import SentFiles
+from services.memory.knowledge.uploads import Uploads
+from services.memory.memories.conversations import Conversations
+from services.memory.memories.keeping import Keeping
+from services.memory.memories.learning import Learning
+from services.memory.memories.store import Memories
+from services.memory.metering.credit import Credit
+from services.memory.search.reranking import Reranker
+from services.memory.search.retrieval import Retrieval
 
 
 @cache

@@ -22,10 +22,11 @@ from infra.service.service import Runtime
 from infra.stores.objects import DOWNLOAD_LIFE
 from protos.catalog import DOCUMENT_INDEX
 from protos.messages.memory import IndexDocument
-from services.memory import adapters, documents, received, rights, versions
-from services.memory.documents import StoredDocument
+from services.memory import adapters, rights
+from services.memory.knowledge import documents, received, versions
+from services.memory.knowledge.documents import StoredDocument
 from services.memory.lanes import enqueue_document
-from services.memory.usage import of_client
+from services.memory.metering.usage import of_client
 
 _NAMES = {"type": "array", "items": {"type": "string"}}
 _FILE_FORM = {

@@ -10,11 +10,10 @@ from protos.catalog import AGENT_EVENTS, DOCUMENT_INDEX, PLATFORM_EVENTS
 from protos.messages.agent import RunCompleted, RunMessageDeleted
 from protos.messages.memory import IndexDocument
 from protos.messages.user import SubjectErased
-from services.memory import documents
-from services.memory.conversations import KEEP, Conversations
-from services.memory.forgetting import erase
-from services.memory.indexing import Indexing
-from services.memory.keeping import Keeping
+from services.memory.indexes.models import EmbeddingModels
+from services.memory.knowledge import documents
+from services.memory.knowledge.indexing import Indexing
+from services.memory.knowledge.versions import OldVersion
 from services.memory.lanes import (
     DOCUMENTS,
     FILLS,
@@ -29,9 +28,10 @@ from services.memory.lanes import (
     enqueue_memory,
     enqueue_utterance,
 )
-from services.memory.learning import FinishedRun, Learning
-from services.memory.models import EmbeddingModels
-from services.memory.versions import OldVersion
+from services.memory.memories.conversations import KEEP, Conversations
+from services.memory.memories.forgetting import erase
+from services.memory.memories.keeping import Keeping
+from services.memory.memories.learning import FinishedRun, Learning
 
 
 @DOCUMENT_INDEX.worker(prefetch=20)

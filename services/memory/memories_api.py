@@ -24,11 +24,11 @@ from infra.service.idempotency import once
 from infra.service.service import Runtime
 from infra.web.times import Time
 from services.memory import adapters
-from services.memory.events import Scope
-from services.memory.extraction import MAX_TEXT, Kind, topic_of
-from services.memory.keeping import MAX_PARTS, New
 from services.memory.lanes import enqueue_memory
-from services.memory.memories import Memory, id_of
+from services.memory.memories.events import Scope
+from services.memory.memories.extraction import MAX_TEXT, Kind, topic_of
+from services.memory.memories.keeping import MAX_PARTS, New
+from services.memory.memories.store import Memory, id_of
 
 _EXAMPLE: JsonDict = {"text": "I am allergic to nuts.", "scope": "user", "importance": 9, "confidence": 1.0}
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infra.postgres.tx import Tx
-from services.memory import vectors
+from services.memory.indexes import vectors
 from services.memory.rights import NO_FILTERS, Filters, Owners
 
 

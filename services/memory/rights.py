@@ -10,7 +10,7 @@ from uuid import UUID
 
 from infra.errors import InvalidMessage
 from infra.security.auth import Identity
-from services.memory.usage import UNKNOWN, UseSource, of_client
+from services.memory.metering.usage import UNKNOWN, UseSource, of_client
 
 ALL = "all"
 MAX_NAMES = 100

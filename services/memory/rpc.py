@@ -19,17 +19,17 @@ from infra.web import rpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from services.memory import rights
 from services.memory.adapters import keeping, learning, memories, objects, retrieval, sent_files
-from services.memory.documents import DocumentOrigin
-from services.memory.events import MAX_IMPORTANCE
-from services.memory.extraction import MAX_FACTS, MAX_TEXT, Kind, is_stated, normal
-from services.memory.keeping import Keeping
+from services.memory.knowledge.documents import DocumentOrigin
+from services.memory.knowledge.reading import FileReader
+from services.memory.knowledge.sent_files import SentFiles
 from services.memory.lanes import enqueue_memory
-from services.memory.learning import FinishedRun, FoundFact, Learning, Merged
-from services.memory.memories import Memories, Memory, id_of
-from services.memory.reading import FileReader
-from services.memory.retrieval import HYBRID, Query, Retrieval, Scored
-from services.memory.sent_files import SentFiles
-from services.memory.usage import UseSource
+from services.memory.memories.events import MAX_IMPORTANCE
+from services.memory.memories.extraction import MAX_FACTS, MAX_TEXT, Kind, is_stated, normal
+from services.memory.memories.keeping import Keeping
+from services.memory.memories.learning import FinishedRun, FoundFact, Learning, Merged
+from services.memory.memories.store import Memories, Memory, id_of
+from services.memory.metering.usage import UseSource
+from services.memory.search.retrieval import HYBRID, Query, Retrieval, Scored
 
 # The most memories of one answer: the answer is shorter than a tool's result may be for a model.
 PAGE = 50

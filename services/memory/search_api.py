@@ -14,10 +14,11 @@ from infra.security.reads import record_reads
 from infra.service.api import Reader
 from infra.service.service import Runtime
 from infra.web.times import Time
-from services.memory import adapters, documents, memories_api, rights
-from services.memory.filling import waiting_for
-from services.memory.models import error_of
-from services.memory.retrieval import Query, Scored
+from services.memory import adapters, memories_api, rights
+from services.memory.indexes.filling import waiting_for
+from services.memory.indexes.models import error_of
+from services.memory.knowledge import documents
+from services.memory.search.retrieval import Query, Scored
 
 
 class _View(BaseModel):

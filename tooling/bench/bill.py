@@ -33,9 +33,10 @@ from infra.postgres.schema import migrate, prepare_database, role_url
 from protos.catalog import USAGE_RECORDS
 from protos.envelope import Envelope
 from protos.messages.billing import UsageRecorded
-from services.billing import accounts, handlers
-from services.billing.domain import cost
-from services.billing.price_book import seed
+from services.billing import handlers
+from services.billing.credit import accounts
+from services.billing.rating.domain import cost
+from services.billing.rating.price_book import seed
 from tooling.bench.fixture import PARTITIONS, Fixture
 from tooling.bench.protocol import SLICE_SECONDS, Anchor, Slice, check
 from tooling.testing.platform import PASSWORDS

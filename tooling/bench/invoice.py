@@ -9,10 +9,12 @@ from decimal import Decimal
 from time import perf_counter
 from zoneinfo import ZoneInfo
 
-from services.billing import accounts, closing, plans, subscriptions
-from services.billing.calendar import full_period
-from services.billing.plans import Plan, PlanCharge
-from services.billing.schemes import SchemeTier
+from services.billing.credit import accounts
+from services.billing.invoices import closing
+from services.billing.plans import plans, subscriptions
+from services.billing.plans.calendar import full_period
+from services.billing.plans.plans import Plan, PlanCharge
+from services.billing.rating.schemes import SchemeTier
 from tooling.bench.fixture import Fixture
 from tooling.bench.protocol import Units
 from tooling.bench.reserve import TENANT, prepare

@@ -21,7 +21,7 @@ from typing import Any
 from infra.clock import uuid7
 from protos.catalog import PLATFORM_EVENTS, USAGE_RECORDS
 from protos.messages.user import TenantCreated
-from services.billing.domain import MESSAGE
+from services.billing.rating.domain import MESSAGE
 from tooling.bench.fixture import PRODUCTION, Fixture, running_platform_on
 from tooling.bench.http_load import open_loop, request
 from tooling.bench.protocol import Units, check, percentile, units

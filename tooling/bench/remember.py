@@ -24,14 +24,14 @@ from infra.postgres.schema import migrate, prepare_database, role_url
 from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
-from services.memory.credit import Credit
 from services.memory.domain import count_tokens
-from services.memory.embeddings import BATCH, LOCAL, LocalEmbedder
-from services.memory.keeping import Keeping
-from services.memory.learning import FinishedRun, FoundFact, Learning
-from services.memory.memories import TOKENS, Memories, MemoryScope
-from services.memory.models import EmbeddingModels
-from services.memory.vectors import store
+from services.memory.indexes.embeddings import BATCH, LOCAL, LocalEmbedder
+from services.memory.indexes.models import EmbeddingModels
+from services.memory.indexes.vectors import store
+from services.memory.memories.keeping import Keeping
+from services.memory.memories.learning import FinishedRun, FoundFact, Learning
+from services.memory.memories.store import TOKENS, Memories, MemoryScope
+from services.memory.metering.credit import Credit
 from tooling.bench.fixture import Fixture
 from tooling.bench.protocol import Units
 from tooling.stack.checkout import CHECKOUT

@@ -15,7 +15,7 @@ from infra.clock import uuid7
 from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import migrate, prepare_database, role_url
-from services.billing import accounts, budgets, holds
+from services.billing.credit import accounts, budgets, holds
 from tooling.bench.fixture import Fixture
 from tooling.bench.protocol import SLICE_SECONDS, Units
 from tooling.testing.platform import PASSWORDS

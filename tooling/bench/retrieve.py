@@ -19,10 +19,10 @@ from pymilvus import AsyncMilvusClient
 
 from infra.web import rpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
-from services.memory.embeddings import LocalEmbedder
-from services.memory.migration import migrate
-from services.memory.milvus import SEARCH_EF
-from services.memory.pgvector import PgvectorIndex
+from services.memory.indexes.embeddings import LocalEmbedder
+from services.memory.indexes.migration import migrate
+from services.memory.indexes.milvus import SEARCH_EF
+from services.memory.indexes.pgvector import PgvectorIndex
 from tooling.bench.fixture import PRODUCTION, Fixture, running_platform_on
 from tooling.bench.protocol import SLICE_SECONDS, Anchor, Figure, Slice, run_pairs
 from tooling.testing.platform import Platform

@@ -29,19 +29,20 @@ from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from infra.stores.filetypes import HTML
 from infra.stores.objects import Stored
-from services.memory import documents, parsing, passages
-from services.memory.conversations import Conversations
-from services.memory.credit import Credit
 from services.memory.domain import embedded_text
-from services.memory.embeddings import BATCH, LOCAL, LocalEmbedder
-from services.memory.engines import Engines
-from services.memory.index import VectorRow
-from services.memory.memories import Memories
-from services.memory.models import EmbeddingModels
-from services.memory.pgvector import PgvectorIndex
-from services.memory.retrieval import DENSE, HYBRID, KEYWORD, Query, Retrieval
+from services.memory.files import parsing
+from services.memory.indexes.embeddings import BATCH, LOCAL, LocalEmbedder
+from services.memory.indexes.engines import Engines
+from services.memory.indexes.index import VectorRow
+from services.memory.indexes.models import EmbeddingModels
+from services.memory.indexes.pgvector import PgvectorIndex
+from services.memory.indexes.vectors import store
+from services.memory.knowledge import documents, passages
+from services.memory.memories.conversations import Conversations
+from services.memory.memories.store import Memories
+from services.memory.metering.credit import Credit
 from services.memory.rights import of_agent
-from services.memory.vectors import store
+from services.memory.search.retrieval import DENSE, HYBRID, KEYWORD, Query, Retrieval
 from tooling.bench.fixture import Fixture
 from tooling.bench.protocol import Units
 from tooling.stack.checkout import CHECKOUT

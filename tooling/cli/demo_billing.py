@@ -17,7 +17,7 @@ from rich.console import Console
 from infra.clock import uuid7
 from protos.catalog import USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
-from services.billing.calendar import full_period
+from services.billing.plans.calendar import full_period
 from tooling.cli.client import Gateway, gateway
 from tooling.cli.demo_base import DemoBase
 from tooling.stack.engines.base import EngineError

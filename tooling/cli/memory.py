@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from infra.postgres.database import Database
-from services.memory.filling import refill
-from services.memory.index import VectorIndex
-from services.memory.migration import Migrated, build_again
-from services.memory.migration import migrate as move
-from services.memory.milvus import MilvusIndex
-from services.memory.model_change import ModelState, states
-from services.memory.models import active_key
-from services.memory.pgvector import PgvectorIndex
+from services.memory.indexes.filling import refill
+from services.memory.indexes.index import VectorIndex
+from services.memory.indexes.migration import Migrated, build_again
+from services.memory.indexes.migration import migrate as move
+from services.memory.indexes.milvus import MilvusIndex
+from services.memory.indexes.model_change import ModelState, states
+from services.memory.indexes.models import active_key
+from services.memory.indexes.pgvector import PgvectorIndex
 from tooling.stack import operator
 
 app = typer.Typer(no_args_is_help=True, help="The index of documents' vectors.")

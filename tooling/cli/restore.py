@@ -23,8 +23,8 @@ from infra.postgres.db import is_transient
 from infra.postgres.schema import Passwords, prepare_roles
 from infra.security.audit import audit
 from services.log_aggregator.stored_heads import BUCKET as AUDIT_HEADS
-from services.memory.filling import refill
-from services.memory.models import active_key
+from services.memory.indexes.filling import refill
+from services.memory.indexes.models import active_key
 from tooling.cli.backup import claw, progress, teller
 from tooling.stack import operator
 from tooling.stack.backup import database, keys, objects, take

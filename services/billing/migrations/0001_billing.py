@@ -4,7 +4,7 @@ from alembic import op
 from sqlalchemy import text
 
 from infra.postgres.schema import tenant_policy
-from services.billing.price_book import seed, write
+from services.billing.rating.price_book import seed, write
 
 revision = "0001"
 down_revision = None

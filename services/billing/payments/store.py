@@ -18,12 +18,14 @@ from infra.clock import uuid7
 from infra.errors import Conflict, InvalidMessage, NotFound
 from infra.postgres.tx import Tx
 from infra.service.idempotency import HEADER
-from services.billing import accounts, booking, invoices, journal, purchases
-from services.billing.currencies import nanos_per_minor
-from services.billing.invoices import Invoice
-from services.billing.journal import JournalAccount
+from services.billing.credit import accounts, journal
+from services.billing.credit.journal import JournalAccount
+from services.billing.invoices import booking, purchases
+from services.billing.invoices import store as invoices
+from services.billing.invoices.store import Invoice
+from services.billing.invoices.tax import Seller
 from services.billing.payments.provider import CANCELLED, Intent, PaymentRequest, ProviderEvent
-from services.billing.tax import Seller
+from services.billing.rating.currencies import nanos_per_minor
 
 
 class Payment(BaseModel):

@@ -15,7 +15,7 @@ from infra.clock import utcnow, uuid7
 from protos.catalog import CHANNEL_EVENTS, USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 from protos.messages.channel import MessageDelivered
-from services.billing import aggregates, labels, retention
+from services.billing.usage import aggregates, labels, retention
 from tests.services.billing.conftest import Billing, Tenant, count
 
 YESTERDAY = (utcnow() - timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)

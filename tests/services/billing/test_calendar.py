@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.billing.calendar import Interval, full_period
+from services.billing.plans.calendar import Interval, full_period
 
 UTC_ZONE = ZoneInfo("UTC")
 

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos.messages.billing import UsageRecorded
-from services.billing.booking import most_creditable, share
-from services.billing.currencies import nanos_per_minor, to_minor
-from services.billing.domain import (
+from services.billing.invoices.booking import most_creditable, share
+from services.billing.invoices.store import Invoice
+from services.billing.rating.currencies import nanos_per_minor, to_minor
+from services.billing.rating.domain import (
     MAX_AMOUNT_NANOS,
     MAX_QUANTITY,
     NO_ACCOUNT,
@@ -29,7 +30,6 @@ from services.billing.domain import (
     provisional,
     settle,
 )
-from services.billing.invoices import Invoice
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)

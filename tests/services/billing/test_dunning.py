@@ -12,9 +12,10 @@ import pytest
 
 from infra.clock import utcnow
 from infra.security import subjects
-from services.billing import booking, credit_notes, dunning, invoice_files, invoices, pdf
 from services.billing.clock import Clock
-from services.billing.tax import Seller
+from services.billing.invoices import booking, credit_notes, dunning, invoice_files, pdf
+from services.billing.invoices import store as invoices
+from services.billing.invoices.tax import Seller
 from tests.services.billing.conftest import Billing, Tenant, pdf_pages
 from tests.services.billing.test_invoices import UNIT, draft, field_of, journal, post, subscribed
 

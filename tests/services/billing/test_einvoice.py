@@ -18,12 +18,13 @@ from lxml import etree  # type: ignore[import-untyped]
 from saxonche import PySaxonProcessor
 
 from infra.errors import Conflict
-from services.billing import pdf, schemes
-from services.billing.currencies import to_minor
-from services.billing.einvoice import document, price, rounded
-from services.billing.invoice_files import MOST_PRINTED, as_csv, as_invoice, note_page, page
-from services.billing.invoices import CreditNote, Invoice, InvoiceLine, InvoicePeriod
-from services.billing.tax import Buyer, Seller
+from services.billing.invoices import pdf
+from services.billing.invoices.einvoice import document, price, rounded
+from services.billing.invoices.invoice_files import MOST_PRINTED, as_csv, as_invoice, note_page, page
+from services.billing.invoices.store import CreditNote, Invoice, InvoiceLine, InvoicePeriod
+from services.billing.invoices.tax import Buyer, Seller
+from services.billing.rating import schemes
+from services.billing.rating.currencies import to_minor
 
 UNIT = 10**9
 SELLER = Seller(name="Clawbus GmbH", country="DE", vat_id="DE123456789", address="Hafen 1\n20457 Hamburg")

@@ -20,35 +20,34 @@ from infra.errors import Conflict, InvalidMessage
 from infra.postgres.database import Database
 from infra.postgres.tx import Tx
 from protos.messages.billing import UsageRecorded
-from services.billing import (
-    accounts,
-    aggregates,
-    booking,
-    closing,
-    grants,
-    invoices,
-    journal,
-    plans,
-    price_book,
-    purchases,
-    rerate,
-    retention,
-    subscriptions,
-    transfers,
-)
-from services.billing.currencies import nanos_per_minor, to_minor
+from services.billing.credit import accounts, grants, journal
+from services.billing.invoices import booking, closing, purchases, transfers
+from services.billing.invoices import store as invoices
+from services.billing.invoices.tax import Seller
 from services.billing.payments import store as payments
 from services.billing.payments.provider import EventKind, ProviderEvent
 from services.billing.payments.store import Payment
-from services.billing.plans import Plan
-from services.billing.tax import Seller
+from services.billing.plans import plans, subscriptions
+from services.billing.plans.plans import Plan
+from services.billing.rating import price_book
+from services.billing.rating.currencies import nanos_per_minor, to_minor
+from services.billing.usage import aggregates, rerate, retention
 from tests.services.billing.conftest import count
 from tooling.testing.platform import Platform
 
 CASES = int(os.environ.get("CLAW_BOOKS_CASES", "24"))
 BEGAN = timedelta(days=100)
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
-MODULES = ("booking", "closing", "price_book", "purchases", "rerate", "subscriptions", "usage", "retention")
+MODULES = (
+    "invoices.booking",
+    "invoices.closing",
+    "rating.price_book",
+    "invoices.purchases",
+    "usage.rerate",
+    "plans.subscriptions",
+    "usage.records",
+    "usage.retention",
+)
 SELLER = Seller(country="DE")
 
 

@@ -14,10 +14,11 @@ import pytest
 from sqlalchemy.exc import DBAPIError
 
 from infra.clock import utcnow, uuid7
-from services.billing import accounts, purchases
-from services.billing.calendar import full_period
 from services.billing.clock import CLOSE_AFTER, FINALISE_AFTER, Clock
-from services.billing.tax import Seller
+from services.billing.credit import accounts
+from services.billing.invoices import purchases
+from services.billing.invoices.tax import Seller
+from services.billing.plans.calendar import full_period
 from tests.services.billing.conftest import Billing, Tenant, pdf_pages
 
 UNIT = 10**9

@@ -19,11 +19,14 @@ from hypothesis import strategies as st
 from infra.clock import utcnow, uuid7
 from infra.postgres.database import Database
 from protos.messages.billing import UsageRecorded
-from services.billing import accounts, booking, closing, plans, price_book, subscriptions
-from services.billing.invoices import Invoice
-from services.billing.plans import Plan, PlanCharge
-from services.billing.schemes import SchemeTier
-from services.billing.tax import Seller
+from services.billing.credit import accounts
+from services.billing.invoices import booking, closing
+from services.billing.invoices.store import Invoice
+from services.billing.invoices.tax import Seller
+from services.billing.plans import plans, subscriptions
+from services.billing.plans.plans import Plan, PlanCharge
+from services.billing.rating import price_book
+from services.billing.rating.schemes import SchemeTier
 from tests.services.billing.conftest import count
 from tests.services.billing.test_invoices import ANCHOR, MIDNIGHT, START
 from tooling.testing.platform import Platform

@@ -27,12 +27,15 @@ from infra.service.service import Runtime
 from infra.service.tenant_erasure import EraseTenant
 from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import TenantErased
-from services.billing import accounts, booking, invoices, purchases, tax, tenants
+from services.billing import tenants
 from services.billing.clock import Clock
+from services.billing.credit import accounts
+from services.billing.invoices import booking, purchases, tax
+from services.billing.invoices import store as invoices
+from services.billing.invoices.tax import Seller
 from services.billing.payments import store
 from services.billing.payments.stripe import Stripe, amount_of, minor_of
 from services.billing.payments.watch import PaymentWatch
-from services.billing.tax import Seller
 from tests.services.billing.conftest import Billing, Tenant
 from tests.services.billing.test_dunning import finalised_before, put_terms
 from tests.services.billing.test_invoices import ANCHOR, START, UNIT, draft, field_of, journal, plan, post, subscribed

@@ -12,9 +12,9 @@ from pypdf import PdfReader
 from pypdfium2 import PdfDocument, raw  # type: ignore[import-untyped]
 
 from infra.errors import TooLarge, TooManyRequests
-from services.billing import pdf
-from services.billing.invoice_files import page
-from services.billing.pdf import Page, document
+from services.billing.invoices import pdf
+from services.billing.invoices.invoice_files import page
+from services.billing.invoices.pdf import Page, document
 from tests.services.billing.conftest import pdf_pages
 from tests.services.billing.test_einvoice import UNIT, invoice, line
 

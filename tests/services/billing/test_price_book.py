@@ -8,8 +8,8 @@ from decimal import Decimal
 import pytest
 from genai_prices import Usage, calc_price
 
-from services.billing.domain import cost, valid_at
-from services.billing.price_book import BEGINNING, canonical, read, seed, write
+from services.billing.rating.domain import cost, valid_at
+from services.billing.rating.price_book import BEGINNING, canonical, read, seed, write
 
 BOOK = {price.name: price for price in seed()}
 

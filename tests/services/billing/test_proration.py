@@ -8,10 +8,10 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from services.billing.calendar import Interval, TimeSpan, full_period
-from services.billing.currencies import format_minor, to_minor
-from services.billing.plans import Included, MeteredQuantity, Plan, PlanCharge, lines
-from services.billing.schemes import SchemeTier
+from services.billing.plans.calendar import Interval, TimeSpan, full_period
+from services.billing.plans.plans import Included, MeteredQuantity, Plan, PlanCharge, lines
+from services.billing.rating.currencies import format_minor, to_minor
+from services.billing.rating.schemes import SchemeTier
 
 UNIT = 10**9
 

@@ -23,8 +23,9 @@ from protos.messages.billing import UsageRecorded
 from protos.messages.channel import MessageDelivered, MessageReceived
 from protos.messages.user import TenantCreated
 from protos.topology import Handler
-from services.billing import budgets, handlers
-from services.billing.holds import HoldRequest, Holds
+from services.billing import handlers
+from services.billing.credit import budgets
+from services.billing.credit.holds import HoldRequest, Holds
 from tests.services.billing.conftest import METRICS, count
 from tooling.testing.platform import PASSWORDS, Platform
 

@@ -12,11 +12,14 @@ from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage
 from infra.postgres.database import Database
 from infra.postgres.tx import Tx
-from services.billing import accounts, booking, closing, invoices, journal, plans, subscriptions, transfers
+from services.billing.credit import accounts, journal
+from services.billing.invoices import booking, closing, transfers
+from services.billing.invoices import store as invoices
+from services.billing.invoices.tax import Seller
 from services.billing.payments import store as payments
 from services.billing.payments.provider import ProviderEvent
-from services.billing.plans import Plan
-from services.billing.tax import Seller
+from services.billing.plans import plans, subscriptions
+from services.billing.plans.plans import Plan
 from tests.services.billing.test_invoices import ANCHOR, START
 from tooling.testing.platform import Platform
 

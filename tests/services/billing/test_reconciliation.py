@@ -23,7 +23,7 @@ from infra.web.health import Health
 from infra.web.rpc import Server
 from protos.catalog import SERVICES, USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
-from services.billing import retention
+from services.billing.usage import retention
 from tests.services.billing.conftest import Billing
 from tooling.testing import keys
 from tooling.testing.platform import PASSWORDS, Platform

@@ -11,7 +11,7 @@ import pytest
 
 from infra.clock import utcnow, uuid7
 from services.billing.clock import Clock
-from services.billing.tax import Seller
+from services.billing.invoices.tax import Seller
 from tests.services.billing.conftest import Billing, Tenant, pdf_pages
 from tests.services.billing.test_invoices import (
     START,

@@ -11,11 +11,12 @@ from infra.service import verification
 from protos.catalog import CHANNEL_EVENTS, USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 from protos.messages.channel import MessageDelivered
-from services.billing import accounts, aggregates, retention
 from services.billing.clock import Clock
-from services.billing.domain import MAX_AGE
-from services.billing.read_models import READ_MODELS
-from services.billing.tax import Seller
+from services.billing.credit import accounts
+from services.billing.invoices.tax import Seller
+from services.billing.rating.domain import MAX_AGE
+from services.billing.usage import aggregates, retention
+from services.billing.usage.read_models import READ_MODELS
 from tests.services.billing.conftest import Billing, Tenant
 from tests.services.billing.test_budgets import limit
 from tests.services.billing.test_invoices import draft, post, subscribed

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.billing.currencies import DIGITS, nanos_per_minor, to_minor
-from services.billing.plans import MeteredQuantity, Plan, PlanCharge, lines, missing
-from services.billing.schemes import Fault, Scheme, SchemeTier, amount, check, half_even, part
+from services.billing.plans.plans import MeteredQuantity, Plan, PlanCharge, lines, missing
+from services.billing.rating.currencies import DIGITS, nanos_per_minor, to_minor
+from services.billing.rating.schemes import Fault, Scheme, SchemeTier, amount, check, half_even, part
 
 T = SchemeTier
 # 0–100 at 10, 101–1000 at 5, above at 1; a flat amount of 7 for entering the second tier.

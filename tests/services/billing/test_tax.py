@@ -8,9 +8,9 @@ from decimal import Decimal
 import pytest
 
 from infra.errors import InvalidMessage
-from services.billing import tax
+from services.billing.invoices import tax
+from services.billing.invoices.tax import Buyer
 from services.billing.settings import BillingSettings
-from services.billing.tax import Buyer
 
 RATES = {country: Decimal(percent) for country, percent in (("DE", "19"), ("AT", "20"), ("GB", "20"), ("CH", "8.1"))}
 AUSTRIAN, BRITISH, GERMAN = "ATU33864707", "GB980780684", "DE129273398"

@@ -11,7 +11,7 @@ from stdnum.eu import vat as european
 from stdnum.gb import vat as british
 from stdnum.no import mva as norwegian
 
-from services.billing import vat_ids
+from services.billing.invoices import vat_ids
 
 # Ids that their owners publish on their web sites, and examples of the Commission's rules.
 PUBLISHED = {

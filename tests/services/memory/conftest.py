@@ -14,7 +14,7 @@ from pymilvus import MilvusClient
 
 from infra.web import rpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
-from services.memory.credit import Credit
+from services.memory.metering.credit import Credit
 from tooling.testing.platform import Platform
 from tooling.testing.service_fakes import FakeBilling, HasCredit, running_service_fakes
 

@@ -23,15 +23,15 @@ from infra.postgres.schema import role_url
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from infra.stores.objects import Stored
-from services.memory import documents, passages
-from services.memory.conversations import Conversations
 from services.memory.domain import Block, chunk
-from services.memory.embeddings import LocalEmbedder
-from services.memory.index import Hit
-from services.memory.memories import Memories
-from services.memory.retrieval import MODES, Query, Retrieval
+from services.memory.indexes.embeddings import LocalEmbedder
+from services.memory.indexes.index import Hit
+from services.memory.indexes.vectors import store
+from services.memory.knowledge import documents, passages
+from services.memory.memories.conversations import Conversations
+from services.memory.memories.store import Memories
 from services.memory.rights import EVERY, Owners, ReaderNames
-from services.memory.vectors import store
+from services.memory.search.retrieval import MODES, Query, Retrieval
 from tests.services.memory.conftest import CREDIT
 from tooling.testing.platform import PASSWORDS, Platform
 from tooling.testing.progress import Progress

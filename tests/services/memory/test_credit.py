@@ -9,11 +9,11 @@ import pytest
 from infra.clock import uuid7
 from infra.errors import NoCredit, TooManyRequests, Transient
 from protos.billing.v1 import billing_pb2
-from services.memory.credit import USES, Credit
-from services.memory.reranking import Ordered
-from services.memory.retrieval import Retrieval
+from services.memory.metering.credit import USES, Credit
+from services.memory.metering.usage import UNKNOWN, UseSource
 from services.memory.rights import of_agent
-from services.memory.usage import UNKNOWN, UseSource
+from services.memory.search.reranking import Ordered
+from services.memory.search.retrieval import Retrieval
 from tests.services.memory.conftest import Client
 from tooling.testing.platform import Platform
 from tooling.testing.service_fakes import FakeBilling

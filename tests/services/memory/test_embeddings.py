@@ -22,8 +22,8 @@ from infra.web.http import create_app
 from infra.web.server import serve_http
 from protos.catalog import AGENT_EVENTS
 from protos.messages.agent import RunCompleted
-from services.memory.embeddings import LocalEmbedder, RemoteEmbedder
-from services.memory.reranking import Reranker
+from services.memory.indexes.embeddings import LocalEmbedder, RemoteEmbedder
+from services.memory.search.reranking import Reranker
 from tests.services.memory.conftest import Client, Vectors
 from tooling.testing.platform import Platform
 from tooling.testing.service_fakes import FakeBilling

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from infra.errors import Conflict
-from services.memory import engines, pgvector
-from services.memory.embeddings import LocalEmbedder
-from services.memory.engines import Choice
-from services.memory.index import VectorIndex, VectorRow
-from services.memory.migration import build_again, migrate
-from services.memory.milvus import MilvusIndex
-from services.memory.pgvector import PgvectorIndex
+from services.memory.indexes import engines, pgvector
+from services.memory.indexes.embeddings import LocalEmbedder
+from services.memory.indexes.engines import Choice
+from services.memory.indexes.index import VectorIndex, VectorRow
+from services.memory.indexes.migration import build_again, migrate
+from services.memory.indexes.milvus import MilvusIndex
+from services.memory.indexes.pgvector import PgvectorIndex
 from services.memory.rights import Owners
 from tests.services.memory.conftest import Client, Vectors
 from tooling.testing.platform import Platform

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.memory.extraction import MAX_FACTS, facts, is_stated
+from services.memory.memories.extraction import MAX_FACTS, facts, is_stated
 
 
 @pytest.mark.parametrize(

@@ -17,19 +17,19 @@ from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from infra.stores.objects import Stored
-from services.memory import documents, passages
-from services.memory.conversations import Conversations
 from services.memory.domain import Block, chunk
-from services.memory.embeddings import LocalEmbedder
-from services.memory.engines import Engines
-from services.memory.index import Hit, VectorRow
-from services.memory.keeping import Keeping, New
-from services.memory.memories import Memories
-from services.memory.milvus import MilvusIndex
-from services.memory.pgvector import PgvectorIndex
-from services.memory.reranking import Ordered, Reranker
-from services.memory.retrieval import Query, Retrieval
+from services.memory.indexes.embeddings import LocalEmbedder
+from services.memory.indexes.engines import Engines
+from services.memory.indexes.index import Hit, VectorRow
+from services.memory.indexes.milvus import MilvusIndex
+from services.memory.indexes.pgvector import PgvectorIndex
+from services.memory.knowledge import documents, passages
+from services.memory.memories.conversations import Conversations
+from services.memory.memories.keeping import Keeping, New
+from services.memory.memories.store import Memories
 from services.memory.rights import EVERY, Owners, ReaderNames, of_agent
+from services.memory.search.reranking import Ordered, Reranker
+from services.memory.search.retrieval import Query, Retrieval
 from tests.services.memory.conftest import CREDIT, Client, Vectors
 from tooling.testing.platform import Platform
 from tooling.testing.proxy import FaultProxy

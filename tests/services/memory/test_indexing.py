@@ -11,9 +11,9 @@ import pytest
 
 from infra.clock import uuid7
 from infra.errors import NotYet
-from services.memory import indexing, passages
-from services.memory.embeddings import LocalEmbedder
-from services.memory.passages import StoredPassage
+from services.memory.indexes.embeddings import LocalEmbedder
+from services.memory.knowledge import indexing, passages
+from services.memory.knowledge.passages import StoredPassage
 from tests.services.memory.conftest import CREDIT
 
 

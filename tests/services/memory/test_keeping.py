@@ -16,11 +16,11 @@ from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
 from infra.service import verification
 from infra.service.verification import VerificationResult
-from services.memory import forgetting
-from services.memory.keeping import Keeping, New
-from services.memory.learning import FinishedRun, FoundFact, Learning
-from services.memory.memories import Memories, Memory
-from services.memory.read_models import READ_MODELS
+from services.memory.memories import forgetting
+from services.memory.memories.keeping import Keeping, New
+from services.memory.memories.learning import FinishedRun, FoundFact, Learning
+from services.memory.memories.read_models import READ_MODELS
+from services.memory.memories.store import Memories, Memory
 from tests.services.memory.conftest import CREDIT
 from tooling.testing.platform import Platform
 

@@ -11,11 +11,12 @@ from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import role_url
 from infra.stores.objects import Stored
-from services.memory import documents, passages, readable
+from services.memory import readable
 from services.memory.domain import Block, chunk, sections
-from services.memory.keywords import _COUNT, _RANK, _READ, READ, with_words
-from services.memory.languages import LANGUAGES
-from services.memory.vectors import store
+from services.memory.indexes.vectors import store
+from services.memory.knowledge import documents, passages
+from services.memory.knowledge.languages import LANGUAGES
+from services.memory.search.keywords import _COUNT, _RANK, _READ, READ, with_words
 from tests.services.memory import files
 from tooling.testing.platform import PASSWORDS, Platform
 

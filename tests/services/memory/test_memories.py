@@ -23,8 +23,8 @@ from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.messages.agent import RunCompleted, RunMessageDeleted
 from protos.messages.user import SubjectErased
 from services.memory.domain import count_tokens
-from services.memory.keeping import Keeping, New
-from services.memory.memories import TOKENS
+from services.memory.memories.keeping import Keeping, New
+from services.memory.memories.store import TOKENS
 from services.memory.rpc import PAGE
 from services.plugin.calls import run_tool
 from services.plugin.domain import CallOutcome, ToolRequest

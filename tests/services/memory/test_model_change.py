@@ -12,8 +12,8 @@ import pytest
 from infra.clock import uuid7
 from protos.catalog import AGENT_EVENTS
 from protos.messages.agent import RunCompleted
-from services.memory import engines, vectors
-from services.memory.engines import Choice
+from services.memory.indexes import engines, vectors
+from services.memory.indexes.engines import Choice
 from tests.services.memory.conftest import Client, Vectors
 from tests.services.memory.test_embeddings import Endpoint, endpoint
 from tooling.testing.platform import Platform

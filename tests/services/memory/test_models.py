@@ -12,12 +12,13 @@ from infra.clock import uuid7
 from infra.errors import NotYet
 from infra.security.crypto import Cipher
 from infra.stores.objects import Stored
-from services.memory import documents, engines, model_change, vectors
-from services.memory.embeddings import Endpoint
-from services.memory.engines import Engines
-from services.memory.model_change import ModelChange
-from services.memory.models import EmbeddingModels
-from services.memory.versions import reuse_vectors
+from services.memory.indexes import engines, model_change, vectors
+from services.memory.indexes.embeddings import Endpoint
+from services.memory.indexes.engines import Engines
+from services.memory.indexes.model_change import ModelChange
+from services.memory.indexes.models import EmbeddingModels
+from services.memory.knowledge import documents
+from services.memory.knowledge.versions import reuse_vectors
 from tooling.testing.platform import Platform
 
 

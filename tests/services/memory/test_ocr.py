@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from infra.stores import filetypes as types
-from services.memory import ocr
 from services.memory.domain import UnreadableFile
-from services.memory.parsing import BlockReader, passages
-from services.memory.pdf import MAX_PIXELS
+from services.memory.files import ocr
+from services.memory.files.parsing import BlockReader, passages
+from services.memory.files.pdf import MAX_PIXELS
 from tests.services.memory import files
 from tooling.stack.checkout import CHECKOUT
 
@@ -91,7 +91,7 @@ def test_a_scan_is_read_by_the_confined_parser(recognizer: ocr.Recognizer, tmp_p
     path.write_bytes(files.scan(PAGES))
     with path.open("rb") as file:
         done = subprocess.run(
-            [sys.executable, "-m", "services.memory.parsing", types.PDF, str(os.getpid())],
+            [sys.executable, "-m", "services.memory.files.parsing", types.PDF, str(os.getpid())],
             stdin=file,
             cwd=CHECKOUT,
             # Tesseract may be in a folder of its own.

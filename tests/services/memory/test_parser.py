@@ -20,9 +20,9 @@ import pytest
 from infra.errors import NotFound
 from infra.security import confinement
 from infra.stores import filetypes as types
-from services.memory import parser, parsing
 from services.memory.domain import Chunk
-from services.memory.parser import Findings
+from services.memory.files import parser, parsing
+from services.memory.files.parser import Findings
 from tests.services.memory import files
 from tooling.stack.checkout import CHECKOUT
 
@@ -112,7 +112,7 @@ def children() -> list[str]:
         for line in subprocess.run(
             ["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True
         ).stdout.splitlines()
-        if "services.memory.parsing" in line
+        if "services.memory.files.parsing" in line
     ]
 
 
@@ -180,7 +180,8 @@ def test_a_parser_ends_with_its_service(tmp_path: Path) -> None:
     """The service is a process that starts a parser and is killed. This process keeps the parser's file open."""
     program = (
         "import os, subprocess, sys, time\n"
-        "parser = subprocess.Popen([sys.executable, '-m', 'services.memory.parsing', 'text/plain', str(os.getpid())],"
+        "command = [sys.executable, '-m', 'services.memory.files.parsing', 'text/plain', str(os.getpid())]\n"
+        "parser = subprocess.Popen(command,"
         " stdin=int(sys.argv[1]), env={'PYTHONUTF8': '1'})\n"
         "print(parser.pid, flush=True)\n"
         "time.sleep(600)\n"

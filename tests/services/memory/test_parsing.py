@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from infra.stores import filetypes as types
-from services.memory import ocr, parsing, spreadsheets
 from services.memory.domain import DAMAGED
+from services.memory.files import ocr, parsing, spreadsheets
 from tests.services.memory import files
 from tooling.stack.checkout import CHECKOUT
 
@@ -36,7 +36,7 @@ def parse_apart(folder: Path, content: bytes, type_: str) -> list[dict[str, Any]
     path.write_bytes(content)
     with path.open("rb") as file:
         done = subprocess.run(
-            [sys.executable, "-m", "services.memory.parsing", type_, str(os.getpid())],
+            [sys.executable, "-m", "services.memory.files.parsing", type_, str(os.getpid())],
             stdin=file,
             cwd=CHECKOUT,
             env={"PYTHONUTF8": "1"},

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from infra.errors import EffectFailed, InvalidMessage, Transient
-from services.memory.embeddings import BATCH, Embedded
-from services.memory.queries import QueryVectors
+from services.memory.indexes.embeddings import BATCH, Embedded
+from services.memory.search.queries import QueryVectors
 from tests.services.memory.conftest import CREDIT
 from tooling.testing.platform import Platform
 

@@ -13,9 +13,9 @@ from infra.stores import filetypes
 from infra.stores.objects import Kind, Objects
 from infra.web import rpc
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
-from services.memory import reading
 from services.memory.domain import Chunk
-from services.memory.reading import FileReader
+from services.memory.knowledge import reading
+from services.memory.knowledge.reading import FileReader
 from tests.services.memory.files import pdf
 from tooling.testing.platform import Platform
 

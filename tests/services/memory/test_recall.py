@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from services.memory import engines
-from services.memory.index import INSERT_ROWS, VectorIndex, VectorRow
-from services.memory.pgvector import LARGE, PgvectorIndex
+from services.memory.indexes import engines
+from services.memory.indexes.index import INSERT_ROWS, VectorIndex, VectorRow
+from services.memory.indexes.pgvector import LARGE, PgvectorIndex
 from tests.services.memory.conftest import Vectors
 from tests.services.memory.test_engines import made
 from tooling.testing.platform import Platform

@@ -16,14 +16,14 @@ from infra.postgres.db import create_engine
 from infra.postgres.schema import role_url
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
-from services.memory.conversations import Conversations
-from services.memory.embeddings import LocalEmbedder
-from services.memory.engines import Engines
-from services.memory.index import Hit
-from services.memory.memories import Memories
-from services.memory.milvus import MilvusIndex
-from services.memory.retrieval import Query, Retrieval
+from services.memory.indexes.embeddings import LocalEmbedder
+from services.memory.indexes.engines import Engines
+from services.memory.indexes.index import Hit
+from services.memory.indexes.milvus import MilvusIndex
+from services.memory.memories.conversations import Conversations
+from services.memory.memories.store import Memories
 from services.memory.rights import EVERY, Filters, Owners, ReaderNames, of_agent
+from services.memory.search.retrieval import Query, Retrieval
 from tests.services.memory.conftest import CREDIT, Client, Vectors
 from tooling.testing.platform import PASSWORDS, Platform
 

@@ -18,8 +18,8 @@ from infra.clock import uuid7
 from infra.errors import InvalidMessage, TooManyRequests
 from infra.security.auth import Identity
 from infra.stores.objects import BUCKET, MEMORY_BYTES, Objects, listed, once
-from services.memory import received
-from services.memory.uploads import LARGE_AT_ONCE, UPLOADS, Uploads
+from services.memory.knowledge import received
+from services.memory.knowledge.uploads import LARGE_AT_ONCE, UPLOADS, Uploads
 from tests.services.memory import files
 from tests.services.memory.conftest import Client, Vectors
 from tooling.testing.platform import Platform

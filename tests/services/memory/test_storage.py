@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.memory.storage import StorageMeter, advance
+from services.memory.metering.storage import StorageMeter, advance
 
 START = datetime(2026, 3, 29, 0, 59, 59, 999_999, tzinfo=UTC)
 HOUR = timedelta(hours=1)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from infra.stores import filetypes as types
-from services.memory import parser
-from services.memory.parser import Findings
+from services.memory.files import parser
+from services.memory.files.parser import Findings
 from tooling.stack.checkout import CHECKOUT
 
 # Acts of a parser that its file has taken over, and the reason with which the file is refused.

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from infra.errors import Conflict, InvalidMessage, NotFound
 from infra.web.server import serve_http
-from services.memory.storage import Sampler
+from services.memory.metering.storage import Sampler
 from tests.services.memory.conftest import Client, Vectors
 from tooling.testing.platform import Platform
 from tooling.testing.stack import free_port

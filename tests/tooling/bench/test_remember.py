@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from services.memory.domain import count_tokens
-from services.memory.memories import TOKENS
+from services.memory.memories.store import TOKENS
 from tooling.bench.remember import ATTRIBUTES, PEOPLE, conversation, last_messages, texts_of_templates
 
 

@@ -38,7 +38,7 @@ from infra.errors import Transient, describe
 from infra.postgres.db import create_engine, sql
 from infra.stores.objects import Objects
 from services.log_aggregator.index import SearchIndex
-from services.memory.milvus import MilvusIndex
+from services.memory.indexes.milvus import MilvusIndex
 from tests.conftest import fresh_database
 from tooling.cli.up import up
 from tooling.stack import engines, tls_front

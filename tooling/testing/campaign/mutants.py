@@ -163,7 +163,7 @@ MUTANTS = (
         ("plugin",),
         changes=(
             Change(
-                "services/billing/holds.py",
+                "services/billing/credit/holds.py",
                 "granted = available is None or (available > 0 and available >= amount)",
                 "granted = True",
             ),

@@ -1,0 +1,1 @@
+"""Accounts, the journal, grants, holds and budgets."""

@@ -1,0 +1,1 @@
+"""Invoices: closed periods, taxes, bookings, files and mails."""

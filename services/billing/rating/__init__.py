@@ -1,0 +1,1 @@
+"""The cost of usage: prices, their schemes and currencies."""

@@ -1,0 +1,1 @@
+"""Usage records: their verdicts, sums, corrections and reports."""

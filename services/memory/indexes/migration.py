@@ -1,0 +1,149 @@
+"""Moves the index to another engine while all processes run: fill both, wait, compare, switch.
+
+The state is in PostgreSQL, so a migration that was stopped goes on if it is started again. Until the switch, and after
+it until `alone`, both engines get every document: going back is the same migration in the other direction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from uuid import UUID
+
+import numpy as np
+
+from infra.errors import Conflict
+from infra.postgres.database import Database
+from services.memory.indexes import engines, vectors
+from services.memory.indexes.engines import CACHE_SECONDS, Choice
+from services.memory.indexes.filling import fill_missing, refill, waiting_for
+from services.memory.indexes.index import VectorIndex
+from services.memory.indexes.models import active_key
+from services.memory.indexes.pgvector import PgvectorIndex
+
+SAMPLES = 50
+NEIGHBOURS = 10
+MIN_RECALL = 0.9
+# Exact neighbours are computed in this process; more passages of one tenant would not fit into its memory.
+MAX_EXACT = 50_000
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Migrated:
+    texts: int
+    """The documents, replies and memories."""
+    missing: int
+    """Documents that the engine does not have although it should."""
+    sampled: int
+    """Passages whose neighbours were compared."""
+    recall: float
+    """The share of their ten exact neighbours that the engine found; 1 if there is no passage."""
+    switched: bool
+
+
+async def migrate(
+    database: Database, target: str, index: VectorIndex, *, alone: bool, progress: Callable[[int, int], None]
+) -> Migrated:
+    """`index`: the one of the target engine. alone: after the switch, only the target gets documents.
+
+    Raises Conflict if the target does not have all documents or its recall is too low; then nothing is switched.
+    """
+    async with database.begin() as tx:
+        before = await engines.choice(tx)
+        filling = tuple(sorted({*before.filling, target}))
+        await engines.choose(tx, before._replace(filling=filling))
+    # All processes fill both from now on, so only the documents of before are missing.
+    await asyncio.sleep(2 * CACHE_SECONDS)
+    model = index.name.partition("/")[2]
+    await fill_missing(database, model, [index.name])
+    texts = await until_filled(database, model, index.name, None, progress)
+    missing, sampled, recall = await verified(database, index)
+    async with database.begin() as tx:
+        if await active_key(tx, lock=True) != model:
+            raise Conflict("the embedding model has changed meanwhile: start the migration again")
+        await engines.choose(tx, Choice(target, (target,) if alone else filling))
+    return Migrated(texts, missing, sampled, recall, switched=True)
+
+
+async def until_filled(
+    database: Database, model: str, name: str, tenant_id: str | None, progress: Callable[[int, int], None]
+) -> int:
+    """Waits until the index of this name has everything. Returns how much that is."""
+    while True:
+        async with database.begin() as tx:
+            total, waiting = await waiting_for(tx, model, [name], tenant_id)
+        progress(total - waiting, total)
+        if waiting == 0:
+            return total
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def build_again(database: Database, tenant_id: str | None, progress: Callable[[int, int], None]) -> int:
+    """Fills the index that searches use again, from the vectors in PostgreSQL, of one tenant or of all. Returns the
+    number of texts. The old rows are found until the new ones are there."""
+    async with database.begin() as tx:
+        model, reading = await active_key(tx), (await engines.choice(tx)).reading
+    name = f"{reading}/{model}"
+    await refill(database, name, only=tenant_id)
+    return await until_filled(database, model, name, tenant_id, progress)
+
+
+async def verified(database: Database, index: VectorIndex) -> tuple[int, int, float]:
+    """Compares samples of a filled index with PostgreSQL; makes the HNSW of large tenants before.
+
+    Raises Conflict if it does not have all documents or its recall is too low.
+    """
+    if isinstance(index, PgvectorIndex):
+        await index.index_large_tenants("document")
+    missing, sampled, recall = await _compared(database, index)
+    if missing or recall < MIN_RECALL:
+        raise Conflict(
+            f"{index.name}: has not all of {missing} sampled documents, recall {recall:.3f} of at least {MIN_RECALL}; "
+            "nothing is switched"
+        )
+    return missing, sampled, recall
+
+
+async def _compared(database: Database, index: VectorIndex) -> tuple[int, int, float]:
+    """The number of sampled documents that are not complete in the index, of sampled passages, and their recall."""
+    async with database.begin() as tx:
+        tenants = [tenant_id for (tenant_id,) in await tx.sql("SELECT DISTINCT tenant_id FROM document")]
+    model = index.name.partition("/")[2]
+    found = wanted = sampled = 0
+    incomplete: set[UUID] = set()
+    for tenant_id in random.sample(tenants, min(len(tenants), SAMPLES)):
+        async with database.begin(tenant_id=tenant_id) as tx:
+            rows = await tx.sql(
+                f"""
+                SELECT p.id, p.document_id, {vectors.of("$2", "p")}
+                FROM passage p
+                JOIN document d ON d.id = p.document_id
+                WHERE p.tenant_id = $1 AND $2 IN (p.model, p.other_model) AND d.status = 'indexed'
+                    AND d.deleted_at IS NULL AND $3 = ANY(d.indexed_in)
+                LIMIT $4
+                """,
+                tenant_id,
+                model,
+                index.name,
+                MAX_EXACT,
+            )
+        if not rows:
+            continue
+        stored = np.stack([np.frombuffer(vector, dtype="<f4") for _, _, vector in rows])
+        stored /= np.linalg.norm(stored, axis=1, keepdims=True)
+        for n in random.sample(range(len(rows)), max(1, min(len(rows), SAMPLES // len(tenants)))):
+            cosines = stored @ stored[n]
+            most = min(NEIGHBOURS, len(rows))
+            # Passages with equal texts have equal cosines: one that is as near as the last neighbour is right, too.
+            floor = np.sort(cosines)[-most] - 1e-5
+            exact = {row[0] for row, cosine in zip(rows, cosines, strict=True) if cosine >= floor}
+            hits = await index.search(stored[n].tolist(), tenant_id, "document", most)
+            found += sum(hit.id in exact for hit in hits)
+            wanted += most
+            sampled += 1
+            if not any(hit.score > 1 - 1e-3 for hit in hits):
+                incomplete.add(rows[n][1])
+    return len(incomplete), sampled, found / wanted if wanted else 1.0

@@ -1,0 +1,1 @@
+"""Documents: received, stored, cut into passages, replaced and removed."""

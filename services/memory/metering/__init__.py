@@ -1,0 +1,1 @@
+"""Usage that memory reports to billing, and credit that it asks for."""
