@@ -29,7 +29,7 @@ from infra.web import data_urls
 from protos.pubsub import RUN_PROGRESS
 from services.channel import accounts
 from services.channel.accounts import AccountSecrets, ChannelAccount
-from services.channel.events import InboundContent, MessageTaken
+from services.channel.events import InboundContent
 from services.channel.publishing import CONVERSATION
 from services.channel.vendors.base import PLACEHOLDER, Outbound
 
@@ -48,6 +48,8 @@ SWEEP_SECONDS = 30.0
 ABANDONED = timedelta(minutes=3)
 # A delivery expires earlier.
 KEEP = timedelta(days=2)
+# Messages of a conversation, the newest ones, of which one tells its place at the vendor.
+LATEST = 10
 
 _REFUSALS = (EffectFailed, Transient, Unanswered, InvalidMessage, TimeoutError)
 _log = get_logger("channel.previews")
@@ -203,20 +205,24 @@ class Previews:
             """
             SELECT c.tenant_id, m.event_id, m.type, m.schema_version, m.data
             FROM conversation c CROSS JOIN LATERAL (
-                SELECT event_id, type, schema_version, data FROM event
+                SELECT event_id, type, schema_version, data, version FROM event
                 WHERE stream_id = $1 || c.session_key
                 ORDER BY version DESC
-                LIMIT 1
+                LIMIT $3
             ) m
             WHERE c.session_key = $2
+            ORDER BY m.version DESC
             """,
             CONVERSATION.stream("").row,
             session_key,
+            LATEST,
         )
-        if not rows:
+        facts = [(*row[:2], CONVERSATION.events.decode(*row[2:])) for row in rows]
+        # A message that was deleted does not tell its place any more.
+        found = next((one for one in facts if one[2].content), None)
+        if found is None:
             return None
-        [(tenant_id, event_id, *stored)] = rows
-        fact: MessageTaken = CONVERSATION.events.decode(*stored)
+        tenant_id, event_id, fact = found
         account = await accounts.read(tx, self._secrets, fact.channel_id)
         if account is None or not account.enabled or account.broken_reason:
             return None

@@ -248,6 +248,30 @@ async def test_the_preview_of_a_run_that_sends_nothing_is_deleted(
         assert teams.texts() == ["late"]
 
 
+async def test_a_deleted_question_keeps_no_preview_from_being_deleted(
+    desk: Desk, cache: Cache, in_process: Previews
+) -> None:
+    async with SlackStandIn() as slack:
+        chat = await Chat.begun(desk, cache, slack)
+        await chat.tell("half", lambda: "half" in slack.texts())
+        await desk.call(chat.channel, slack.event("second"))
+        second = (await desk.received(chat.channel))[-1]["vendor_message_id"]
+        await desk.call(chat.channel, slack.event("", subtype="message_deleted", deleted_ts=second))
+
+        async def is_deleted() -> bool:
+            async with desk.platform.database("channel").begin() as tx:
+                rows = await tx.sql(
+                    "SELECT FROM lane_item WHERE kind = 'changes' AND state = 'waiting' AND tenant_id = $1",
+                    desk.tenant_id,
+                )
+            return not rows
+
+        await desk.platform.until(is_deleted)
+        while await in_process.sweep(timedelta(0)):
+            pass
+        assert slack.texts() == []
+
+
 async def test_a_place_that_may_have_been_made_is_not_made_again(
     desk: Desk, cache: Cache, in_process: Previews
 ) -> None:
