@@ -48,7 +48,7 @@ SWEEP_SECONDS = 30.0
 ABANDONED = timedelta(minutes=3)
 # A delivery expires earlier.
 KEEP = timedelta(days=2)
-# Messages of a conversation, the newest ones, of which one tells its place at the vendor.
+# The newest messages of a conversation that are searched for its place at the vendor.
 LATEST = 10
 
 _REFUSALS = (EffectFailed, Transient, Unanswered, InvalidMessage, TimeoutError)
