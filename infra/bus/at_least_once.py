@@ -1,20 +1,22 @@
 """The at-least-once Kafka reader, for an effect that is not in PostgreSQL, such as a search index.
 
 The effect must bear repetition (a document has its message's id). The reader's position is the group's offset at
-Kafka. It moves only after the handler has taken a batch. A record that cannot be read, or that the handler refuses,
-becomes a dead letter alone, on ordered topics too. While the effect's store is away, the batch is tried again and the
-group keeps its partitions.
+Kafka, with the id of the topic: the log of a topic that was made again is read from its beginning. The position moves
+only after the handler has taken a batch. A record that cannot be read, or that the handler refuses, becomes a dead
+letter alone, on ordered topics too. While the effect's store is away, the batch is tried again and the group keeps its
+partitions.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from uuid import UUID
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError
 
 from infra.bus.batch import ATTEMPTS, PAUSE_SECONDS
@@ -30,11 +32,16 @@ from protos.topology import Topic
 BATCH = 500
 
 
-class AtLeastOnceReader(GroupReader):
+class AtLeastOnceReader(GroupReader, ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is untyped
     """Reads all topics of one group until stopped. Its database takes the dead letters."""
 
     _turned: float | None = None
     """When the loop last went round; None while the reader is not connected."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._logs: dict[TopicPartition, UUID] = {}
+        """The id of the topic whose log the position of an assigned partition belongs to."""
 
     def stuck_for(self) -> float:
         """Seconds since the loop last went round. It goes round while the store is away: a restart would not help."""
@@ -42,14 +49,27 @@ class AtLeastOnceReader(GroupReader):
 
     async def _leave(self) -> None:
         self._turned = None
+        self._logs.clear()
+
+    async def on_partitions_revoked(self, revoked: Sequence[TopicPartition]) -> None:
+        for tp in revoked:
+            self._logs.pop(tp, None)
+
+    async def on_partitions_assigned(self, assigned: Sequence[TopicPartition]) -> None:
+        pass
 
     async def _read(self, consumer: AIOKafkaConsumer) -> None:
         failures = 0
         while not self.stopping.is_set():
             self._turned = time.monotonic()
             batches = await self.fetch(consumer, BATCH)
+            # Asked after the fetch. An id is never used for a second topic, so the records are from this one's log.
+            ids = await topic_ids(consumer._client, list(self._topics)) if batches else {}
+            for tp in list(batches):
+                if not await self._continues(consumer, tp, ids.get(tp.topic), batches[tp][0].offset):
+                    del batches[tp]
             try:
-                await self._take_all(consumer, batches)
+                await self._take_all(consumer, ids, batches)
                 failures = 0
             except Exception as error:
                 if not is_transient(error):
@@ -62,23 +82,47 @@ class AtLeastOnceReader(GroupReader):
                         consumer.seek(tp, records[0].offset)
                 await self.back_off("could not process a batch; will read it again", error, failures)
 
-    async def _take_all(self, consumer: AIOKafkaConsumer, batches: dict[TopicPartition, list[Any]]) -> None:
+    async def _continues(self, consumer: AIOKafkaConsumer, tp: TopicPartition, topic_id: UUID | None, at: int) -> bool:
+        """True if records from the offset `at` of the topic's log follow the stored position. Otherwise the reader goes
+        there: an offset of a log that is gone would skip the records before it in the new one."""
+        if topic_id is None or tp not in consumer.assignment():
+            self._logs.pop(tp, None)
+            return False
+        known = self._logs.get(tp)
+        if known == topic_id:
+            return True
+        stored = None if known else (await consumer._coordinator.fetch_committed_offsets([tp])).get(tp)
+        if tp not in consumer.assignment():
+            return False
+        self._logs[tp] = topic_id
+        # Former versions stored no id.
+        if stored is None or stored.metadata not in ("", str(topic_id)):
+            await consumer.seek_to_beginning(tp)
+            return False
+        if stored.offset != at:
+            consumer.seek(tp, stored.offset)
+        return bool(stored.offset == at)
+
+    async def _take_all(
+        self, consumer: AIOKafkaConsumer, ids: Mapping[str, UUID], batches: dict[TopicPartition, list[Any]]
+    ) -> None:
         """Processes the batches one by one and removes each from `batches`. Those that are left were not processed."""
         for tp in list(batches):
             records = batches[tp]
             began = time.perf_counter()
-            await self._take(consumer, tp, records)
+            topic_id = ids[tp.topic]
+            await self._take(tp, topic_id, records)
             del batches[tp]
             self._metrics.processed.labels(self.group, "handled").inc(len(records))
             self._metrics.processing_seconds.labels(self.group).observe(time.perf_counter() - began)
             try:
-                await consumer.commit({tp: records[-1].offset + 1})
+                await consumer.commit({tp: (records[-1].offset + 1, str(topic_id))})
             except (CommitFailedError, IllegalStateError) as error:
                 # The partition belongs to another process now. It processes the batch again.
                 self._log.debug("could not commit the offset of a batch", topic=tp.topic, error=str(error))
             self._observe(consumer, tp, records[-1])
 
-    async def _take(self, consumer: AIOKafkaConsumer, tp: TopicPartition, records: Sequence[Any]) -> None:
+    async def _take(self, tp: TopicPartition, topic_id: UUID, records: Sequence[Any]) -> None:
         topic, _ = self._topics[tp.topic]
         items: list[tuple[Any, Decoded]] = []
         for record in records:
@@ -88,14 +132,12 @@ class AtLeastOnceReader(GroupReader):
                     raise InvalidMessage(f"header {bad}", "is not UTF-8")
                 items.append((record, decode(headers, record.value, topic.messages)))
             except InvalidMessage as error:
-                await self._dead_letter(consumer, tp, record, error, 1)
+                await self._dead_letter(tp, topic_id, record, error, 1)
         if items:
             with self._span(topic, tp, items):
-                await self._hand_over(consumer, tp, items)
+                await self._hand_over(tp, topic_id, items)
 
-    async def _hand_over(
-        self, consumer: AIOKafkaConsumer, tp: TopicPartition, items: Sequence[tuple[Any, Decoded]]
-    ) -> None:
+    async def _hand_over(self, tp: TopicPartition, topic_id: UUID, items: Sequence[tuple[Any, Decoded]]) -> None:
         """Gives `items` to the handler. If it refuses them, gives it each half, until the record at fault is found."""
         _, [subscription] = self._topics[tp.topic]
         attempts = ATTEMPTS if len(items) == 1 else 1
@@ -107,18 +149,17 @@ class AtLeastOnceReader(GroupReader):
                     raise
                 if attempt == attempts or isinstance(error, InvalidMessage):
                     if len(items) == 1:
-                        return await self._dead_letter(consumer, tp, items[0][0], error, attempt)
+                        return await self._dead_letter(tp, topic_id, items[0][0], error, attempt)
                     break
                 await asyncio.sleep(PAUSE_SECONDS[attempt - 1])
         half = len(items) // 2
-        await self._hand_over(consumer, tp, items[:half])
-        await self._hand_over(consumer, tp, items[half:])
+        await self._hand_over(tp, topic_id, items[:half])
+        await self._hand_over(tp, topic_id, items[half:])
 
     async def _dead_letter(
-        self, consumer: AIOKafkaConsumer, tp: TopicPartition, record: Any, error: Exception, attempts: int
+        self, tp: TopicPartition, topic_id: UUID, record: Any, error: Exception, attempts: int
     ) -> None:
         headers, _ = printable_headers(record.headers)
-        topic_id = (await topic_ids(consumer._client, [tp.topic])).get(tp.topic)
         letter = DeadLetter(
             destination=self._topics[tp.topic][0].name,
             place=f"{topic_id}/{tp.partition}/{record.offset}",

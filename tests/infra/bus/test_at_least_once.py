@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from uuid import uuid4
 
 import msgspec
 import pytest
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from structlog.testing import capture_logs
 
@@ -217,7 +218,40 @@ async def test_a_topic_that_was_made_anew_is_read_from_its_beginning(
         await made_anew(buses, stack)
         await sent("f1", "f2")
         await has(store, "f1", "f2")
+        await made_anew(buses, stack)
+        # More than the old log had: the old position is an offset of the new one.
+        await sent(*(f"h{n}" for n in range(5)))
+        await has(store, *(f"h{n}" for n in range(5)))
     await made_anew(buses, stack)
     await sent("g1", "g2")
+    # A process that still held the old position has stored it.
+    await store_position(buses, metadata=str(uuid4()))
     async with reading(buses, ledger_database, store):
         await has(store, "g1", "g2")
+
+
+async def test_a_position_without_the_id_of_its_topic_is_kept(
+    buses: Buses, producer: AIOKafkaProducer, ledger_database: Database
+) -> None:
+    """Former versions of the reader have stored it so."""
+    await send(producer, buses, "i1", "i2")
+    await store_position(buses, metadata="")
+    store = Store()
+    async with reading(buses, ledger_database, store):
+        await has(store, "i2")
+    assert store.calls == [["i2"]]
+
+
+async def store_position(buses: Buses, metadata: str) -> None:
+    """Stores the position before the last record of each partition for the group."""
+    name = buses.prefix + SAMPLE_EVENTS.name
+    async with AIOKafkaConsumer(
+        name, bootstrap_servers=buses.kafka, group_id=buses.prefix + GROUP, enable_auto_commit=False
+    ) as consumer:
+
+        async def assigned() -> bool:
+            return len(consumer.assignment()) == SAMPLE_EVENTS.partitions
+
+        await until(assigned)
+        ends = await consumer.end_offsets(list(consumer.assignment()))
+        await consumer.commit({tp: (max(end - 1, 0), metadata) for tp, end in ends.items()})
