@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -88,24 +90,25 @@ def test_the_output_of_a_failed_tool_is_returned(tmp_path: Path, monkeypatch: py
 
 INFRA_ROOMS = ("service", "lanes", "bus", "web", "security", "postgres", "outgoing", "stores", "observe")
 INFRA_MODULES = ("errors", "clock", "failpoint", "connections")
-AGENT_ROOMS = (
-    "__main__",
-    "api",
-    "handlers",
-    "learning",
-    "execution",
-    "sessions",
-    "runs",
-    "definitions",
-    "adapters",
-    "lanes",
-)
+CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+SERVICE_ROOMS = [
+    f"{container.replace('.', '/')}/{room.strip()}"
+    for contract in CONTRACTS
+    for container in contract.get("containers", ())
+    if container.startswith("services.")
+    for layer in contract["layers"]
+    for room in re.split("[|:]", layer)
+]
 TREE = {
     "infra/__init__.py": "",
     **{f"infra/{room}/__init__.py": "" for room in INFRA_ROOMS},
     **{f"infra/{module}.py": "" for module in INFRA_MODULES},
     "services/agent/__init__.py": "",
-    **{f"services/agent/{room}.py": "" for room in (*AGENT_ROOMS, "models", "settings")},
+    "services/billing/__init__.py": "",
+    "services/memory/__init__.py": "",
+    **{f"{room}.py": "" for room in SERVICE_ROOMS},
+    "services/billing/rating.py": "import services.billing.usage",
+    "services/memory/files.py": "import services.memory.search",
     "services/agent/runs.py": "import services.agent.sessions",
     "infra/clock.py": "import tooling.cli",
     "infra/bus/kafka.py": "import services.a",
@@ -141,6 +144,8 @@ ILLEGAL = [
     "services.a.handlers -> tooling.testing",
     "services.b -> services.a",
     "services.agent.runs -> services.agent.sessions",
+    "services.billing.rating -> services.billing.usage",
+    "services.memory.files -> services.memory.search",
     "services.a.domain -> sqlalchemy",
     "services.a.invoices.events -> infra.clock",
 ]
