@@ -16,6 +16,8 @@ import unicodedata
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import IO, Protocol
 
 import msgspec
@@ -92,8 +94,11 @@ class BlockReader:
             self._check_archive()
         match self._type:
             case types.PDF:
-                texts = pdf.pages(self._file, self._recognizer, self._recognized)
+                headers: dict[str, tuple[int, str]] = {}
+                texts = pdf.pages(self._file, self._recognizer, self._recognized, headers)
                 yield from self._page_blocks([Block(_clean(text))] for text in texts)
+                for page, lines in groupby(headers.values(), itemgetter(0)):
+                    yield Block(_clean("\n".join(line for _, line in lines)), page=page, continues=False)
             case types.PPTX:
                 found = (sections(_clean(text)) for text in slides.texts(self._file))
                 yield from self._page_blocks([block._replace(continues=False) for block in slide] for slide in found)

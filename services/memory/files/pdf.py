@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from services.memory.domain import UnreadableFile
-from services.memory.files import ocr
+from services.memory.files import ocr, running
 
 # The longer side of a page in which text is recognised: 50 cm. A larger page is drawn smaller.
 MAX_PIXELS = 4_000
@@ -17,11 +17,22 @@ MAX_PIXELS = 4_000
 _BROKEN = re.compile(r"\x02[\r\n]*(?=(\w?))")
 _MAX_ANNOTATIONS = 10_000
 _RIGHT_TO_LEFT = ("R", "AL")
+# The left, lower, right and upper end of a place on a page as it is shown, which the file may turn clockwise.
+_TURNED: dict[int, Callable[[float, float, float, float], tuple[float, float, float, float]]] = {
+    0: lambda left, bottom, right, top: (left, bottom, right, top),
+    90: lambda left, bottom, right, top: (bottom, -right, top, -left),
+    180: lambda left, bottom, right, top: (-right, -top, -left, -bottom),
+    270: lambda left, bottom, right, top: (-top, left, -bottom, right),
+}
+# Text further right than so many times its height is a part of its own.
+_WIDE_GAP = 2.0
 
 
-def pages(file: IO[bytes], recognizer: ocr.Recognizer | None, recognized: list[int]) -> Iterator[str]:
-    """The text of each page. Adds the numbers of the pages whose text was recognised in images to `recognized`.
-    Raises UnreadableFile."""
+def pages(
+    file: IO[bytes], recognizer: ocr.Recognizer | None, recognized: list[int], headers: dict[str, tuple[int, str]]
+) -> Iterator[str]:
+    """The text of each page. Adds the numbers of the pages whose text was recognised in images to `recognized`, and
+    fills `headers` as `running.without` does. Raises UnreadableFile."""
     from pypdfium2 import PdfDocument, PdfiumError  # type: ignore[import-untyped]
 
     try:
@@ -32,24 +43,36 @@ def pages(file: IO[bytes], recognizer: ocr.Recognizer | None, recognized: list[i
         raise
     # Without this, fields have no values.
     document.init_forms()
+    for page, text in running.without(_pages(document), headers):
+        # PDFium gives a character beyond the first 65,536 in two halves.
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        text = _BROKEN.sub(lambda found: "" if found[1].islower() else "-", text)
+        if recognizer and not text.strip():
+            text = _recognized(document[page.number - 1], recognizer)
+            if text.strip():
+                recognized.append(page.number)
+        yield "\n".join(filter(None, (text, *page.beside)))
+
+
+def _pages(document: Any) -> Iterator[running.PageLines]:
     for number in range(len(document)):
         page = document[number]
-        text = _text(page)
-        if recognizer and not text.strip():
-            text = _recognized(page, recognizer)
-            if text.strip():
-                recognized.append(number + 1)
-        yield "\n".join(filter(None, (text, *_annotations(document, page))))
+        yield running.PageLines(number + 1, page.get_height(), _parts(page), list(_annotations(document, page)))
         page.close()
 
 
-def _text(page: Any) -> str:
+def _parts(page: Any) -> list[running.Part]:
     """The characters of the page in the order in which they were written. PDFium puts line breaks, or nothing, between
     the cells of some tables: a character further right on the same line is set off by a space."""
     from pypdfium2 import raw
 
     words = page.get_textpage()
+    turned = _TURNED[page.get_rotation()]
+    edge = turned(*page.get_mediabox())[3]
     text: list[str] = []
+    # The first piece of each part, and its upper and lower end.
+    begins: list[int] = []
+    ends: list[tuple[float, float]] = []
     left, right, bottom, top = (ctypes.c_double() for _ in range(4))
     places = tuple(map(ctypes.byref, (left, right, bottom, top)))
     # The end and the vertical extent of the last character that is shown.
@@ -67,21 +90,27 @@ def _text(page: Any) -> str:
             text.append(character)
             continue
         raw.FPDFText_GetCharBox(words.raw, n, *places)
-        before, place = place, (left.value, right.value, bottom.value, top.value)
+        before, place = place, turned(left.value, bottom.value, right.value, top.value)
         if place == before and unicodedata.bidirectional(character) in _RIGHT_TO_LEFT:
             # PDFium turns the letters of one sign round with their line.
             text.insert(begin, character)
             continue
-        size = max(high - low, top.value - bottom.value)
-        if bottom.value < high and top.value > low and (left.value - end > size or (space and left.value >= end)):
+        size = max(high - low, place[3] - place[1])
+        is_same_line = place[1] < high and place[3] > low
+        gap = place[0] - end
+        if is_same_line and (gap > size or (space and gap >= 0)):
             space = " "
         begin = len(text) + 1
         text += (space, character)
-        space, end, low, high = "", right.value, bottom.value, top.value
+        if not begins or not is_same_line or abs(gap) > _WIDE_GAP * size:
+            begins.append(begin)
+            ends.append((edge - place[3], edge - place[1]))
+        else:
+            ends[-1] = min(ends[-1][0], edge - place[3]), max(ends[-1][1], edge - place[1])
+        space, end, low, high = "", place[2], place[1], place[3]
     words.close()
-    # PDFium gives a character beyond the first 65,536 in two halves.
-    whole = "".join(text).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return _BROKEN.sub(lambda found: "" if found[1].islower() else "-", whole)
+    pieces = zip([0, *begins[1:]], [*begins[1:], len(text)], strict=True) if begins else ()
+    return [running.Part("".join(text[begin:end]), *each) for (begin, end), each in zip(pieces, ends, strict=True)]
 
 
 def _annotations(document: Any, page: Any) -> Iterator[str]:

@@ -310,6 +310,58 @@ def shown(x: int, y: int, text: str) -> str:
     return f"BT /F1 12 Tf {x} {y} Td ({text}) Tj ET\n"
 
 
+def pages(*contents: str) -> bytes:
+    """A PDF with one page for each content."""
+    font = "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica /Encoding /WinAnsiEncoding >>"
+    kids = " ".join(f"{4 + 2 * n} 0 R" for n in range(len(contents)))
+    objects = ["<< /Type /Catalog /Pages 2 0 R >>", f"<< /Type /Pages /Kids [{kids}] /Count {len(contents)} >>", font]
+    for content in contents:
+        objects += [
+            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents {len(objects) + 2} 0 R "
+            "/Resources << /Font << /F1 3 0 R >> >> >>",
+            f"<< /Length {len(content)} >>\nstream\n{content}\nendstream",
+        ]
+    return files.assembled(objects)
+
+
+def page_with(header: str, lines: str, footer: str) -> str:
+    """The content of a page. Between its lines stand slashes."""
+    text = "".join(shown(50, 720 - 15 * n, line) for n, line in enumerate(filter(None, lines.split("/"))))
+    return shown(50, 770, header) + shown(300, 30, footer) + text
+
+
+def test_headers_and_footers_do_not_stand_between_the_pages_of_a_pdf() -> None:
+    """Left and right pages have their own. The header of a table is repeated too, but stands above its rows."""
+    headers = ("Norrland guide", "Care of pumps")
+    texts = ("The warranty lasts", "thirty months for/Part Stock/Gasket 7", "Part Stock/Valve 9/and all", "pumps.")
+    content = pages(
+        *(page_with(headers[n % 2], text, f"Page {n + 1} of 6") for n, text in enumerate(texts)),
+        page_with(headers[0], "", "Page 5 of 6"),
+        page_with(headers[1], "The end of guide", "Page 6 of 6"),
+    )
+    *lines, end = parse(content, types.PDF)
+    assert [(line["text"], line["page"]) for line in lines[1:]] == [
+        ("The warranty lasts", 1),
+        ("The warranty lasts\nthirty months for\nPart Stock\nGasket 7", 2),
+        ("Gasket 7\nPart Stock\nValve 9\nand all", 3),
+        ("and all\npumps.", 4),
+        ("The end of guide", 6),
+        # Once, because the words stand nowhere else.
+        ("Norrland guide", 1),
+        ("Care of pumps", 2),
+    ]
+    assert end["pages_without_text"] == [5]
+
+
+def test_lines_at_the_edges_of_pages_that_differ_are_text() -> None:
+    """Numbers other than the page's, and the same line elsewhere on the page."""
+    first, second = page_with("Invoice 1001", "Ada/owes", "Total 7"), page_with("Invoice 1002", "Ben/owes", "Total 8")
+    text = text_of(pages(first, second), types.PDF)
+    assert all(line in text for line in ("Invoice 1001", "Invoice 1002", "Total 7", "Total 8"))
+    high = page_with("Civil law", "Ada", "").replace("50 770", "50 785")
+    assert text_of(pages(page_with("Civil law", "Ben", ""), high), types.PDF).count("Civil law") == 2
+
+
 def test_cells_of_a_table_in_a_pdf_stay_apart_and_on_their_line() -> None:
     rows = [("Part", "Price", "Stock"), ("Pump", "12", "4"), ("Valve", "7", "0")]
     content = "".join(
