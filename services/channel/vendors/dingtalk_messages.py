@@ -146,8 +146,18 @@ def read(body: bytes, robot_code: str) -> Inbound | Ignored:
     # Of the organisation, so of each of its groups. A group may have members of others.
     is_ours = message.senderCorpId in (None, message.chatbotCorpId)
     by_admin = message.isAdmin is True and message.conversationType != "1" and is_ours
-    words = _own_words(message)
-    return Inbound(ids, conversation, person, path, text, attachments=attachments, by_admin=by_admin, words=words)
+    return Inbound(
+        ids,
+        conversation,
+        person,
+        path,
+        text,
+        attachments=attachments,
+        by_admin=by_admin,
+        words=_own_words(message),
+        # DingTalk does not tell which files were sent together.
+        in_album=message.msgtype in ("picture", "video", "file"),
+    )
 
 
 def _session(url: str) -> str:

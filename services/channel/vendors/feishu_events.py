@@ -250,6 +250,8 @@ def _item(ids: tuple[str, ...], event: _Event) -> Inbound | Ignored:
         names_others=any(mention.mentioned_type == "user" for mention in message.mentions or ()),
         quotes="" if thread else message.parent_id or "",
         root=(thread and message.root_id) or "",
+        # Feishu does not tell which files were sent together.
+        in_album=message.message_type in ("image", "media", "file"),
     )
 
 

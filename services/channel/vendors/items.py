@@ -44,7 +44,7 @@ class Inbound(NamedTuple):
     root: str = ""
     """The vendor's id of the message at which its thread began."""
     in_album: bool = False
-    """It is one of several files that were sent together, each as a message of its own."""
+    """It is one of several files that were sent together, each as a message of its own, or may be one."""
 
     @property
     def for_others(self) -> bool:

@@ -117,7 +117,9 @@ def read(body: bytes, agent_id: str) -> Inbound | Ignored:
         words = _text(kind, root, given)
     if words is None or not id_:
         return Ignored(ids, f"a message of type {kind[:40]}")
-    return Inbound(ids, person, person, id_, words, attachments=attachments)
+    # WeCom does not tell which files were sent together.
+    in_album = kind in ("image", "video", "file")
+    return Inbound(ids, person, person, id_, words, attachments=attachments, in_album=in_album)
 
 
 def _text(kind: str, root: ElementTree.Element, given: Mapping[str, str]) -> str | None:

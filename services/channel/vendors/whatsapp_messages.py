@@ -341,6 +341,8 @@ def _item(message: _Message, own: str) -> Item:
         in_group=bool(message.group_id),
         also=message.from_user_id if message.from_ else "",
         names_others=_names_others(message, own),
+        # WhatsApp does not tell which files were sent together.
+        in_album=bool(message.image or message.video or message.document),
     )
 
 

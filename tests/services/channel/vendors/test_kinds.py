@@ -108,6 +108,28 @@ def test_a_field_that_may_be_missing_may_be_null(
     assert isinstance(item, Inbound)
 
 
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("whatsapp", {"image", "video", "document"}),
+        ("feishu", {"image", "media", "file"}),
+        ("dingtalk", {"picture", "video", "file"}),
+        ("wecom", {"image", "video", "file"}),
+    ],
+)
+def test_files_of_vendors_that_do_not_mark_albums_may_be_parts_of_one(
+    name: str, files: set[str], made: dict[str, Any]
+) -> None:
+    fake, request, given = made[name]
+    credentials = VENDORS[name].credentials(**fake.credentials)
+    found = set()
+    for kind, (content, _) in given.items():
+        for item in VENDORS[name].receive(request(content), credentials, utcnow()).items:
+            if isinstance(item, Inbound) and item.in_album:
+                found.add(kind)
+    assert found == files
+
+
 @pytest.fixture(scope="module")
 def made() -> dict[str, Any]:
     return examples()
