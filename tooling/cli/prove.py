@@ -104,7 +104,9 @@ def show(found: Report) -> None:
     """Prints the result for a person."""
     there = found.availability
     failed = ", ".join(f"{reason} {times}" for reason, times in found.failed_attempts.items()) or "none"
-    out.print(f"{len(found.injected)} faults in {found.seconds:.0f} s, seed {found.seed}: {', '.join(found.faults)}")
+    missed = len(found.injected) - len(found.done)
+    more = f", {missed} could not be injected" if missed else ""
+    out.print(f"{len(found.done)} faults in {found.seconds:.0f} s{more}, seed {found.seed}: {', '.join(found.faults)}")
     out.print(f"{found.accepted} messages acknowledged in {found.attempts} calls; failed calls: {failed}")
     out.print(
         f"{found.replies} replies, {found.unknown} unknown, {found.extra_model_calls} extra calls of the model, "

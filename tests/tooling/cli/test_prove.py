@@ -23,7 +23,7 @@ def test_a_report_is_shown_with_its_failures_and_their_history(capsys: pytest.Ca
     prove.show(report(fails=True))
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == [
-        "1 faults in 61 s, seed 7: kill",
+        "1 faults in 61 s, 1 could not be injected, seed 7: kill",
         "3 messages acknowledged in 5 calls; failed calls: 503 2",
         "2 replies, 0 unknown, 0 extra calls of the model, 1 poisoned, 1 dead letters",
         "1 of 2 webhooks answered within 3 s; slowest 4.0 s, slowest reply 4.2 s",

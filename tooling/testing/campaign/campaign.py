@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import httpx
 import msgspec
 
+from infra.errors import describe
 from tooling.testing.campaign import faults
 from tooling.testing.campaign.collect import Collector
 from tooling.testing.campaign.evidence import Evidence
@@ -81,6 +82,11 @@ class Report(msgspec.Struct, kw_only=True):
     """For each invariant that failed, the violation with the shortest history."""
 
     @property
+    def done(self) -> list[Injected]:
+        """The faults that were injected."""
+        return [fault for fault in self.injected if not fault.missed]
+
+    @property
     def held(self) -> bool:
         return all(verdict.held for verdict in self.invariants)
 
@@ -134,13 +140,21 @@ class Campaign:
             self._load.stopping.set()
             if not injecting.done():
                 injecting.cancel()
-            await sending
-            await injecting
+            # A message that is never acknowledged would be sent again without end.
+            await asyncio.wait({sending}, timeout=STALL_SECONDS)
+            stuck = sending.cancel()
+            ended = await asyncio.gather(sending, injecting, return_exceptions=True)
+            problems = [f"the campaign: {describe(error)}" for error in ended if isinstance(error, Exception)]
+            if stuck:
+                problems.append(f"a message was not acknowledged within {STALL_SECONDS:.0f} s after the last fault")
             tell("no more faults; waiting until everything has come to rest")
-            await until(self._healthy, seconds=STALL_SECONDS)
+            try:
+                await until(self._healthy, seconds=STALL_SECONDS)
+            except TimeoutError:
+                problems.append(f"the system was not ready within {STALL_SECONDS:.0f} s after the last fault")
             await self._at_rest()
             seconds = time.time() - began
-            collector = Collector(self._system, self._stack, self._load, injector.poison, since)
+            collector = Collector(self._system, self._stack, self._load, injector.poison, since, problems)
             evidence = await collector.evidence()
         return self._report(began, seconds, count, injector.injected, evidence)
 
@@ -181,7 +195,7 @@ class Campaign:
     ) -> Report:
         replied = {reply.text: reply.at for reply in reversed(evidence.replies)}
         ends = {one.text: replied[reply_to(one.text)] for one in evidence.sent if reply_to(one.text) in replied}
-        for fault in injected:
+        for fault in [fault for fault in injected if not fault.missed]:
             after = [ends[one.text] for one in evidence.sent if one.at > began + fault.second and one.text in ends]
             fault.recovered_after = round(min(after) - began - fault.second, 1) if after else None
         verdicts = judge(evidence)

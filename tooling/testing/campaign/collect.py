@@ -45,15 +45,23 @@ OWN_RUNS = 20
 
 
 class Collector:
-    """`since`: Unix seconds of the campaign's begin, before it made its tenants."""
+    """`since`: Unix seconds of the campaign's begin, before it made its tenants. `problems`: those that it had."""
 
-    def __init__(self, system: System, stack: Stack, load: Load, poison: Sequence[Poison], since: float) -> None:
+    def __init__(
+        self,
+        system: System,
+        stack: Stack,
+        load: Load,
+        poison: Sequence[Poison],
+        since: float,
+        problems: Sequence[str] = (),
+    ) -> None:
         self._system = system
         self._stack = stack
         self._load = load
         self._poison = poison
         self._since = since
-        self._problems: list[str] = []
+        self._problems = list(problems)
         self._records: dict[str, list[str]] = defaultdict(list)
 
     async def evidence(self) -> Evidence:
@@ -67,7 +75,7 @@ class Collector:
             forged=load.forged,
             forged_accepted=load.forged_accepted,
             replies=load.replies(),
-            calls=load.calls_of_model(),
+            calls=load.calls_of_model,
             runs=runs,
             dead_letters=await self._dead_letters(),
             accounts=[await self._account(tenant) for tenant in load.tenants.values()],

@@ -182,7 +182,8 @@ class Evidence(msgspec.Struct, kw_only=True):
     asked_twice: list[str] = []
     """Texts for which a second process asked the model while a first one, which ran, waited for the same answer."""
     problems: list[str] = []
-    """Questions that the system did not answer in time. They count against I1."""
+    """Why the campaign could not be carried out, and questions that the system did not answer in time. They count
+    against I1."""
 
     def of_channels(self) -> list[Sent]:
         return [one for one in self.sent if not one.key]

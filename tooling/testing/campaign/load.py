@@ -84,7 +84,6 @@ class Load:
         self._reorder = reorder
         self._conversations = conversations
         self._wires = wires
-        self._asked_before = len(models.requests)
         self.tenants: dict[str, Tenant] = {}
         self.sent: list[Sent] = []
         self.attempts = 0
@@ -94,6 +93,7 @@ class Load:
         self.forged_accepted: list[str] = []
         self.asked_twice: list[str] = []
         """Messages for which the model was asked while it still kept the answer to the same question."""
+        self.calls_of_model: list[ModelCall] = []
         self._kept: asyncio.Event | None = None
         self._unanswered: set[tuple[str, int]] = set()
         self.stopping = asyncio.Event()
@@ -157,20 +157,27 @@ class Load:
         tenant.path = (await tenant.company.make("/api/v1/channels", body))["webhook_path"]
 
     def _answer(self, asked: Asked) -> Says:
-        text = asked.last_user_text
-        if "tools" not in asked.body:
+        messages = asked.body["messages"]
+        canaries = [tenant.name for tenant in self.tenants.values() if tenant.canary in str(messages)]
+        # The request for a summary of a long conversation has no tools. Its text is the whole conversation.
+        text = asked.last_user_text if "tools" in asked.body else ""
+        # 2: it has a tool's answer.
+        stage = 2 if messages[-1]["role"] == "tool" else 1
+        self.calls_of_model.append(ModelCall(text, stage, canaries, time.time()))
+        # Each request has its whole conversation, and the model keeps all requests: gigabytes after an hour.
+        del messages[:]
+        if not text:
             return Says("They greeted each other.")
-        if f" {TOOL_WORD} " in text and _stage(asked) == 1:
+        if f" {TOOL_WORD} " in text and stage == 1:
             says = Says(calls=(("calculator", '{"expression": "6*7"}'),))
         else:
-            long = self.tenants["blue"].canary in asked.system
-            says = Says(f"You said: {text}", usage=(12, 0, LONG_ANSWER_TOKENS if long else 5, 0))
-        return self._keeping(asked, says) if self._kept else says
+            tokens = LONG_ANSWER_TOKENS if self.tenants["blue"].canary in text else 5
+            says = Says(f"You said: {text}", usage=(12, 0, tokens, 0))
+        return self._keeping((text, stage), says) if self._kept else says
 
-    def _keeping(self, asked: Asked, says: Says) -> Says:
-        call = (asked.last_user_text, _stage(asked))
+    def _keeping(self, call: tuple[str, int], says: Says) -> Says:
         if call in self._unanswered:
-            self.asked_twice.append(asked.last_user_text)
+            self.asked_twice.append(call[0])
         self._unanswered.add(call)
         return replace(says, waits=self._kept)
 
@@ -332,22 +339,6 @@ class Load:
             if tenant.vendor
             for accepted in tenant.vendor.ledger
         ]
-
-    def calls_of_model(self) -> list[ModelCall]:
-        since = time.time() - time.perf_counter()
-        found = []
-        for asked in self._models.requests[self._asked_before :]:
-            messages = str(asked.body["messages"])
-            canaries = [tenant.name for tenant in self.tenants.values() if tenant.canary in messages]
-            # The request for a summary of a long conversation has no tools. Its text is the whole conversation.
-            summary = "tools" not in asked.body
-            found.append(ModelCall("" if summary else asked.last_user_text, _stage(asked), canaries, since + asked.at))
-        return found
-
-
-def _stage(asked: Asked) -> int:
-    """2 for the request that has a tool's answer, else 1."""
-    return 2 if asked.body["messages"][-1]["role"] == "tool" else 1
 
 
 def _message(tenant: Tenant, text: str, n: int) -> Call:

@@ -74,7 +74,7 @@ MUTANTS = (
         "each repeat of a webhook gets another dedupe key",
         ("channel",),
         ("kill", "duplicates"),
-        3,
+        6,
         changes=(
             Change(
                 "services/channel/domain.py",
@@ -135,7 +135,7 @@ MUTANTS = (
         "any signature of a Standard Webhook fits",
         ("channel",),
         ("kill",),
-        3,
+        6,
         changes=(Change("infra/outgoing/webhooks.py", "if True not in fits:", "if not fits:"),),
     ),
     Mutant(
@@ -143,7 +143,7 @@ MUTANTS = (
         "a run is found without its tenant, and row-level security of runs is off",
         ("agent",),
         ("kill",),
-        2,
+        4,
         changes=(
             Change(
                 "services/agent/runs/queries.py",
@@ -159,7 +159,7 @@ MUTANTS = (
         "each call of the model is granted, with or without credit",
         ("billing",),
         ("kill",),
-        5,
+        10,
         ("plugin",),
         changes=(
             Change(

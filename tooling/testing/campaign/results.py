@@ -14,7 +14,7 @@ import msgspec
 from infra.clock import utcnow
 from tooling.stack.checkout import CHECKOUT
 from tooling.testing.campaign.campaign import Report
-from tooling.testing.campaign.faults import FAULTS
+from tooling.testing.campaign.faults import ENGINES, FAULTS, SERVICES
 from tooling.testing.campaign.invariants import INVARIANTS
 from tooling.testing.campaign.mutants import MUTANTS, Result
 
@@ -40,8 +40,7 @@ GAPS = (
     "tests of PostgreSQL, Kafka and the object store, not in a campaign; damage in Milvus, OpenSearch and "
     "Valkey was not tried.",
     "A seed repeats the plan of faults and the messages of the clients, not the order in which the processes run.",
-    "OpenSearch and the log aggregator were not killed in a campaign on this page. In `engines-wipe-38` the code had "
-    "no change but this page.",
+    "In `engines-wipe-38` the code had no change but this page.",
     "Each service runs once, agent and channel twice with `stop`, so availability with two instances of each service "
     "was not measured. No campaign runs on several machines.",
     "CI injects four faults into the running system and runs the tests of kills of each service; a larger campaign "
@@ -156,13 +155,23 @@ def _failures(campaigns: Sequence[tuple[Path, Made, Report]], mutants: Sequence[
         ]
     if missing := [mutant.guard for mutant in MUTANTS if mutant.guard not in tried]:
         lines.append(f"- Mutants that were not tried: {', '.join(missing)}")
-    injected = [len(report.injected) for _, _, report in campaigns]
+    injected = [len(report.done) for _, _, report in campaigns]
     largest = max(injected, default=0)
     if largest < FAULTS_WANTED:
         lines.append(
             f"- The largest campaign had {largest} faults, all together {sum(injected)}. "
             f"The goal is {FAULTS_WANTED:,} in one campaign."
         )
+    for path, one, report in campaigns:
+        if missed := [fault for fault in report.injected if fault.missed]:
+            lines.append(
+                f"- {len(missed)} of {len(report.injected)} faults could not be injected, seed {report.seed}, commit "
+                f"{one.commit}: {_cell(f'{missed[0].fault} {missed[0].target}: {missed[0].note}')}. The others in "
+                f"[{path.name}](results/{path.name})"
+            )
+    killed = {fault.target for _, _, report in campaigns for fault in report.done if fault.fault in ("kill", "engines")}
+    if spared := [name for name in (*SERVICES, *ENGINES) if name not in killed]:
+        lines.append(f"- Parts that were not killed in a campaign on this page: {', '.join(spared)}")
     done = {fault for _, _, report in campaigns for fault in report.faults}
     if missing := [name for name in FAULTS if name not in done]:
         lines.append(f"- Faults that no campaign on this page has: {', '.join(missing)}")
@@ -195,7 +204,7 @@ def _campaign(path: Path, one: Made, report: Report) -> list[str]:
         "",
         f"`{one.command}`",
         "",
-        f"{len(report.injected)} faults in {report.seconds:.0f} s: {_counts([i.fault for i in report.injected])}.",
+        f"{len(report.done)} faults in {report.seconds:.0f} s: {_counts([fault.fault for fault in report.done])}.",
         f"{report.accepted} messages were acknowledged in {report.attempts} calls; {report.forged} forged ones,",
         f"{report.poison} poisoned. {report.replies} replies are visible, {report.unknown} deliveries unknown.",
         *([f"Dead letters beyond the poison: {_letters(report)}."] if report.unplanned else []),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,7 +16,7 @@ from tooling.stack.checkout import CHECKOUT
 from tooling.testing.campaign import faults, results
 from tooling.testing.campaign.campaign import Availability, Report, Shown
 from tooling.testing.campaign.evidence import DeadLetter
-from tooling.testing.campaign.faults import FAULTS, Injected, plan
+from tooling.testing.campaign.faults import FAULTS, Injected, Planned, plan
 from tooling.testing.campaign.invariants import judge
 from tooling.testing.campaign.mutants import MUTANTS, Mutant, Result
 
@@ -30,9 +33,43 @@ def test_a_plan_has_every_kind_and_only_the_given_targets() -> None:
     assert plan(1, ["duplicates"], 30) == []
 
 
+def test_kills_follow_each_other_faster_than_faults_that_last() -> None:
+    assert sum(one.pause for one in plan(1, ["kill", "engines"], 1000)) < 3000
+    assert min(one.pause for one in plan(1, ["stop", "wipe"], 1000)) >= 3
+
+
 def test_each_planned_fault_can_be_injected() -> None:
     for name, kind in FAULTS.items():
         assert not kind.targets or hasattr(faults.Injector, f"_{name}")
+
+
+async def test_a_fault_that_cannot_be_injected_is_told_and_the_campaign_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines: list[str] = []
+    killed: list[str] = []
+
+    def restart(_: str) -> None:
+        raise RuntimeError("./claw up failed")
+
+    async def works(self: faults.Injector, target: str, answers: list[bool] = [False, True]) -> bool:  # noqa: B006
+        lines.append(f"{target} is asked")
+        return answers.pop(0)
+
+    monkeypatch.setattr(faults, "PAUSE", (0.0, 0.0))
+    monkeypatch.setattr(faults.Injector, "_works", works)
+    stack: Any = SimpleNamespace(restart=restart, kill=lambda target, _: killed.append(target))
+    injector = faults.Injector(stack, None, None, nullcontext, lines.append)
+    await injector.run([Planned(0, "restart", "kafka"), Planned(0, "kill", "agent")], 0.0)
+    assert lines == [
+        "1 of 2: restart kafka not injected: RuntimeError: ./claw up failed",
+        # A signal to a process that is down or starting would be no fault.
+        "agent is asked",
+        "agent is asked",
+        "2 of 2: kill agent",
+    ]
+    assert killed == ["agent"]
+    assert [fault.missed for fault in injector.injected] == [True, False]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.guard)
@@ -59,7 +96,10 @@ def report(*, fails: bool) -> Report:
         faults=["kill"],
         planned=1,
         seconds=61.4,
-        injected=[Injected(3.0, "kill", "agent", "", 1.5)],
+        injected=[
+            Injected(3.0, "kill", "agent", recovered_after=1.5),
+            *([Injected(9.0, "kill", "user", "TimeoutError", missed=True)] if fails else []),
+        ],
         accepted=3,
         attempts=5,
         failed_attempts={"503": 2},
@@ -88,6 +128,9 @@ def test_the_page_of_results_begins_with_failures_and_keeps_other_reports(tmp_pa
     assert "- **Mutant survived**: without outbox (marks early)" in failures
     assert "**50 dead letters beyond the poison**, seed 7" in failures
     assert text.count("50 of memory kafka:agent.events: boom") == 2
+    assert "- 1 of 2 faults could not be injected, seed 7, commit c0ffee: kill user: TimeoutError." in failures
+    assert "not killed in a campaign on this page: channel, billing," in failures
+    assert "The largest campaign had 1 faults" in failures
     assert "no replica is lost" in failures
     assert "| I1 | each accepted message" in text
     assert "1 of 2 webhooks were answered 200" in text
