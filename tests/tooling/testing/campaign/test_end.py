@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.tooling.testing.campaign.made_up import good
-from tooling.testing.campaign import campaign
+from tooling.testing.campaign import campaign, faults
 from tooling.testing.campaign.campaign import Campaign
 from tooling.testing.campaign.evidence import Evidence
 
@@ -29,7 +29,8 @@ class MadeUpLoad:
         yield
 
     async def run(self) -> None:
-        assert not self._fails, "HTTP 418"
+        if self._fails:
+            raise AssertionError("HTTP 418")
         await asyncio.Event().wait()
 
 
@@ -58,7 +59,7 @@ async def test_its_clients_fail_or_are_never_answered(
     monkeypatch.setattr(campaign, "STALL_SECONDS", 0.0)
     monkeypatch.setattr(campaign, "Load", lambda *_, **__: MadeUpLoad(fails=fails))
     monkeypatch.setattr(campaign, "Collector", MadeUpCollector)
-    monkeypatch.setattr(campaign.Injector, "run", injected)
+    monkeypatch.setattr(faults.Injector, "run", injected)
     # The system does not become ready either.
     monkeypatch.setattr(Campaign, "_healthy", lambda self: asyncio.sleep(0, result=False))
     monkeypatch.setattr(Campaign, "_at_rest", lambda self: asyncio.sleep(0))
