@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import IO, Annotated, Any, cast
 
 import msgspec
@@ -28,6 +32,8 @@ from tooling.stack.engines.base import EngineError
 from tooling.stack.home import home_folder
 
 out = Console(highlight=False)
+_KEPT_FREE_BYTES = 10**9
+"""The space that a backup leaves in its folder: the databases of the stack may be on the same disk."""
 
 
 class Taken(msgspec.Struct, frozen=True):
@@ -63,7 +69,7 @@ def backup(
     name = file_name(utcnow())
     where = place.where(name)
     with reaching(where):
-        with progress() as bars, place.new(name) as file:
+        with progress() as bars, _written(where), place.new(name) as file:
             counted = _Counted(file, where)
             manifest = operator.run(_take(found, BackupWriter(cast(IO[bytes], counted), key), where, bars))
         removed = _expire(place, name, keep_days) if keep_days else []
@@ -102,21 +108,34 @@ def _expire(place: Target, newest: str, keep_days: int) -> list[str]:
     return sorted(old)
 
 
+@contextmanager
+def _written(where: str) -> Iterator[None]:
+    """Turns the errors of a folder's disk into an EngineError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise EngineError(f"{where}: cannot be written ({error.strerror})") from error
+
+
 class _Counted:
     """A file that counts and digests the bytes that are written to it. Errors name `where`."""
 
     def __init__(self, file: IO[bytes], where: str) -> None:
         self._file = file
         self._where = where
+        self._folder = None if where.startswith("s3://") else Path(where).parent
         self.size = 0
         self.digest = hashlib.sha256()
 
     def write(self, content: bytes) -> None:
-        try:
+        # Here, because it would pass for an error of the database above.
+        with _written(self._where):
+            if self._folder and shutil.disk_usage(self._folder).free < _KEPT_FREE_BYTES + len(content):
+                raise EngineError(
+                    f"{self._where}: would leave less than 1 GB of the disk free. Nothing was kept: free some space, "
+                    "or give another place with --to"
+                )
             self._file.write(content)
-        except OSError as error:
-            # Otherwise it would pass for an error of the database.
-            raise EngineError(f"{self._where}: cannot be written ({error.strerror})") from error
         self.size += len(content)
         self.digest.update(content)
 

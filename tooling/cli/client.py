@@ -10,7 +10,9 @@ from typing import Any
 
 import httpx
 
+from infra.errors import describe
 from tooling.stack.engines.base import EngineError
+from tooling.stack.operator import remedy
 
 TIMEOUT_SECONDS = 30.0
 
@@ -41,7 +43,8 @@ class Gateway:
         try:
             answer = await self._client.request(method, path, **more)
         except httpx.HTTPError as error:
-            raise EngineError(f"the gateway does not answer {method} {path}: {type(error).__name__} {error}") from error
+            reason = f"the gateway does not answer {method} {path} ({describe(error)})"
+            raise EngineError(f"{reason}. {remedy()}") from error
         _check(answer, f"{method} {path}")
         return answer.json() if answer.content else None
 

@@ -27,6 +27,7 @@ from tooling.stack.operator import printable
 
 app = typer.Typer(no_args_is_help=True, help="List, show, redrive and discard messages that could not be processed.")
 out = Console(highlight=False)
+_MOST_CAUSES = 100_000
 _CHOOSE = "give the ids of dead letters, or --all --service NAME for all failed ones of a service, or --cause CAUSE"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -61,12 +62,16 @@ def list_(
     states = Counter(letter.state for letter in letters)
     out.print(", ".join(f"{count} {state}" for state, count in states.items()), style="bold")
     if len(letters) == limit:
-        out.print(f"There may be more than {limit}. To list more: ./claw dlq list --limit {limit * 10}")
+        _more("", limit)
     out.print(
         "\n./claw dlq show ID       show headers and payload\n"
         "./claw dlq redrive ID    let the service handle the message again\n"
         "./claw dlq discard ID    never handle the message again"
     )
+
+
+def _more(option: str, limit: int) -> None:
+    out.print(f"There may be more than {limit}. To list more: ./claw dlq list {option}--limit {limit * 10}")
 
 
 def _list_causes(service: str, limit: int, *, as_json: bool) -> None:
@@ -83,6 +88,8 @@ def _list_causes(service: str, limit: int, *, as_json: bool) -> None:
         _line(f"  {group.consumer} of {name} could not handle messages of {group.source}")
         # Not cut, so that it can be copied.
         out.print(Text(f"  {printable(group.cause)}"), soft_wrap=True)
+    if len(groups) == limit:
+        _more("--by-cause ", limit)
     out.print("\n./claw dlq redrive --cause CAUSE --dry-run    count the messages of a redrive")
 
 
@@ -198,7 +205,8 @@ async def find_causes(url: str, service: str, limit: int) -> list[tuple[str, Dea
     found: list[tuple[str, DeadLetterGroup]] = []
     for name in await _services(url, service):
         async with operator.database(url, name) as database, database.begin() as tx:
-            found += [(name, group) for group in await bulk_redrive.group_by_cause(tx, limit=limit)]
+            # All, because they come with the oldest first.
+            found += [(name, group) for group in await bulk_redrive.group_by_cause(tx, limit=_MOST_CAUSES)]
     return sorted(found, key=lambda one: -(one[1].failed + one[1].waiting))[:limit]
 
 

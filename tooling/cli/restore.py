@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -159,6 +159,7 @@ def _into_home(
     for path in (Path(backup.file).absolute(), key_path()):
         if path.is_relative_to(home.path):
             raise EngineError(f"{path}: move it out of {home.path}, which is made empty first. Nothing was changed")
+    _check_room(home.path, backup.manifest, recovers=at is not None)
     with ExitStack() as recovery:
         files = backup.files
         if at:
@@ -197,6 +198,26 @@ def _recovered(home: Home, backup: _Backup, at: datetime, where: str) -> Iterato
             with reaching(to):
                 files = key_files(archive, system_of(data), backup.files)
             yield data, files
+
+
+def _check_room(home: Path, manifest: Manifest, *, recovers: bool) -> None:
+    """Raises EngineError if the parts cannot fit on the disk, even without the data that is deleted before. A dump is
+    compressed, so a database needs more than its part."""
+    unused = take.DATABASE if recovers else BASE
+    needed = sum(part.size for part in manifest.parts if part.name != unused)
+    place = home
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    # With a moment, the database is recovered before the old data is deleted.
+    if needed > free and not recovers:
+        for path in home.rglob("*"):
+            # A running stack deletes files meanwhile.
+            with suppress(FileNotFoundError):
+                free += path.lstat().st_blocks * 512
+    if needed > free:
+        room = f"the backup needs {needed / 1e9:.1f} GB or more, and {free / 1e9:.1f} GB are free"
+        raise EngineError(f"{home}: {room}. Nothing was changed")
 
 
 def _has_data(home: Home) -> bool:

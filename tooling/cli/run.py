@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -99,14 +98,15 @@ async def _list(first: UUID, end: UUID, tenant: str | None, slowest: bool, limit
 
 
 def draw_list(console: Console, rows: list[dict[str, Any]]) -> None:
-    """Prints one line for each run; 80 columns."""
-    table = Table(box=None, width=80, padding=(0, 1, 0, 0), header_style="bold")
+    """Prints one line for each run; 80 columns. Ids are whole, because they are copied."""
+    table = Table(box=None, width=80, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     for name in ("UTC", "run", "status"):
-        table.add_column(name, no_wrap=True)
+        # The only column that gives room.
+        table.add_column(name, no_wrap=name != "status", overflow="fold")
     for name in ("wait s", "run s", "send s"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        seconds = ("" if value is None else f"{value:.1f}" for value in row["seconds"].values())
+        seconds = ("" if value is None else f"{value:.{int(value < 1000)}f}" for value in row["seconds"].values())
         table.add_row(row["received_at"][5:16].replace("T", " "), row["run_id"], row["status"], *seconds)
     console.print(table)
 
@@ -120,7 +120,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show a run's timeline: message, steps, calls, reply, delivery, usage, charge."""
-    found = asyncio.run(_find(id) if at is None else _state(id, at))
+    found = operator.run(_find(id) if at is None else _state(id, at))
     if at is not None and not as_json:
         draw_state(Console(highlight=False), found)
     elif as_json:

@@ -90,12 +90,16 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     except Exception as error:
         if not is_transient(error) and not isinstance(error, KafkaError):
             raise
-        reason = f"an engine does not answer ({describe(error)})"
-        shown = "docker compose ps" if in_containers() else "./claw status"
-        start = "docker compose up -d" if in_containers() else "./claw up"
-        raise EngineError(f"{reason}. {shown} shows which; {start} starts it") from error
+        raise EngineError(f"an engine does not answer ({describe(error)}). {remedy()}") from error
     finally:
         kafka.setLevel(level)
+
+
+def remedy() -> str:
+    """The commands for a part of the stack that does not answer."""
+    if in_containers():
+        return "docker compose ps shows which; docker compose up -d starts it"
+    return "./claw status shows which; ./claw up starts it"
 
 
 def printable(text: str) -> str:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
+from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
@@ -17,6 +18,7 @@ import httpx
 import msgspec
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from infra.clock import uuid7
@@ -29,7 +31,7 @@ from tests.infra.conftest import desk as desk
 from tests.infra.conftest import ledger_database as ledger_database
 from tests.infra.conftest import sample as sample
 from tooling.cli import app as cli
-from tooling.cli import dlq, logs, outbox, replay
+from tooling.cli import dlq, logs, outbox, replay, run
 from tooling.cli.client import Gateway
 from tooling.stack import operator
 from tooling.stack.checkout import CHECKOUT
@@ -213,6 +215,15 @@ def test_dead_letters_are_listed_and_redriven_by_cause() -> None:
     assert audited("sample_desk", elsewhere) == []
 
 
+def test_the_most_frequent_causes_are_listed_also_if_older_ones_are_rare() -> None:
+    dead("sample_ledger", "k", "failed", error="Rare")
+    for key in ("one", "two"):
+        dead("sample_ledger", key, "failed", error="Frequent")
+    text = told(dlq.app, "list", "--by-cause", "--limit", "1")
+    assert "Frequent" in text
+    assert "There may be more than 1. To list more: ./claw dlq list --by-cause --limit 10" in text
+
+
 def test_a_discard_is_done_and_audited() -> None:
     first, waiting = dead("sample_ledger", "k", "failed", "waiting")
     assert "is discarded" in told(dlq.app, "discard", first)
@@ -245,11 +256,15 @@ def test_a_refused_command_says_why_and_changes_nothing() -> None:
 def test_without_a_stack_each_command_names_the_command_that_starts_one(home: Path) -> None:
     commands = [
         (dlq.app, ["list"]),
+        (run.app, ["list"]),
+        (run.app, ["show", str(uuid7())]),
+        (cli.build(("logs",)), ["logs", "--search", "x"]),
         (outbox.app, ["resend", "x"]),
         (only(replay.replay), [f"{LEDGER}.count_notes"]),
     ]
     gone = {"postgres": {"url": "postgresql://a:b@127.0.0.1:1/c"}, "kafka": {"bootstrap_servers": "127.0.0.1:1"}}
-    (home / "credentials.json").write_text(json.dumps({"engines": gone}))
+    credentials = {"base_url": "http://127.0.0.1:1", "admin_token": "", "engines": gone}
+    (home / "credentials.json").write_text(json.dumps(credentials))
     for command, words in commands:
         assert "does not answer" in refused(command, *words)
         assert "./claw up" in refused(command, *words)
@@ -439,3 +454,28 @@ def test_the_log_of_a_service_is_searched_by_time(index: list[dict[str, str]]) -
     assert "the index has lines of" in refused(command, "logs", "postgres", *times)
     for option in (("--json",), ("--limit", "7")):
         assert f"{option[0]}: needs a search" in refused(command, "logs", "channel", *option)
+
+
+def test_the_list_of_runs_has_whole_ids_on_80_columns_however_slow_they_are() -> None:
+    """Slow runs are looked for, and their ids are copied to `./claw run show`."""
+    rows = [
+        {
+            "received_at": "2026-11-30T08:00:00+00:00",
+            "run_id": str(uuid7()),
+            "status": status,
+            "seconds": {"waited": waited, "ran": ran, "sent": sent},
+        }
+        for status, waited, ran, sent in (
+            ("completed", 0.25, 3.41, None),
+            ("indeterminate", 86400.2, 300.25, None),
+            ("completed", 864000.1, 86400.1, 86400.1),
+        )
+    ]
+    console = Console(file=StringIO(), width=80, highlight=False)
+    run.draw_list(console, rows)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80
+    assert f"11-30 08:00 {rows[0]['run_id']} completed" in lines[1]
+    assert lines[1].split()[-2:] == ["0.2", "3.4"]
+    assert all(any(row["run_id"] in line for line in lines) for row in rows)
+    assert lines[-1].split()[-3:] == ["864000", "86400", "86400"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -95,6 +97,18 @@ def test_a_stack_with_data_is_refused(claw: typer.Typer, backup: Path, home: Pat
         "this stack has data. Restore into another CLAW_HOME, or delete the data with --wipe. Nothing was changed"
     )
     assert (home / "postgres" / "data").exists()
+
+
+def test_a_disk_without_room_is_refused_before_the_old_data_is_deleted(
+    claw: typer.Typer, backup: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "postgres" / "data").mkdir(parents=True)
+    (home / "postgres" / "data" / "table").write_bytes(b"x" * 100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    assert refused(claw, str(backup), "--wipe") == (
+        f"{home}: the backup needs 0.0 GB or more, and 0.0 GB are free. Nothing was changed"
+    )
+    assert (home / "postgres" / "data" / "table").stat().st_size == 100_000
 
 
 def test_the_backup_and_its_key_must_lie_outside_the_folder_that_is_made_empty(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -17,6 +19,7 @@ from minio import Minio
 from infra.clock import utcnow
 from infra.stores.objects import listed
 from tests.tooling.stack.backup.conftest import AT
+from tooling.cli import backup
 from tooling.cli.backup import _expire
 from tooling.stack.backup import objects, targets
 from tooling.stack.backup.targets import Folder, Target, file_name, made_at, opened, reaching, target
@@ -233,3 +236,23 @@ def test_a_part_that_ends_in_an_object_is_refused(store: Minio, bucket: str) -> 
 def test_an_address_of_another_kind_is_no_folder() -> None:
     with pytest.raises(EngineError, match="must be a folder or s3://bucket/prefix"):
         target("ftp://e.example/x", {})
+
+
+def test_a_backup_leaves_room_for_the_databases_of_its_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    counted = backup._Counted(file, str(tmp_path / "x.backup"))
+    counted.write(b"one")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9 + 2))
+    with pytest.raises(EngineError, match=r"x\.backup: would leave less than 1 GB of the disk free"):
+        counted.write(b"two")
+    assert file.getvalue() == b"one"
+    # An object store has no disk here.
+    backup._Counted(file, "s3://bucket/x.backup").write(b"three")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    where = str(tmp_path / "file" / "x.backup")
+    refused = pytest.raises(EngineError, match=r"x\.backup: cannot be written \(Not a directory\)")
+    with refused, backup._written(where), target(str(tmp_path / "file"), {}).new("x.backup"):
+        pass
