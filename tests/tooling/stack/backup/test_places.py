@@ -252,7 +252,7 @@ def test_a_backup_leaves_room_for_the_databases_of_its_disk(tmp_path: Path, monk
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    where = str(tmp_path / "file" / "x.backup")
+    where = str(tmp_path / "file" / "new" / "x.backup")
     refused = pytest.raises(EngineError, match=r"x\.backup: cannot be written \(Not a directory\)")
-    with refused, backup._written(where), target(str(tmp_path / "file"), {}).new("x.backup"):
+    with refused, backup._written(where), target(str(tmp_path / "file" / "new"), {}).new("x.backup"):
         pass
