@@ -104,6 +104,8 @@ class AcceptedMessage(msgspec.Struct, frozen=True):
     """As `Inbound.root`."""
     thread_run_id: UUID | None = None
     """The run whose message `root` is. Known once the message is in its conversation."""
+    album: bytes = b""
+    """Dedupe hash of the album with which alone it is for the bot; empty: it is for the bot."""
 
 
 class UniqueMessage(NamedTuple):

@@ -101,7 +101,7 @@ class Drainer:
         async def work(tx: Tx) -> Sequence[tuple[Any, ...]]:
             rows = sorted(await tx.sql(_DRAIN, limit))
             messages = [self._open(hash_, sealed, trace, at) for _, hash_, sealed, trace, at, *_ in rows]
-            await store(tx, self._ingest.subjects, messages)
+            await store(tx, self._ingest.subjects, await _for_the_bot(tx, messages))
             failpoint("before_drain_commit")
             return rows
 
@@ -159,3 +159,18 @@ class Drainer:
             _log.warning(
                 f"could not prune inbound_seen; will retry in {CLEANING_SECONDS:g} s or later", error=describe(error)
             )
+
+
+async def _for_the_bot(tx: Tx, messages: Sequence[UniqueMessage]) -> Sequence[UniqueMessage]:
+    """Drops parts of albums that have no part for the bot."""
+    albums = {new.message.album for new in messages} - {b""}
+    if not albums:
+        return messages
+    rows = await tx.sql("SELECT hash FROM inbound_seen WHERE hash = ANY($1::bytea[])", sorted(albums))
+    others = albums - {hash_ for (hash_,) in rows}
+    await tx.sql(
+        "UPDATE inbound_seen SET ignored = $2 WHERE hash = ANY($1::bytea[])",
+        sorted(new.hash for new in messages if new.message.album in others),
+        "a part of an album of a group that is not for the bot",
+    )
+    return [new for new in messages if new.message.album not in others]

@@ -51,6 +51,9 @@ MAX_ITEMS = 2_000
 # memory stays bounded while the database is slow; a tenant has a share, which alone is a half.
 MAX_WAITING = 32 * 1024 * 1024
 ITEM_BYTES = 1_000
+# One part of an album has its text, which may mention the bot. In a group in which only mentions are answered, the
+# other parts wait for it so long: all come at the same moment, and in any order.
+ALBUM_WAITS = timedelta(seconds=1.5)
 # While accepted messages of a tenant wait longer than this for their conversations, its calls are refused with 503: the
 # vendor sends them again, and the table stays bounded.
 MAX_BACKLOG = timedelta(minutes=5)
@@ -75,8 +78,10 @@ _NOTE = """
 _ACCEPT = """
     WITH n AS (
         SELECT *
-        FROM unnest($1::bytea[], $2::text[], $3::uuid[], $4::text[], $5::uuid[], $6::int[], $7::bytea[], $8::text[])
-            AS n(hash, tenant_id, channel_id, ignored, event_id, message, sealed, traceparent)
+        FROM unnest(
+            $1::bytea[], $2::text[], $3::uuid[], $4::text[], $5::uuid[], $6::int[], $7::bytea[], $8::text[],
+            $9::interval[]
+        ) AS n(hash, tenant_id, channel_id, ignored, event_id, message, sealed, traceparent, waits)
     ), fresh AS (
         INSERT INTO inbound_seen (hash, tenant_id, channel_id, ignored, event_id)
         SELECT hash, tenant_id, channel_id, ignored, event_id FROM n
@@ -85,8 +90,8 @@ _ACCEPT = """
     ), new AS (
         SELECT message FROM n LEFT JOIN fresh USING (hash) GROUP BY message HAVING count(*) = count(fresh.hash)
     )
-    INSERT INTO accepted (tenant_id, channel_id, hash, sealed, traceparent)
-    SELECT tenant_id, channel_id, hash, sealed, traceparent
+    INSERT INTO accepted (tenant_id, channel_id, hash, sealed, traceparent, retry_at)
+    SELECT tenant_id, channel_id, hash, sealed, traceparent, clock_timestamp() + waits
     FROM n JOIN new USING (message)
     WHERE sealed IS NOT NULL
     ORDER BY message
@@ -105,6 +110,7 @@ def _alias(table: str, column: str) -> str:
 _ALIAS_SESSION = _alias("session_alias", "session_key")
 _ALIAS_SUBJECT = _alias("subject_alias", "subject_id")
 _MOVED = "the conversation got another id"
+_ALBUM = "the id of an album that is for the bot"
 _EFFECTS = (Moved, Receipt)
 
 
@@ -117,6 +123,8 @@ class _Arrival(msgspec.Struct):
     traceparent: str | None
     event_id: UUID
     """Of the fact if the item is a message."""
+    album: bytes = b""
+    """Dedupe hash of the album with which alone the message is for the bot; empty: it is for the bot."""
 
 
 class Ingest:
@@ -178,8 +186,14 @@ class Ingest:
                 continue
             if isinstance(item, _EFFECTS):
                 has_effects = True
+            album = b""
+            if isinstance(checked, Inbound) and checked.album and account.groups != "all":
+                album = dedupe_hash(account.id, checked.album)
+                if is_for_the_bot(account.groups, checked):
+                    arrivals.append(_Arrival(account, Ignored((checked.album,), _ALBUM), [album], traceparent, uuid7()))
+                    album = b""
             hashes = [dedupe_hash(account.id, id_) for id_ in checked.ids]
-            arrivals.append(_Arrival(account, checked, hashes, traceparent, uuid7()))
+            arrivals.append(_Arrival(account, checked, hashes, traceparent, uuid7(), album))
         if changed or has_effects:
             return asyncio.create_task(self._apply_and_accept(account, items, changed, arrivals, traceparent))
         return self._commits.submit(arrivals)
@@ -240,8 +254,11 @@ class Ingest:
 
     async def _commit(self, group: Sequence[list[_Arrival]]) -> Mapping[int, Exception]:
         arrivals = [arrival for call in group for arrival in call]
-        if len(arrivals) > MAX_DIRECT or self.is_behind or not await self._store_directly(arrivals):
+        waits = any(arrival.album for arrival in arrivals)
+        if len(arrivals) > MAX_DIRECT or waits or self.is_behind or not await self._store_directly(arrivals):
             await self._accept(arrivals)
+        if waits:
+            asyncio.get_running_loop().call_later(ALBUM_WAITS.total_seconds(), self.accepted.set)
         return {}
 
     async def _store_directly(self, arrivals: Sequence[_Arrival]) -> bool:
@@ -279,6 +296,7 @@ class Ingest:
             [numbers.get(id(owners[hash_])) for hash_ in hashes],
             [sealed.get(hash_) for hash_ in hashes],
             [owners[hash_].traceparent for hash_ in hashes],
+            [ALBUM_WAITS if owners[hash_].album else None for hash_ in hashes],
         )
         failpoint("after_accept")
         self.is_behind = True
@@ -341,7 +359,7 @@ def _checked_message(account: ChannelAccount, item: Inbound) -> Inbound | Ignore
     """
     if not item.conversation or not item.person:
         return Ignored(item.ids[:1], "without a conversation or an author")
-    if not is_for_the_bot(account.groups, item):
+    if not is_for_the_bot(account.groups, item) and not item.album:
         return Ignored(item.ids[:1], f"a message of a group; only {account.groups} are answered")
     text = item.text.replace("\0", "")
     most = MAX_MESSAGE_BYTES - OTHER_FIELDS_BYTES
@@ -412,4 +430,5 @@ def _message(arrival: _Arrival, now: datetime) -> AcceptedMessage:
         account.pseudonyms.subject(item.also) if item.also else "",
         item.quotes if item.in_group else "",
         item.root,
+        album=arrival.album,
     )

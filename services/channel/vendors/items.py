@@ -45,6 +45,8 @@ class Inbound(NamedTuple):
     """The vendor's id of the message at which its thread began."""
     in_album: bool = False
     """It is one of several files that were sent together, each as a message of its own, or may be one."""
+    album: str = ""
+    """The vendor's id of these files together, in the form of `ids`; empty: the vendor tells none."""
 
     @property
     def for_others(self) -> bool:

@@ -265,6 +265,7 @@ def _item(
         words=own,
         names_others=names_others,
         in_album=message.media_group_id is not None,
+        album=f"album/{_place(message)}/{message.media_group_id}" if message.media_group_id else "",
     )
 
 

@@ -349,6 +349,48 @@ async def test_the_accepted_messages_of_an_erased_person_are_dropped_by_the_drai
     assert [body["position"] for body in await intake.sent()] == list(range(1, 11))
 
 
+async def test_a_part_of_an_album_that_mentions_the_bot_makes_its_other_parts_count(
+    intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ALBUM_WAITS", timedelta(0))
+    intake.account = intake.account._replace(groups="mentions")
+
+    def part(n: int, album: str, *, mentions_bot: bool = False) -> Inbound:
+        return message(n)._replace(in_group=True, in_album=True, album=album, mentions_bot=mentions_bot)
+
+    await intake.accept(part(1, "album/1"))
+    await intake.accept(part(2, "album/2"))
+    await intake.accept(part(3, "album/1", mentions_bot=True), part(4, "album/1", mentions_bot=True))
+    await intake.drainer.drain()
+    await intake.accept(part(5, "album/1"), part(1, "album/1"))
+    await intake.drainer.drain()
+    assert await intake.texts() == ["text 1", "text 3", "text 4", "text 5"]
+    assert sorted(await intake.ignored()) == [
+        "a part of an album of a group that is not for the bot",
+        "the id of an album that is for the bot",
+    ]
+    assert await intake.accepted() == 0
+
+
+async def test_the_parts_of_an_album_are_drained_as_soon_as_they_have_waited(
+    intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ALBUM_WAITS", timedelta(milliseconds=50))
+    monkeypatch.setattr(drainer, "DRAIN_POLL_SECONDS", 600.0)
+    intake.account = intake.account._replace(groups="replies")
+    running = asyncio.create_task(intake.drainer.run())
+    part = message(1)._replace(in_group=True, in_album=True, album="album/1", replies_to_bot=True)
+    await intake.accept(part, part._replace(ids=("id/2",), replies_to_bot=False))
+
+    async def drained() -> bool:
+        return await intake.accepted() == 0
+
+    await intake.platform.until(drained)
+    await intake.drainer.stop()
+    await running
+    assert len(await intake.sent()) == 2
+
+
 async def test_a_message_that_cannot_be_drained_lets_the_others_pass_and_is_tried_again(intake: Intake) -> None:
     await intake.burst([message(n) for n in range(20)])
     hash_ = dedupe_hash(intake.account.id, "id/7")

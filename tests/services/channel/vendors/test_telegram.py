@@ -95,6 +95,11 @@ def test_a_caption_is_the_text_and_an_attachment_without_one_is_named(attachment
     assert item.text.startswith("[The person sent a ")
 
 
+def test_the_parts_of_an_album_have_one_id() -> None:
+    parts = [message(text=None, photo=[{"file_id": "f"}], media_group_id="13", message_id=id_) for id_ in (7, 8)]
+    assert [isinstance(part, Inbound) and part.album for part in parts] == ["album/42/13"] * 2
+
+
 def test_a_channels_post_in_its_group_is_ignored_and_people_there_are_not() -> None:
     service_bot = {"from": {"id": 777000, "is_bot": False, "first_name": "Telegram"}}
     post = message(is_automatic_forward=True, sender_chat={"id": -1001, "type": "channel"}, **service_bot)
