@@ -145,10 +145,11 @@ def router(runtime: Runtime) -> APIRouter:
             tx.tenant_id = tenant_id = await owner(tx, invoice_id, who)
             found = await invoices.lines(tx, tenant_id, invoice_id, after=int(after), limit=paging.limit + 1)
             if len(found) <= paging.limit:
-                # Only the last page shows the line that `finalise` would add. It may just have done so: read again.
+                # Only the last pages show the lines that `finalise` would add. It may just have done so: read again.
                 _, more = await booking.preview(tx, tenant_id, invoice_id, seller)
                 found = await invoices.lines(tx, tenant_id, invoice_id, after=int(after), limit=paging.limit + 1)
-                found += enumerate(more, 1 + (found[-1][0] if found else int(after)))
+                last = await invoices.last_line(tx, tenant_id, invoice_id)
+                found += [(number, line) for number, line in enumerate(more, 1 + last) if number > int(after)]
         shown = page(found, paging, lambda line: str(line[0]))
         return shown | {"items": [line for _, line in shown["items"]]}
 
@@ -201,7 +202,8 @@ def router(runtime: Runtime) -> APIRouter:
 
     @router.post("/invoices/{invoice_id}/uncollectible", response_model=Invoice)
     async def write_off(invoice_id: UUID, who: Operator, request: Request) -> Response:
-        """Writes the unpaid part of a finalised invoice off."""
+        """Writes the unpaid part of a finalised invoice off, after the tenant's prepaid credit has paid what it can. An
+        invoice that is paid by it is answered as paid."""
         return await _end(invoice_id, who, request, "uncollectible")
 
     @router.post("/invoices/{invoice_id}/credit-notes", status_code=201, response_model=CreditNote)

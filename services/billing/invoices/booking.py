@@ -6,6 +6,7 @@ is booked.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Literal, NamedTuple
 from uuid import UUID
@@ -19,7 +20,7 @@ from services.billing.invoices import store as invoices
 from services.billing.invoices import tax
 from services.billing.invoices.store import CreditNote, Invoice, InvoiceLine
 from services.billing.invoices.tax import Buyer, Seller
-from services.billing.plans import plans, terms
+from services.billing.plans import plans, subscriptions, terms
 from services.billing.rating import schemes
 from services.billing.rating.currencies import nanos_per_minor, to_minor
 
@@ -41,9 +42,12 @@ async def preview(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller) -> t
     if invoice.status != "draft" or invoice.is_order:
         return invoice, []
     await grants.settle(tx, tenant_id)
+    lines = [_given_elsewhere(invoice, part) for part in await _corrections_of_unpaid(tx, tenant_id, invoice)]
+    invoice = _with_lines(invoice, lines)
     free = await grants.left(tx, tenant_id, only="purchased") - await _taken_before(tx, tenant_id, invoice)
     purchased = max(0, min(invoice.subtotal_nanos, free))
-    lines = [_taxed_before(invoice, purchased)] if purchased else []
+    if purchased:
+        lines.append(_taxed_before(invoice, purchased))
     return await _priced(tx, invoice, purchased, await tax.buyer(tx, tenant_id), seller), lines
 
 
@@ -62,6 +66,62 @@ async def _taken_before(tx: Tx, tenant_id: str, draft: Invoice) -> int:
         draft.id,
     )
     return int(nanos)
+
+
+class _Correction(NamedTuple):
+    """A correction on a draft that a credit note on the invoice of the corrected usage gives instead."""
+
+    invoice: Invoice
+    minor: int
+    """With tax."""
+    nanos: int
+    """Before tax."""
+    usage_nanos: int
+    """At the price book's prices."""
+
+
+async def _corrections_of_unpaid(tx: Tx, tenant_id: str, draft: Invoice) -> list[_Correction]:
+    """Returns the corrections that `finalise` gives by credit notes on invoices that are not paid. On this draft they
+    would be credit for money that may never come."""
+    rows = await tx.sql(
+        """
+        SELECT old.invoice_id, c.nanos, p.plan_id, p.plan_version
+        FROM invoice AS new
+        JOIN period AS p USING (tenant_id, period)
+        JOIN period_correction AS c USING (tenant_id, period)
+        JOIN invoice AS old ON old.tenant_id = c.tenant_id AND old.period = c.usage_period
+        WHERE new.tenant_id = $1 AND new.invoice_id = $2 AND c.nanos < 0
+          AND old.status IN ('finalised', 'uncollectible')
+        ORDER BY old.invoice_id
+        """,
+        tenant_id,
+        draft.id,
+    )
+    found = []
+    for invoice_id, nanos, plan_id, plan_version in rows:
+        markup = (await plans.version(tx, plan_id, plan_version)).usage_markup_percent
+        if markup is None:
+            continue
+        invoice = await invoices.get(tx, tenant_id, invoice_id)
+        given = plans.with_markup(nanos, markup)
+        # Other corrections of that usage, or its commitment, may have charged a part of it again.
+        most = -max(given, await _corrected_elsewhere(tx, tenant_id, invoice_id))
+        minor = min(invoice.open_minor, most_creditable(invoice, most)) if most > 0 and invoice.open_minor else 0
+        if minor:
+            net = share(invoice, invoice.subtotal_nanos, minor)
+            found.append(_Correction(invoice, minor, net, nanos * net // given))
+    return found
+
+
+def _given_elsewhere(draft: Invoice, correction: _Correction) -> InvoiceLine:
+    text = f"Corrections that a credit note for invoice {correction.invoice.number} gives"
+    return invoices.line_of(draft, text, correction.nanos)
+
+
+def _with_lines(draft: Invoice, lines: Sequence[InvoiceLine]) -> Invoice:
+    """Returns a draft with the amounts of more lines in its subtotal."""
+    subtotal = draft.subtotal_nanos + sum(line.amount_nanos for line in lines)
+    return draft.model_copy(update={"subtotal_nanos": subtotal})
 
 
 def _taxed_before(draft: Invoice, purchased: int) -> InvoiceLine:
@@ -89,6 +149,9 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
     the account has counted the period's usage at the price book's prices, and the grants have paid fees, markup and tax
     as well. If they have paid more than the usage, the limit is lowered by the difference; if they have paid less and
     nothing is due, it is raised by it. So the tenant may use the rest of its grants.
+
+    Corrections of the usage of an unpaid invoice are given by a credit note on that one, and a line here takes them
+    back.
     """
     await accounts.lock_one(tx, tenant_id)
     draft = await invoices.get(tx, tenant_id, invoice_id)
@@ -100,6 +163,21 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
     now = utcnow()
     await grants.settle(tx, tenant_id)
     await grants.give_kept_back(tx, tenant_id, invoice_id)
+    given_elsewhere = await _corrections_of_unpaid(tx, tenant_id, draft)
+    for correction in given_elsewhere:
+        line = _given_elsewhere(draft, correction)
+        await invoices.add_line(tx, tenant_id, invoice_id, line)
+        draft = _with_lines(draft, [line])
+        await credit(
+            tx,
+            tenant_id,
+            correction.invoice.id,
+            correction.minor,
+            reason="corrections of its usage",
+            actor=actor,
+            refund=False,
+            corrections=True,
+        )
     purchased = await grants.burn(
         tx,
         tenant_id,
@@ -163,7 +241,8 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
             actor=actor,
             source="receivable",
         )
-    unpaid = await _usage_nanos(tx, tenant_id, invoice_id) - purchased - min(applied, total) * unit
+    usage = await _usage_nanos(tx, tenant_id, invoice_id) + sum(one.usage_nanos for one in given_elsewhere)
+    unpaid = usage - purchased - min(applied, total) * unit
     if unpaid < 0 or applied >= total:
         reason = f"difference between invoice {number} and its usage"
         await accounts.change_limit(tx, tenant_id, unpaid, reason=reason, actor=actor)
@@ -251,21 +330,29 @@ async def add_paid(tx: Tx, tenant_id: str, invoice_id: UUID, minor: int) -> None
         )
     if status == "uncollectible":
         nanos = (max(0, rest + minor) - max(0, rest)) * nanos_per_minor(currency)
-        await journal.post(
-            tx,
-            tenant_id,
-            "recovery",
-            str(invoice_id),
-            {"receivable": nanos, "write_off": -nanos},
-            reason="paid after the write-off",
-            actor="billing",
-        )
+        await _recover(tx, tenant_id, invoice_id, nanos, "paid after the write-off")
+
+
+async def _recover(tx: Tx, tenant_id: str, invoice_id: UUID, nanos: int, reason: str) -> None:
+    """Takes a part of a write-off back."""
+    await journal.post(
+        tx,
+        tenant_id,
+        "recovery",
+        str(invoice_id),
+        {"receivable": nanos, "write_off": -nanos},
+        reason=reason,
+        actor="billing",
+    )
 
 
 async def end(
     tx: Tx, tenant_id: str, invoice_id: UUID, status: Literal["void", "uncollectible"], actor: str
 ) -> Invoice:
     """Ends a finalised invoice that is not paid: `void` takes it back, `uncollectible` writes it off.
+
+    Before a write-off, prepaid credit of the tenant pays the invoice as far as it can: the tenant would keep credit,
+    such as that of corrections, while it owes money. An invoice that is paid by it is answered as paid.
 
     Raises Conflict for any other status, and for a void of prepaid credit, of an invoice that is partly paid, or of one
     whose usage was corrected on another invoice: that part would be given back twice.
@@ -277,6 +364,10 @@ async def end(
     if invoice.status != "finalised":
         raise Conflict(f"the invoice is {invoice.status}; only a finalised one can become {status}")
     unit = nanos_per_minor(invoice.currency)
+    if status == "uncollectible":
+        invoice = await _set_off(tx, tenant_id, invoice)
+        if invoice.status == "paid":
+            return invoice
     due = invoice.due_minor * unit
     if status == "uncollectible":
         amounts: dict[journal.JournalAccount, int] = {"write_off": due, "receivable": -due}
@@ -302,27 +393,66 @@ async def end(
     return await invoices.get(tx, tenant_id, invoice_id)
 
 
+async def _set_off(tx: Tx, tenant_id: str, invoice: Invoice) -> Invoice:
+    """Pays an invoice from prepaid credit, in whole minor units, and lowers the limit of the account by the part that
+    was not for usage, as `finalise` does. It counts as a payment: what a finalised invoice shows stays the same."""
+    unit = nanos_per_minor(invoice.currency)
+    await grants.settle(tx, tenant_id)
+    minor = min(invoice.due_minor, await grants.left(tx, tenant_id, only="prepaid") // unit)
+    if not minor:
+        return invoice
+    reference = f"set-off {invoice.id}"
+    burned = [sum(await grants.burned(tx, tenant_id, of)) for of in (str(invoice.id), reference)]
+    before = await _usage_nanos(tx, tenant_id, invoice.id) - sum(burned)
+    await grants.burn(tx, tenant_id, minor * unit, for_="receivable", reference=reference, only="prepaid")
+    await accounts.change_limit(
+        tx,
+        tenant_id,
+        min(0, before - minor * unit) - min(0, before),
+        reason=f"prepaid credit has paid invoice {invoice.number}",
+        actor="billing",
+    )
+    await add_paid(tx, tenant_id, invoice.id, minor)
+    return await invoices.get(tx, tenant_id, invoice.id)
+
+
 async def _corrected_elsewhere(tx: Tx, tenant_id: str, invoice_id: UUID) -> int:
     """Returns the nano-units before tax that other invoices have, or will have, as corrections of the usage that this
-    one charges. Below zero: given back."""
+    one charges, with the changes of its commitment, and without the part that credit notes on this one have given.
+    Below zero: given back."""
     rows = await tx.sql(
         """
-        SELECT p.plan_id, p.plan_version, sum(c.nanos)::bigint
+        SELECT c.usage_period, c.nanos, p.closed_at IS NOT NULL
         FROM invoice AS i
-        JOIN period AS p USING (tenant_id, period)
         JOIN period_correction AS c ON c.tenant_id = i.tenant_id AND c.usage_period = i.period
+        LEFT JOIN period AS p ON p.tenant_id = c.tenant_id AND p.period = c.period
         WHERE i.tenant_id = $1 AND i.invoice_id = $2 AND c.period <> i.period
-        GROUP BY p.plan_id, p.plan_version
         """,
         tenant_id,
         invoice_id,
     )
     if not rows:
         return 0
-    [(plan_id, plan_version, nanos)] = rows
-    markup = (await plans.version(tx, plan_id, plan_version)).usage_markup_percent
-    # Without a markup the plan charges by its own prices only, and corrections of the price book do not concern it.
-    return 0 if markup is None else plans.with_markup(nanos, markup)
+    period = await subscriptions.by_number(tx, tenant_id, rows[0][0])
+    plan = await plans.version(tx, period.plan_id, period.plan_version)
+    if plan.usage_markup_percent is None:
+        # The plan charges by its own prices only, and corrections of the price book do not concern it.
+        return 0
+    amounts = [(plans.with_markup(nanos, plan.usage_markup_percent), is_counted) for _, nanos, is_counted in rows]
+    corrected = sum(nanos for nanos, _ in amounts)
+    committed = 0
+    if period.counted_nanos is not None:
+        first = period.counted_nanos - sum(nanos for nanos, is_counted in amounts if is_counted)
+        was, now = (
+            plans.missing(plan, counted, period.seconds, period.full_seconds) for counted in (first, first + corrected)
+        )
+        committed = now - was
+    [(given,)] = await tx.sql(
+        "SELECT coalesce(sum(corrections_nanos), 0)::bigint FROM credit_note WHERE tenant_id = $1 AND invoice_id = $2",
+        tenant_id,
+        invoice_id,
+    )
+    return corrected + committed + int(given)
 
 
 async def credit(
@@ -335,8 +465,12 @@ async def credit(
     actor: str,
     refund: bool,
     money_is_gone: bool = False,
+    corrections: bool = False,
 ) -> CreditNote:
     """Takes a part of an invoice back, with its share of the tax. It reduces the amount that is due.
+
+    `corrections`: it gives corrections of the usage that another invoice had, at most the open amount. It does so after
+    a write-off, too, and takes that part of the write-off back.
 
     Money that was paid already becomes a grant or, with `refund`, is owed until a payment is refunded. A note about
     prepaid credit always has `refund`. It takes unspent credit back that no work in progress has reserved or, with
@@ -346,13 +480,13 @@ async def credit(
     """
     await accounts.lock_one(tx, tenant_id)
     invoice = await invoices.get(tx, tenant_id, invoice_id)
-    if invoice.status not in ("finalised", "paid"):
+    if invoice.status not in ("finalised", "paid") and not corrections:
         raise Conflict(f"the invoice is {invoice.status}; only a finalised or paid one gets a credit note")
     if minor > invoice.total_minor - invoice.credited_minor:
         raise InvalidMessage("amount_minor", f"must be at most {invoice.total_minor - invoice.credited_minor}")
     net = share(invoice, invoice.subtotal_nanos, minor)
     burned = await grants.burned(tx, tenant_id, str(invoice_id))
-    if (corrected := await _corrected_elsewhere(tx, tenant_id, invoice_id)) < 0:
+    if not corrections and (corrected := await _corrected_elsewhere(tx, tenant_id, invoice_id)) < 0:
         credited = schemes.part(invoice.subtotal_nanos, invoice.credited_minor, invoice.total_minor)
         free = max(0, invoice.subtotal_nanos + burned.purchased + corrected - credited)
         if net > free:
@@ -361,7 +495,7 @@ async def credit(
     if invoice.purpose == "credit":
         refund = True
         await _take_back(tx, tenant_id, invoice, net, actor=actor, money_is_gone=money_is_gone)
-    over = max(0, minor - invoice.due_minor)
+    over = max(0, minor - invoice.open_minor)
     if refund and over > (refundable := await _refundable(tx, tenant_id, invoice)):
         raise InvalidMessage("refund", f"payments can give back {refundable} of the {over} that were paid")
     unit = nanos_per_minor(invoice.currency)
@@ -369,8 +503,9 @@ async def credit(
     credit_note_id, number = uuid7(), await next_number(tx, tenant_id, CREDIT_SERIES)
     await tx.sql(
         """
-        INSERT INTO credit_note (tenant_id, credit_note_id, invoice_id, number, amount_minor, reason, actor)
-        VALUES ($1, $2, $3, $4, $5, $6, $7)
+        INSERT INTO credit_note (tenant_id, credit_note_id, invoice_id, number, amount_minor, reason, actor,
+                                 corrections_nanos)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
         """,
         tenant_id,
         credit_note_id,
@@ -379,6 +514,7 @@ async def credit(
         minor,
         reason,
         actor,
+        net if corrections else 0,
     )
     await journal.post(
         tx,
@@ -400,6 +536,8 @@ async def credit(
         invoice_id,
         minor,
     )
+    if invoice.status == "uncollectible":
+        await _recover(tx, tenant_id, invoice_id, minor * unit, "corrected after the write-off")
     if refund:
         over = 0
     await add_paid(tx, tenant_id, invoice_id, -over)

@@ -203,6 +203,16 @@ async def lines(
     ]
 
 
+async def last_line(tx: Tx, tenant_id: str, invoice_id: UUID) -> int:
+    """Returns the number of the last line. 0: the invoice has none."""
+    [(number,)] = await tx.sql(
+        "SELECT coalesce(max(line), 0) FROM invoice_line WHERE tenant_id = $1 AND invoice_id = $2",
+        tenant_id,
+        invoice_id,
+    )
+    return int(number)
+
+
 def line_of(invoice: Invoice, description: str, nanos: int) -> InvoiceLine:
     """A line about an amount. Its id follows from the invoice and the description, so a line that is only shown yet has
     the id with which it is stored."""

@@ -213,8 +213,13 @@ async def _obstacles(tx: Tx, tenant_id: str) -> dict[int, _Obstacle]:
             WHEN 'uncollectible' THEN 'the invoice was written off'
             ELSE 'the invoice has credit notes'
         END
-        FROM invoice
-        WHERE tenant_id = $1 AND purpose = 'usage' AND (status IN ('void', 'uncollectible') OR credited_minor > 0)
+        FROM invoice AS i
+        WHERE tenant_id = $1 AND purpose = 'usage' AND (status IN ('void', 'uncollectible') OR credited_minor > (
+            -- Those that give corrections by re-rating are in the booked amounts.
+            SELECT coalesce(sum(n.amount_minor), 0)
+            FROM credit_note AS n
+            WHERE n.tenant_id = i.tenant_id AND n.invoice_id = i.invoice_id AND n.corrections_nanos <> 0
+        ))
         """,
         tenant_id,
     )

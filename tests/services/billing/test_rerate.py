@@ -28,6 +28,11 @@ from tests.services.billing.test_invoices import (
 )
 
 AT = START + timedelta(days=2)
+CENT = UNIT // 100
+
+
+def credit_of(minor: int) -> dict[str, Any]:
+    return {"amount_minor": minor, "reason": "r"}
 
 
 async def price(billing: Billing, resource: str, nanos: str) -> None:
@@ -136,9 +141,13 @@ async def test_an_invoice_below_zero_is_a_credit_note_that_names_the_invoice_it_
     second = await draft(billing, tenant)
     for made in (first, second) if in_order else (second, first):
         await post(billing, f"invoices/{made['id']}/finalise", status=200)
-    void = await billing.operator.post(f"/api/v1/invoices/{first['id']}/void")
-    reason = "corrections of its usage" if in_order else "a part of the invoice is paid"
-    assert (void.status_code, reason in void.text) == (409, True), "5.50 would be given back twice"
+        void = await billing.operator.post(f"/api/v1/invoices/{first['id']}/void")
+        assert void.status_code == 409, "5.50 would be given back twice"
+        if in_order and made is first:
+            assert "corrections of its usage" in void.text
+            await post(
+                billing, f"invoices/{first['id']}/received", {"amount_minor": 1100, "reference": "r"}, status=200
+            )
     [text] = pdf_pages((await tenant.http.get(f"/api/v1/invoices/{second['id']}/pdf")).content)
     assert text.startswith("Credit note INV-00000")
     assert "Total 5.50 USD" in text
@@ -165,6 +174,7 @@ async def test_a_credit_note_cannot_take_back_what_corrections_on_another_invoic
     await tenant.use("a", model, occurred_at=AT, input_tokens=10, output_tokens=0)
     await tenant.verdict("a")
     first = await finalised(billing, tenant)
+    await post(billing, f"invoices/{first['id']}/received", {"amount_minor": 1100, "reference": "r"}, status=200)
     await price(billing, model, str(UNIT * 6 // 10))
     assert (await rerate(billing, tenant))["difference_nanos"] == -4 * UNIT
     if is_closed:
@@ -179,6 +189,77 @@ async def test_a_credit_note_cannot_take_back_what_corrections_on_another_invoic
         [error] = too_much.json()["errors"]
         assert (error["field"], f"at most {most}: corrections" in error["message"]) == ("amount_minor", True)
     await post(billing, path, {"amount_minor": 560, "reason": "r"})
+
+
+async def test_a_credit_note_takes_back_what_a_commitment_has_charged_again(billing: Billing) -> None:
+    """By hand: 20.00 are committed. 10 tokens at 1.00 plus 10 % are 11.00, and 9.00 are missing. At 0.60 they are 6.60:
+    the next invoice has -4.40, and 4.40 more of the commitment. It gives nothing back."""
+    tenant, _ = await subscribed(billing, base_nanos=0, charges=[], included=[], minimum_nanos=20 * UNIT)
+    model = f"acme/{uuid7()}"
+    await price(billing, model, str(UNIT))
+    await tenant.use("a", model, occurred_at=AT, input_tokens=10, output_tokens=0)
+    await tenant.verdict("a")
+    first = await finalised(billing, tenant)
+    await price(billing, model, str(UNIT * 6 // 10))
+    assert (await rerate(billing, tenant))["difference_nanos"] == -4 * UNIT
+    note = await post(billing, f"invoices/{first['id']}/credit-notes", {"amount_minor": 2000, "reason": "r"})
+    assert note["amount_minor"] == first["total_minor"]
+
+
+@pytest.mark.parametrize("is_written_off", [False, True])
+async def test_a_correction_of_an_unpaid_invoice_reduces_it_and_is_no_credit(
+    billing: Billing, is_written_off: bool
+) -> None:
+    """By hand: 10 tokens at 1.00 plus 10 % are 11.00. At 0.60 they are 6.60, and at 0.50 5.50."""
+    tenant, subscription = await subscribed(billing, base_nanos=0, charges=[], included=[])
+    model = f"acme/{uuid7()}"
+    await price(billing, model, str(UNIT))
+    await tenant.use("a", model, occurred_at=AT, input_tokens=10, output_tokens=0)
+    await tenant.verdict("a")
+    first = await finalised(billing, tenant)
+    await price(billing, model, str(UNIT * 6 // 10))
+    await rerate(billing, tenant)
+    if is_written_off:
+        await post(billing, f"invoices/{first['id']}/uncollectible", status=200)
+    await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
+    shown = await draft(billing, tenant)
+    assert [line["amount_nanos"] for line in await lines(tenant, shown["id"])] == [-440 * CENT, 440 * CENT]
+    second = await post(billing, f"invoices/{shown['id']}/finalise", status=200)
+    assert (shown["total_minor"], second["total_minor"], second["status"]) == (0, 0, "paid")
+    assert await left(tenant) == 0, "credit for money that was never paid"
+    [note] = (await tenant.http.get(f"/api/v1/invoices/{first['id']}/credit-notes")).json()["items"]
+    assert note["amount_minor"] == 440
+    found = (await tenant.http.get(f"/api/v1/invoices/{first['id']}")).json()
+    assert (found["due_minor"], found["credited_minor"]) == (0 if is_written_off else 660, 440)
+    lost = {"write_off": 660 * CENT} if is_written_off else {"receivable": 660 * CENT}
+    assert await journal(tenant) == {"revenue": -660 * CENT} | lost
+    # Another correction counts from there.
+    await price(billing, model, str(UNIT // 2))
+    again = await rerate(billing, tenant)
+    if is_written_off:
+        assert [one["reason"] for one in again["left_out"]] == ["the invoice was written off"]
+        return
+    assert again["difference_nanos"] == -1 * UNIT
+    await post(billing, f"invoices/{(await draft(billing, tenant))['id']}/finalise", status=200)
+    assert await journal(tenant) == {"revenue": -550 * CENT, "receivable": 550 * CENT}
+    too_much = await billing.operator.post(f"/api/v1/invoices/{first['id']}/credit-notes", json=credit_of(551))
+    assert too_much.status_code == 422
+    await post(billing, f"invoices/{first['id']}/credit-notes", credit_of(550))
+    assert await journal(tenant) == {}
+
+
+@pytest.mark.parametrize(("granted", "status", "due"), [(500, "uncollectible", 600), (2000, "paid", 0)])
+async def test_prepaid_credit_pays_before_a_write_off(billing: Billing, granted: int, status: str, due: int) -> None:
+    tenant, _ = await subscribed(billing, base_nanos=11 * UNIT, charges=[], included=[])
+    first = await finalised(billing, tenant)
+    pdf = (await tenant.http.get(f"/api/v1/invoices/{first['id']}/pdf")).content
+    body = {"tenant_id": tenant.id, "nanos": granted * CENT, "kind": "prepaid", "reason": "r"}
+    await post(billing, "grants", body)
+    ended = await post(billing, f"invoices/{first['id']}/uncollectible", status=200)
+    assert (ended["status"], ended["paid_minor"]) == (status, min(granted, 1100))
+    assert await left(tenant) == max(0, granted - 1100) * CENT
+    assert (await journal(tenant)).get("write_off", 0) == due * CENT
+    assert (await tenant.http.get(f"/api/v1/invoices/{first['id']}/pdf")).content == pdf
 
 
 async def test_a_line_is_proved_down_to_one_record(billing: Billing) -> None:
