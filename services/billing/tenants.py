@@ -36,6 +36,7 @@ KEPT = (
     "invoice",
     "invoice_line",
     "invoice_series",
+    "journal_balance",
     "journal_entry",
     "journal_line",
     "kept_credit",

@@ -81,6 +81,7 @@ TABLES: dict[str, Source | Derived | Work] = {
     "billing.invoice": Source("documents"),
     "billing.invoice_line": Source("documents"),
     "billing.invoice_series": Source("numbers of documents"),
+    "billing.journal_balance": Derived("billing.journal_balances"),
     "billing.journal_entry": Source("bookings"),
     "billing.journal_line": Source("bookings"),
     "billing.kept_credit": Source("credit"),

@@ -9,6 +9,7 @@ the same, so the debits since the last change are burned together at the next on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Literal, NamedTuple
 from uuid import UUID
@@ -22,7 +23,6 @@ from services.billing.credit.journal import JournalAccount
 
 Kind = Literal["prepaid", "promotional", "purchased"]
 DEFAULT_PRIORITY = 100
-_CORRECTIONS = "corrections of earlier usage"
 _OWED: dict[str, JournalAccount] = {
     "prepaid": "prepaid",
     "promotional": "promotional_credit",
@@ -158,22 +158,23 @@ class Burned(NamedTuple):
 
 
 async def burned(tx: Tx, tenant_id: str, reference: str) -> Burned:
-    """Returns the credit that was burned for an invoice or, for ``usage``, the part that corrections have not given
-    back."""
+    """Returns the credit that was burned for an invoice."""
     rows = await tx.sql(
         """
         SELECT account, sum(amount_nanos)::bigint
         FROM journal_entry
         JOIN journal_line USING (tenant_id, entry)
-        WHERE tenant_id = $1 AND (kind = 'burn' AND reference = $2 OR $2 = 'usage' AND kind = 'grant' AND reason = $3)
+        WHERE tenant_id = $1 AND reference = $2 AND kind = 'burn'
         GROUP BY account
         """,
         tenant_id,
         reference,
-        _CORRECTIONS,
     )
-    found = dict(rows)
-    return Burned(*(found.get(_OWED[kind], 0) for kind in Burned._fields))
+    return _burned(dict(rows))
+
+
+def _burned(amounts: Mapping[str, int]) -> Burned:
+    return Burned(*(amounts.get(_OWED[kind], 0) for kind in Burned._fields))
 
 
 def given_back(nanos: int, purchased: int, paid: int, promotional: int) -> list[tuple[Kind, int]]:
@@ -240,8 +241,9 @@ async def settle(tx: Tx, tenant_id: str) -> None:
         await tx.sql("UPDATE account SET burned_nanos = burned_nanos + $2 WHERE tenant_id = $1", tenant_id, covered)
     elif due < 0:
         # Corrections have given back more than the usage since the last settlement. Grants had paid for the rest.
-        for kind, nanos in given_back(-due, *await burned(tx, tenant_id, "usage")):
-            await add(tx, tenant_id, nanos, kind=kind, reason=_CORRECTIONS, actor="billing", source="revenue")
+        covered_by = _burned(await journal.balances(tx, tenant_id, "usage"))
+        for kind, nanos in given_back(-due, *covered_by):
+            await add(tx, tenant_id, nanos, kind=kind, reason=journal.CORRECTIONS, actor="billing", source="revenue")
         await tx.sql("UPDATE account SET burned_nanos = burned_nanos + $2 WHERE tenant_id = $1", tenant_id, due)
     if expired:
         await _expire(tx, tenant_id)

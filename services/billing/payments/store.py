@@ -585,20 +585,12 @@ async def reconcile(tx: Tx, tenant_id: str | None) -> PaymentReconciliation:
         tenant_id,
     )
     due = sum(int(minor) * nanos_per_minor(currency) for currency, minor in rows)
-    [(booked,)] = await tx.sql(
-        """
-        SELECT coalesce(sum(l.amount_nanos), 0)::text
-        FROM journal_line AS l
-        JOIN journal_entry AS e USING (tenant_id, entry)
-        WHERE l.account = 'cash' AND e.kind LIKE 'payment\\_%' AND ($1::text IS NULL OR tenant_id = $1)
-        """,
-        tenant_id,
-    )
+    booked = (await journal.balances(tx, tenant_id, "payments")).get("cash", 0)
     cases = await open_cases(tx) if tenant_id is None else OpenCases(0, 0)
     return PaymentReconciliation(
         payments_nanos=due,
-        journal_nanos=int(booked),
-        difference=due - int(booked),
+        journal_nanos=booked,
+        difference=due - booked,
         unmatched=cases.unmatched,
         after_erasure=cases.after_erasure,
     )

@@ -1,9 +1,10 @@
-"""The sums that follow from usage and from the ledger. Their writers are `aggregates`, `deliveries` and `accounts`, in
-the transaction of the rows that they sum. A scope is a tenant."""
+"""The sums that follow from usage, the ledger and the journal. Their writers are `aggregates`, `deliveries`, `accounts`
+and `journal`, in the transaction of the rows that they sum. A scope is a tenant."""
 
 from __future__ import annotations
 
 from infra.postgres.read_models import ReadModel, selected
+from services.billing.credit import journal
 from services.billing.rating.domain import MESSAGE
 from services.billing.usage.aggregates import COLUMNS, KEY, REBUILT
 
@@ -77,5 +78,12 @@ READ_MODELS = (
         WHERE a.tenant_id = ANY($1::text[])
         GROUP BY a.tenant_id
         """,
+    ),
+    _of_tenants(
+        "journal_balances",
+        "journal_balance",
+        ("tenant_id", "account", "part"),
+        ("nanos",),
+        journal.BALANCES.format("e.tenant_id = ANY($1::text[])"),
     ),
 )

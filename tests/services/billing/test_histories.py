@@ -207,6 +207,16 @@ async def agree(history: History) -> None:
         await accounts.lock_one(tx, tenant_id)
         await grants.settle(tx, tenant_id)
         balances = await journal.balances(tx, tenant_id)
+        computed = await tx.sql(journal.BALANCES.format("e.tenant_id = $1"), tenant_id)
+        kept_balances = await tx.sql(
+            """
+            SELECT tenant_id, account, part, nanos
+            FROM journal_balance
+            WHERE tenant_id = $1
+            ORDER BY tenant_id, account, part
+            """,
+            tenant_id,
+        )
         known = await invoices.listed(tx, tenant_id, after=None, limit=1000)
         [(debited, invoiced, burned, credit)] = await tx.sql(
             "SELECT debited_nanos, invoiced_nanos, burned_nanos, credit_nanos FROM account WHERE tenant_id = $1",
@@ -304,6 +314,7 @@ async def agree(history: History) -> None:
         assert (await payments.reconcile(tx, tenant_id)).difference == 0
 
     assert sum(balances.values()) == 0
+    assert kept_balances == computed
     # Usage: charged once, and in one invoice, in an open period, or covered by grants.
     assert debited == ledger == sum(sums.values())
     assert invoiced == sums.get(False, 0)

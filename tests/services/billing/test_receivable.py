@@ -6,11 +6,13 @@ import random
 from datetime import timedelta
 from uuid import UUID
 
+import asyncpg
 import pytest
 
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage
 from infra.postgres.database import Database
+from infra.postgres.read_models import compare
 from infra.postgres.tx import Tx
 from services.billing.credit import accounts, journal
 from services.billing.invoices import booking, closing, transfers
@@ -20,6 +22,7 @@ from services.billing.payments import store as payments
 from services.billing.payments.provider import ProviderEvent
 from services.billing.plans import plans, subscriptions
 from services.billing.plans.plans import Plan
+from services.billing.usage.read_models import READ_MODELS
 from tests.services.billing.test_invoices import ANCHOR, START
 from tooling.testing.platform import Platform
 
@@ -103,3 +106,31 @@ async def test_the_receivable_equals_the_open_amount_of_the_invoice(store: Datab
         else:
             assert balances.get("receivable", 0) == asked * CENT
             assert one.due_minor == max(0, asked)
+
+
+async def test_balances_are_kept_beside_the_lines(platform: Platform, store: Database) -> None:
+    tenant_id, invoice_id, payment_id = await invoiced(store, 0)
+    async with store.begin(tenant_id=tenant_id) as tx:
+        paid = ProviderEvent(str(uuid7()), "succeeded", "pi_1", str(payment_id), TOTAL, "USD", "")
+        await payments.handle(tx, "stripe", paid)
+        await transfers.receive(tx, tenant_id, invoice_id, 1, reference="r", actor="test")
+    admin = await asyncpg.connect(platform.database_url)
+    async with admin.transaction():
+        await admin.execute("LOCK TABLE billing.journal_line, billing.journal_entry IN ACCESS EXCLUSIVE MODE")
+        async with store.begin(tenant_id=tenant_id) as tx:
+            # A statement that reads the history fails at once.
+            await tx.sql("SET LOCAL lock_timeout = 1")
+            balances = await journal.balances(tx, tenant_id)
+            found = await payments.reconcile(tx, tenant_id)
+    await admin.close()
+    assert balances == {"cash": (TOTAL + 1) * CENT, "receivable": -CENT, "revenue": -TOTAL * CENT}
+    assert (found.journal_nanos, found.difference) == (TOTAL * CENT, 0)
+    model = next(one for one in READ_MODELS if one.name == "journal_balances")
+    for changed in (False, True):
+        async with store.engine.begin() as connection:
+            compared = await compare(connection, model, [tenant_id])
+        assert [one.what for one in compared.differences] == (["nanos"] if changed else [])
+        async with store.begin(tenant_id=tenant_id) as tx:
+            await tx.sql(
+                "UPDATE journal_balance SET nanos = nanos + 1 WHERE tenant_id = $1 AND account = 'revenue'", tenant_id
+            )
