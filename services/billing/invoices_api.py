@@ -202,8 +202,8 @@ def router(runtime: Runtime) -> APIRouter:
 
     @router.post("/invoices/{invoice_id}/uncollectible", response_model=Invoice)
     async def write_off(invoice_id: UUID, who: Operator, request: Request) -> Response:
-        """Writes the unpaid part of a finalised invoice off, after the tenant's prepaid credit has paid what it can. An
-        invoice that is paid by it is answered as paid."""
+        """Writes the unpaid part of a finalised invoice off, after the tenant's prepaid credit has paid a part. If
+        that pays the invoice, the answer's status is paid."""
         return await _end(invoice_id, who, request, "uncollectible")
 
     @router.post("/invoices/{invoice_id}/credit-notes", status_code=201, response_model=CreditNote)

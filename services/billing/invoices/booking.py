@@ -395,7 +395,7 @@ async def end(
 
 async def _set_off(tx: Tx, tenant_id: str, invoice: Invoice) -> Invoice:
     """Pays an invoice from prepaid credit, in whole minor units, and lowers the limit of the account by the part that
-    was not for usage, as `finalise` does. It counts as a payment: what a finalised invoice shows stays the same."""
+    was not for usage, as `finalise` does. It counts as a payment, which does not change the documents."""
     unit = nanos_per_minor(invoice.currency)
     await grants.settle(tx, tenant_id)
     minor = min(invoice.due_minor, await grants.left(tx, tenant_id, only="prepaid") // unit)
