@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from lxml import etree, html  # type: ignore[import-untyped]
 
@@ -56,23 +57,28 @@ MAX_SPAN = 100
 MAX_REPEATED_CHARACTERS = 1_000_000
 
 
-def html_markdown(content: bytes, *, titled: bool = False) -> tuple[str, str]:
-    """The text of an HTML page as Markdown, and the page's encoding. `titled`: as in `markdown`. Raises
+def html_markdown(
+    content: bytes, *, titled: bool = False, titles: Mapping[str, tuple[int, str]] = MappingProxyType({})
+) -> tuple[str, str]:
+    """The text of an HTML page as Markdown, and the page's encoding. `titled`, `titles`: as in `markdown`. Raises
     UnknownEncoding."""
     declared = _CHARSET.search(content[:_PRESCANNED_BYTES])
     text, encoding = decode(content, declared[1].decode("ascii") if declared else None)
-    return markdown(text, titled=titled), encoding
+    return markdown(text, titled=titled, titles=titles), encoding
 
 
-def markdown(page: str, *, titled: bool = False) -> str:
-    """An HTML page as Markdown. `titled`: its title is the first heading if it has none of the first level."""
+def markdown(page: str, *, titled: bool = False, titles: Mapping[str, tuple[int, str]] = MappingProxyType({})) -> str:
+    """An HTML page as Markdown. `titled`: its title is the first heading if it has none of the first level.
+
+    titles: the id of an element, empty for the page, → level and text of its heading if it begins with none.
+    """
     # A NUL would end the text for the parser. The parser refuses a declaration of an encoding in a decoded text.
     page = re.sub(r"^\s*<\?xml[^>]*>", "", page.replace("\0", " "), count=1)
     if not page.strip():
         return ""
     # huge_tree: without it, parts that are nested deeply are lost.
     root = html.document_fromstring(page, parser=html.HTMLParser(huge_tree=True, remove_comments=True, remove_pis=True))
-    text = _Writer().write(root)
+    text = _Writer(titles).write(root)
     title = _WHITE.sub(" ", root.findtext("head/title") or "").strip() if titled else ""
     return f"# {title}\n{text}" if title and root.find(".//h1") is None else text
 
@@ -80,7 +86,10 @@ def markdown(page: str, *, titled: bool = False) -> str:
 class _Writer:
     """Walks the tree without recursion: a page may be nested as deeply as it likes."""
 
-    def __init__(self) -> None:
+    def __init__(self, titles: Mapping[str, tuple[int, str]]) -> None:
+        self._titles = dict(titles)
+        # The title of the text that follows.
+        self._title = self._titles.pop("", None)
         self._out: list[str] = []
         # The line that is being written, and for each open cell the line outside it.
         self._line: list[str] = []
@@ -123,6 +132,10 @@ class _Writer:
         tag = element.tag
         if tag in _BLOCKS or tag in _HEADINGS:
             self._break()
+        if not self._prefix.startswith("#"):
+            self._title = self._titles.pop(element.get("id"), self._title)
+        if tag in _HEADINGS:
+            self._title = None
         if tag in _HEADINGS and not self._outside:
             self._out.append("\n")
             self._prefix = "#" * _HEADINGS[tag] + " "
@@ -261,6 +274,13 @@ class _Writer:
         return f"{written(number, _FORMS.get(parent.get('type'), 'decimal'))}. "
 
     def _text(self, text: str | None) -> None:
+        if self._title and text and text.strip() and not self._outside and not self._pre:
+            (level, title), self._title = self._title, None
+            self._break()
+            self._prefix = ""
+            self._out.append(f"\n{'#' * level} {title}\n")
+            if text.strip() == title:
+                return
         if text:
             self._line.append(text)
 

@@ -110,8 +110,8 @@ class BlockReader:
                 if margins := word.margins(self._file):
                     yield Block(_clean(margins))
             case types.EPUB:
-                for chapter in ebooks.chapters(self._file, self.warnings):
-                    yield from sections(_clean(chapter))
+                for block in ebooks.blocks(self._file, self.warnings):
+                    yield block._replace(text=_clean(block.text))
             case types.MAIL:
                 for block in mail.blocks(self._file, self.warnings):
                     yield block._replace(text=_clean(block.text))

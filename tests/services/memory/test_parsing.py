@@ -292,6 +292,48 @@ def test_an_e_book_chapter_by_chapter(tmp_path: Path) -> None:
     assert lines[-1]["warnings"] == ["A part of the e-book is missing: OEBPS/gone.xhtml."]
 
 
+TITLES = """
+<html xmlns:epub="http://www.idpf.org/2007/ops">
+<nav epub:type="page-list"><ol><li><a href="b.xhtml">12</a></li></ol></nav>
+<nav epub:type="toc"><ol><li><a href="a.xhtml">Part I</a><ol><li><a href="b.xhtml">Care</a><ol><li>
+<a href="b.xhtml#s2">Safety</a></li></ol></li></ol></li><li><span>Terms</span><ol><li>
+<a href="d.xhtml#r">2. Returns</a></li><li><a href="d.xhtml#p">3. Post</a></li></ol></li></ol></nav></html>"""
+OLDER_TITLES = """
+<ncx><navMap><navPoint><navLabel><text>Part I</text></navLabel><content src="a.xhtml"/><navPoint><navLabel>
+<text>Care</text></navLabel><content src="b.xhtml"/><navPoint><navLabel><text>Safety</text></navLabel>
+<content src="b.xhtml#s2"/></navPoint></navPoint></navPoint><navPoint><navLabel><text>Terms</text></navLabel>
+<navPoint><navLabel><text>2. Returns</text></navLabel><content src="d.xhtml#r"/></navPoint><navPoint><navLabel>
+<text>3. Post</text></navLabel><content src="d.xhtml#p"/></navPoint></navPoint></navMap></ncx>"""
+
+
+@pytest.mark.parametrize("contents", [TITLES, OLDER_TITLES])
+def test_the_table_of_contents_of_an_e_book_gives_the_sections_without_headings(contents: str) -> None:
+    """A chapter may be several files, or several chapters one file."""
+    chapters = {
+        "0.xhtml": "<p>Copyright.</p>",
+        "a.xhtml": "<p>All parts.</p>",
+        "b.xhtml": "<p>Care</p><p>Fill it.</p><p id='s2'>With care.</p>",
+        "c.xhtml": "<p>And more.</p>",
+        "d.xhtml": "<div id='r'><h1>Returns</h1><p>45 days.</p></div><p><a id='p'/>By mail.</p>",
+    }
+    book = files.epub({name: f"<html><body>{text}</body></html>" for name, text in chapters.items()})
+    book = _changed(
+        book, "OEBPS/toc.xhtml", b"<html><body><nav>the table of contents</nav></body></html>", contents.encode()
+    )
+    if contents == OLDER_TITLES:
+        kind = b'media-type="application/xhtml+xml" properties="nav"'
+        book = _changed(book, "OEBPS/book.opf", kind, b'media-type="application/x-dtbncx+xml"')
+    assert [(line["text"], line["section"]) for line in parse(book, types.EPUB) if "text" in line] == [
+        ("Copyright.", None),
+        ("All parts.", "Part I"),
+        ("Fill it.", "Part I > Care"),
+        ("With care.", "Part I > Care > Safety"),
+        ("And more.", "Part I > Care > Safety"),
+        ("45 days.", "Terms > Returns"),
+        ("By mail.", "Terms > 3. Post"),
+    ]
+
+
 MAIL = """From: =?gb2312?B?zfXQoczv?= <wang@example.com>
 To: shop@example.com
 Date: Mon, 30 Nov 2026 09:00:00 +0800
