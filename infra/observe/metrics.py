@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
 # From a fast handler to the slowest answer for which a person still waits.
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+SLOW_STATEMENT_SECONDS = 0.5
+
+
+class Statements(Collector):
+    """The statements and commands of a process to PostgreSQL, as plain numbers: a histogram costs more at each."""
+
+    def __init__(self) -> None:
+        self._all = 0
+        self._slow = 0
+
+    def took(self, seconds: float) -> None:
+        self._all += 1
+        self._slow += seconds > SLOW_STATEMENT_SECONDS
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        yield CounterMetricFamily("claw_db_statements", "Statements to PostgreSQL that ended", self._all)
+        yield CounterMetricFamily("claw_db_slow_statements", "Those that took more than half a second", self._slow)
+
+
+STATEMENTS = Statements()
+"""Those of this process."""
 
 
 class Metrics:
@@ -126,6 +152,7 @@ class Metrics:
 
         # Connections to PostgreSQL. A pool that stays full makes requests and lanes wait.
         self.db_pool_used_ratio = gauge("claw_db_pool_used_ratio", "Part of the connections in use, 0 to 1", "pool")
+        registry.register(STATEMENTS)
 
         # If PostgreSQL archives its WAL. Segments that cannot be archived fill its disk.
         self.wal_archived_age_seconds = gauge(

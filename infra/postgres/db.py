@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from time import perf_counter
 from typing import Any
 
 import asyncpg
@@ -17,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from infra.connections import postgres_context
 from infra.errors import Transient
+from infra.observe.metrics import STATEMENTS
 
 # The server ends a session that is idle in a transaction for longer. A consumer that is stopped in the middle of a
 # transaction holds its offset row. Without this limit the next owner of the partition would wait for that row for as
@@ -215,6 +217,7 @@ async def sql(connection: AsyncConnection, statement: str, *arguments: Any) -> S
             raise asyncpg.InterfaceError("the connection to the database was lost")
         result = await connection.exec_driver_sql(statement, arguments or None)
         return [tuple(row) for row in result] if result.returns_rows else ()
+    began = perf_counter()
     try:
         return [tuple(row) for row in await driver.fetch(statement, *arguments)]
     except Exception as error:
@@ -223,6 +226,8 @@ async def sql(connection: AsyncConnection, statement: str, *arguments: Any) -> S
         # After a cancellation the connection may be in the middle of a statement.
         await connection.invalidate()
         raise
+    finally:
+        STATEMENTS.took(perf_counter() - began)
 
 
 async def begin(connection: AsyncConnection, tenant_id: str | None = None) -> None:
@@ -253,6 +258,7 @@ async def _command(connection: AsyncConnection, command: str) -> str:
     driver = _driver(connection)
     if driver is None:
         raise asyncpg.InterfaceError("the connection to the database was lost in the transaction")
+    began = perf_counter()
     try:
         tag: str = await driver.execute(command)
         return tag
@@ -261,6 +267,8 @@ async def _command(connection: AsyncConnection, command: str) -> str:
     except BaseException:
         await connection.invalidate()
         raise
+    finally:
+        STATEMENTS.took(perf_counter() - began)
 
 
 async def _failure(connection: AsyncConnection, driver: Any, statement: str, error: Exception) -> Exception:

@@ -9,9 +9,12 @@ from contextlib import AbstractAsyncContextManager, suppress
 
 import asyncpg
 import pytest
+from prometheus_client import CollectorRegistry
 from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from infra.observe import metrics
+from infra.observe.metrics import Metrics
 from infra.postgres import db
 from infra.postgres.database import Database
 from tests.infra.conftest import SampleDatabase
@@ -212,3 +215,28 @@ async def test_a_connection_that_is_lost_in_a_transaction_fails_it_and_is_replac
     assert db.is_transient(failed.value)
     assert await single.autocommit("SELECT 1") == [(1,)]
     await other.dispose()
+
+
+async def test_statements_are_counted_for_the_alert_about_slow_ones(
+    engine: db.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Metrics(CollectorRegistry()).registry
+
+    def counts() -> tuple[float, float]:
+        every, slow = (registry.get_sample_value(f"claw_db_{name}_total") for name in ("statements", "slow_statements"))
+        assert every is not None
+        assert slow is not None
+        return every, slow
+
+    async with engine.statements() as connection:
+        every, slow = counts()
+        await db.sql(connection, "SELECT 1")
+        assert counts() == (every + 1, slow)
+        monkeypatch.setattr(metrics, "SLOW_STATEMENT_SECONDS", -1.0)
+        # Also one that fails: a statement that is cancelled after its time-out is the slowest of all.
+        with pytest.raises(DBAPIError):
+            await db.sql(connection, "SELECT 1 / 0")
+        assert counts() == (every + 2, slow + 1)
+    async with engine.transaction():
+        pass
+    assert counts() == (every + 4, slow + 3)
