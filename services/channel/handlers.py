@@ -66,7 +66,7 @@ async def skip_gap(gap: MissingMessages, effects: Effects, tx: Tx) -> None:
 
 
 async def expire_delivery(due: DueDelivery, tx: Tx) -> None:
-    await _decide(tx, due.delivery_id, MarkFailed("expired"))
+    await _give_up(tx, due.delivery_id, "expired")
 
 
 # An address of a tenant that never answers must not hold the slots of all tenants.
@@ -77,7 +77,7 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
             sendable = await sender.load(reading, due.delivery_id)
         parts = await sendable.parts()
     except NotSendable as reason:
-        await _decide(tx, due.delivery_id, MarkFailed(str(reason)))
+        await _give_up(tx, due.delivery_id, str(reason))
         return
     account = sendable.account
     vendor = account.vendor
@@ -135,6 +135,27 @@ async def _replaced(effects: Effects, sender: Sender, account: ChannelAccount, p
         key = f"{part.key}/retracted"
         await effects.run(key, lambda _: sender.retract(account, part, shown), kind="repeatable")
     return edited.state == "succeeded"
+
+
+async def _give_up(tx: Tx, delivery_id: UUID, reason: str) -> None:
+    """Ends a delivery that is not sent any more. Some of its parts may have been sent before."""
+    rows = await tx.sql(
+        # The bounds hold in each collation: digits are before letters.
+        """
+        SELECT e.key, coalesce(convert_from(e.result, 'UTF8')::jsonb ->> 'vendor_message_id', p.message_id)
+        FROM lane_effect e
+            LEFT JOIN delivery d ON d.id = $2 AND e.key = $3 || '1/shown'
+            LEFT JOIN preview p ON p.run_id = d.run_id AND p.delivery_id = d.id
+        WHERE e.tenant_id = $1 AND e.key BETWEEN $3 AND $3 || 'z' AND e.state = 'succeeded'
+        ORDER BY e.key
+        """,
+        tx.tenant_id,
+        delivery_id,
+        prefix := f"{delivery_id}-",
+    )
+    sent = {int(key.removeprefix(prefix).partition("/")[0]): id_ for key, id_ in rows if id_}
+    ids = tuple(sent.get(n) for n in range(1, max(sent, default=0) + 1))
+    await _decide(tx, delivery_id, MarkFailed(reason, ids))
 
 
 async def _decide(tx: Tx, delivery_id: UUID, command: Command, **about: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID
@@ -202,6 +203,37 @@ async def test_a_reaction_to_a_part_that_was_sent_before_another_one_failed_is_i
     [inbound] = await chat.desk.received(chat.channel)
     chat.vendor.faults += [Fault(late=True), fault]
     await chat.desk.settled(await chat.desk.reply(inbound, "word " * 1_000))
+    [first] = chat.vendor.ledger
+    await chat.call(chat.vendor.reaction(int(first.id), "👍"))
+    assert await chat.ends() == []
+    sign = {"sign": "👍", "subject_id": inbound["subject_id"]}
+    assert [item["reactions"] for item in await chat.history()] == [[], [sign]]
+
+
+@pytest.mark.parametrize(
+    "given_up",
+    [
+        "UPDATE lane_item SET expires_at = clock_timestamp() WHERE kind = 'deliveries' AND tenant_id = $1",
+        "UPDATE account SET broken_reason = 'gone' WHERE tenant_id = $1",
+    ],
+)
+async def test_a_reaction_to_a_part_of_a_delivery_that_was_given_up_is_in_the_history(
+    chat: Chat, given_up: str
+) -> None:
+    await chat.call(chat.vendor.update("Hi", message_id=1_000))
+    [inbound] = await chat.desk.received(chat.channel)
+    go_on = asyncio.Event()
+    chat.vendor.faults += [Fault(late=True), answer(503)._replace(wait=go_on)]
+    id_ = await chat.desk.reply(inbound, "word " * 1_000)
+
+    async def second() -> bool:
+        return not chat.vendor.faults
+
+    await chat.desk.platform.until(second)
+    async with chat.desk.platform.database("channel").begin() as tx:
+        await tx.sql(given_up, chat.desk.tenant_id)
+    go_on.set()
+    assert (await chat.desk.settled(id_))["state"] == "failed"
     [first] = chat.vendor.ledger
     await chat.call(chat.vendor.reaction(int(first.id), "👍"))
     assert await chat.ends() == []
