@@ -148,15 +148,21 @@ class Changes(msgspec.Struct, frozen=True):
 
     count: int = 0
     deleted: bool = False
+    content_bytes: int = 0
+    """Of its edits and reactions; 0 once it is deleted, as their texts are removed then."""
 
 
-# Of one message. Each costs a row, and a person can change a message as often as they like.
+# Of one message. Each costs a row, and a person can change a message as often as they like. Whoever shows or changes
+# the message reads all of them.
 MAX_CHANGES = 200
+MAX_CHANGE_BYTES = 4 * 1024 * 1024
+"""A further change is refused beyond this. One alone has up to a vendor's call more."""
 
 
 def change(event: MessageChange, changes: Changes) -> Sequence[MessageChange]:
     """The vendor states the change. Nothing follows a deletion, and a deletion is never one too many."""
-    if changes.deleted or (changes.count >= MAX_CHANGES and not isinstance(event, MessageDeleted)):
+    is_full = changes.count >= MAX_CHANGES or changes.content_bytes >= MAX_CHANGE_BYTES
+    if changes.deleted or (is_full and not isinstance(event, MessageDeleted)):
         return []
     return [event]
 
@@ -166,7 +172,7 @@ def changed(changes: Changes, event: MessageChange) -> Changes:
         case MessageDeleted():
             return Changes(changes.count + 1, True)
         case MessageEdited() | MessageReacted():
-            return Changes(changes.count + 1)
+            return Changes(changes.count + 1, content_bytes=changes.content_bytes + len(event.content))
         case _:
             assert_never(event)
 

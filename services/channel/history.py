@@ -26,6 +26,16 @@ class Now:
     """Of reactions, by our id of the person."""
 
 
+async def sizes(tx: Tx, messages: Sequence[UUID]) -> dict[UUID, int]:
+    """The bytes of all changes of those `messages` that were changed."""
+    names = {MESSAGE.stream(str(id_)).row: id_ for id_ in messages}
+    rows = await tx.sql(
+        "SELECT stream_id, sum(octet_length(data)) FROM event WHERE stream_id = ANY($1::text[]) GROUP BY stream_id",
+        list(names),
+    )
+    return {names[stream]: size for stream, size in rows}
+
+
 async def changes(tx: Tx, subjects: SubjectKeys, messages: Sequence[UUID]) -> dict[UUID, Now]:
     """Of those `messages` that were changed."""
     names = {MESSAGE.stream(str(id_)).row: id_ for id_ in messages}

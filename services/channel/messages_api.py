@@ -40,17 +40,28 @@ KEEP_SECONDS = 30.0
 DELETED_TEXT = "[deleted]"
 """Readers show this in place of a text that its author has deleted."""
 
-# Reads only. A conversation's newest messages stand at the end of its stream.
+# Reads only. A conversation's newest messages stand at the end of its stream. Only those conversations are looked up
+# whose last message can be on the page: if enough of them to fill it ended between `edge` and the cursor, the page has
+# no message from before `edge`. A message is stored up to a minute, the longest transaction, after `last_at`.
 _INBOUND = """
+WITH known AS MATERIALIZED (
+    SELECT session_key, channel_id, last_at FROM conversation
+    WHERE ($2::text IS NULL OR session_key = $2) AND ($3::uuid IS NULL OR channel_id = $3)
+), edge AS (
+    SELECT last_at FROM known
+    WHERE last_at < coalesce($4::timestamptz, 'infinity') - interval '1 minute'
+    ORDER BY last_at DESC
+    LIMIT 1 OFFSET $6 - 1
+)
 SELECT m.recorded_at, m.event_id, m.event_id, m.size, c.channel_id, c.session_key
-FROM conversation c CROSS JOIN LATERAL (
+FROM known c CROSS JOIN LATERAL (
     SELECT event_id, recorded_at, octet_length(data) AS size FROM event
     WHERE stream_id = $1 || c.session_key
         AND ($4::timestamptz IS NULL OR (recorded_at, event_id) < ($4, $5::uuid))
     ORDER BY version DESC
     LIMIT $6
 ) m
-WHERE ($2::text IS NULL OR c.session_key = $2) AND ($3::uuid IS NULL OR c.channel_id = $3)
+WHERE c.last_at > (SELECT last_at FROM edge) - interval '1 minute' OR NOT EXISTS (SELECT FROM edge)
 ORDER BY m.recorded_at DESC, m.event_id DESC
 LIMIT $6
 """
@@ -64,14 +75,24 @@ SELECT path FROM attachment WHERE tenant_id = $1 AND subject_id = $2 AND strpos(
 ORDER BY strpos(path, '/' || $1 || '/') = 0
 """
 _EVENTS = "SELECT event_id, type, schema_version, data FROM event WHERE event_id = ANY($1::uuid[])"
-# The first event of a delivery's stream holds its content.
+# The newest of each channel, by the index of channel and time. The first event of a delivery's stream has its content.
 _OUTBOUND = """
 SELECT d.created_at, d.id, e.event_id, octet_length(e.data), d.state, d.reason, d.vendor_message_id
-FROM delivery d JOIN event e ON e.stream_id = $1 || d.id::text AND e.version = 1
-WHERE ($2::text IS NULL OR d.session_key = $2) AND ($3::uuid IS NULL OR d.channel_id = $3)
-    AND ($4::timestamptz IS NULL OR (d.created_at, d.id) < ($4, $5::uuid))
-ORDER BY d.created_at DESC, d.id DESC
-LIMIT $6
+FROM (
+    SELECT d.*
+    FROM (
+        SELECT DISTINCT channel_id FROM conversation
+        WHERE ($2::text IS NULL OR session_key = $2) AND ($3::uuid IS NULL OR channel_id = $3)
+    ) c CROSS JOIN LATERAL (
+        SELECT id, created_at, state, reason, vendor_message_id FROM delivery
+        WHERE channel_id = c.channel_id AND ($2 IS NULL OR session_key = $2)
+            AND ($4::timestamptz IS NULL OR (created_at, id) < ($4, $5::uuid))
+        ORDER BY created_at DESC, id DESC
+        LIMIT $6
+    ) d
+    ORDER BY d.created_at DESC, d.id DESC
+    LIMIT $6
+) d JOIN event e ON e.stream_id = $1 || d.id::text AND e.version = 1
 """
 
 
@@ -233,7 +254,9 @@ def router(runtime: Runtime, secrets: AccountSecrets) -> APIRouter:
             outbound = await tx.sql(_OUTBOUND, DELIVERY.stream("").row, *where)
             # By time and id.
             listed = sorted((*inbound, *outbound), key=lambda row: row[:2], reverse=True)
-            shown = set(of_one_page((row[2], row[3]) for row in listed[: paging.limit]))
+            changing = await history.sizes(tx, [row[1] for row in listed[: paging.limit]])
+            sizes = ((row[2], row[3] + changing.get(row[1], 0)) for row in listed[: paging.limit])
+            shown = set(of_one_page(sizes))
             more = len(listed) > len(shown)
             stored = {id_: row for id_, *row in await tx.sql(_EVENTS, sorted(shown))}
             inbound, outbound = ([row for row in rows if row[2] in shown] for rows in (inbound, outbound))

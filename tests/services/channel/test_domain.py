@@ -7,8 +7,10 @@ from typing import Literal
 from uuid import UUID
 
 import pytest
+from msgspec.structs import replace
 
 from services.channel.domain import (
+    MAX_CHANGE_BYTES,
     MAX_CHANGES,
     Changes,
     Command,
@@ -160,3 +162,13 @@ def test_nothing_follows_a_deletion_and_the_changes_of_a_message_are_bounded() -
     assert change(MessageDeleted(), state) == [MessageDeleted()]
     state = changed(state, MessageDeleted())
     assert [change(event, state) for event in (*events, MessageDeleted())] == [[], [], []]
+
+
+def test_the_texts_of_a_messages_changes_are_bounded_together() -> None:
+    long = MessageEdited("s", bytes(MAX_CHANGE_BYTES // 2), 1)
+    state = changed(changed(Changes(), long), long)
+    assert change(MessageReacted("s", b"sealed", "added", 1), state) == []
+    assert change(MessageDeleted(), state) == [MessageDeleted()]
+    # A deletion removes the stored texts: the state is the same with them and without.
+    emptied = replace(long, content=b"")
+    assert changed(state, MessageDeleted()) == changed(changed(changed(Changes(), emptied), emptied), MessageDeleted())

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
 
+from infra.clock import uuid7
 from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import SubjectErased
+from services.channel.events import MessageTaken
+from services.channel.messages_api import _INBOUND
+from services.channel.publishing import CONVERSATION
 from tests.services.channel.conftest import Desk
 from tooling.testing.vendors import Fault, TelegramStandIn, TwilioStandIn, WebhookStandIn, cut
 
@@ -83,6 +90,73 @@ async def test_a_page_of_long_messages_is_cut(desk: Desk, telegram: TelegramStan
             query["cursor"] = page["next"]
     # Stored, a text of 800 kB has more than a megabyte.
     assert pages == ["sgfed", "cba"]
+
+
+async def test_a_page_of_messages_with_long_edits_is_cut(desk: Desk, telegram: TelegramStandIn) -> None:
+    channel = await desk.connect("telegram", telegram.credentials, telegram.url)
+    for number in (1, 2, 3):
+        await desk.call(channel, telegram.update("short", chat=1, message_id=number))
+        for size in (800_000, 900_000, 700_000):
+            await desk.call(channel, telegram.edit("x" * size, number, chat=1))
+
+    async def edited() -> bool:
+        async with desk.platform.database("channel").begin() as tx:
+            rows = await tx.sql(
+                "SELECT FROM lane_item WHERE kind = 'changes' AND state = 'waiting' AND tenant_id = $1", desk.tenant_id
+            )
+        return not rows
+
+    await desk.platform.until(edited)
+    async with desk.client() as http:
+        page = (await http.get("/api/v1/messages")).json()
+        assert [len(one["text"]) for one in page["items"]] == [700_000, 700_000]
+        page = (await http.get("/api/v1/messages", params={"cursor": page["next"]})).json()
+    assert ([len(one["text"]) for one in page["items"]], page["next"]) == ([700_000], None)
+
+
+async def test_the_list_looks_up_only_conversations_whose_last_message_can_be_on_the_page(desk: Desk) -> None:
+    """Twenty conversations of one message each, an hour apart, and one whose second message is the newest of all."""
+    begin, channel_id = datetime(2026, 1, 1, tzinfo=UTC), uuid7()
+    times = {f"listed-{n}": [begin + timedelta(hours=n)] for n in range(20)}
+    times["listed-5"].append(begin + timedelta(hours=30))
+    async with desk.platform.database("channel").begin(tenant_id=desk.tenant_id) as tx:
+        for session, stored in times.items():
+            await tx.sql(
+                """
+                INSERT INTO conversation (session_key, tenant_id, channel_id, subject_id, position, last_at)
+                VALUES ($1, $2, $3, 's', $5, $4)
+                """,
+                session,
+                desk.tenant_id,
+                channel_id,
+                stored[-1],
+                len(stored),
+            )
+            for version, at in enumerate(stored, 1):
+                fact = MessageTaken(channel_id, "telegram", uuid7(), "s", b"", at)
+                tx.append(CONVERSATION.stream(session), fact, event_id=UUID(int=at.hour + 100 * at.day + version))
+    async with desk.platform.database("channel").begin(tenant_id=desk.tenant_id) as tx:
+        for session, stored in times.items():
+            for version, at in enumerate(stored, 1):
+                await tx.sql(
+                    "UPDATE event SET recorded_at = $3 WHERE stream_id = $1 AND version = $2",
+                    CONVERSATION.stream(session).row,
+                    version,
+                    at,
+                )
+        listed: list[datetime] = []
+        after: tuple[datetime | None, UUID | None] = None, None
+        looked: list[int] = []
+        for _ in range(7):
+            where = CONVERSATION.stream("").row, None, None, *after, 3
+            rows = await tx.sql(_INBOUND, *where)
+            plan = await tx.sql(f"EXPLAIN ANALYZE {_INBOUND}", *where)
+            looked.append(max(map(int, re.findall(r"loops=(\d+)", str(plan)))))
+            listed += [at for at, *_ in rows]
+            after = rows[-1][0], rows[-1][1]
+    assert listed == sorted((at for stored in times.values() for at in stored), reverse=True)
+    # The first page needs three of the twenty.
+    assert looked[0] <= 4
 
 
 async def test_an_erased_person_is_not_shown(desk: Desk, telegram: TelegramStandIn) -> None:
