@@ -20,7 +20,7 @@ from protos.messages.notification import SendEmail, SendPush
 from services.notification.adapters import Owners
 from services.notification.domain import LIFE, MAX_SUBJECT, SendResult, is_address, is_file, is_one_line, result
 from services.notification.mailer import Mailer
-from services.notification.notifications import Email, Notifications, fail_push, finish
+from services.notification.notifications import Email, Notifications, fail, finish
 
 
 class QueuedEmail(msgspec.Struct, frozen=True):
@@ -47,9 +47,9 @@ async def queue_email(message: SendEmail, tx: Tx, notifications: Notifications) 
         raise InvalidMessage("subject", f"must be one line of up to {MAX_SUBJECT} characters")
     if message.attachment and not is_file(message.attachment.name, message.attachment.media_type):
         raise InvalidMessage("attachment", "must have a plain file name and a media type such as application/pdf")
-    await notifications.queue(
-        tx, envelope.id, Email(message.to, message.subject, message.text, envelope.time, message.attachment)
-    )
+    email = Email(message.to, message.subject, message.text, envelope.time, message.attachment)
+    if not await notifications.queue(tx, envelope.id, email):
+        return
     # The life begins with the request: an old e-mail from a dead-letter queue is not sent.
     life = envelope.time + LIFE - utcnow()
     tx.enqueue(EMAILS, lane=str(envelope.id), item=QueuedEmail(envelope.id), item_id=envelope.id, expires_in=life)
@@ -82,7 +82,7 @@ async def send_email(
 @NOTIFICATION_PUSH.worker(prefetch=20)
 async def record_push(message: SendPush, tx: Tx) -> None:
     # Devices cannot be registered yet, so every push notification fails.
-    await fail_push(tx, _envelope(tx).id, "undeliverable: the user has no device")
+    await fail(tx, _envelope(tx).id, "push", "undeliverable: the user has no device")
 
 
 def _envelope(tx: Tx) -> Envelope:

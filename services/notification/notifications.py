@@ -10,6 +10,7 @@ from uuid import UUID
 import msgspec
 from pydantic import BaseModel, ConfigDict
 
+from infra.observe.logs import get_logger
 from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.rewrap import SealedColumn
@@ -17,8 +18,18 @@ from protos.messages.notification import Attachment
 from services.notification.domain import SendResult, masked
 
 KEEP = timedelta(days=90)
+# E-mails of a tenant within a day, each to up to 20 owners: tenants choose the addresses, the causes and some of the
+# words, and a provider blocks a platform that sends too much. The last ones are for e-mails with a file, such as
+# invoices. What the others tell is in the API, too. E-mails that are queued at the same moment may be a few more.
+DAY = timedelta(days=1)
+MAX_A_DAY = 50
+FOR_FILES = 10
+TOO_MANY = f"the tenant has had {MAX_A_DAY - FOR_FILES} e-mails within a day"
+TOO_MANY_FILES = f"the tenant has had {MAX_A_DAY} e-mails within a day"
 _PURPOSE = "notification"
 SEALED = SealedColumn("notification", "content", _PURPOSE, ("tenant_id", "id::text"))
+
+_log = get_logger("services.notification.notifications")
 
 
 class Email(msgspec.Struct, frozen=True):
@@ -53,18 +64,36 @@ class Notifications:
     def __init__(self, cipher: Cipher) -> None:
         self._cipher = cipher
 
-    async def queue(self, tx: Tx, id_: UUID, email: Email) -> None:
-        """Stores an e-mail, and deletes the tenant's notifications that are older than 90 days."""
+    async def queue(self, tx: Tx, id_: UUID, email: Email) -> bool:
+        """Stores an e-mail, and deletes the tenant's notifications that are older than 90 days.
+
+        False if the tenant has had too many e-mails: it is stored as failed, without its content.
+        """
         tenant_id = tx.tenant_id or ""
         await tx.sql(
             "DELETE FROM notification WHERE tenant_id = $1 AND created_at < now() - $2::interval", tenant_id, KEEP
         )
+        [(count,)] = await tx.sql(
+            """
+            SELECT count(*) FROM notification
+            WHERE tenant_id = $1 AND kind = 'email' AND created_at > now() - $2::interval AND reason <> ALL($3::text[])
+            """,
+            tenant_id,
+            DAY,
+            [TOO_MANY, TOO_MANY_FILES],
+        )
+        if count >= (MAX_A_DAY if email.attachment else MAX_A_DAY - FOR_FILES):
+            reason = TOO_MANY_FILES if email.attachment else TOO_MANY
+            _log.warning("an e-mail is not sent", tenant_id=tenant_id, notification_id=str(id_), reason=reason)
+            await fail(tx, id_, "email", reason)
+            return False
         await tx.sql(
             "INSERT INTO notification (tenant_id, id, kind, state, content) VALUES ($1, $2, 'email', 'queued', $3)",
             tenant_id,
             id_,
             self._cipher.seal(msgspec.json.encode(email), _PURPOSE, tenant_id, str(id_)),
         )
+        return True
 
     async def read(self, tx: Tx, id_: UUID) -> Email:
         """The content of a queued e-mail."""
@@ -74,15 +103,16 @@ class Notifications:
         return msgspec.json.decode(self._cipher.open(content, _PURPOSE, tx.tenant_id or "", str(id_)), type=Email)
 
 
-async def fail_push(tx: Tx, id_: UUID, reason: str) -> None:
-    """Stores the failure of a push notification, without its content."""
+async def fail(tx: Tx, id_: UUID, kind: Literal["email", "push"], reason: str) -> None:
+    """Stores the failure of a notification that was not queued, without its content."""
     await tx.sql(
         """
         INSERT INTO notification (tenant_id, id, kind, state, reason, finished_at)
-        VALUES ($1, $2, 'push', 'failed', $3, clock_timestamp())
+        VALUES ($1, $2, $3, 'failed', $4, clock_timestamp())
         """,
         tx.tenant_id,
         id_,
+        kind,
         reason,
     )
 

@@ -72,8 +72,11 @@ class EndpointSecrets:
         return self._cipher.open(sealed, _PURPOSE, str(endpoint_id)).decode()
 
 
-async def queue(tx: Tx, facts: Iterable[TenantEvent]) -> None:
-    """Stores a delivery of each fact for each endpoint that asked for it. A repeated fact changes nothing."""
+async def queue(tx: Tx, facts: Iterable[TenantEvent]) -> int:
+    """Stores a delivery of each fact for each endpoint that asked for it. A repeated fact changes nothing.
+
+    Returns the number of new deliveries.
+    """
     of_tenant: dict[str, list[TenantEvent]] = {}
     for fact in facts:
         of_tenant.setdefault(fact.tenant_id, []).append(fact)
@@ -92,7 +95,7 @@ async def queue(tx: Tx, facts: Iterable[TenantEvent]) -> None:
         if fact.type in events
     ]
     if not wanted:
-        return
+        return 0
     wanted.sort(key=lambda row: row[0])
     rows = await tx.sql(
         """
@@ -111,6 +114,7 @@ async def queue(tx: Tx, facts: Iterable[TenantEvent]) -> None:
     for id_, tenant_id in rows:
         tx.tenant_id = tenant_id
         enqueue(tx, UUID(str(id_)))
+    return len(rows)
 
 
 def enqueue(tx: Tx, delivery_id: UUID) -> None:
@@ -189,18 +193,19 @@ async def failed(tx: Tx, endpoint_id: UUID, *, gone: bool) -> str | None:
     return reason if disabled else None
 
 
-async def forget(tx: Tx, tenant_ids: Sequence[str]) -> None:
-    """Deletes old deliveries of the tenants, a bounded number at a time."""
+async def forget(tx: Tx, tenant_ids: Sequence[str], limit: int) -> None:
+    """Deletes up to `limit` old deliveries of the tenants."""
     await tx.sql(
         """
         DELETE FROM webhook_delivery WHERE id IN (
             SELECT id FROM webhook_delivery
             WHERE tenant_id = ANY($1::text[]) AND created_at < clock_timestamp() - $2::interval AND state <> 'waiting'
             ORDER BY id
-            LIMIT 1000
+            LIMIT $3
             FOR UPDATE SKIP LOCKED
         )
         """,
         tenant_ids,
         KEEP,
+        limit,
     )

@@ -55,8 +55,8 @@ async def _queue(messages: Sequence[Message], tx: Tx) -> None:
         body = msgspec.json.encode({"type": event.type, "timestamp": envelope.time, "data": event.data})
         facts.append(TenantEvent(envelope.tenant_id, envelope.id, event.type, body))
     if facts:
-        await endpoints.queue(tx, facts)
-        await endpoints.forget(tx, sorted({fact.tenant_id for fact in facts}))
+        queued = await endpoints.queue(tx, facts)
+        await endpoints.forget(tx, sorted({fact.tenant_id for fact in facts}), 1_000 + 2 * queued)
 
 
 @AGENT_EVENTS.batch(group="notification")
@@ -148,5 +148,5 @@ async def _count_failure(tx: Tx, notifications: Notifications, endpoint: Webhook
         "POST …/resend sends the events that it has missed.\n"
     )
     id_ = uuid7()
-    await notifications.queue(tx, id_, Email("", "A webhook endpoint was disabled", text, utcnow()))
-    tx.enqueue(EMAILS, lane=str(id_), item=QueuedEmail(id_), item_id=id_)
+    if await notifications.queue(tx, id_, Email("", "A webhook endpoint was disabled", text, utcnow())):
+        tx.enqueue(EMAILS, lane=str(id_), item=QueuedEmail(id_), item_id=id_)

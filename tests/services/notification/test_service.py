@@ -21,7 +21,14 @@ from protos.messages.notification import Attachment, SendEmail, SendPush
 from protos.messages.user import SubjectErased
 from services.notification import handlers
 from services.notification.mailer import Mailer
-from services.notification.notifications import Email, Notifications
+from services.notification.notifications import (
+    FOR_FILES,
+    MAX_A_DAY,
+    TOO_MANY,
+    TOO_MANY_FILES,
+    Email,
+    Notifications,
+)
 from tests.services.notification.conftest import World, address, tenant
 from tooling.testing.platform import MASTER_KEY
 
@@ -179,6 +186,38 @@ async def test_a_tenant_sees_its_own_page_by_page(world: World) -> None:
         assert (await client.get("/api/v1/notifications", params={"cursor": "bm9uZQ=="})).status_code == 422
     async with world.platform.client("notification", mine, scopes=()) as client:
         assert (await client.get("/api/v1/notifications")).status_code == 403
+
+
+async def test_e_mails_of_a_tenant_and_day_are_bounded_and_its_last_ones_are_for_files(world: World) -> None:
+    mine, other, to = tenant(), tenant(), address()
+    file = Attachment("INV-000001.pdf", "application/pdf", b"%PDF-1.7")
+
+    async def had(count: int, ago: str = "1 hour") -> None:
+        await world.sql(
+            """
+            INSERT INTO notification (tenant_id, id, kind, state, created_at, finished_at)
+            SELECT $1, gen_random_uuid(), 'email', 'sent', now() - $3::text::interval, now()
+            FROM generate_series(1, $2)
+            """,
+            mine,
+            count,
+            ago,
+        )
+
+    async def reason(tenant_id: str, attachment: Attachment | None = None) -> str:
+        ended = await world.ended(tenant_id, await world.send(tenant_id, to, file=attachment))
+        assert ended["state"] == ("failed" if ended["reason"] else "sent")
+        return str(ended["reason"])
+
+    await had(MAX_A_DAY, "25 hours")
+    await had(MAX_A_DAY - FOR_FILES - 1)
+    assert [await reason(mine), await reason(mine), await reason(mine)] == ["", TOO_MANY, TOO_MANY]
+    assert await reason(mine, file) == ""
+    await had(FOR_FILES - 1)
+    assert await reason(mine, file) == TOO_MANY_FILES
+    assert await reason(other) == ""
+    # The operator sees it in the service's log.
+    assert world.platform.log("notification").count(TOO_MANY) == 2
 
 
 def push() -> SendPush:

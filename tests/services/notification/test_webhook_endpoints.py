@@ -13,11 +13,12 @@ from standardwebhooks import Webhook as Judge
 
 from infra.clock import utcnow, uuid7
 from protos.catalog import AGENT_EVENTS, CHANNEL_EVENTS
-from protos.envelope import Message
+from protos.envelope import Envelope, Message
 from protos.messages.agent import RunCompleted, RunFailed, RunStarted
 from protos.messages.channel import MessageUndelivered
 from services.notification.webhooks.endpoints import RETRIES
 from services.notification.webhooks.events import EVENT_TYPES
+from services.notification.webhooks.handlers import queue_run_events
 from tests.services.notification.conftest import World, address
 from tooling.testing.vendors import answer
 from tooling.testing.vendors.server import Call, Reply, StandIn
@@ -246,6 +247,36 @@ async def test_five_days_of_failures_disable_the_endpoint(world: World, tenant: 
         await world.platform.until(tried)
     found = await tenant.call("GET", f"/{endpoint['id']}")
     assert found["disabled_reason"] == "it has accepted nothing for 5 days"
+
+
+async def test_old_deliveries_are_deleted_faster_than_new_ones_are_made(
+    world: World, tenant: Tenant, receiver: Receiver
+) -> None:
+    """Sixty events for each of twenty endpoints, in a transaction that is rolled back."""
+    endpoints = [UUID((await tenant.connect(receiver))["id"]) for _ in range(20)]
+    tx = world.platform.database("notification").begin()
+    with pytest.raises(InterruptedError):
+        async with tx as writing:
+            await writing.sql(
+                """
+                INSERT INTO webhook_delivery (id, endpoint_id, tenant_id, message_id, type, body, state, created_at)
+                SELECT gen_random_uuid(), $1, $2, gen_random_uuid(), 'run.completed', '', 'delivered',
+                    now() - interval '31 days'
+                FROM generate_series(1, 3000)
+                """,
+                endpoints[0],
+                tenant.id,
+            )
+            messages = [completed() for _ in range(60)]
+            for message in messages:
+                sent = Envelope(
+                    id=uuid7(), type="agent.v1.RunCompleted", source="agent", time=utcnow(), tenant_id=tenant.id
+                )
+                writing.origins[id(message)] = sent.headers()
+            await queue_run_events.handler(messages, writing)
+            rows = await writing.sql("SELECT state FROM webhook_delivery WHERE tenant_id = $1", tenant.id)
+            assert [state for (state,) in rows] == ["waiting"] * 1_200
+            raise InterruptedError
 
 
 async def test_both_secrets_sign_during_a_rotation(world: World, tenant: Tenant, receiver: Receiver) -> None:
