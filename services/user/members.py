@@ -25,6 +25,8 @@ from services.user.fields import Body, Email, Name, View
 
 MAX_OWNERS = 20
 """Of a tenant. Each gets the e-mails to it, and addresses are not confirmed."""
+MAX_ERASED_A_DAY = 5_000
+"""Of a tenant. Each service keeps a row of each, also of a person of whom it has not heard yet."""
 _COLUMNS = "id, role, email, name, created_at"
 _SubjectId = Annotated[str, Path(pattern=r"^[!-~]{1,200}$")]
 
@@ -173,6 +175,20 @@ async def _delete(tx: Tx, tenant_id: str, member_id: str) -> bool:
 
 
 async def _erase(tx: Tx, tenant_id: str, subject_id: str, actor: str) -> None:
+    """Raises Conflict for one more new person than MAX_ERASED_A_DAY."""
+    [(is_new, count)] = await tx.sql(
+        """
+        SELECT
+            NOT EXISTS (
+                SELECT FROM subject_key WHERE tenant_id = $1 AND subject_id = $2 AND destroyed_at IS NOT NULL
+            ),
+            (SELECT count(*) FROM subject_key WHERE tenant_id = $1 AND destroyed_at > now() - interval '1 day')
+        """,
+        tenant_id,
+        subject_id,
+    )
+    if is_new and count >= MAX_ERASED_A_DAY:
+        raise Conflict(f"a tenant may erase {MAX_ERASED_A_DAY} persons within a day; try again tomorrow")
     await _delete(tx, tenant_id, subject_id)
     await subject_keys.destroy(tx, tenant_id, subject_id)
     tx.publish(PLATFORM_EVENTS, SubjectErased(tenant_id=tenant_id, subject_id=subject_id), key=tenant_id)

@@ -20,7 +20,7 @@ from infra.security.auth import IDENTITY_HEADER, Identity
 from infra.web import rpc
 from protos.user.v1 import user_pb2, user_pb2_grpc
 from services.user.api_keys import MAX_KEYS
-from services.user.members import MAX_OWNERS
+from services.user.members import MAX_ERASED_A_DAY, MAX_OWNERS
 from tooling.testing import keys
 from tooling.testing.keys import identities
 from tooling.testing.platform import ADMIN_TOKEN, PASSWORDS, Platform
@@ -370,6 +370,32 @@ async def test_a_person_of_a_channel_is_erased_and_a_member_by_that_way_is_gone_
     assert facts[-2:] == [subject, member]
     answer = await tenant.get("/api/v1/members")
     assert (answer.status_code, answer.json()["items"]) == (200, [])
+
+
+async def test_erased_persons_of_a_tenant_and_day_are_bounded(user: Platform, tenant: httpx.AsyncClient) -> None:
+    tenant_id = (await tenant.get("/api/v1/tenant")).json()["id"]
+
+    async def erased(count: int, ago: str) -> None:
+        async with user.database("user").begin() as tx:
+            await tx.sql(
+                """
+                INSERT INTO subject_key (tenant_id, subject_id, destroyed_at)
+                SELECT $1, $3::text || n, now() - $3::text::interval FROM generate_series(1, $2) AS n
+                """,
+                tenant_id,
+                count,
+                ago,
+            )
+
+    await erased(MAX_ERASED_A_DAY, "25 hours")
+    await erased(MAX_ERASED_A_DAY - 1, "1 hour")
+    assert (await tenant.post("/api/v1/subjects/somebody/erase")).status_code == 204
+    answer = await tenant.post("/api/v1/subjects/invented/erase")
+    assert (answer.status_code, "within a day" in answer.json()["detail"]) == (409, True)
+    # A repeat adds nothing.
+    assert (await tenant.post("/api/v1/subjects/somebody/erase")).status_code == 204
+    async with user.database("user").begin() as tx:
+        assert not await tx.sql("SELECT FROM subject_key WHERE subject_id = 'invented'")
 
 
 async def test_what_another_tenant_has_is_not_there(
