@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 from uuid import UUID
@@ -28,7 +30,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from infra import VERSION
-from infra.errors import Forbidden, InvalidMessage, NotFound, Unauthenticated, WrongType
+from infra.errors import Forbidden, InvalidMessage, NotFound, TooManyRequests, Unauthenticated, WrongType
 from infra.outgoing import shares
 from infra.security.auth import IDENTITY_HEADER, SCOPES, Identities, Identity
 from infra.service.refusals import Refusals
@@ -42,6 +44,8 @@ Id = TypeVar("Id")
 MAX_PAGE = 200
 PAGE_BYTES = 4 * 1024 * 1024
 """Of the items of a page whose items may be large."""
+MAX_A_SECOND = 500
+"""Requests of a tenant to a process, which can answer about twice as many."""
 OPERATOR = "operator"
 """On OpenAPI pages, the right of the operator, beside the scopes."""
 JSON = "application/json"
@@ -99,6 +103,7 @@ def api(
 
     inner = AsyncExitStackMiddleware(app.router)
     refusals = Refusals(runtime)
+    rates = Rates()
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         # FastAPI's own layers are left out: they would answer errors before ours, which answers with problems.
@@ -108,7 +113,9 @@ def api(
             allow_body(scope, max_body)
             _check_address(scope)
             with suppress(Unauthenticated):
-                shares.work_for(identity(HTTPConnection(scope), runtime.identities).tenant_id)
+                tenant_id = identity(HTTPConnection(scope), runtime.identities).tenant_id
+                rates.count(tenant_id, time.monotonic())
+                shares.work_for(tenant_id)
             if not routes_check_bodies and is_json(Headers(scope=scope)):
                 receive = await _checked(scope, receive)
         try:
@@ -125,6 +132,24 @@ def api(
             raise
 
     return [Mount("", serve)]
+
+
+class Rates:
+    """Counts the requests of each tenant in each second. The gateway limits keys and addresses, and a tenant may have
+    hundreds of both."""
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._counts: Counter[str] = Counter()
+
+    def count(self, tenant_id: str, now: float) -> None:
+        """Raises TooManyRequests for one more than MAX_A_SECOND. `now`: in seconds. The operator has no limit."""
+        if int(now) != self._second:
+            self._second = int(now)
+            self._counts.clear()
+        self._counts[tenant_id] += 1
+        if tenant_id and self._counts[tenant_id] > MAX_A_SECOND:
+            raise TooManyRequests(timedelta(seconds=1), "the tenant's keys together send too many requests")
 
 
 def _content_policy(page: str) -> str:

@@ -16,13 +16,14 @@ from opentelemetry.trace import SpanKind, StatusCode
 from infra.errors import NotFound, Transient
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
+from infra.outgoing.shares import Shares
 from infra.security.auth import IDENTITY_HEADER, Identities, Identity
 from infra.web.clients import service_client
 from services.ws_gateway.domain import Fact
 from services.ws_gateway.protocol import Message
 
 TIMEOUT_SECONDS = 10.0
-# After a gap in the tail all streams read at the same time.
+# After a gap in the tail all streams read at the same time. One tenant's get at most a half of them.
 CONCURRENT_READS = 50
 
 
@@ -72,12 +73,12 @@ class Agent:
     def __init__(self, url: str, identities: Identities, tls: SSLContext | None = None) -> None:
         self._identities = identities
         self._http = service_client("agent", url, tls, TIMEOUT_SECONDS)
-        self._reading = asyncio.Semaphore(CONCURRENT_READS)
+        self._reading = Shares(CONCURRENT_READS)
 
     async def facts(self, run_id: UUID, after: int, who: Identity) -> list[Fact]:
         """The run's facts with an n above `after`, in order. Raises NotFound, also for another tenant's run, and
         Transient."""
-        async with self._reading:
+        async with self._reading.place(who.tenant_id):
             answer = await self.ask(
                 who, "GET", f"/internal/runs/{run_id}/events?after={after}", "/internal/runs/{run_id}/events"
             )

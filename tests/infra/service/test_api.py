@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 from pydantic import BaseModel, ConfigDict
 from redis.asyncio import Redis
 
-from infra.errors import Conflict, NotFound
+from infra.errors import Conflict, NotFound, TooManyRequests
 from infra.observe import logs
 from infra.observe.metrics import Metrics
 from infra.outgoing import shares
@@ -29,7 +29,19 @@ from infra.postgres.tx import Tx
 from infra.security.auth import IDENTITY_HEADER, Identities, Identity
 from infra.security.crypto import Cipher
 from infra.service import maintenance, refusals
-from infra.service.api import Admin, Anyone, Operator, Paging, Reader, Runner, Writer, api, page
+from infra.service.api import (
+    MAX_A_SECOND,
+    Admin,
+    Anyone,
+    Operator,
+    Paging,
+    Rates,
+    Reader,
+    Runner,
+    Writer,
+    api,
+    page,
+)
 from infra.service.idempotency import ShownOnce, once
 from infra.service.maintenance import prune_answers
 from infra.service.service import Runtime
@@ -185,6 +197,27 @@ async def test_refusals_are_in_the_audit_chain_of_the_client_and_bounded(
         missing,
     ]
     assert [act["details"] for act in acts] == [{"status": "403"}, *[{"status": "404", "thing_id": thing}] * 2]
+
+
+async def test_a_tenant_with_many_keys_has_one_limit_and_others_have_theirs(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infra.service.api.MAX_A_SECOND", 0)
+    answer = await client.get("/read", headers=identity("t1", "read"))
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+    assert (await client.get("/anyone", headers=identity(""))).status_code == 200
+
+
+def test_requests_are_counted_by_tenant_and_second() -> None:
+    rates = Rates()
+    for n in range(MAX_A_SECOND):
+        rates.count("t1", 7 + n / MAX_A_SECOND)
+        rates.count("", 7.0)
+    with pytest.raises(TooManyRequests):
+        rates.count("t1", 7.9)
+    rates.count("t2", 7.9)
+    rates.count("", 7.9)
+    rates.count("t1", 8.0)
 
 
 async def test_operator_routes_refuse_tenants_and_tenant_routes_refuse_the_operator(
