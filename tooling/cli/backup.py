@@ -79,7 +79,7 @@ def backup(
     seconds = round(time.monotonic() - began, 1)
     taken = Taken(where, counted.size, counted.digest.hexdigest(), str(key_path()), seconds, removed, manifest)
     if as_json:
-        print(msgspec.json.encode(taken).decode())  # noqa: T201
+        operator.print_json(taken)
         return
     count = sum(manifest.objects.values())
     size, at = f"{counted.size / 1e6:.1f} MB", f"{manifest.at:%Y-%m-%d %H:%M:%S} UTC"

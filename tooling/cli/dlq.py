@@ -47,7 +47,7 @@ def list_(
         return
     letters = operator.run(find_all(_database(), service, limit))
     if as_json:
-        print(msgspec.json.encode(letters).decode())  # noqa: T201
+        operator.print_json(letters)
         return
     if not letters:
         out.print("No dead letters.")
@@ -77,7 +77,7 @@ def _more(option: str, limit: int) -> None:
 def _list_causes(service: str, limit: int, *, as_json: bool) -> None:
     groups = operator.run(find_causes(_database(), service, limit))
     if as_json:
-        print(msgspec.json.encode([{"service": name} | group._asdict() for name, group in groups]).decode())  # noqa: T201
+        operator.print_json([{"service": name} | group._asdict() for name, group in groups])
         return
     if not groups:
         out.print("No dead letters.")
@@ -98,7 +98,7 @@ def show(id: Id, as_json: Json = False) -> None:
     """Show one dead letter with its headers and payload."""
     letter = operator.run(read(_database(), id, _sealing))
     if as_json:
-        print(msgspec.json.encode(letter).decode())  # noqa: T201
+        operator.print_json(letter)
         return
     shown = msgspec.to_builtins(letter)
     width = max(map(len, shown)) + 1
@@ -145,7 +145,7 @@ def redrive_(
         too_old = sum(one.too_old for one in found.values())
     if as_json:
         answer = {"redriving": 0 if dry_run else count, "matched": matched, "too_old": too_old, "dry_run": dry_run}
-        print(msgspec.json.encode(answer).decode())  # noqa: T201
+        operator.print_json(answer)
         return
     letters = "1 dead letter" if count == 1 else f"{count} dead letters"
     if dry_run:
@@ -164,7 +164,7 @@ def discard(id: Id, as_json: Json = False) -> None:
     """Never handle a dead letter again. The messages that wait behind it are handled."""
     operator.run(discard_one(_database(), id))
     if as_json:
-        print(msgspec.json.encode({"discarded": id}).decode())  # noqa: T201
+        operator.print_json({"discarded": id})
     else:
         out.print(f"{id} is discarded: its row stays, but the message is never handled again.")
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import sys
+import subprocess
 from datetime import datetime
 from typing import Annotated, Any
 from uuid import UUID
@@ -54,7 +53,7 @@ def logs(
             raise EngineError(f"{name!r}: the index has lines of {', '.join(SERVICES)}")
         found, more = asyncio.run(_search(params, limit or _LINES))
         if as_json:
-            print(json.dumps(found))  # noqa: T201
+            operator.print_json(found)
         else:
             show(Console(highlight=False), found)
         if more:
@@ -102,5 +101,11 @@ def _tail(name: str, *, follow: bool) -> None:
         raise EngineError("there are no logs yet: start the stack with ./claw up")
     # `tail -F` follows several files at once, also when they are rotated.
     words = ["tail", "-n", "100" if name else "10", *(["-F"] if follow else []), *present]
-    sys.stdout.flush()
-    os.execvp("tail", words)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, errors="backslashreplace") as tail:
+        assert tail.stdout
+        try:
+            for line in tail.stdout:
+                # Engines write what clients send. Tabs are in traces of Java.
+                print("\t".join(map(printable, line.rstrip("\n").split("\t"))), flush=True)  # noqa: T201
+        finally:
+            tail.terminate()

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Literal
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -21,6 +20,7 @@ from services.memory.indexes.model_change import ModelState, states
 from services.memory.indexes.models import active_key
 from services.memory.indexes.pgvector import PgvectorIndex
 from tooling.stack import operator
+from tooling.stack.operator import printable
 
 app = typer.Typer(no_args_is_help=True, help="The index of documents' vectors.")
 app.callback()(lambda: None)
@@ -51,7 +51,7 @@ def migrate(
             )
         )
     if as_json:
-        print(msgspec.json.encode(asdict(done)).decode())  # noqa: T201
+        operator.print_json(asdict(done))
     else:
         out.print(
             f"Searches look in {to} now. It has {done.texts} texts; for {done.sampled} sampled passages it "
@@ -83,7 +83,7 @@ def rebuild(
             )
         )
     if as_json:
-        print(msgspec.json.encode({"texts": texts}).decode())  # noqa: T201
+        operator.print_json({"texts": texts})
     else:
         out.print(f"The index has all {texts} texts again.")
 
@@ -98,12 +98,12 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
     """Show the index, and how far a change of the embedding model is."""
     shown = operator.run(_status(operator.engines_access()["postgres"]["url"]))
     if as_json:
-        print(msgspec.json.encode(shown).decode())  # noqa: T201
+        operator.print_json(shown)
         return
     for model in shown:
         out.print(f"{model.key}: {model.state}, has {model.texts - model.waiting} of {model.texts} texts")
         if model.error:
-            out.print(f"  last error: {model.error}")
+            out.print(f"  last error: {printable(model.error)}", markup=False)
 
 
 async def _status(database_url: str) -> list[ModelState]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 
@@ -33,7 +32,7 @@ def resend(
     if not counts:
         raise NotFound(f"no kept messages to {destination!r}. ./claw map shows the names of topics and queues")
     if as_json:
-        print(msgspec.json.encode(counts).decode())  # noqa: T201
+        operator.print_json(counts)
         return
     for service, count in counts.items():
         out.print(f"{service}: its relay will send {count} messages to {destination} again")

@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -15,6 +14,7 @@ from rich.text import Text
 from infra.errors import describe
 from infra.observe import logs
 from tooling.bench.record import commit, machine
+from tooling.stack import operator
 from tooling.stack.engines.base import EngineError
 from tooling.testing.campaign import results
 from tooling.testing.campaign.campaign import Campaign, Report, rigged
@@ -59,7 +59,7 @@ def prove(
     if report:
         console.print(f"Wrote {results.write(made)} and RESULTS.md.", soft_wrap=True)
     if as_json:
-        print(msgspec.json.encode(made.report or made.mutants).decode())  # noqa: T201
+        operator.print_json(made.report or made.mutants)
     elif made.report:
         show(made.report)
     else:

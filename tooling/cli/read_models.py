@@ -90,7 +90,7 @@ async def find_all(access: Access, services: Iterable[Service]) -> list[Listed]:
 
 def show(found: list[Listed], *, as_json: bool) -> None:
     if as_json:
-        print(msgspec.json.encode(found).decode())  # noqa: T201
+        operator.print_json(found)
         return
     table = Table(box=None, pad_edge=False)
     # The source is in the JSON: it would leave no room for the result.
@@ -158,7 +158,7 @@ def verify(access: Access, name: str, work: Verification, *, switch: bool, as_js
             out.print(f"Paused after {seen} parts of the source. The same command goes on.", soft_wrap=True)
             raise typer.Exit(130) from None
     if as_json:
-        print(msgspec.json.encode(verified).decode())  # noqa: T201
+        operator.print_json(verified)
     else:
         _tell(name, verified, switch=switch)
     if verified.left:

@@ -13,7 +13,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -92,7 +91,7 @@ def _rebuild(
             out.print("Interrupted. The same command goes on; with --from-events it begins again.", soft_wrap=True)
             raise typer.Exit(130) from None
     if as_json:
-        print(msgspec.json.encode(asdict(rebuilt)).decode())  # noqa: T201
+        operator.print_json(asdict(rebuilt))
     else:
         _tell(service.name, rebuilt)
     if not rebuilt.switched:

@@ -113,7 +113,7 @@ def restore(
     seconds = round(time.monotonic() - began, 1)
     if as_json:
         done = Restored(file, where, moment or manifest.at, counts, messages, seconds, manifest)
-        print(msgspec.json.encode(done).decode())  # noqa: T201
+        operator.print_json(done)
         return
     state = f"{moment or manifest.at:%Y-%m-%d %H:%M:%S} UTC"
     out.print(f"{where}: the state of {state}, after {seconds} s.", soft_wrap=True)
@@ -124,7 +124,7 @@ def restore(
 
 def _tell_check(file: str, manifest: Manifest, as_json: bool) -> None:
     if as_json:
-        print(msgspec.json.encode(manifest).decode())  # noqa: T201
+        operator.print_json(manifest)
         return
     at = f"{manifest.at:%Y-%m-%d %H:%M:%S} UTC"
     out.print(f"{file} is complete: the state of {at}, by version {manifest.code}", soft_wrap=True)

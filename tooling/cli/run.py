@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -65,7 +64,7 @@ def list_(
     rows = operator.run(_list(_first_id(begin), _first_id(end), tenant, slowest, limit))
     if as_json:
         for row in rows:
-            print(json.dumps(row))  # noqa: T201
+            operator.print_json(row)
     else:
         draw_list(Console(highlight=False), rows)
 
@@ -124,7 +123,7 @@ def show(
     if at is not None and not as_json:
         draw_state(Console(highlight=False), found)
     elif as_json:
-        print(json.dumps(found))  # noqa: T201
+        operator.print_json(found)
     else:
         draw(Console(highlight=False), found["run"], found["timeline"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 from collections.abc import AsyncIterator, Coroutine
@@ -11,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 from aiokafka.errors import KafkaError
 
 from infra.bus import outbox
@@ -105,6 +107,12 @@ def remedy() -> str:
 def printable(text: str) -> str:
     """`text` on one line. Control characters are escaped, because text from outside could steer the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_json(value: Any) -> None:
+    """Prints one JSON document in ASCII: other control characters than those that JSON escapes could steer the terminal
+    too."""
+    print(json.dumps(msgspec.to_builtins(value, str_keys=True)))  # noqa: T201
 
 
 async def services(url: str) -> list[str]:

@@ -21,6 +21,8 @@ def exact(nanos: int) -> str:
 
 # A longer table would take more memory than a process may have. The CSV and the e-invoice have all lines.
 MOST_PRINTED = 10_000
+# The first character of a formula.
+_FORMULA = frozenset("=+-@\t\r\n＝＋－＠")
 # Tenants name the models that their lines are about.
 MOST_CHARACTERS = 120
 
@@ -166,5 +168,6 @@ def _short(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text that a spreadsheet does not run as a formula. Names of agents and models come from tenants."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+    """A text that a spreadsheet does not run as a formula, also a Japanese one, which takes wide signs. Names of agents
+    and models come from tenants."""
+    return f"'{text}" if text[:1] in _FORMULA else text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -282,6 +284,13 @@ def test_the_lines_that_are_too_many_to_print_are_summed_up_and_stand_in_the_csv
     assert printed.totals[0] == ("3 more lines, in the CSV", "0.000000021")
     assert len(as_csv(made, lines).splitlines()) == 1 + len(lines)
     assert texts(printed.xml.encode(), "LineID")[-1] == str(len(lines))
+
+
+@pytest.mark.parametrize("sign", ["=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠"])
+def test_no_description_in_the_csv_is_a_formula(sign: str) -> None:
+    lines = [line(7, text=f"{sign}HYPERLINK()")]
+    [row] = csv.DictReader(io.StringIO(as_csv(invoice(lines), lines), newline=""))
+    assert row["description"] == f"'{sign}HYPERLINK()"
 
 
 def test_the_rules_are_checked() -> None:

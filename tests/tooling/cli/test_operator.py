@@ -37,6 +37,7 @@ from tooling.stack import operator
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines.base import EngineError
 from tooling.stack.keys import make_keys
+from tooling.stack.supervisor import Supervisor
 from tooling.testing.sample.catalog import SAMPLE_EVENTS
 from tooling.testing.sample.desk.domain import WriteNote
 from tooling.testing.sample.desk.publishing import NOTEBOOK
@@ -59,6 +60,24 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stack: Stack, sample: 
 
 def claw(command: typer.Typer, *arguments: str) -> Result:
     return CliRunner().invoke(command, arguments)
+
+
+def test_no_text_from_outside_steers_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    operator.print_json({"text": "\x9b31m \x1b]0;title\x07 \u202e"})
+    printed = capsys.readouterr().out
+    assert printed.isascii()
+    assert json.loads(printed) == {"text": "\x9b31m \x1b]0;title\x07 \u202e"}
+    monkeypatch.setenv("CLAW_HOME", str(tmp_path))
+    log = Supervisor(tmp_path).log("nginx")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_bytes('error: "GET /\x1b]0;title\x07 \x9b31m"\n\tat \xff\n'.encode() + b"\xff\n")
+    assert told(cli.build(("logs",)), "logs", "nginx").splitlines() == [
+        r'error: "GET /\x1b]0;title\x07 \x9b31m"',
+        "\tat ÿ",
+        r"\xff",
+    ]
 
 
 def told(command: typer.Typer, *arguments: str) -> str:
