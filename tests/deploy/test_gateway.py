@@ -16,6 +16,7 @@ import httpx
 import pytest
 import yaml
 
+from services.ws_gateway.clients import PLACES
 from tooling.cli import compose
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines.base import package_folder
@@ -146,3 +147,10 @@ async def until(client: httpx.AsyncClient, path: str, expected: str) -> None:
                 pass  # It does not listen yet.
             # Stays below the limit of requests per second.
             await asyncio.sleep(0.2)
+
+
+def test_it_has_connections_for_all_sockets_of_a_ws_gateway_and_for_other_requests() -> None:
+    text = (CHECKOUT / "infra/deploy/nginx/nginx.conf").read_text()
+    workers, each = (int(re.findall(rf"{name} (\d+);", text)[0]) for name in ("worker_processes", "worker_connections"))
+    # A socket takes two.
+    assert workers * each // 2 >= PLACES + 4_000
