@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection
 from datetime import datetime
 from typing import Annotated, Any
 from uuid import UUID
@@ -12,9 +11,10 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from infra.clock import utcnow, uuid7
-from infra.errors import Conflict, Forbidden, InvalidMessage, NotFound
+from infra.errors import Conflict, Forbidden, InvalidMessage, NotFound, Unauthenticated
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
+from infra.security.auth import Identity
 from infra.service.api import Admin, Paging, id_cursor, page
 from infra.service.idempotency import ShownOnce, once
 from infra.service.service import Runtime
@@ -63,7 +63,7 @@ def router(runtime: Runtime) -> APIRouter:
     @routes.post("/api/v1/api-keys", status_code=201, response_model=CreatedApiKey)
     async def create_api_key(body: NewApiKey, who: Admin, request: Request) -> Response:
         async def work(tx: Tx) -> tuple[int, CreatedApiKey]:
-            return 201, await create(tx, who.tenant_id, body, who.scopes, who.actor)
+            return 201, await create(tx, who.tenant_id, body, who)
 
         return await once(request, runtime, who, work)
 
@@ -93,15 +93,16 @@ def router(runtime: Runtime) -> APIRouter:
     return routes
 
 
-async def create(tx: Tx, tenant_id: str, new: NewApiKey, creator_scopes: Collection[str], actor: str) -> CreatedApiKey:
+async def create(tx: Tx, tenant_id: str, new: NewApiKey, who: Identity) -> CreatedApiKey:
     """Creates a key. It may have some or all of the creator's scopes.
 
-    Raises Forbidden for a scope that the creator or the member's role lacks, InvalidMessage for an expiry in the past
-    and for an unknown member, Conflict if the tenant has MAX_KEYS keys.
+    Raises Forbidden for a scope that the creator or the member's role lacks, Unauthenticated for a creator whose key
+    was revoked, InvalidMessage for an expiry in the past and for an unknown member, Conflict if the tenant has MAX_KEYS
+    keys.
     """
     if new.expires_at and new.expires_at <= utcnow():
         raise InvalidMessage("expires_at", "must be in the future")
-    allowed = domain.EVERYTHING & set(creator_scopes)
+    allowed = domain.EVERYTHING & who.scopes
     if new.member_id:
         # FOR SHARE: a member that is removed at the same time must not leave a key behind.
         member = await tx.sql(
@@ -110,6 +111,15 @@ async def create(tx: Tx, tenant_id: str, new: NewApiKey, creator_scopes: Collect
         if not member:
             raise InvalidMessage("member_id", "must be a member of the tenant")
         allowed &= domain.ROLE_SCOPES[member[0][0]]
+    if who.key_id:
+        # The identity is some seconds old: a key that was revoked meanwhile must not leave another one behind. FOR
+        # SHARE, for the same reason: the revocation waits, and its caller sees the new key.
+        key_id = UUID(who.key_id)
+        await tx.sql("SELECT FROM api_key WHERE tenant_id = $1 AND id = $2 FOR SHARE", tenant_id, key_id)
+        now = await present_scopes(tx, tenant_id, key_id)
+        if "admin" not in now:
+            raise Unauthenticated("Authorization: the API key was revoked, has expired, or may not do this any more")
+        allowed &= now
     scopes = allowed if new.scopes is None else set(new.scopes)
     if beyond := scopes - allowed:
         raise Forbidden(f"scopes: the creator or the member does not have {', '.join(sorted(beyond))}")
@@ -132,14 +142,14 @@ async def create(tx: Tx, tenant_id: str, new: NewApiKey, creator_scopes: Collect
         domain.prefix(plaintext),
         domain.key_hash(plaintext),
         sorted(scopes),
-        actor,
+        who.actor,
         new.expires_at,
     )
-    audit(tx, actor, "api_key.create", "api_key", str(id_), scopes=" ".join(sorted(scopes)))
+    audit(tx, who.actor, "api_key.create", "api_key", str(id_), scopes=" ".join(sorted(scopes)))
     return CreatedApiKey(id=id_, api_key=plaintext, prefix=domain.prefix(plaintext))
 
 
-async def scopes(tx: Tx, tenant_id: str, key_id: UUID) -> frozenset[Scope]:
+async def present_scopes(tx: Tx, tenant_id: str, key_id: UUID) -> frozenset[Scope]:
     """The scopes that the key has now; empty if the tenant has no such key, or if it has expired."""
     rows = await tx.sql(
         """

@@ -41,7 +41,7 @@ class KeysRpc(user_pb2_grpc.KeysServicer):
             raise InvalidMessage("token", "must be the token of this key of this tenant")
         if who.actor != "operator":
             async with self._runtime.request.begin(tenant_id=tenant_id) as tx:
-                who = replace(who, scopes=await api_keys.scopes(tx, tenant_id, UUID(who.key_id)))
+                who = replace(who, scopes=await api_keys.present_scopes(tx, tenant_id, UUID(who.key_id)))
         if not who.scopes:
             return user_pb2.ScopesReply()
         token = self._runtime.identities.token(who, "ws_gateway")

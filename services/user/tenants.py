@@ -12,6 +12,7 @@ from infra.clock import uuid7
 from infra.errors import NotFound
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
+from infra.security.auth import Identity
 from infra.security.subjects import SubjectKeys
 from infra.service.api import Operator, Paging, Reader, id_cursor, page
 from infra.service.idempotency import ShownOnce, once
@@ -58,7 +59,7 @@ def router(runtime: Runtime) -> APIRouter:
     @routes.post("/api/v1/tenants", status_code=201, response_model=CreatedTenant)
     async def create_tenant(body: NewTenant, who: Operator, request: Request) -> Response:
         async def work(tx: Tx) -> tuple[int, CreatedTenant]:
-            return 201, await _create(tx, subjects, body, who.actor)
+            return 201, await _create(tx, subjects, body, who)
 
         return await once(request, runtime, who, work)
 
@@ -83,7 +84,7 @@ def router(runtime: Runtime) -> APIRouter:
     return routes
 
 
-async def _create(tx: Tx, subjects: SubjectKeys, new: NewTenant, actor: str) -> CreatedTenant:
+async def _create(tx: Tx, subjects: SubjectKeys, new: NewTenant, who: Identity) -> CreatedTenant:
     # From here on the operator's transaction belongs to this tenant: its messages carry the tenant's id.
     tx.tenant_id = tenant_id = str(uuid7())
     await tx.sql(
@@ -94,11 +95,11 @@ async def _create(tx: Tx, subjects: SubjectKeys, new: NewTenant, actor: str) -> 
         TenantCreated(tenant_id=tenant_id, name=new.name, currency=new.currency, credit_nanos=new.credit_nanos),
         key=tenant_id,
     )
-    audit(tx, actor, "tenant.create", "tenant", tenant_id)
+    audit(tx, who.actor, "tenant.create", "tenant", tenant_id)
     if new.owner_email:
-        await members.add(tx, subjects, tenant_id, members.NewMember(email=new.owner_email, role="owner"), actor)
+        await members.add(tx, subjects, tenant_id, members.NewMember(email=new.owner_email, role="owner"), who.actor)
     first = api_keys.NewApiKey(name="first", scopes=sorted(EVERYTHING))
-    key = await api_keys.create(tx, tenant_id, first, EVERYTHING, actor)
+    key = await api_keys.create(tx, tenant_id, first, who)
     return CreatedTenant(id=tenant_id, name=new.name, api_key=key.api_key)
 
 

@@ -276,6 +276,29 @@ async def test_a_key_gets_no_scope_that_its_maker_lacks(user: Platform, tenant: 
         assert (await client.post("/api/v1/api-keys", json={"name": "x"})).status_code == 403
 
 
+async def test_a_key_that_was_revoked_a_moment_ago_makes_no_other_one(
+    user: Platform, tenant: httpx.AsyncClient
+) -> None:
+    """The gateway keeps an identity for two seconds, and a request may take longer."""
+    own = (await tenant.get("/api/v1/tenant")).json()["id"]
+    stolen, weaker = [(await tenant.post("/api/v1/api-keys", json={"name": "x"})).json()["id"] for _ in range(2)]
+    async with user.database("user").begin() as tx:
+        await tx.sql("UPDATE api_key SET scopes = '{admin}' WHERE id = $1::text::uuid", weaker)
+    assert (await tenant.delete(f"/api/v1/api-keys/{stolen}")).status_code == 204
+    everything = frozenset(("read", "run", "write", "admin"))
+    answers = []
+    for key in (stolen, weaker):
+        known = Identity(f"api_key:{key}", own, everything, key)
+        async with httpx.AsyncClient(base_url=user.url("user"), trust_env=False) as client:
+            headers = {IDENTITY_HEADER: keys.identity_token(known)}
+            answers.append(await client.post("/api/v1/api-keys", json={"name": "heir"}, headers=headers))
+    assert [answer.status_code for answer in answers] == [401, 201]
+    identity = await who_is(user, answers[1].json()["api_key"])
+    assert identity is not None
+    assert identity.scopes == {"admin"}
+    assert "heir" in [key["name"] for key in (await tenant.get("/api/v1/api-keys")).json()["items"]]
+
+
 async def test_a_members_key_follows_the_role_and_goes_with_the_member(
     user: Platform, tenant: httpx.AsyncClient
 ) -> None:
