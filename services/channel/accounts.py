@@ -276,8 +276,10 @@ async def break_account(tx: Tx, account: ChannelAccount, error: str) -> None:
     type_ = account.vendor.name
     broken = AccountBroken(channel_id=account.id, channel_type=type_, reason=reason)
     tx.publish(CHANNEL_EVENTS, broken, key=str(account.id))
+    # Without the reason: the server may be the tenant's own, and would write e-mails to any address.
     text = (
-        f"The vendor refuses your {type_} channel {account.id}: {reason}.\n\n"
+        f"The vendor refuses your {type_} channel {account.id}. Its `broken_reason` says why "
+        f"(GET /api/v1/channels/{account.id}).\n\n"
         "Inbound messages are still accepted, but no reply is sent until the channel has working credentials "
         f"(PATCH /api/v1/channels/{account.id}).\n"
     )

@@ -333,6 +333,8 @@ async def test_a_refused_account_is_broken_its_owners_get_one_mail_and_new_crede
         body for headers, body in await desk.platform.outbox("channel", "notification") if channel["id"] in str(body)
     ]
     assert [mail["to"] for mail in mails] == [""]
+    # The words of a server that may be the tenant's own are not in it.
+    assert "HTTP 401" not in mails[0]["text"]
 
     assert (await desk.call(channel, telegram.update("still inbound"))).status_code == 200
     telegram.revoked = False

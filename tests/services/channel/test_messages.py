@@ -148,7 +148,7 @@ async def test_the_list_looks_up_only_conversations_whose_last_message_can_be_on
         after: tuple[datetime | None, UUID | None] = None, None
         looked: list[int] = []
         for _ in range(7):
-            where = CONVERSATION.stream("").row, None, None, *after, 3
+            where = CONVERSATION.stream("").row, None, channel_id, *after, 3
             rows = await tx.sql(_INBOUND, *where)
             plan = await tx.sql(f"EXPLAIN ANALYZE {_INBOUND}", *where)
             looked.append(max(map(int, re.findall(r"loops=(\d+)", str(plan)))))
