@@ -133,9 +133,10 @@ class Outgoing:
     async def check(self, url: str) -> None:
         """Checks an address when a tenant sets it up. Raises InvalidMessage and Transient as `request` does before it
         connects."""
-        host = _parse(url).raw_host.decode()
+        parsed = _parse(url)
+        host = parsed.raw_host.decode()
         try:
-            await self._guard.addresses(host, 0)
+            await self._guard.addresses(host, 443 if parsed.port is None else parsed.port)
         except httpcore2.ConnectError as error:
             raise Transient(f"{host}: {error}") from error
 
@@ -218,8 +219,10 @@ class _Guard(httpcore2.AsyncNetworkBackend):
         await asyncio.sleep(seconds)
 
     async def addresses(self, host: str, port: int) -> list[str]:
-        """The addresses of `host`. Raises InvalidMessage if one of them may not be called, ConnectError if the name
-        does not resolve."""
+        """The addresses of `host`. Raises InvalidMessage if one of them may not be called or `port` is none,
+        ConnectError if the name does not resolve."""
+        if not 1 <= port <= 65_535:
+            raise InvalidMessage("url", "its port must be from 1 to 65535")
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 found = await self._look_up(host, port)

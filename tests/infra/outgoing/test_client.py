@@ -371,6 +371,15 @@ async def test_a_text_that_is_not_a_web_address_is_refused(url: str) -> None:
         assert refused.value.field == "url"
 
 
+@pytest.mark.parametrize("port", ["65536", "99999", "-1", "9" * 20])
+async def test_a_port_that_no_host_has_is_refused_also_when_an_address_is_set_up(port: str) -> None:
+    async with outgoing() as http:
+        for call in (http.request("GET", f"http://127.0.0.1:{port}/"), http.check(f"http://127.0.0.1:{port}/")):
+            with pytest.raises(InvalidMessage) as refused:
+                await call
+            assert (refused.value.field, refused.value.reason) == ("url", "its port must be from 1 to 65535")
+
+
 async def test_credentials_in_a_url_are_refused_and_not_shown() -> None:
     async with outgoing() as http:
         with pytest.raises(InvalidMessage) as refused:
