@@ -152,8 +152,8 @@ class Changes(msgspec.Struct, frozen=True):
     """Of its edits and reactions; 0 once it is deleted, as their texts are removed then."""
 
 
-# Of one message. Each costs a row, and a person can change a message as often as they like. Whoever shows or changes
-# the message reads all of them.
+# Of one message. Each costs a row, and a person can change a message as often as they like. To show or change the
+# message, all of them are read.
 MAX_CHANGES = 200
 MAX_CHANGE_BYTES = 4 * 1024 * 1024
 """A further change is refused beyond this. One alone has up to a vendor's call more."""

@@ -20,7 +20,7 @@ from services.notification.domain import SendResult, masked
 KEEP = timedelta(days=90)
 # E-mails of a tenant within a day, each to up to 20 owners: tenants choose the addresses, the causes and some of the
 # words, and a provider blocks a platform that sends too much. The last ones are for e-mails with a file, such as
-# invoices. What the others tell is in the API, too. E-mails that are queued at the same moment may be a few more.
+# invoices. The API shows the facts of the others, too. E-mails that are queued at the same moment may be a few more.
 DAY = timedelta(days=1)
 MAX_A_DAY = 50
 FOR_FILES = 10

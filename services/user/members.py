@@ -26,7 +26,7 @@ from services.user.fields import Body, Email, Name, View
 MAX_OWNERS = 20
 """Of a tenant. Each gets the e-mails to it, and addresses are not confirmed."""
 MAX_ERASED_A_DAY = 5_000
-"""Of a tenant. Each service keeps a row of each, also of a person of whom it has not heard yet."""
+"""Of a tenant. Each service keeps a row of each, also of one that it has never met."""
 _COLUMNS = "id, role, email, name, created_at"
 _SubjectId = Annotated[str, Path(pattern=r"^[!-~]{1,200}$")]
 

@@ -105,7 +105,7 @@ def _tail(name: str, *, follow: bool) -> None:
         assert tail.stdout
         try:
             for line in tail.stdout:
-                # Engines write what clients send. Tabs are in traces of Java.
+                # Engines write the bytes of clients. Tabs are in traces of Java.
                 print("\t".join(map(printable, line.rstrip("\n").split("\t"))), flush=True)  # noqa: T201
         finally:
             tail.terminate()
