@@ -42,6 +42,7 @@ from services.agent.models.contract import (
     ModelFailed,
     OnText,
     Prompt,
+    Reasoning,
     ToolCall,
     ToolTurn,
     Turn,
@@ -81,17 +82,18 @@ def claude(name: str, endpoint: ModelEndpoint, client: httpx2.AsyncClient) -> Pr
         base_url=base, api_key=key, http_client=client, max_retries=0, default_headers={"x-api-key": key}
     )
     own_name = name.partition("/")[2]
-    return ProviderModel(
-        name, AnthropicModel(own_name, provider=AnthropicProvider(anthropic_client=library), profile=_VERBATIM)
-    )
+    model = AnthropicModel(own_name, provider=AnthropicProvider(anthropic_client=library), profile=_VERBATIM)
+    return ProviderModel(name, model, f"{name} {library.base_url.host}")
 
 
 class ProviderModel:
     """One model of a provider."""
 
-    def __init__(self, name: str, model: LibraryModel[Any]) -> None:
+    def __init__(self, name: str, model: LibraryModel[Any], sender: str) -> None:
+        """`sender`: as `Extra.model`."""
         self._name = name
         self._model = model
+        self._sender = sender
 
     async def answer(self, prompt: Prompt, on_text: OnText) -> ModelAnswer:
         """Sends one streaming request, or a second one if the limit of the answer is too large. Raises ModelFailed."""
@@ -142,7 +144,7 @@ class ProviderModel:
                 asyncio.timeout(chat.FIRST_TOKEN_SECONDS) as waiting,
                 model_request_stream(
                     self._model,
-                    _messages(prompt),
+                    _messages(prompt, self._sender),
                     model_settings=settings,
                     model_request_parameters=parameters,
                 ) as stream,
@@ -172,12 +174,18 @@ class ProviderModel:
             if isinstance(part, wire.ToolCallPart)
         )
         text = "".join(part.content for part in response.parts if isinstance(part, wire.TextPart))
+        thoughts = tuple(
+            {"thinking": without_halves(part.content), "signature": without_halves(part.signature), "id": part.id}
+            for part in response.parts
+            if isinstance(part, wire.ThinkingPart) and part.signature
+        )
         return ModelAnswer(
             text=without_thoughts(without_halves(text)),
             calls=calls,
             usage=_usage(response.usage, has_content=bool(response.parts)),
             model=response.model_name or self._name,
             finish_reason=finish,
+            reasoning=Reasoning("thinking", "", self._sender, thoughts) if calls and thoughts else None,
         )
 
 
@@ -187,7 +195,7 @@ def _image(image: Image) -> wire.BinaryContent | wire.ImageUrl:
     return wire.ImageUrl(image.url)
 
 
-def _messages(prompt: Prompt) -> list[wire.ModelMessage]:
+def _messages(prompt: Prompt, sender: str) -> list[wire.ModelMessage]:
     messages: list[wire.ModelMessage] = []
     if text := system_message(prompt):
         messages.append(wire.ModelRequest(parts=[wire.SystemPromptPart(text)]))
@@ -202,7 +210,7 @@ def _messages(prompt: Prompt) -> list[wire.ModelMessage]:
                 id_ += f"_{len(taken)}"
             taken.add(id_)
             ids[call.id] = id_
-        message = _message(turn, ids)
+        message = _message(turn, ids, sender)
         if isinstance(turn, ToolTurn) and after_result:
             # Anthropic takes the results of an answer's calls in one message.
             messages[-1].parts = [*messages[-1].parts, *message.parts]
@@ -212,16 +220,27 @@ def _messages(prompt: Prompt) -> list[wire.ModelMessage]:
     return messages
 
 
-def _message(turn: Turn, ids: Mapping[str, str]) -> wire.ModelMessage:
-    """`ids`: the id in the request of the latest call with an id."""
+def _message(turn: Turn, ids: Mapping[str, str], sender: str) -> wire.ModelMessage:
+    """`ids`: the id in the request of the latest call with an id. `sender`: whose thoughts are sent back."""
     match turn:
         case UserTurn(text, images) if images:
             words = [text] if text else []
             return wire.ModelRequest(parts=[wire.UserPromptPart([*words, *map(_image, images)])])
         case UserTurn(text):
             return wire.ModelRequest(parts=[wire.UserPromptPart(text)])
-        case AssistantTurn(text, calls):
-            parts: list[wire.ModelResponsePart] = [wire.TextPart(text)] if text else []
+        case AssistantTurn(text, calls, reasoning):
+            parts: list[wire.ModelResponsePart] = []
+            if reasoning and reasoning.model == sender:
+                parts += [
+                    wire.ThinkingPart(
+                        str(one.get("thinking") or ""),
+                        id=one.get("id"),
+                        signature=one.get("signature"),
+                        provider_name="anthropic",
+                    )
+                    for one in reasoning.details
+                ]
+            parts += [wire.TextPart(text)] if text else []
             parts += [
                 wire.ToolCallPart(wire_name(call.name), valid_arguments(call.arguments), tool_call_id=ids[call.id])
                 for call in calls

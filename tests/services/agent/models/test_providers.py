@@ -112,16 +112,24 @@ async def test_usage_that_is_not_reported_is_not_zero(server: ModelServer, provi
     assert answer.usage == Usage()
 
 
-def _anthropic(begun: dict[str, Any], ended: dict[str, Any]) -> Streams:
+YES = {"type": "text", "text": "Yes."}
+
+
+def _anthropic(begun: dict[str, Any], ended: dict[str, Any], *blocks: dict[str, Any]) -> Streams:
     """An answer of Anthropic's shape with these fields in its first and its last event."""
-    block = {"index": 0, "content_block": {"type": "text", "text": "Yes."}}
     events: tuple[dict[str, Any], ...] = (
         {
             "type": "message_start",
             "message": {"id": "m", "type": "message", "role": "assistant", "content": []} | begun,
         },
-        {"type": "content_block_start", **block},
-        {"type": "content_block_stop", "index": 0},
+        *(
+            event
+            for n, block in enumerate(blocks or (YES,))
+            for event in (
+                {"type": "content_block_start", "index": n, "content_block": block},
+                {"type": "content_block_stop", "index": n},
+            )
+        ),
         {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, **ended},
         {"type": "message_stop"},
     )
@@ -337,6 +345,28 @@ async def test_claude_gets_the_largest_limit_that_it_names(server: ModelServer, 
     server.script(ANTHROPIC.partition("/")[2], refusal)
     await ask(server, providers, ANTHROPIC, Prompt("", (UserTurn("?"),), max_output_tokens=90000))
     assert [request.body["max_tokens"] for request in server.requests] == [90000, 8192]
+
+
+async def test_thoughts_of_claude_go_back_with_their_calls_and_to_no_other_model(
+    server: ModelServer, providers: Providers
+) -> None:
+    thought = {"type": "thinking", "thinking": "A forecast?", "signature": "c2ln"}
+    hidden = {"type": "redacted_thinking", "data": "ZGF0YQ=="}
+    unsigned = {"type": "thinking", "thinking": "Hm.", "signature": ""}
+    call = {"type": "tool_use", "id": "t1", "name": "weather_now", "input": {"city": "Bern"}}
+    said = {"type": "text", "text": "One moment."}
+    ended = {"delta": {"stop_reason": "tool_use"}}
+    server.script("claude-haiku-5-5", _anthropic({}, ended, thought, hidden, unsigned, said, call))
+    asked = Prompt("", (UserTurn("Weather?"),), tools=(WEATHER,))
+    first = await ask(server, providers, ANTHROPIC, asked)
+    assert first.text == "One moment."
+    turns = (UserTurn("Weather?"), AssistantTurn(first.text, first.calls, first.reasoning))
+    for name, sent in ((ANTHROPIC, [thought, hidden]), ("anthropic/claude-opus-5", [])):
+        answered = Prompt("", (*turns, ToolTurn(first.calls[0], "rain")), tools=(WEATHER,))
+        await ask(server, providers, name, answered)
+        assert server.requests[-1].body["messages"][1]["content"] == [*sent, said, call]
+    server.script("claude-haiku-5-5", _anthropic({}, {}, thought, YES))
+    assert (await ask(server, providers, ANTHROPIC, asked)).reasoning is None
 
 
 async def test_an_id_of_another_models_call_is_one_that_claude_takes(server: ModelServer, providers: Providers) -> None:
