@@ -60,7 +60,8 @@ class _BareObject(_Object, frozen=True, forbid_unknown_fields=True):
 
 
 def taken(text: str, tools: Mapping[str, Tool], *, bare: bool) -> tuple[str, list[WrittenCall]]:
-    """The text before the calls at its end, and these calls. Raises ValueError if it begins as a call and is none.
+    """The text before the calls at its end, and these calls. Raises ValueError if it begins as a call of one of the
+    tools and is none.
 
     tools: those that are offered, by their names. bare: an answer that is nothing but the JSON of calls is read, too.
     """
@@ -73,11 +74,11 @@ def taken(text: str, tools: Mapping[str, Tool], *, bare: bool) -> tuple[str, lis
     if at < 0:
         return text, []
     before, written = text[:at].rstrip(), _without_end(text[at:])
-    read = next(read for form, read in _FORMS.items() if written.startswith(form))
+    form, read = next((form, read) for form, read in _FORMS.items() if written.startswith(form))
     try:
         calls = _offered(_read(read, written, tools), tools)
     except ValueError:
-        if not before:
+        if not before and _is_meant(_TAGS.sub("", written.removeprefix(form)), form, tools):
             raise
         calls = []
     # Else it is an answer about calls.
@@ -124,6 +125,13 @@ def _offered(calls: list[WrittenCall], tools: Mapping[str, Tool]) -> list[Writte
     if not calls or not all(call.name in tools for call in calls):
         raise ValueError("no tool that is offered")
     return calls
+
+
+def _is_meant(rest: str, form: str, tools: Mapping[str, Tool]) -> bool:
+    """True if the text after the mark names one of the tools as calls do, or if there is none: prose about the mark is
+    an answer."""
+    names = "|".join(map(re.escape, sorted(tools, key=len, reverse=True)))
+    return not rest.strip() or re.search(rf'(?:["=.]|[>\]]\s*)(?:{names})(?![\w-])', form + rest) is not None
 
 
 def _without_end(text: str) -> str:

@@ -522,13 +522,12 @@ async def test_a_call_in_both_forms_is_one(server: ModelServer, providers: Provi
 @pytest.mark.parametrize(
     "content",
     [
-        WRITTEN.replace("add", "made_up"),
         WRITTEN.replace("1", "one"),
         WRITTEN.replace("arguments", "input"),
         f"{WRITTEN} Done.",
         "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>",
-        "<function=made_up>{}</function>",
-        "<|python_tag|>print(1)",
+        "<tool_call></tool_call>",
+        "<|python_tag|>add.call(a=1)",
         '[TOOL_CALLS] [{"name": "add", "arguments": {"a"',
         "<｜tool▁calls▁begin｜>",
         "<tool_call>add this",
@@ -548,6 +547,11 @@ async def test_a_text_that_begins_as_a_call_and_is_none_is_no_answer(
     "content",
     [
         "Hermes writes `<tool_call>` before a call.",
+        "<tool_call> is what Hermes writes to call a tool such as add.",
+        "[TOOL_CALLS] is what Mistral writes, such as\n\n> [TOOL_CALLS] [",
+        f"{WRITTEN.replace('add', 'made_up')}\n\nSo Hermes writes calls.",
+        "<function=made_up>{}</function>",
+        "<|python_tag|>print(1)",
         f"It writes\n```\n{WRITTEN}\n```",
         f"It writes\n```\n{WRITTEN}",
         "It writes <tool_call>add</tool_call>",
