@@ -11,8 +11,8 @@ import re
 import zipfile
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, groupby, islice
 from typing import IO, Any
 
 from services.memory.domain import Block, UnreadableFile, is_repeated
@@ -24,6 +24,8 @@ BLOCK_ROWS = 1_000
 MAX_BLOCK_CHARACTERS = 100_000_000
 # Among so many rows of a table, without the empty ones, its header is looked for.
 FIRST_ROWS = 10
+# Each table of a sheet is read by itself.
+_MAX_SIDE_BY_SIDE = 8
 # Of a sheet of Excel. A row may state any number, and the library makes all rows before it.
 MAX_ROWS = 1_048_576
 _WHITE, _DIGIT = re.compile(r"\s+"), re.compile(r"\d")
@@ -74,12 +76,13 @@ def sheets(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
         read.add(sheet._worksheet_path)
         # The stated dimensions may be wrong, and may be a million rows.
         sheet.reset_dimensions()
-        used: set[int] = set()
+        # Each column that is used → how many more of its values are texts than are not.
+        used: Counter[int] = Counter()
         for row in sheet.iter_rows(max_row=MAX_ROWS, values_only=True):
-            used.update(n for n, value in enumerate(row) if _has_text(value))
-        columns = sorted(used)
-        merged = _Merged(book, sheet)
-        yield from _blocks(with_header(_rows(sheet, columns, merged)), sheet.title)
+            used.update({n: 1 if isinstance(value, str) else -1 for n, value in enumerate(row) if _has_text(value)})
+        for columns in _side_by_side(used):
+            merged = _Merged(book, sheet)
+            yield from _blocks(with_header(_rows(sheet, columns, merged)), sheet.title)
         if beside := "\n".join(_beside(book._archive, sheet._worksheet_path, read)):
             yield Block(beside, sheet.title)
         if sheet.sheet_state != "visible":
@@ -88,6 +91,20 @@ def sheets(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
             warnings.append(
                 f"Formulas of the sheet {sheet.title} have no stored values, so they are empty: open and save the file."
             )
+
+
+def _side_by_side(used: Mapping[int, int]) -> list[list[int]]:
+    """The columns of each table, of several ones with empty columns between. A single column, or columns that name
+    nothing because they have only numbers, belong to the table before the empty column."""
+    tables: list[list[int]] = [[]]
+    for _, group in groupby(enumerate(sorted(used)), lambda each: each[1] - each[0]):
+        columns = [column for _, column in group]
+        is_table = len(columns) > 1 < len(tables[-1]) and any(used[column] > 0 for column in columns)
+        if is_table and len(tables) < _MAX_SIDE_BY_SIDE:
+            tables.append(columns)
+        else:
+            tables[-1] += columns
+    return tables
 
 
 def _rows(sheet: Any, columns: list[int], merged: _Merged) -> Iterator[tuple[list[str], list[range]]]:
