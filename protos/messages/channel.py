@@ -101,6 +101,16 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
     name: str
 
 
+class Sender(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Who sends a message: the groups of its usage in reports, and the scopes of budgets. Empty: unknown."""
+
+    agent_id: UUID | None = None
+    member_id: UUID | None = None
+    api_key_id: str = ""
+    tag: str = ""
+    """The agent's."""
+
+
 class SendMessage(Message, frozen=True, kw_only=True):
     """Send a text, and files, to a conversation, once."""
 
@@ -117,8 +127,9 @@ class SendMessage(Message, frozen=True, kw_only=True):
     """The person with whom the text is erased; empty in messages from before this field was added."""
     files: tuple[File, ...] = ()
     """They are sent after the text."""
+    sender: Sender = Sender()
     position: Count = 0
-    """Position among the messages sent to the session, as in `MessageReceived`."""
+    """Position among the messages sent to the session, as in `MessageReceived`. The last field: it is known last."""
 
 
 class MessageDelivered(Message, frozen=True, kw_only=True):
@@ -130,6 +141,8 @@ class MessageDelivered(Message, frozen=True, kw_only=True):
     run_id: UUID | None
     vendor_message_id: str | None
     """Null if the vendor does not return an id."""
+    sender: Sender = Sender()
+    """As in `SendMessage`."""
 
 
 class MessageUndelivered(Message, frozen=True, kw_only=True):

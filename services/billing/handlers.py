@@ -131,8 +131,12 @@ def _message_used(event: MessageDelivered, tenant_id: str, at: datetime) -> Usag
         quantities={"messages": 1},
         occurred_at=at,
         run_id=event.run_id,
+        agent_id=event.sender.agent_id,
         channel_id=event.channel_id,
         session_key=event.session_key,
+        api_key_id=event.sender.api_key_id or None,
+        member_id=event.sender.member_id,
+        tag=event.sender.tag or None,
     )
 
 

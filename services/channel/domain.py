@@ -94,7 +94,7 @@ def decide(command: Command, delivery: Delivery) -> Sequence[DeliveryEvent]:
     match command:
         case MarkSent(ids):
             last = next((id_ for id_ in reversed(ids) if id_), None)
-            return [DeliverySent(*about, last, ids if len(ids) > 1 else (), bool(delivery.late))]
+            return [DeliverySent(*about, last, ids if len(ids) > 1 else (), bool(delivery.late), asked.sender)]
         case MarkFailed(reason, ids):
             return [DeliveryFailed(*about, reason, ids if any(ids) else ())]
         case MarkUnknown(reason, ids):

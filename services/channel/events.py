@@ -2,7 +2,8 @@
 
 A field `content` is personal: JSON of `InboundContent` or `OutboundContent` unless its event says otherwise, encrypted
 with the subject's key. The associated data are the id of the event or the delivery, and ``content``. It is empty if the
-message was deleted. No other field identifies a person.
+message was deleted. No other field identifies a person
+of a chat.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Literal
 from uuid import UUID
 
 import msgspec
+
+from protos.messages.channel import Sender
 
 
 class Attachment(msgspec.Struct, frozen=True):
@@ -118,6 +121,7 @@ class DeliveryQueued(msgspec.Struct, frozen=True):
     run_id: UUID | None
     subject_id: str
     content: bytes
+    sender: Sender = Sender()
 
 
 class DeliverySent(msgspec.Struct, frozen=True):
@@ -132,6 +136,7 @@ class DeliverySent(msgspec.Struct, frozen=True):
     """If there are several: the vendor's id of each part, in their order."""
     again: bool = False
     """It follows a `DeliveryResumed`."""
+    sender: Sender = Sender()
 
 
 class DeliveryResumed(msgspec.Struct, frozen=True):

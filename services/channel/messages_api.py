@@ -14,6 +14,7 @@ from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage, NotFound
 from infra.postgres.tx import Tx, derived_id
 from infra.security.audit import audit
+from infra.security.auth import Identity
 from infra.security.crypto import DataKey
 from infra.security.reads import record_reads
 from infra.security.subjects import ERASED_TEXT, SubjectKeys
@@ -22,7 +23,7 @@ from infra.service.idempotency import once
 from infra.service.service import Runtime
 from infra.web import rpc
 from protos.memory.v1 import memory_pb2
-from protos.messages.channel import SendMessage
+from protos.messages.channel import Sender, SendMessage
 from services.channel import accounts as stored
 from services.channel import history
 from services.channel.accounts import AccountSecrets, ChannelAccount
@@ -345,6 +346,7 @@ def router(runtime: Runtime, secrets: AccountSecrets) -> APIRouter:
                 session_key=session_key,
                 conversation_id=body.conversation_id,
                 text=body.text,
+                sender=_sender(who),
             )
             files = tuple(File(one.url, one.name) for one in body.attachments)
             await queue_delivery(tx, subjects, message, subject_id, utcnow() + EXPIRES, files)
@@ -390,6 +392,11 @@ def router(runtime: Runtime, secrets: AccountSecrets) -> APIRouter:
         return made
 
     return router
+
+
+def _sender(who: Identity) -> Sender:
+    kind, _, id_ = who.actor.partition(":")
+    return Sender(member_id=UUID(id_) if kind == "member" else None, api_key_id=id_ if kind == "api_key" else "")
 
 
 async def _account(tx: Tx, secrets: AccountSecrets, channel_id: UUID) -> ChannelAccount:

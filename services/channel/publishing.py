@@ -44,6 +44,7 @@ def _publish_delivery(delivery_id: str, event: DeliveryEvent) -> Iterable[Public
             session_key=event.session_key,
             run_id=event.run_id,
             vendor_message_id=event.vendor_message_id,
+            sender=event.sender,
         )
     else:
         message = MessageUndelivered(

@@ -214,4 +214,4 @@ def _queued(message: SendMessage, subject_id: str, key: DataKey | None, files: t
     """key: None if the person was erased: the text must not be stored, and the delivery fails when its turn comes."""
     words = OutboundContent(message.conversation_id, message.text, message.reply_to, files)
     content = key.seal(msgspec.json.encode(words).decode(), str(message.delivery_id), "content") if key else b""
-    return DeliveryQueued(message.channel_id, message.session_key, message.run_id, subject_id, content)
+    return DeliveryQueued(message.channel_id, message.session_key, message.run_id, subject_id, content, message.sender)

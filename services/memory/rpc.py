@@ -68,7 +68,12 @@ class MemoryRpc(memory_pb2_grpc.MemoryServicer):
             mode=request.mode or HYBRID,
         )
         origin = UseSource(
-            request.agent_id, request.channel_id, request.session_key, request.api_key_id, request.member_id
+            request.agent_id,
+            request.channel_id,
+            request.session_key,
+            request.api_key_id,
+            request.member_id,
+            request.tag,
         )
         caller = rights.of_agent(rpc.tenant(), request.agent_id, request.subject_id, origin)
         if request.after:

@@ -36,6 +36,7 @@ class RetrieveRequest(_message.Message):
     CHANNEL_ID_FIELD_NUMBER: _builtins.int
     API_KEY_ID_FIELD_NUMBER: _builtins.int
     MEMBER_ID_FIELD_NUMBER: _builtins.int
+    TAG_FIELD_NUMBER: _builtins.int
     query: _builtins.str
     limit: _builtins.int
     """0 means ten."""
@@ -57,6 +58,8 @@ class RetrieveRequest(_message.Message):
     """The use counts for the budgets of these, and of the agent and the session. Empty: unknown."""
     api_key_id: _builtins.str
     member_id: _builtins.str
+    tag: _builtins.str
+    """The agent's, for reports of usage."""
     @_builtins.property
     def types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """document, conversation, memory. Empty: documents."""
@@ -76,10 +79,11 @@ class RetrieveRequest(_message.Message):
         channel_id: _builtins.str = ...,
         api_key_id: _builtins.str = ...,
         member_id: _builtins.str = ...,
+        tag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "min_similarity", b"min_similarity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "after", b"after", "agent_id", b"agent_id", "api_key_id", b"api_key_id", "channel_id", b"channel_id", "limit", b"limit", "member_id", b"member_id", "min_similarity", b"min_similarity", "mode", b"mode", "query", b"query", "session_key", b"session_key", "subject_id", b"subject_id", "types", b"types"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "after", b"after", "agent_id", b"agent_id", "api_key_id", b"api_key_id", "channel_id", b"channel_id", "limit", b"limit", "member_id", b"member_id", "min_similarity", b"min_similarity", "mode", b"mode", "query", b"query", "session_key", b"session_key", "subject_id", b"subject_id", "tag", b"tag", "types", b"types"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_similarity: _TypeAlias = _typing.Literal["min_similarity"]  # noqa: Y015
     _WhichOneofArgType__min_similarity: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity"]  # noqa: Y015

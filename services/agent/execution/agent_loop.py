@@ -226,6 +226,7 @@ class AgentLoop:
                 channel_id=str(self.context.channel_id or ""),
                 api_key_id=self.context.origin.api_key_id,
                 member_id=str(self.context.origin.member_id or ""),
+                tag=self.context.tag,
             )
             try:
                 reply = await self.memory.Retrieve(request, metadata=self.context.metadata, timeout=RETRIEVE_SECONDS)

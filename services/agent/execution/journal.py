@@ -174,6 +174,7 @@ class RunJournal:
             reply_to=conversation.reply_to,
             subject_id=row.subject_id,
             files=sent_files(reply.files),
+            sender=self._context.origin.sender,
         )
         buffer = self._context.database.collector(row.tenant_id)
         # The group write draws the position, and puts it in place of the 0 in header and body.

@@ -11,6 +11,7 @@ from infra.clock import utcnow
 from infra.postgres.tx import Tx, derived_id
 from protos.catalog import USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
+from protos.messages.channel import Sender
 from services.agent.runs.domain import Run
 from services.agent.runs.publishing import stream
 
@@ -51,6 +52,11 @@ class UsageOrigin(NamedTuple):
         kind, _, id_ = self.subject_id.partition(":")
         return id_ if self.channel_id is None and kind == wanted else ""
 
+    @property
+    def sender(self) -> Sender:
+        """Of the messages of a run that came from a channel, so of no client."""
+        return Sender(agent_id=self.agent_id, tag=self.tag)
+
     def record(
         self,
         usage_id: str,
@@ -89,8 +95,8 @@ def seconds_used(state: Run, origin: UsageOrigin) -> UsageRecorded | None:
     return origin.record(f"{origin.run_id}/seconds", RESOURCE, seconds, seconds_hold(origin.run_id))
 
 
-async def record_seconds(tx: Tx, run_id: UUID) -> None:
-    """Records the seconds of a run, in the transaction of its end."""
+async def origin_of(tx: Tx, run_id: UUID) -> UsageOrigin:
+    """The source of a run's usage, with the tag that its agent has now."""
     [row] = await tx.sql(
         """
         SELECT r.id, r.tenant_id, r.agent_id, r.channel_id, r.session_key, r.subject_id,
@@ -102,7 +108,12 @@ async def record_seconds(tx: Tx, run_id: UUID) -> None:
         """,
         run_id,
     )
-    if record := seconds_used(await tx.load(stream(run_id)), UsageOrigin(*row)):
+    return UsageOrigin(*row)
+
+
+async def record_seconds(tx: Tx, run_id: UUID) -> None:
+    """Records the seconds of a run, in the transaction of its end."""
+    if record := seconds_used(await tx.load(stream(run_id)), await origin_of(tx, run_id)):
         await store_usage(tx, run_id, record)
 
 

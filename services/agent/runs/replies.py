@@ -9,7 +9,7 @@ from infra.lanes.resequencer import next_position
 from infra.postgres.tx import Tx, derived_id
 from protos.catalog import CHANNEL_OUTBOUND
 from protos.messages.channel import File, SendMessage
-from services.agent.runs import projections
+from services.agent.runs import metering, projections
 from services.agent.runs.content import StoredFile
 from services.agent.runs.publishing import stream
 
@@ -45,6 +45,7 @@ async def send_reply(
         subject_id=subject_id,
         files=sent_files(files),
         position=await next_position(tx, "sent", session_key),
+        sender=(await metering.origin_of(tx, run_id)).sender,
     )
     message_id = derived_id(run_id, "SendMessage", *occasion)
     tx.send(CHANNEL_OUTBOUND, message, key=session_key, position=message.position, message_id=message_id)

@@ -22,6 +22,7 @@ class UseSource(NamedTuple):
     session_key: str = ""
     api_key_id: str = ""
     member_id: str = ""
+    tag: str = ""
 
 
 UNKNOWN = UseSource()
@@ -102,6 +103,7 @@ def _record(
         session_key=origin.session_key or None,
         api_key_id=origin.api_key_id or None,
         member_id=_uuid(origin.member_id),
+        tag=origin.tag or None,
     )
     tx.publish(USAGE_RECORDS, record, key=tenant_id)
 

@@ -96,6 +96,7 @@ async def knowledge_search(call: ToolRequest, backends: Backends) -> Any:
         channel_id=str(call.channel_id or ""),
         api_key_id=call.api_key_id,
         member_id=str(call.member_id or ""),
+        tag=call.tag,
     )
     reply = await backends.memory.Retrieve(request, timeout=call.seconds, metadata=rpc.tenant_metadata(call.tenant_id))
     return {

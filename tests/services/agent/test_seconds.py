@@ -119,6 +119,16 @@ async def test_usage_names_the_client_of_the_api_and_the_tag_of_the_agent(world:
     assert str(key) in {hold.api_key_id for hold in world.peers.billing.holds.values()}
 
 
+async def test_a_message_names_its_agent_and_the_tag(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(tag="Sales")
+    for answer in (Says("Hello."), Fails(400)):
+        world.models.script(MODEL, answer)
+        await tenant.receive(agent, "Hi", position=1 + isinstance(answer, Fails))
+        await tenant.runs(1 + isinstance(answer, Fails))
+    sent = await tenant.sent("channel.outbound")
+    assert [send["sender"] for send in sent] == [{"agent_id": agent, "tag": "Sales"}] * 2
+
+
 async def test_the_seconds_of_a_failed_run_have_the_tag_of_the_agent(world: World, tenant: Tenant) -> None:
     agent = await tenant.agent(tag="Sales", tools=[WEATHER])
     world.models.script(MODEL, Says(calls=(BERN,)), Fails(400))

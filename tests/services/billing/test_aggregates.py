@@ -14,7 +14,7 @@ import pytest
 from infra.clock import utcnow, uuid7
 from protos.catalog import CHANNEL_EVENTS, USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
-from protos.messages.channel import MessageDelivered
+from protos.messages.channel import MessageDelivered, Sender
 from services.billing.usage import aggregates, labels, retention
 from tests.services.billing.conftest import Billing, Tenant, count
 
@@ -119,8 +119,9 @@ async def test_a_record_that_waited_for_review_is_summed_once_it_is_counted(bill
 
 async def test_a_delivered_message_is_metered_once(billing: Billing) -> None:
     tenant = await billing.tenant()
+    sender = Sender(agent_id=uuid7(), member_id=uuid7(), api_key_id="k", tag="Sales")
     event = MessageDelivered(
-        delivery_id=uuid7(), channel_id=uuid7(), session_key="s", run_id=uuid7(), vendor_message_id=None
+        delivery_id=uuid7(), channel_id=uuid7(), session_key="s", run_id=uuid7(), vendor_message_id=None, sender=sender
     )
     for _ in range(2):
         await billing.platform.produce(CHANNEL_EVENTS, event, key="s", tenant_id=tenant.id)
@@ -136,6 +137,9 @@ async def test_a_delivered_message_is_metered_once(billing: Billing) -> None:
         ("messages", str(event.channel_id), 1),
         ("cost_nanos", str(event.channel_id), 0),
     }
+    expected = {"agent": str(sender.agent_id), "member": str(sender.member_id), "tag": "Sales"}
+    groups = [item["group"] for item in await window(tenant, "agent,member,tag")]
+    assert groups == [{"meter": meter} | expected for meter in ("cost_nanos", "messages")]
 
 
 @pytest.mark.parametrize(

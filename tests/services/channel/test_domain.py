@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Literal
 from uuid import UUID
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
+from protos.messages.channel import MessageDelivered, Sender
 from services.channel.domain import (
     MAX_CHANGE_BYTES,
     MAX_CHANGES,
@@ -40,6 +42,7 @@ from services.channel.events import (
     MessageEdited,
     MessageReacted,
 )
+from services.channel.publishing import DELIVERY
 
 CHANNEL, RUN = UUID(int=1), UUID(int=2)
 QUEUED = DeliveryQueued(CHANNEL, "session", RUN, "subject", b"sealed")
@@ -67,6 +70,14 @@ def after(*events: DeliveryEvent) -> Delivery:
 def test_a_queued_delivery_ends_in_one_way(command: Command, event: DeliveryEvent, state: str) -> None:
     assert decide(command, after(QUEUED)) == [event]
     assert after(QUEUED, event).state == state
+
+
+def test_a_delivered_message_names_its_sender() -> None:
+    sender = Sender(agent_id=RUN, tag="Sales")
+    [sent] = decide(MarkSent(("7",)), after(msgspec.structs.replace(QUEUED, sender=sender)))
+    [published] = DELIVERY.publish(str(RUN), sent)
+    assert isinstance(published.message, MessageDelivered)
+    assert published.message.sender == sender
 
 
 @pytest.mark.parametrize("settled", [SENT, FAILED, UNKNOWN])

@@ -174,6 +174,19 @@ async def test_an_erased_person_is_not_shown(desk: Desk, telegram: TelegramStand
     assert {one["conversation_id"] for one in await messages(desk)} == {None}
 
 
+async def test_a_message_that_a_member_sends_is_usage_of_the_member(desk: Desk, telegram: TelegramStandIn) -> None:
+    channel = await desk.connect("telegram", telegram.credentials, telegram.url)
+    member = str(uuid7())
+    async with desk.platform.client("channel", desk.tenant_id, actor=f"member:{member}") as http:
+        body = {"conversation_id": "5", "text": "Hello"}
+        sent = await http.post(f"/api/v1/channels/{channel['id']}/messages", json=body)
+    assert sent.status_code == 202, sent.text
+    await desk.settled(sent.json()["delivery_id"])
+    found = await desk.platform.outbox("channel", "channel.events")
+    [event] = [body for _, body in found if body.get("delivery_id") == sent.json()["delivery_id"]]
+    assert event["sender"] == {"member_id": member}
+
+
 async def test_a_text_is_sent_without_a_run(desk: Desk, telegram: TelegramStandIn) -> None:
     channel = await desk.connect("telegram", telegram.credentials, telegram.url)
     # To a person who has never written.
