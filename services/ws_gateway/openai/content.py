@@ -25,7 +25,7 @@ _NOTES = {
 }
 # Thoughts of another server's model, among the parts of its message: nothing that this agent could go on from.
 _THOUGHTS = ("thinking", "redacted_thinking", "reasoning")
-_DATA_URL = re.compile(r"data:image/[a-z]+;base64,([A-Za-z0-9+/]+={0,2})")
+_DATA_URL = re.compile(r"data:[^,]{0,100};base64,([A-Za-z0-9+/]+={0,2})")
 # The type stands in the first bytes. The number of characters is a multiple of four, as base64 needs.
 _HEAD = 64
 

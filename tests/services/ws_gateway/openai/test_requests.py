@@ -154,6 +154,13 @@ def test_images_of_a_user_go_with_the_message() -> None:
     assert (asked.text, asked.images) == ("[image]", (url, "https://example.org/a.png"))
 
 
+@pytest.mark.parametrize("type_", ["image/PNG", "image/x-png", "image/png;charset=utf-8", "application/octet-stream"])
+def test_an_image_counts_by_its_content_whatever_type_the_client_states(type_: str) -> None:
+    url = f"data:{type_};base64,{PNG}"
+    asked = chat({"role": "user", "content": [IMAGE | {"image_url": {"url": url}}]})
+    assert asked.images == (url,)
+
+
 OBJECT = {"type": "object", "properties": {}}
 # Of every option that OpenAI's reference names.
 OPTIONS = (
