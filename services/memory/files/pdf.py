@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -18,12 +19,15 @@ _BROKEN = re.compile(r"\x02[\r\n]*(?=(\w?))")
 _MAX_ANNOTATIONS = 10_000
 _RIGHT_TO_LEFT = ("R", "AL")
 # The left, lower, right and upper end of a place on a page as it is shown, which the file may turn clockwise.
-_TURNED: dict[int, Callable[[float, float, float, float], tuple[float, float, float, float]]] = {
+Turn = Callable[[float, float, float, float], tuple[float, float, float, float]]
+_TURNED: dict[int, Turn] = {
     0: lambda left, bottom, right, top: (left, bottom, right, top),
     90: lambda left, bottom, right, top: (bottom, -right, top, -left),
     180: lambda left, bottom, right, top: (-right, -top, -left, -bottom),
     270: lambda left, bottom, right, top: (-top, left, -bottom, right),
 }
+# The sine of twice the angle of a line is below this if the line is level or upright.
+_LEVEL = 0.01
 # Text further right than so many times its height is a part of its own.
 _WIDE_GAP = 2.0
 
@@ -100,6 +104,9 @@ def _parts(page: Any) -> list[running.Part]:
         gap = place[0] - end
         if is_same_line and (gap > size or (space and gap >= 0)):
             space = " "
+        if is_same_line and not space and _may_be_raised(character, text) and _is_raised(words, n, size, turned):
+            # 10 to the power of 6 is not 106, and the mark of a footnote does not belong to its word.
+            space = "^"
         begin = len(text) + 1
         text += (space, character)
         if not begins or not is_same_line or abs(gap) > _WIDE_GAP * size:
@@ -111,6 +118,28 @@ def _parts(page: Any) -> list[running.Part]:
     words.close()
     pieces = zip([0, *begins[1:]], [*begins[1:], len(text)], strict=True) if begins else ()
     return [running.Part("".join(text[begin:end]), *each) for (begin, end), each in zip(pieces, ends, strict=True)]
+
+
+def _may_be_raised(character: str, text: list[str]) -> bool:
+    """Whether the character, if it stands higher, is an exponent behind a number, or the mark of a footnote behind a
+    word. `text` has a character in each second piece. Behind m or cm stands no mark, but a part of the unit."""
+    if not text or character not in "-−+0123456789":
+        return False
+    is_word = len(text) > 5 and not text[-2] + text[-4] and (text[-1] + text[-3] + text[-5]).isalpha()
+    return text[-1].isdigit() or (character.isdigit() and is_word)
+
+
+def _is_raised(words: Any, n: int, size: float, turned: Turn) -> bool:
+    """Whether the baseline of a character is higher than that of the character before it, in text that is level."""
+    from pypdfium2 import raw
+
+    x, y = ctypes.c_double(), ctypes.c_double()
+    heights = []
+    for each in (n - 1, n):
+        raw.FPDFText_GetCharOrigin(words.raw, each, x, y)
+        heights.append(turned(x.value, y.value, x.value, y.value)[1])
+    angle = raw.FPDFText_GetCharAngle(words.raw, n)
+    return heights[1] - heights[0] > size / 5 and abs(math.sin(2 * angle)) < _LEVEL
 
 
 def _annotations(document: Any, page: Any) -> Iterator[str]:

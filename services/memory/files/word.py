@@ -15,6 +15,7 @@ from typing import IO
 from lxml import etree  # type: ignore[import-untyped]
 
 from services.memory.files import charts, numbering
+from services.memory.files.markup import MAX_SPAN
 
 _WORD = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
 _W = f"{{{_WORD}}}"
@@ -141,6 +142,13 @@ def _rewrite(root: etree._Element) -> None:
         # The end of a page or column ends a word, too.
         line_break.tag = f"{_W}br"
         line_break.attrib.clear()
+    for before in list(root.iter(f"{_W}gridBefore")):
+        # The row begins further right: mammoth would put its cells below the first columns.
+        count = before.get(f"{_W}val") or ""
+        if count.isdecimal() and 0 < int(count[:5]) <= MAX_SPAN:
+            cell = etree.Element(f"{_W}tc")
+            etree.SubElement(etree.SubElement(cell, f"{_W}tcPr"), f"{_W}gridSpan").set(f"{_W}val", count)
+            before.getparent().addnext(cell)
     for tab in list(root.iter(f"{_W}ptab")):
         tab.tag = f"{_W}tab"
     for choice in list(root.iter(f"{_W}ddList")):

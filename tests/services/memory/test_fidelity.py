@@ -377,6 +377,25 @@ def test_words_that_a_line_of_a_pdf_breaks_are_whole() -> None:
     assert text_of(pdf(content), types.PDF) == "The maintenance of the Baden-Baden pump."
 
 
+def test_raised_digits_of_a_pdf_are_no_part_of_the_number_or_word_before() -> None:
+    def raised(text: str) -> str:
+        return f"/F1 7 Tf 5 Ts ({text}) Tj /F1 12 Tf 0 Ts"
+
+    text = f"(about 10) Tj {raised('-6')} ( m) Tj {raised('2')} ( of pump) Tj {raised('1')} ( in 2026) Tj"
+    assert text_of(pdf(f"BT /F1 12 Tf 50 700 Td {text} ET"), types.PDF) == "about 10^-6 m2 of pump^1 in 2026"
+    slanted = "BT /F1 12 Tf .7 .7 -.7 .7 50 100 Tm (102) Tj ET"
+    assert text_of(pdf(slanted), types.PDF) == "102"
+
+
+def test_rows_of_a_word_table_that_begin_further_right_keep_their_columns() -> None:
+    def row(*cells: str, before: int = 0) -> str:
+        shift = f"<w:trPr><w:gridBefore w:val='{before}'/></w:trPr>" if before else ""
+        return f"<w:tr>{shift}{''.join(f'<w:tc>{paragraph(cell)}</w:tc>' for cell in cells)}</w:tr>"
+
+    table = f"<w:tbl>{row('Part', 'Price', 'Stock')}{row('7', '0', before=1)}{row('4', before=2)}</w:tbl>"
+    assert text_of(docx(table), types.DOCX).splitlines()[2:] == ["|  | 7 | 0 |", "|  |  | 4 |"]
+
+
 def test_the_fields_and_comments_of_a_pdf_are_read() -> None:
     kinds = (
         "/Subtype /Widget /FT /Tx /T (n) /TU (Your name) /V <FEFF4FDD4FEE>",

@@ -628,7 +628,7 @@ def test_spans_do_not_make_a_small_page_large() -> None:
 
 
 def test_tables_side_by_side_in_a_sheet_are_read_one_after_the_other() -> None:
-    rows = [
+    rows: list[list[object]] = [
         ["Part", "Price", None, "Shop", "Town"],
         ["Pump", 12, None, "North", "Oslo"],
         ["Valve", 7, None, None, None],
@@ -643,7 +643,7 @@ def test_tables_side_by_side_in_a_sheet_are_read_one_after_the_other() -> None:
 
 def test_an_empty_column_within_a_table_does_not_cut_it() -> None:
     """A single column, and columns of numbers that only the first column names."""
-    rows = [["Part", None, "2025", "2026", None, "Note"], ["Pump", None, 12, 13, None, "new"]]
+    rows: list[list[object]] = [["Part", None, "2025", "2026", None, "Note"], ["Pump", None, 12, 13, None, "new"]]
     passages, _ = read(files.xlsx("Stock", rows), types.XLSX)
     assert [passage["text"].splitlines()[2:] for passage in passages] == [["| Pump | 12 | 13 | new |"]]
 
