@@ -482,6 +482,8 @@ async def credit(
     invoice = await invoices.get(tx, tenant_id, invoice_id)
     if invoice.status not in ("finalised", "paid") and not corrections:
         raise Conflict(f"the invoice is {invoice.status}; only a finalised or paid one gets a credit note")
+    if invoice.total_minor <= 0:
+        raise Conflict("the invoice is not above zero; there is nothing to take back")
     if minor > invoice.total_minor - invoice.credited_minor:
         raise InvalidMessage("amount_minor", f"must be at most {invoice.total_minor - invoice.credited_minor}")
     net = share(invoice, invoice.subtotal_nanos, minor)

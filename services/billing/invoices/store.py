@@ -88,8 +88,8 @@ class Invoice(BaseModel):
 
     @property
     def rest_minor(self) -> int:
-        """Below zero: owed to the tenant."""
-        return self.total_minor - self.applied_minor - self.credited_minor - self.paid_minor
+        """Below zero: owed to the tenant. A total below zero became a grant, so nothing of it is owed."""
+        return max(0, self.total_minor) - self.applied_minor - self.credited_minor - self.paid_minor
 
     @computed_field  # type: ignore[prop-decorator]
     @property

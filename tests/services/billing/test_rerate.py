@@ -11,6 +11,7 @@ import pytest
 
 from infra.clock import utcnow, uuid7
 from services.billing.clock import Clock
+from services.billing.invoices import store as invoices
 from services.billing.invoices.tax import Seller
 from tests.services.billing.conftest import Billing, Tenant, pdf_pages
 from tests.services.billing.test_invoices import (
@@ -150,6 +151,11 @@ async def test_an_invoice_below_zero_is_a_credit_note_that_names_the_invoice_it_
             )
     [text] = pdf_pages((await tenant.http.get(f"/api/v1/invoices/{second['id']}/pdf")).content)
     assert text.startswith("Credit note INV-00000")
+    refused = await billing.operator.post(f"/api/v1/invoices/{second['id']}/credit-notes", json=credit_of(1))
+    assert (refused.status_code, "nothing to take back" in refused.text) == (409, True)
+    async with billing.platform.database("billing").begin(tenant_id=tenant.id) as tx:
+        stored = await invoices.get(tx, tenant.id, UUID(second["id"]))
+    assert (stored.rest_minor, stored.owed_minor) == (0, 0), "it became a grant, and is not owed again"
     assert "Total 5.50 USD" in text
     # Finalised later, the other one had no number yet.
     assert ("Corrects invoice INV-000001" in text) == in_order
