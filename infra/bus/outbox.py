@@ -334,14 +334,18 @@ async def resend(connection: AsyncConnection, destination: str, *, since: Any = 
     rows = await sql(
         connection,
         """
-        UPDATE outbox SET published_at = NULL
-        WHERE destination = $1 AND published_at IS NOT NULL AND ($2::timestamptz IS NULL OR created_at >= $2)
-        RETURNING 1
+        -- Counted here: there may be millions.
+        WITH marked AS (
+            UPDATE outbox SET published_at = NULL
+            WHERE destination = $1 AND published_at IS NOT NULL AND ($2::timestamptz IS NULL OR created_at >= $2)
+            RETURNING 1
+        )
+        SELECT count(*) FROM marked
         """,
         destination,
         since,
     )
-    return len(rows)
+    return int(rows[0][0])
 
 
 def by_destination(rows: Sequence[Pending]) -> dict[str, list[int]]:

@@ -147,7 +147,8 @@ def create_engine(url: str, *, pool_size: int = 10, name: str = "clawbus", schem
 
     The URL may ask for TLS: ``?sslmode=verify-full&sslrootcert=FILE&sslcert=FILE&sslkey=FILE``.
 
-    `schema`: the search path, for a role that has none of its own (an administrator).
+    `schema`: the search path, for a role that has none of its own: an administrator, whose commands may take as long as
+    all rows of a large system need.
     """
     parsed = make_url(url).set(drivername="postgresql+asyncpg")
     context, query = postgres_context(parsed.query)
@@ -166,10 +167,15 @@ def create_engine(url: str, *, pool_size: int = 10, name: str = "clawbus", schem
             "server_settings": {
                 "application_name": name,
                 "timezone": "UTC",
-                **({"search_path": schema} if schema else {}),
                 "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
-                "statement_timeout": str(STATEMENT_TIMEOUT_MS),
-                "transaction_timeout": str(TRANSACTION_TIMEOUT_MS),
+                **(
+                    {"search_path": schema}
+                    if schema
+                    else {
+                        "statement_timeout": str(STATEMENT_TIMEOUT_MS),
+                        "transaction_timeout": str(TRANSACTION_TIMEOUT_MS),
+                    }
+                ),
             },
         },
     )

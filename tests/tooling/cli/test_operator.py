@@ -23,6 +23,7 @@ from typer.testing import CliRunner, Result
 
 from infra.clock import uuid7
 from infra.errors import Conflict, InvalidMessage, NotFound
+from infra.postgres import db
 from infra.postgres.dead_letters import DeadLetter, park, store_dead_letters
 from infra.postgres.tx import Tx
 from infra.service.replay import ReplayResult
@@ -334,6 +335,13 @@ def write_history(book: str) -> None:
     within("sample_desk", write)
     query("sample_desk", "UPDATE outbox SET published_at = now() WHERE key = $1", book)
     within("sample_ledger", count)
+
+
+def test_a_command_may_take_longer_than_a_statement_of_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a bus was wiped, a week's messages are marked in one statement."""
+    monkeypatch.setattr(db, "STATEMENT_TIMEOUT_MS", 50)
+    monkeypatch.setattr(db, "TRANSACTION_TIMEOUT_MS", 50)
+    assert len(query("sample_ledger", "SELECT pg_sleep(0.2)")) == 1
 
 
 def test_kept_messages_are_sent_again_and_the_act_is_audited() -> None:
