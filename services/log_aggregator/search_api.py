@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from datetime import UTC, datetime
+from datetime import UTC
 from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Path, Query
 
-from infra.errors import InvalidMessage
 from infra.service.api import Paging, Viewer, page
 from infra.service.service import Runtime
 from infra.web.times import Time
@@ -66,8 +64,10 @@ def router(runtime: Runtime) -> APIRouter:
             query = {"query": q, "fields": ["text"], "default_operator": "and", "flags": "AND|NOT|PHRASE|WHITESPACE"}
             must.append({"simple_query_string": query})
         sort = [{"timestamp": "desc"}, {"id": "desc"}]
-        found = await index.search("logs", must, sort, paging.limit + 1, _after(paging.after))
-        lines = page(found, paging, lambda line: json.dumps([line["timestamp"], line["id"]]))
+        after = paging.after_time(UUID)
+        last = after and (after[0].astimezone(UTC).isoformat(), str(after[1]))
+        found = await index.search("logs", must, sort, paging.limit + 1, last)
+        lines = page(found, paging, lambda line: f"{line['timestamp']} {line['id']}")
         return lines | {"items": [{name: line[name] for name in _LINE} for line in lines["items"]]}
 
     @routes.get("/api/v1/traces/{trace_id}")
@@ -91,14 +91,3 @@ def router(runtime: Runtime) -> APIRouter:
         return {"items": spans, "next": None}
 
     return routes
-
-
-def _after(cursor: str | None) -> list[str] | None:
-    if cursor is None:
-        return None
-    try:
-        timestamp, id_ = map(str, json.loads(cursor))
-        datetime.fromisoformat(timestamp)
-    except (TypeError, ValueError):
-        raise InvalidMessage("cursor", "is not a valid cursor") from None
-    return [timestamp, id_]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import time
+from base64 import urlsafe_b64encode
 from datetime import datetime, timedelta, timezone
 from typing import Any
 from uuid import uuid4
@@ -162,6 +163,9 @@ async def test_the_services_own_lines_arrive(aggregator: Platform) -> None:
         ({"cursor": "eA=="}, "cursor"),
         ({"cursor": "WzFd"}, "cursor"),
         ({"cursor": "WyJ4IiwieCJd"}, "cursor"),
+        # Deeper than a parser of JSON goes, and a time that OpenSearch does not read.
+        ({"cursor": urlsafe_b64encode(b"[" * 3000).decode()}, "cursor"),
+        ({"cursor": urlsafe_b64encode(b'["2026-W01-1", "x"]').decode()}, "cursor"),
         ({"limit": "0"}, "limit"),
         ({"q": "\x00"}, "q"),
     ],
