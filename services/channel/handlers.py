@@ -138,24 +138,28 @@ async def _replaced(effects: Effects, sender: Sender, account: ChannelAccount, p
 
 
 async def _give_up(tx: Tx, delivery_id: UUID, reason: str) -> None:
-    """Ends a delivery that is not sent any more. Some of its parts may have been sent before."""
+    """Ends a delivery that is not sent any more. Some of its parts may have been sent before, and of one the vendor may
+    not have told it."""
     rows = await tx.sql(
         # The bounds hold in each collation: digits are before letters.
         """
-        SELECT e.key, coalesce(convert_from(e.result, 'UTF8')::jsonb ->> 'vendor_message_id', p.message_id)
+        SELECT e.key, coalesce(convert_from(e.result, 'UTF8')::jsonb ->> 'vendor_message_id', p.message_id),
+               e.state = 'started' AND e.kind <> 'repeatable'
         FROM lane_effect e
-            LEFT JOIN delivery d ON d.id = $2 AND e.key = $3 || '1/shown'
+            LEFT JOIN delivery d ON d.id = $2 AND e.key = $3 || '-1/shown'
             LEFT JOIN preview p ON p.run_id = d.run_id AND p.delivery_id = d.id
-        WHERE e.tenant_id = $1 AND e.key BETWEEN $3 AND $3 || 'z' AND e.state = 'succeeded'
+        WHERE e.tenant_id = $1 AND e.key BETWEEN $3 AND $3 || '-z' AND e.state IN ('started', 'succeeded')
         ORDER BY e.key
         """,
         tx.tenant_id,
         delivery_id,
-        prefix := f"{delivery_id}-",
+        name := str(delivery_id),
     )
-    sent = {int(key.removeprefix(prefix).partition("/")[0]): id_ for key, id_ in rows if id_}
+    parts = [(int(key.removeprefix(name).partition("/")[0].strip("-") or 1), id_) for key, id_, _ in rows]
+    sent = {n: id_ for n, id_ in parts if id_}
     ids = tuple(sent.get(n) for n in range(1, max(sent, default=0) + 1))
-    await _decide(tx, delivery_id, MarkFailed(reason, ids))
+    in_doubt = any(is_open for *_, is_open in rows)
+    await _decide(tx, delivery_id, MarkUnknown(reason, ids) if in_doubt else MarkFailed(reason, ids))
 
 
 async def _decide(tx: Tx, delivery_id: UUID, command: Command, **about: str) -> None:

@@ -267,6 +267,27 @@ async def test_an_unanswered_send_with_a_key_is_repeated_and_accepted_once(desk:
     assert (webhook.texts(), webhook.repeats, webhook.refusals) == (["answer"], 1, [])
 
 
+async def test_an_unanswered_send_with_a_key_that_expires_is_unknown(desk: Desk, webhook: WebhookStandIn) -> None:
+    channel = await desk.connect("webhook", webhook.credentials)
+    await desk.call(channel, webhook.message("question"))
+    [inbound] = await desk.received(channel)
+    go_on = asyncio.Event()
+    webhook.faults.append(Fault(accept=True, wait=go_on))
+    id_ = await desk.reply(inbound, "answer")
+
+    async def held() -> bool:
+        return not webhook.faults
+
+    await desk.platform.until(held)
+    async with desk.platform.database("channel").begin() as tx:
+        statement = "UPDATE lane_item SET expires_at = clock_timestamp() WHERE kind = 'deliveries' AND tenant_id = $1"
+        await tx.sql(statement, desk.tenant_id)
+    go_on.set()
+    delivery = await desk.settled(id_)
+    assert (delivery["state"], delivery["reason"]) == ("unknown", "expired")
+    assert webhook.texts() == ["answer"]
+
+
 async def test_an_unanswered_send_is_not_repeated_after_the_vendor_has_forgotten_its_key(desk: Desk) -> None:
     async with FeishuStandIn() as feishu:
         channel = await desk.connect("feishu", feishu.credentials, feishu.url)
