@@ -237,7 +237,7 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
             tenant_id,
             -total * unit,
             kind="prepaid",
-            reason=f"corrections until {draft.period.ends.date()}",
+            reason=f"corrections until {draft.local_period.ends.date()}",
             actor=actor,
             source="receivable",
         )

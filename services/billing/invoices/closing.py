@@ -47,8 +47,8 @@ async def _draft(tx: Tx, tenant_id: str, currency: str, period: Period, seller_c
     await tx.sql(
         """
         INSERT INTO invoice (tenant_id, invoice_id, period, status, currency, begins, ends, subtotal_nanos, tax_nanos,
-                             tax_note, total_minor)
-        VALUES ($1, $2, $3, 'draft', $4, $5, $6, $7, $8, $9, $10)
+                             tax_note, total_minor, time_zone)
+        VALUES ($1, $2, $3, 'draft', $4, $5, $6, $7, $8, $9, $10, $11)
         """,
         tenant_id,
         invoice_id,
@@ -59,6 +59,7 @@ async def _draft(tx: Tx, tenant_id: str, currency: str, period: Period, seller_c
         subtotal,
         *taxed,
         to_minor(subtotal + taxed[0], currency),
+        (await subscriptions.get(tx, tenant_id, period.subscription_id)).time_zone,
     )
     await tx.sql(
         """

@@ -117,7 +117,8 @@ def _send_invoice(tx: Tx, tenant_id: str, invoice: Invoice, document: bytes) -> 
     where, attachment = attached(str(invoice.number), document, str(invoice.id))
     about = "prepaid credit"
     if invoice.purpose == "usage":
-        about = f"{invoice.period.begins:%Y-%m-%d} to {invoice.period.ends:%Y-%m-%d}"
+        period = invoice.local_period
+        about = f"{period.begins:%Y-%m-%d} to {period.ends:%Y-%m-%d}"
     text = f"{invoice.title} for {about}: {amount(invoice, abs(invoice.total_minor))}. {where}\n\n{_due(invoice)}"
     accounts.send_mail(tx, tenant_id, invoice.title, text, attachment)
 

@@ -92,7 +92,8 @@ def document(
     _party(_add(parties, "ram:BuyerTradeParty"), invoice.buyer)
     delivered = _add(_add(deal, "ram:ApplicableHeaderTradeDelivery"), "ram:ActualDeliverySupplyChainEvent")
     # The period ends before this moment, so the day of the end is not a part of it.
-    last = max(invoice.period.begins, invoice.period.ends - timedelta(seconds=1))
+    span = invoice.local_period
+    last = max(span.begins, span.ends - timedelta(seconds=1))
     _date(_add(delivered, "ram:OccurrenceDateTime"), last)
 
     settlement = _add(deal, "ram:ApplicableHeaderTradeSettlement")
@@ -106,7 +107,7 @@ def document(
     _add(total_tax, "ram:CategoryCode", tax.category)
     _add(total_tax, "ram:RateApplicablePercent", tax.percent)
     period = _add(settlement, "ram:BillingSpecifiedPeriod")
-    _date(_add(period, "ram:StartDateTime"), invoice.period.begins)
+    _date(_add(period, "ram:StartDateTime"), span.begins)
     _date(_add(period, "ram:EndDateTime"), last)
     due = invoice.total_minor - invoice.prepaid_minor
     if terms:

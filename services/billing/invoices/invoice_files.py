@@ -60,7 +60,7 @@ def _xml(
 
 
 def _page(title: str, invoice: Invoice, lines: Sequence[InvoiceLine], others: Sequence[str], xml: str) -> pdf.Page:
-    period, day = invoice.period, invoice.finalised_at or invoice.made_at
+    period, day = invoice.local_period, invoice.finalised_at or invoice.made_at
     due = invoice.total_minor - invoice.prepaid_minor
     due_name = "Amount due" if invoice.prepaid_minor else "Total"
     prepaid = [
@@ -78,7 +78,7 @@ def _page(title: str, invoice: Invoice, lines: Sequence[InvoiceLine], others: Se
             f"Date: {day:%Y-%m-%d}",
             *others,
             *(
-                [f"Period: {period.begins:%Y-%m-%d %H:%M} to {period.ends:%Y-%m-%d %H:%M} UTC"]
+                [f"Period: {period.begins:%Y-%m-%d %H:%M} to {period.ends:%Y-%m-%d %H:%M} {invoice.time_zone}"]
                 if period.begins < period.ends
                 else []
             ),

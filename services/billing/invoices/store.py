@@ -9,6 +9,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID, uuid5
+from zoneinfo import ZoneInfo
 
 from pydantic import BaseModel, Field, computed_field
 
@@ -35,6 +36,8 @@ class Invoice(BaseModel):
     """credit: prepaid credit that the tenant buys. Its payment finalises it."""
     currency: str
     period: InvoicePeriod
+    time_zone: str = "UTC"
+    """The subscription's, in which its periods begin at midnight. Documents have its days."""
     subtotal_nanos: int
     tax_nanos: int
     tax_note: str
@@ -65,6 +68,11 @@ class Invoice(BaseModel):
         if self.number is None:
             return f"Draft of {'a credit note' if is_credit else 'an invoice'}"
         return f"{'Credit note' if is_credit else 'Invoice'} {self.number}"
+
+    @property
+    def local_period(self) -> InvoicePeriod:
+        zone = ZoneInfo(self.time_zone)
+        return InvoicePeriod(begins=self.period.begins.astimezone(zone), ends=self.period.ends.astimezone(zone))
 
     @property
     def is_order(self) -> bool:
@@ -126,8 +134,8 @@ class CreditNote(BaseModel):
 
 
 _INVOICE = (
-    "invoice_id, number, status, purpose, currency, begins, ends, subtotal_nanos, tax_nanos, tax_note, total_minor, "
-    "applied_minor, paid_minor, credited_minor, due_at, buyer, seller, made_at, finalised_at"
+    "invoice_id, number, status, purpose, currency, begins, ends, time_zone, subtotal_nanos, tax_nanos, tax_note, "
+    "total_minor, applied_minor, paid_minor, credited_minor, due_at, buyer, seller, made_at, finalised_at"
 )
 
 

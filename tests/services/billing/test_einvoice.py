@@ -11,6 +11,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import pytest
 from facturx import get_facturx_xml_from_pdf, get_level, xml_check_xsd  # type: ignore[import-untyped]
@@ -215,6 +216,16 @@ def test_the_sale_of_credit_is_of_one_day() -> None:
     assert (printed.totals[-1], printed.total) == (("Paid", "-119.00"), "Amount due 0.00 EUR")
     draft = page(made.model_copy(update={"number": None, "status": "draft"}), SALE["lines"])
     assert draft.total == "Total 119.00 EUR"
+
+
+@pytest.mark.parametrize("zone", ["Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "UTC"])
+def test_the_days_of_a_period_are_those_of_its_time_zone(zone: str) -> None:
+    begins, ends = (datetime(year, month, 1, tzinfo=ZoneInfo(zone)) for year, month in ((2026, 12), (2027, 1)))
+    span = InvoicePeriod(begins=begins.astimezone(UTC), ends=ends.astimezone(UTC))
+    made = invoice(period=span, time_zone=zone, applied_minor=invoice().total_minor)
+    _, delivered, *days = texts(document(made, LINES), "DateTimeString")
+    assert (delivered, days) == ("20261231", ["20261201", "20261231"])
+    assert f"Period: 2026-12-01 00:00 to 2027-01-01 00:00 {zone}" in page(made, LINES).head
 
 
 def credit_note(made: Invoice, minor: int) -> CreditNote:

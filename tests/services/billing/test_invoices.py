@@ -125,6 +125,15 @@ async def test_a_month_of_usage_becomes_lines_that_were_computed_by_hand(billing
     assert "".join(lines[2]["description"].split()) in "".join(shown.split())
 
 
+async def test_an_invoice_has_the_time_zone_of_its_subscription(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    made = await post(billing, "plans", plan())
+    body = {"tenant_id": tenant.id, "plan_id": made["id"], "starts_at": START.isoformat(), **ANCHOR}
+    await post(billing, "subscriptions", body | {"time_zone": "Asia/Kolkata"})
+    found = await draft(billing, tenant)
+    assert (found["time_zone"], found["period"]["ends"][11:]) == ("Asia/Kolkata", "18:30:00Z")
+
+
 async def test_a_closed_period_is_invoiced_once_and_late_usage_goes_into_the_next_invoice(billing: Billing) -> None:
     tenant, subscription = await subscribed(billing, base_nanos=0, charges=[], included=[])
     await tenant.use("a/1", occurred_at=START, input_tokens=1, output_tokens=1)
