@@ -77,7 +77,11 @@ def main() -> None:
         # Only the command that is called: the imports of all commands take seconds.
         build((wanted,) if wanted in COMMANDS else COMMANDS)(prog_name="./claw")
     except (EngineError, NotFound, Conflict, InvalidMessage) as error:
-        print(f"claw: {error}", file=sys.stderr)  # noqa: T201
+        # An error may quote text from outside. Imported here: it takes longer than a command without an error.
+        from tooling.stack.operator import printable
+
+        text = "\n".join(map(printable, str(error).split("\n")))
+        print(f"claw: {text}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
     except PermissionError as error:
         reason = f"this user may not use {error.filename}. Run ./claw as the user who started the stack, or as root"

@@ -18,10 +18,13 @@ from uuid import UUID
 from pydantic import BaseModel
 
 from infra.clock import uuid7
-from infra.errors import NotFound
+from infra.errors import Conflict, NotFound
 from infra.postgres.tx import Tx
 from protos.messages.billing import BudgetThresholdPassed
 from services.billing.credit import accounts
+
+MAX_BUDGETS = 1_000
+"""Of a tenant. Each record of its use is compared with all of them, in batches with those of other tenants."""
 
 Scope = Literal["tenant", "agent", "channel", "session", "key"]
 Window = Literal["minute", "day", "month", "total"]
@@ -206,8 +209,21 @@ async def set_budget(
 ) -> Budget:
     """Makes a budget, or changes the limit of the one with the same scope, id and period. Usage so far counts: the sum
     of the running window is taken from the records, and from the sums of deleted ones, which name no session or key.
-    Thresholds that it has passed alert at once."""
+    Thresholds that it has passed alert at once. Raises Conflict for one more than MAX_BUDGETS."""
     await accounts.lock_one(tx, tenant_id)
+    [(count, exists)] = await tx.sql(
+        """
+        SELECT count(*), coalesce(bool_or(scope = $2 AND scope_id = $3 AND period = $4), false)
+        FROM budget
+        WHERE tenant_id = $1
+        """,
+        tenant_id,
+        scope,
+        scope_id,
+        period,
+    )
+    if count >= MAX_BUDGETS and not exists:
+        raise Conflict(f"a tenant may have {MAX_BUDGETS} budgets; remove one first")
     rows = await tx.sql(
         f"""
         INSERT INTO budget AS b (tenant_id, budget_id, scope, scope_id, period, nanos, soft_percent, window_starts,

@@ -21,6 +21,7 @@ from protos.billing.v1 import billing_pb2
 from protos.catalog import USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 from protos.pubsub import QUOTA_EXHAUSTED
+from services.billing.credit.budgets import MAX_BUDGETS
 from tests.services.billing.conftest import Billing, Tenant
 
 T = TypeVar("T")
@@ -331,3 +332,21 @@ async def test_budgets_are_removed_by_their_tenant_only_and_wrong_ones_refused(b
         answer = await tenant.http.post("/api/v1/budgets", json=body)
         assert answer.status_code == 422
         assert answer.json()["errors"][0]["field"] == field, answer.text
+
+
+async def test_a_tenant_has_a_limited_number_of_budgets(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    await limit(tenant, "agent", "first", 1)
+    await tenant.sql(
+        """
+        INSERT INTO budget (tenant_id, budget_id, scope, scope_id, period, nanos, soft_percent, window_starts)
+        SELECT $1, gen_random_uuid(), 'session', n::text, 'month', 1, '{}', now() FROM generate_series(2, $2) AS n
+        """,
+        tenant.id,
+        MAX_BUDGETS,
+    )
+    answer = await tenant.http.post(
+        "/api/v1/budgets", json={"scope": "agent", "id": "another", "nanos": 1, "period": "month"}
+    )
+    assert (answer.status_code, answer.json()["detail"]) == (409, "a tenant may have 1000 budgets; remove one first")
+    assert (await limit(tenant, "agent", "first", 2))["nanos"] == 2

@@ -407,7 +407,12 @@ def test_a_replay_that_is_not_possible_says_why(words: list[str], said: str, mon
 
 
 @pytest.mark.parametrize(
-    "error", [NotFound("dead letter 1: does not exist"), Conflict("it waits"), InvalidMessage("id", "is not a UUID")]
+    "error",
+    [
+        NotFound("dead letter 1: does not exist"),
+        Conflict("it waits\nfor \x1b[2J"),
+        InvalidMessage("id", "is not a UUID"),
+    ],
 )
 def test_an_error_that_a_person_can_correct_is_one_sentence_and_exit_code_1(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -420,7 +425,7 @@ def test_an_error_that_a_person_can_correct_is_one_sentence_and_exit_code_1(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 1
-    assert capsys.readouterr().err == f"claw: {error}\n"
+    assert capsys.readouterr().err == f"claw: {error}\n".replace("\x1b", r"\x1b")
 
 
 def test_text_from_outside_is_never_read_as_markup() -> None:
