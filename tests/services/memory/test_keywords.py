@@ -104,6 +104,19 @@ async def test_a_passage_is_found_by_other_forms_of_its_language(memory_database
         assert (await found(memory_database, "languages", query))[:1] == [texts[name]]
 
 
+async def test_words_of_scripts_without_spaces_are_found(memory_database: Database) -> None:
+    texts = {
+        "รับประกัน": "เครื่องนี้มีการรับประกันสามสิบเดือนนับจากวันที่ซื้อ",
+        "ຮັບປະກັນ": "ເຄື່ອງນີ້ມີການຮັບປະກັນສາມສິບເດືອນ",
+        "ធានា": "ម៉ាស៊ីននេះមានការធានារយៈពេលសាមសិបខែ",
+        "အာမခံ": "ဤစက်သည်အာမခံလသုံးဆယ်ရှိသည်",
+        "保証期間": "この機械の保証期間は三十か月です",
+    }
+    await add(memory_database, "scripts", [Block(text, str(n)) for n, text in enumerate(texts.values())])
+    for query, text in texts.items():
+        assert await found(memory_database, "scripts", query) == [text]
+
+
 async def test_documents_of_other_readers_do_not_change_a_rank(memory_database: Database) -> None:
     await add(memory_database, "readers", [Block("A gasket."), Block("A kettle.")])
 
