@@ -1,7 +1,8 @@
 """Leases over a fixed set of names, shared evenly among the processes that want them.
 
 A lease is a row with an owner, an epoch and an expiry by the database's clock. A process that is stopped loses its
-leases when they run out. An advisory lock would stay held for as long as the process stays stopped.
+leases when they run out. A process that has died loses them at once: each owner has an advisory lock, and the server
+frees it when the connection ends. The lock alone would not do: it stays held for as long as a process stays stopped.
 """
 
 from __future__ import annotations
@@ -13,6 +14,13 @@ from infra.clock import uuid7
 from infra.postgres.db import Pool, sql
 
 LEASE_SECONDS = 9.0
+# The keys of the advisory locks that are held in this database.
+_ALIVE = """
+    SELECT (classid::bigint << 32) | objid::bigint
+    FROM pg_locks
+    WHERE locktype = 'advisory' AND objsubid = 1
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
 
 
 class Leases:
@@ -36,6 +44,16 @@ class Leases:
         async with self._engine.transaction() as connection:
             await sql(
                 connection,
+                # The lock stays with this connection of the pool until the connection ends.
+                f"""
+                SELECT pg_advisory_lock(own.key)
+                FROM (SELECT hashtextextended($1::uuid::text, 0) AS key) own
+                WHERE own.key NOT IN ({_ALIVE})
+                """,
+                self.owner,
+            )
+            await sql(
+                connection,
                 """
                 INSERT INTO lease_member VALUES ($1, $2, clock_timestamp())
                 ON CONFLICT (kind, owner) DO UPDATE SET seen_at = excluded.seen_at
@@ -45,9 +63,10 @@ class Leases:
             )
             [(members,)] = await sql(
                 connection,
-                """
+                f"""
                 SELECT count(*) FROM lease_member
                 WHERE kind = $1 AND seen_at > clock_timestamp() - make_interval(secs => $2)
+                    AND hashtextextended(owner::text, 0) IN ({_ALIVE})
                 """,
                 self._kind,
                 self._seconds,
@@ -55,17 +74,23 @@ class Leases:
             share = -(-self._count // members)
             await sql(
                 connection,
-                # Gives back the leases beyond the share. Locks in the order of the names, as everywhere. The order of
-                # the share is that of the claim below: otherwise a lease could be kept here and not renewed there.
-                """
-                WITH own AS MATERIALIZED (
-                    SELECT name FROM lease
-                    WHERE owner = $1 AND starts_with(name, $2)
+                # Gives back the leases beyond the share, and those of the dead. Locks in the order of the names, as
+                # everywhere. The order of the share is that of the claim below: otherwise a lease could be kept here
+                # and not renewed there.
+                f"""
+                WITH ended AS MATERIALIZED (
+                    SELECT name, owner FROM lease
+                    WHERE starts_with(name, $2)
+                        AND (owner = $1 OR hashtextextended(owner::text, 0) NOT IN ({_ALIVE}))
                     ORDER BY name
                     FOR UPDATE
                 )
                 UPDATE lease SET expires_at = clock_timestamp()
-                WHERE name IN (SELECT name FROM own ORDER BY length(name), name OFFSET $3)
+                WHERE name IN (
+                    (SELECT name FROM ended WHERE owner = $1 ORDER BY length(name), name OFFSET $3)
+                    UNION ALL
+                    SELECT name FROM ended WHERE owner <> $1
+                )
                 """,
                 self.owner,
                 f"{self._kind}:",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from infra.postgres.database import Database
+from infra.postgres.db import create_engine
 from infra.postgres.leases import Leases
 
 KIND = "test"
@@ -75,6 +76,17 @@ async def test_leases_that_ran_out_are_taken_over_under_a_higher_epoch(desk: Dat
     await refresh(dead, heir, dead)
     assert set(dead.held.values()) == {3}
     assert dead.held.keys().isdisjoint(heir.held)
+
+
+async def test_the_leases_of_a_process_that_died_are_taken_over_at_once(desk: Database) -> None:
+    pool = create_engine(desk.engine.url.render_as_string(hide_password=False))
+    dead, other, heir = Leases(pool, KIND, COUNT), member(desk), member(desk)
+    await refresh(dead, other, dead, other)
+    assert len(dead.held) == len(other.held) == COUNT // 2
+    await pool.dispose()  # its connections end, as with the process
+    await refresh(heir)
+    assert heir.held == {number: epoch + 1 for number, epoch in dead.held.items()}
+    assert await desk.autocommit("SELECT FROM lease WHERE owner = $1", other.owner) == [()] * (COUNT // 2)
 
 
 async def test_its_own_are_renewed_under_the_same_epoch_though_they_ran_out(desk: Database) -> None:
