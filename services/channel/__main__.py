@@ -2,13 +2,16 @@
 
 from infra.security.subjects import SubjectKeys
 from infra.service.service import Service
-from services.channel import accounts, api, attachments, changes, handlers, tenants
-from services.channel.drainer import Drainer
-from services.channel.ingest import ACCEPTED, ingest
-from services.channel.previews import previews
+from services.channel import api, handlers, tenants
+from services.channel.accounts import store as accounts
+from services.channel.deliveries.previews import previews
+from services.channel.deliveries.sender import sender
+from services.channel.files import attachments
+from services.channel.intake import changes
+from services.channel.intake.drainer import Drainer
+from services.channel.intake.ingest import ACCEPTED, ingest
 from services.channel.projections import READ_MODELS
 from services.channel.publishing import DELIVERY, MESSAGE, REPLAYED
-from services.channel.sender import sender
 from services.channel.settings import ChannelSettings
 
 service = Service("channel", ChannelSettings)

@@ -18,10 +18,9 @@ from infra.security.audit import audit
 from infra.service.api import Paging, Reader, Writer, api, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
-from services.channel import connection_api, delivery_api, messages_api, webhooks
-from services.channel.accounts import Accounts, AccountSecrets, new_pseudonyms, new_token, token_hash
-from services.channel.agent_client import Agents
-from services.channel.channels import (
+from services.channel import connection_api, delivery_api, messages_api
+from services.channel.accounts.agent_client import Agents
+from services.channel.accounts.channels import (
     COLUMNS,
     Approvers,
     Channel,
@@ -35,6 +34,8 @@ from services.channel.channels import (
     vendor_of,
     view,
 )
+from services.channel.accounts.store import Accounts, AccountSecrets, new_pseudonyms, new_token, token_hash
+from services.channel.intake import webhooks
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Groups, Preview, Vendor
 

@@ -17,9 +17,9 @@ from infra.security.auth import Identity
 from infra.service.api import Reader, Writer
 from infra.service.service import Runtime
 from infra.stores.cache import Cache
-from services.channel import accounts as stored
-from services.channel.accounts import Accounts, AccountSecrets, ChannelAccount
-from services.channel.channels import Channel, Credentials, checked_credentials, get, vendor_of
+from services.channel.accounts import store as stored
+from services.channel.accounts.channels import Channel, Credentials, checked_credentials, get, vendor_of
+from services.channel.accounts.store import Accounts, AccountSecrets, ChannelAccount
 
 T = TypeVar("T")
 

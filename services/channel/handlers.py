@@ -18,12 +18,9 @@ from protos.catalog import CHANNEL_OUTBOUND
 from protos.envelope import read_headers
 from protos.messages.channel import SendMessage
 from services.channel import projections
-from services.channel.accounts import ChannelAccount, break_account
-from services.channel.domain import Command, MarkFailed, MarkSent, MarkUnknown
-from services.channel.events import DeliveryFailed, DeliverySent, DeliveryUnknown
-from services.channel.previews import take_over
-from services.channel.publishing import DELIVERY
-from services.channel.queueing import (
+from services.channel.accounts.store import ChannelAccount, break_account
+from services.channel.deliveries.previews import take_over
+from services.channel.deliveries.queueing import (
     DELIVERIES,
     EXPIRES,
     GAPS,
@@ -33,7 +30,10 @@ from services.channel.queueing import (
     enqueue_released,
     queue_group,
 )
-from services.channel.sender import NotSendable, Sender, Sent
+from services.channel.deliveries.sender import NotSendable, Sender, Sent
+from services.channel.domain import Command, MarkFailed, MarkSent, MarkUnknown
+from services.channel.events import DeliveryFailed, DeliverySent, DeliveryUnknown
+from services.channel.publishing import DELIVERY
 from services.channel.vendors.base import AccountRefused, Outbound
 
 _log = get_logger("channel.deliveries")

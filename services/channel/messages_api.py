@@ -24,15 +24,15 @@ from infra.service.service import Runtime
 from infra.web import rpc
 from protos.memory.v1 import memory_pb2
 from protos.messages.channel import Sender, SendMessage
-from services.channel import accounts as stored
 from services.channel import history
-from services.channel.accounts import AccountSecrets, ChannelAccount
-from services.channel.attachments import MAX_ATTACHMENTS, in_folder, memory_stub, stored_objects
-from services.channel.channels import reachable
+from services.channel.accounts import store as stored
+from services.channel.accounts.channels import reachable
+from services.channel.accounts.store import AccountSecrets, ChannelAccount
+from services.channel.deliveries.queueing import EXPIRES, queue_delivery
 from services.channel.domain import State
 from services.channel.events import File, InboundContent, MessageTaken, OutboundContent
+from services.channel.files.attachments import MAX_ATTACHMENTS, in_folder, memory_stub, stored_objects
 from services.channel.publishing import CONVERSATION, DELIVERY
-from services.channel.queueing import EXPIRES, queue_delivery
 
 MAX_TEXT = 100_000
 MAX_FILES = 10

@@ -116,7 +116,7 @@ def delivery(delivery_id: str, history: Sequence[Recorded]) -> Iterator[Mapping[
 
 
 def conversation(session_key: str, history: Sequence[Recorded]) -> Iterator[Mapping[str, Any]]:
-    """The row that `services.channel.ingest` leaves after these messages."""
+    """The row that `services.channel.intake.ingest` leaves after these messages."""
     first, last = history[0], history[-1]
     yield {
         "session_key": session_key,

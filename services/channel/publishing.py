@@ -1,7 +1,7 @@
 """Maps each stored fact to its public messages.
 
 `MessageReceived` carries the plain text, and the stored fact has only the encrypted text. It is published together with
-the fact in `services.channel.conversations`; only a replay emits it here, without the texts.
+the fact in `services.channel.intake.conversations`; only a replay emits it here, without the texts.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from infra.lanes.effects import Effects
 from infra.service import tenant_erasure
 from infra.service.service import Runtime
 from infra.service.tenant_erasure import Before, EraseTenant
-from services.channel.attachments import stored_objects
+from services.channel.files.attachments import stored_objects
 
 _FILES = "SELECT path FROM attachment WHERE tenant_id = $1 AND path > $2 ORDER BY path LIMIT $3"
 

@@ -15,7 +15,7 @@ from infra.web import data_urls
 from infra.web.raw import RawRequest, RawRoute
 from services.agent.models import refusals, scripted
 from services.agent.runs.decisions import decision_in
-from services.channel import routing
+from services.channel.accounts import routing
 from services.channel.vendors import teams_activities
 from services.plugin.domain import without_base64
 

@@ -31,7 +31,7 @@ from infra.clock import utcnow, uuid7
 from infra.outgoing import webhooks
 from infra.postgres.schema import migrate, prepare_database, role_url
 from infra.security.crypto import Cipher
-from services.channel.accounts import AccountSecrets, new_pseudonyms, new_token, token_hash
+from services.channel.accounts.store import AccountSecrets, new_pseudonyms, new_token, token_hash
 from tooling.bench import cpu
 from tooling.bench.fixture import Fixture
 from tooling.bench.http_load import closed_loop, open_loop, request

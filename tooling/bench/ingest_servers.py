@@ -33,10 +33,10 @@ from infra.security.subjects import SubjectKeys
 from infra.service.process import freeze_loaded_modules
 from infra.web import http
 from infra.web.server import serve_http
-from services.channel.accounts import Accounts, AccountSecrets
-from services.channel.drainer import Drainer
-from services.channel.ingest import Ingest
-from services.channel.webhooks import Webhooks, route
+from services.channel.accounts.store import Accounts, AccountSecrets
+from services.channel.intake.drainer import Drainer
+from services.channel.intake.ingest import Ingest
+from services.channel.intake.webhooks import Webhooks, route
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 

@@ -19,7 +19,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from infra.errors import EffectFailed, RetryLater, Transient, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
-from services.channel.multipart import multipart
 from services.channel.vendors import discord_interactions
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
@@ -42,6 +41,7 @@ from services.channel.vendors.base import (
 from services.channel.vendors.discord_interactions import FILE_OPTION, STRING_OPTION
 from services.channel.vendors.items import Received
 from services.channel.vendors.markdown import MARKDOWN, render
+from services.channel.vendors.multipart import multipart
 from services.channel.vendors.splitting import split
 
 # Characters.

@@ -19,7 +19,6 @@ import msgspec
 from infra.errors import EffectFailed, Unanswered, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Answer, Outgoing
-from services.channel.multipart import multipart
 from services.channel.vendors import telegram_kinds, telegram_updates
 from services.channel.vendors.base import (
     MALFORMED,
@@ -39,6 +38,7 @@ from services.channel.vendors.base import (
 )
 from services.channel.vendors.items import Received
 from services.channel.vendors.markdown import PLAIN, Dialect, render
+from services.channel.vendors.multipart import multipart
 from services.channel.vendors.splitting import split, utf16_length
 
 T = TypeVar("T")

@@ -15,7 +15,6 @@ from infra.errors import EffectFailed, RetryLater, Transient, Unauthenticated
 from infra.lanes.effects import Kind
 from infra.outgoing.client import Outgoing
 from infra.stores import filetypes
-from services.channel.multipart import multipart
 from services.channel.vendors import whatsapp_messages
 from services.channel.vendors.base import (
     DEFAULT_RETRY,
@@ -33,6 +32,7 @@ from services.channel.vendors.base import (
 )
 from services.channel.vendors.items import Ack, Ignored, Received
 from services.channel.vendors.markdown import PLAIN, Dialect, fenced, plain_link, quoted_lines, render, unchanged
+from services.channel.vendors.multipart import multipart
 from services.channel.vendors.splitting import split
 
 # Characters.

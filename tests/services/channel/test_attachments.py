@@ -22,18 +22,18 @@ from protos.catalog import PLATFORM_EVENTS
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.messages.channel import File
 from protos.messages.user import SubjectErased, TenantErased
-from services.channel import attachments
-from services.channel.attachments import (
+from services.channel.events import Attachment, InboundContent
+from services.channel.files import attachments
+from services.channel.files.attachments import (
     ATTACHMENT as FILE,
 )
-from services.channel.attachments import (
+from services.channel.files.attachments import (
     MAX_BYTES,
     MAX_CHARACTERS,
     Fetcher,
     _Read,
     together,
 )
-from services.channel.events import Attachment, InboundContent
 from tests.services.channel.conftest import Desk
 from tooling.testing import keys
 from tooling.testing.platform import Platform

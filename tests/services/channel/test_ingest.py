@@ -26,17 +26,18 @@ from infra.postgres.tx import MAX_MESSAGE_BYTES
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
 from infra.web.raw import RawRequest
-from services.channel import accounts, drainer
-from services.channel import ingest as module
-from services.channel.accounts import Accounts, AccountSecrets, ChannelAccount, new_token
+from services.channel.accounts import store as accounts
+from services.channel.accounts.store import Accounts, AccountSecrets, ChannelAccount, new_token
 from services.channel.domain import Pseudonyms, dedupe_hash
-from services.channel.drainer import DRAIN_ROWS, Drainer
-from services.channel.ingest import ITEM_BYTES, MAX_DIRECT, MAX_ITEMS, Ingest
+from services.channel.intake import drainer
+from services.channel.intake import ingest as module
+from services.channel.intake.drainer import DRAIN_ROWS, Drainer
+from services.channel.intake.ingest import ITEM_BYTES, MAX_DIRECT, MAX_ITEMS, Ingest
+from services.channel.intake.webhooks import Webhooks
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Request
 from services.channel.vendors.items import Ignored, Inbound, Moved, Received
 from services.channel.vendors.webhook import Webhook, WebhookCredentials
-from services.channel.webhooks import Webhooks
 from tooling.testing.platform import MASTER_KEY, Platform
 
 

@@ -22,8 +22,8 @@ from infra.stores.cache import Cache
 from protos.catalog import CHANNEL_OUTBOUND
 from protos.messages.channel import SendMessage
 from protos.pubsub import RUN_PROGRESS
-from services.channel.accounts import AccountSecrets
-from services.channel.previews import Previews, Progress, _Place
+from services.channel.accounts.store import AccountSecrets
+from services.channel.deliveries.previews import Previews, Progress, _Place
 from services.channel.vendors.base import PLACEHOLDER, AccountRefused, Outbound
 from tests.services.channel.conftest import Desk
 from tooling.testing.platform import MASTER_KEY, Platform

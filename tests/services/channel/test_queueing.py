@@ -22,7 +22,7 @@ from infra.postgres.tx import Tx
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
 from protos.messages.channel import SendMessage
-from services.channel.queueing import EXPIRES, GAPS, DeliveryRequest, queue_delivery, queue_group
+from services.channel.deliveries.queueing import EXPIRES, GAPS, DeliveryRequest, queue_delivery, queue_group
 from tests.infra.conftest import PASSWORDS
 
 SUBJECTS = SubjectKeys(Cipher("A" * 43 + "="))

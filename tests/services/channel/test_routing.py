@@ -12,8 +12,8 @@ import pytest
 from infra.clock import utcnow, uuid7
 from infra.outgoing.client import Outgoing
 from infra.security.crypto import Cipher
-from services.channel.accounts import AccountSecrets, keep_identity, read
-from services.channel.routing import Route, is_for_the_bot, routed
+from services.channel.accounts.routing import Route, is_for_the_bot, routed
+from services.channel.accounts.store import AccountSecrets, keep_identity, read
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Groups, Request
 from services.channel.vendors.items import Inbound

@@ -15,10 +15,10 @@ from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from infra.stores.cache import Cache
 from infra.stores.objects import Objects
-from services.channel import sender as sender_module
-from services.channel.accounts import AccountSecrets, ChannelAccount
+from services.channel.accounts.store import AccountSecrets, ChannelAccount
+from services.channel.deliveries import sender as sender_module
+from services.channel.deliveries.sender import Sender
 from services.channel.domain import Pseudonyms
-from services.channel.sender import Sender
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import MAX_FILE, AccountRefused, Outbound, OutboundFile
 from tooling.testing.platform import MASTER_KEY

@@ -10,8 +10,8 @@ import pytest
 from infra.clock import utcnow
 from infra.errors import Unauthenticated
 from infra.outgoing.client import Outgoing
+from services.channel.accounts.routing import is_for_the_bot
 from services.channel.events import Attachment
-from services.channel.routing import is_for_the_bot
 from services.channel.vendors.base import Request
 from services.channel.vendors.items import Ignored, Inbound, Received
 from tests.services.channel.vendors.conftest import Adapter, keys_of

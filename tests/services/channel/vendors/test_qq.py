@@ -11,7 +11,7 @@ import pytest
 from infra.clock import uuid7
 from infra.errors import EffectFailed, InvalidMessage, RetryLater, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
-from services.channel.routing import is_for_the_bot
+from services.channel.accounts.routing import is_for_the_bot
 from services.channel.vendors.base import AccountRefused, Outbound, UnreadableCall
 from services.channel.vendors.items import Ignored, Inbound
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused

@@ -8,11 +8,11 @@ from uuid import UUID
 from infra.postgres.database import Database
 from infra.postgres.tx import Tx, derived_id
 from services.channel import projections
-from services.channel.accounts import ChannelAccount, break_account
+from services.channel.accounts.store import ChannelAccount, break_account
+from services.channel.deliveries.queueing import DELIVERIES, EXPIRES, DueDelivery
 from services.channel.domain import MarkReceived, part_id
 from services.channel.events import DeliveryResumed
 from services.channel.publishing import DELIVERY
-from services.channel.queueing import DELIVERIES, EXPIRES, DueDelivery
 from services.channel.vendors.base import AccountRefused
 from services.channel.vendors.items import Receipt
 

@@ -23,11 +23,11 @@ from infra.service.service import Runtime
 from infra.stores import filetypes
 from infra.stores.cache import Cache
 from infra.stores.objects import Objects, safe_name
-from services.channel import accounts, webhooks
-from services.channel.accounts import AccountSecrets, ChannelAccount
-from services.channel.attachments import stored_objects
+from services.channel.accounts import store as accounts
+from services.channel.accounts.store import AccountSecrets, ChannelAccount
 from services.channel.domain import Delivery
 from services.channel.events import File, OutboundContent
+from services.channel.files.attachments import stored_objects
 from services.channel.publishing import DELIVERY
 from services.channel.vendors.base import AccountRefused, Outbound, OutboundFile, download
 
@@ -178,7 +178,7 @@ class Sender:
 
     def _webhook(self, account: ChannelAccount, token: bytes) -> str:
         opened = self._secrets.open(account.id, "token", token).decode()
-        return self._public_url + webhooks.PATH.format(type=account.vendor.name, token=opened)
+        return self._public_url + accounts.WEBHOOK_PATH.format(type=account.vendor.name, token=opened)
 
     async def send(self, account: ChannelAccount, part: Outbound) -> Sent:
         """Raises as `Vendor.send` does, and TooManyRequests if the vendor's rate limit is used up."""

@@ -29,12 +29,14 @@ from infra.security.rewrap import SealedColumn
 from protos.catalog import CHANNEL_EVENTS, NOTIFICATION_EMAIL
 from protos.messages.channel import AccountBroken
 from protos.messages.notification import SendEmail
+from services.channel.accounts.routing import Route
 from services.channel.domain import Pseudonyms
-from services.channel.routing import Route
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import AccountRefused, Groups, Request, Vendor
 from services.channel.vendors.items import Received
 
+WEBHOOKS = "/webhooks"
+WEBHOOK_PATH = WEBHOOKS + "/{type}/{token}"
 # A process may use its cached copy of an account for this long. A change by another process takes effect after it.
 CACHE_SECONDS = 3.0
 UNKNOWN_SECONDS = 5.0

@@ -1,7 +1,7 @@
 """Accepts the items of verified webhook calls. The answer 200 follows the commit that this module makes.
 
 Calls that wait at the same moment are a group. Under load a group is accepted by one statement: dedupe rows, and a row
-in the table ``accepted`` for each new message; `services.channel.drainer` moves these messages into their
+in the table ``accepted`` for each new message; `services.channel.intake.drainer` moves these messages into their
 conversations. While few calls arrive and no accepted row waits, a group is stored in its conversations directly, so
 that a message needs one commit. Decision 13 has the reasons.
 """
@@ -29,13 +29,13 @@ from infra.security.crypto import Cipher
 from infra.security.rewrap import SealedColumn
 from infra.security.subjects import SubjectKeys
 from infra.service.service import Runtime
-from services.channel import changes
-from services.channel.accounts import AccountSecrets, ChannelAccount
-from services.channel.conversations import AcceptedMessage, UniqueMessage, store
+from services.channel.accounts.routing import Route, is_for_the_bot, routed
+from services.channel.accounts.store import AccountSecrets, ChannelAccount
 from services.channel.domain import dedupe_hash
 from services.channel.events import InboundContent
-from services.channel.receipts import record
-from services.channel.routing import Route, is_for_the_bot, routed
+from services.channel.intake import changes
+from services.channel.intake.conversations import AcceptedMessage, UniqueMessage, store
+from services.channel.intake.receipts import record
 from services.channel.vendors.items import Change, Edited, Ignored, Inbound, Item, Moved, Reacted, Receipt
 
 ACCEPTED = SealedColumn("accepted", "sealed", "accepted", ("encode(hash, 'hex')",))

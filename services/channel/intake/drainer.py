@@ -16,8 +16,8 @@ from infra.failpoint import failpoint
 from infra.observe.logs import get_logger
 from infra.postgres.db import is_transient
 from infra.postgres.tx import Tx
-from services.channel.conversations import AcceptedMessage, UniqueMessage, store
-from services.channel.ingest import MAX_DIRECT, Ingest
+from services.channel.intake.conversations import AcceptedMessage, UniqueMessage, store
+from services.channel.intake.ingest import MAX_DIRECT, Ingest
 
 # The most messages in one transaction. 50 cost a sixth more CPU each, here and in PostgreSQL. 200 cost as much as 100,
 # and calls would wait longer for their turn.

@@ -27,8 +27,8 @@ from infra.service.service import Runtime
 from infra.stores.cache import Cache, cancelled
 from infra.web import data_urls
 from protos.pubsub import RUN_PROGRESS
-from services.channel import accounts
-from services.channel.accounts import AccountSecrets, ChannelAccount
+from services.channel.accounts import store as accounts
+from services.channel.accounts.store import AccountSecrets, ChannelAccount
 from services.channel.events import InboundContent
 from services.channel.publishing import CONVERSATION
 from services.channel.vendors.base import PLACEHOLDER, Outbound

@@ -16,9 +16,9 @@ from infra.clock import uuid7
 from infra.postgres.tx import Tx
 from infra.security.crypto import DataKey
 from infra.security.subjects import Subject, SubjectKeys
-from services.channel.attachments import FETCHES, FetchAttachments, publish
 from services.channel.domain import part_id
 from services.channel.events import InboundContent, MessageTaken
+from services.channel.files.attachments import FETCHES, FetchAttachments, publish
 from services.channel.publishing import CONVERSATION
 
 # After so many messages other work of the process gets its turn: webhook calls must not wait for all of a batch.

@@ -31,11 +31,11 @@ from protos.images import IMAGE_TYPES, MAX_IMAGE_BYTES
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.messages.channel import Image, MessageReceived
 from protos.messages.user import SubjectErased
-from services.channel import accounts
-from services.channel.accounts import AccountSecrets, ChannelAccount
+from services.channel.accounts import store as accounts
+from services.channel.accounts.store import AccountSecrets, ChannelAccount
 from services.channel.events import Attachment, InboundContent, MessageTaken
+from services.channel.files.transcription import Transcription
 from services.channel.publishing import CONVERSATION
-from services.channel.transcription import Transcription
 
 MAX_BYTES = 20 * 1024 * 1024
 """Of one file: the most that Telegram gives."""

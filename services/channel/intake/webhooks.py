@@ -29,14 +29,11 @@ from infra.service.service import Runtime
 from infra.web.http import METHODS
 from infra.web.problems import problem
 from infra.web.raw import RawRequest, RawRoute
-from services.channel.accounts import Accounts, ChannelAccount
-from services.channel.ingest import Ingest, ingest
+from services.channel.accounts.store import WEBHOOK_PATH, WEBHOOKS, Accounts, ChannelAccount
+from services.channel.intake.ingest import Ingest, ingest
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Request, UnreadableCall
 from services.channel.vendors.items import Ack, Ignored, Moved, Received
-
-PREFIX = "/webhooks"
-PATH = PREFIX + "/{type}/{token}"
 
 _log = get_logger("channel.webhooks")
 _EMPTY = Ack()
@@ -54,9 +51,9 @@ class _Call:
         self.headers = request.headers
         self.method = method = request.method if request.method in METHODS else "_OTHER"
         self.span: Span = telemetry.start_server_span(
-            f"{method} {PATH}",
+            f"{method} {WEBHOOK_PATH}",
             self.headers,
-            {"http.request.method": method, "url.scheme": request.scheme, "http.route": PATH},
+            {"http.request.method": method, "url.scheme": request.scheme, "http.route": WEBHOOK_PATH},
         )
 
 
@@ -71,7 +68,7 @@ class Webhooks:
         self._accounts = accounts
         self._ingest = ingest
         # By method and status.
-        self._seconds = cache(lambda method, status: metrics.http_seconds.labels(method, PATH, str(status)))
+        self._seconds = cache(lambda method, status: metrics.http_seconds.labels(method, WEBHOOK_PATH, str(status)))
         self._outgoing = outgoing
         self._public_url = public_url.rstrip("/")
         self._tasks: set[asyncio.Task[None]] = set()
@@ -91,7 +88,7 @@ class Webhooks:
         calls = [_Call(*one) for one in came]
         known = []
         for call in calls:
-            type_, _, token = call.path.removeprefix(f"{PREFIX}/").partition("/")
+            type_, _, token = call.path.removeprefix(f"{WEBHOOKS}/").partition("/")
             account = self._accounts.cached(type_, token)
             if account and not account.vendor.needs_keys(call.request.body):
                 known.append((call, account))
@@ -195,8 +192,8 @@ class Webhooks:
             status = response.status_code
             if status >= 500:
                 telemetry.fail(call.span, error)
-                _log.error("request failed", method=call.method, path=PATH, status=status, exc_info=error)
-            _log.info("webhook call refused", method=call.method, path=PATH, status=status)
+                _log.error("request failed", method=call.method, path=WEBHOOK_PATH, status=status, exc_info=error)
+            _log.info("webhook call refused", method=call.method, path=WEBHOOK_PATH, status=status)
         self._finish(call, response, status)
 
     def _finish(self, call: _Call, response: Response | None, status: int) -> None:
@@ -217,7 +214,7 @@ class Webhooks:
 
 
 def route(webhooks: Webhooks) -> RawRoute:
-    return RawRoute(PREFIX, webhooks, max_body=max(vendor.max_body for vendor in VENDORS.values()))
+    return RawRoute(WEBHOOKS, webhooks, max_body=max(vendor.max_body for vendor in VENDORS.values()))
 
 
 def routes(runtime: Runtime, accounts: Accounts) -> Sequence[BaseRoute]:

@@ -24,13 +24,8 @@ from infra.postgres.tx import Tx, derived_id
 from infra.security.subjects import SubjectKeys
 from protos.catalog import CHANNEL_CHANGES
 from protos.messages.channel import MessageChanged
-from services.channel.accounts import ChannelAccount
-from services.channel.attachments import (
-    FORGOTTEN,
-    ForgetDocuments,
-    queue_passes,
-    sent_id,
-)
+from services.channel.accounts.routing import routed
+from services.channel.accounts.store import ChannelAccount
 from services.channel.domain import dedupe_hash, part_id
 from services.channel.events import (
     InboundContent,
@@ -40,8 +35,13 @@ from services.channel.events import (
     MessageReacted,
     MessageTaken,
 )
+from services.channel.files.attachments import (
+    FORGOTTEN,
+    ForgetDocuments,
+    queue_passes,
+    sent_id,
+)
 from services.channel.publishing import CONVERSATION, MESSAGE
-from services.channel.routing import routed
 from services.channel.vendors.items import Change, Deleted, Edited, Reacted
 
 # How long a change waits for its message each time. A vendor repeats a message that was not accepted within minutes.

@@ -17,9 +17,8 @@ from infra.postgres.tx import Tx
 from infra.web.http import decode_json
 from protos.catalog import CHANNEL_TYPES
 from protos.messages.channel import ASKER, CHAT_ADMINS
-from services.channel import webhooks
-from services.channel.accounts import AccountSecrets
-from services.channel.routing import Route
+from services.channel.accounts.routing import Route
+from services.channel.accounts.store import WEBHOOK_PATH, AccountSecrets
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Groups, Vendor
 
@@ -95,7 +94,7 @@ async def get(tx: Tx, secrets: AccountSecrets, channel_id: UUID) -> Channel:
 def view(secrets: AccountSecrets, row: tuple[Any, ...]) -> Channel:
     id_, type_, agent_id, token, api_base, enabled, broken_reason, streaming = row[:8]
     routes, groups, approvers, created_at, updated_at, _ = row[8:]
-    path = webhooks.PATH.format(type=type_, token=secrets.open(id_, "token", token).decode())
+    path = WEBHOOK_PATH.format(type=type_, token=secrets.open(id_, "token", token).decode())
     return Channel(
         id=id_,
         type=type_,

@@ -13,7 +13,7 @@ from infra.observe import telemetry
 from infra.observe.logs import get_logger
 from infra.security.auth import IDENTITY_HEADER, Identities, Identity
 from infra.web.clients import service_client
-from services.channel.channels import AgentRoute
+from services.channel.accounts.channels import AgentRoute
 
 TIMEOUT_SECONDS = 3.0
 

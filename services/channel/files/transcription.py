@@ -7,8 +7,8 @@ import msgspec
 from infra.errors import EffectFailed, Transient
 from infra.outgoing.client import Outgoing
 from infra.stores.objects import safe_name
-from services.channel.multipart import multipart
 from services.channel.vendors.base import MALFORMED
+from services.channel.vendors.multipart import multipart
 
 TIMEOUT_SECONDS = 180.0
 # The endpoint judges the format by the name's extension.

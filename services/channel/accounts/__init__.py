@@ -1,0 +1,1 @@
+"""Channel accounts: their credentials and settings, and which agent gets a message."""

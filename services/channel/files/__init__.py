@@ -1,0 +1,1 @@
+"""Files of messages: fetched from the vendor, judged and stored; speech as text."""

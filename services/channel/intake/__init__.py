@@ -1,0 +1,1 @@
+"""Vendors' calls: verified, accepted, and drained into their conversations."""
