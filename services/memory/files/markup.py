@@ -169,8 +169,7 @@ class _Writer:
             self._break()
         elif tag == "img":
             self._text(element.get("alt"))
-        elif tag == "sup" and POWER.match(element.text or "") and (self._line or [""])[-1][-1:].isdigit():
-            # 10 to the power of 6 is not 106.
+        elif tag == "sup" and _is_apart((self._line or [""])[-1], next(element.itertext(), "")):
             self._text("^")
         elif tag == "p" and not self._outside:
             self._out.append("\n")
@@ -314,6 +313,13 @@ def joined(above: list[str], below: list[str], spans: Sequence[range]) -> list[s
     if any(n not in names and above[n] and below[n] not in ("", above[n]) for n in range(width)):
         return None
     return [f"{names[n]} {below[n]}" if names.get(n) else below[n] or above[n] for n in range(width)]
+
+
+def _is_apart(before: str, raised: str) -> bool:
+    """Whether raised text is an exponent behind a number (10 to the power of 6 is not 106), or the mark of a footnote
+    behind a word. Behind m or cm stands no mark, but a part of the unit."""
+    is_word = len(before) > 2 and before[-3:].isalpha()
+    return bool(POWER.match(raised)) and (before[-1:].isdigit() or (is_word and raised[0].isdigit()))
 
 
 def _has_lines(element: etree._Element) -> bool:

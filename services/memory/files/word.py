@@ -157,6 +157,9 @@ def _rewrite(root: etree._Element) -> None:
         at = "0" if chosen is None else chosen.get(f"{_W}val") or "0"
         for entry in choice.findall(f"{_W}listEntry")[int(at) : int(at) + 1] if at.isdecimal() else ():
             next(choice.iterancestors(f"{_W}r")).addprevious(_run(entry.get(f"{_W}val") or ""))
+    for raised in list(root.iter(f"{_W}position")):
+        if (raised.get(f"{_W}val") or "0").strip("0").isdecimal():
+            etree.SubElement(raised.getparent(), f"{_W}vertAlign").set(f"{_W}val", "superscript")
     for hyphen in list(root.iter(f"{_W}softHyphen")):
         _remove(hyphen)
     for wrapper in list(root.iter(f"{_M}oMathPara", *_WRAPPERS)):

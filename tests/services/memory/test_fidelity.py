@@ -134,6 +134,11 @@ WORDS = {
         "<w:r><w:t> m</w:t></w:r><w:r><w:rPr><w:vertAlign w:val='superscript'/></w:rPr><w:t>2</w:t></w:r></w:p>",
         "10^-6 m2",
     ),
+    "raised by its position": (
+        "<w:p><w:r><w:rPr><w:position w:val='0'/></w:rPr><w:t>10</w:t></w:r><w:r><w:rPr><w:position w:val='6'/></w:rPr>"
+        "<w:t>6</w:t></w:r></w:p>",
+        "10^6",
+    ),
     "chosen entry of an older form": (
         "<w:p><w:r><w:fldChar w:fldCharType='begin'><w:ffData><w:ddList><w:result w:val='1'/><w:listEntry w:val='Red'/>"
         "<w:listEntry w:val='Blue'/></w:ddList></w:ffData></w:fldChar></w:r><w:r><w:instrText> FORMDROPDOWN "
@@ -601,6 +606,7 @@ PAGES = {
     ),
     "signs of code in code": ("<pre>a\n```py\nb</pre><h2>H</h2>c", "````\na\n```py\nb\n````\nc"),
     "power": ("<p>5 &times; 10<sup>6</sup> m<sup>2</sup>, the 1<sup>st</sup></p>", "5 × 10^6 m2, the 1st"),
+    "mark": ("<p>The pump<sup><a href='#n'>1</a></sup> and CO<sup>2</sup></p>", "The pump^1 and CO2"),
     "deleted text": ("<p>costs <del>30</del><ins>45</ins> euros</p>", "costs 45 euros"),
 }
 
