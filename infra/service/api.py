@@ -44,8 +44,8 @@ Id = TypeVar("Id")
 MAX_PAGE = 200
 PAGE_BYTES = 4 * 1024 * 1024
 """Of the items of a page whose items may be large."""
-MAX_A_SECOND = 500
-"""Requests of a tenant to a process, which can answer about twice as many."""
+MAX_A_SECOND = 1_000
+"""Requests of a tenant to a process: as many as the gateway of the local stack allows one key."""
 OPERATOR = "operator"
 """On OpenAPI pages, the right of the operator, beside the scopes."""
 JSON = "application/json"

@@ -16,7 +16,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from infra.bus.dispatch import Decoded, decode
-from infra.bus.kafka import printable_headers
+from infra.bus.kafka import printable_headers, topic_ids
 from infra.connections import kafka_options
 from infra.errors import InvalidMessage
 from infra.postgres.db import sql
@@ -52,14 +52,23 @@ INDEXED = (
 )
 
 
+class _Cursor(msgspec.Struct):
+    """How far a verification has come."""
+
+    topic: str = ""
+    """Kafka's id of the topic: another topic of the same name has other records at these offsets."""
+    next: dict[int, int] = {}
+    """Partition → the offset of its next record."""
+
+
 class _Log:
     """The records of a topic that the index's reader has taken."""
 
-    def __init__(self, consumer: AIOKafkaConsumer, topic: str, ends: dict[int, int], state: VerificationResult) -> None:
+    def __init__(self, consumer: AIOKafkaConsumer, topic: str, ends: dict[int, int], next_: dict[int, int]) -> None:
         self._consumer = consumer
         self._topic = topic
         self._ends = ends
-        self.next: dict[int, int] = {int(n): at for n, at in msgspec.json.decode(state.cursor or b"{}").items()}
+        self.next = next_
 
     @property
     def left(self) -> int:
@@ -108,13 +117,17 @@ async def verify(
                 INDEX,
                 indexed.topic.name,
             )
-        state = state or VerificationResult(indexed.name)
         not_indexed = {message_id for (message_id,) in letters}
         topic = prefix + indexed.topic.name
-        consumer = AIOKafkaConsumer(**kafka_options(bootstrap), enable_auto_commit=False)
+        # Records that are deleted meanwhile are left out, and not all up to the end.
+        consumer = AIOKafkaConsumer(**kafka_options(bootstrap), enable_auto_commit=False, auto_offset_reset="earliest")
         await consumer.start()
         try:
-            log = _Log(consumer, topic, await _taken(bootstrap, prefix + INDEX, topic), state)
+            id_ = str((await topic_ids(consumer._client, [topic])).get(topic))
+            cursor = msgspec.json.decode(state.cursor or b"{}", type=_Cursor) if state else _Cursor()
+            if state is None or cursor.topic != id_:
+                state, cursor = VerificationResult(indexed.name), _Cursor(id_)
+            log = _Log(consumer, topic, await _taken(bootstrap, prefix + INDEX, topic), cursor.next)
             await log.start()
             while not state.finished:
                 records = await log.read()
@@ -123,7 +136,7 @@ async def verify(
                 if switch:
                     await index.store(indexed.kind, wrong)
                 state.add([""] * len(records), found, left=0 if switch else len(wrong))
-                state.cursor = msgspec.json.encode({str(n): at for n, at in log.next.items()}).decode()
+                state.cursor = msgspec.json.encode(cursor).decode()
                 state.finished = not records
                 async with engine.begin() as connection:
                     await verification.save(connection, state)
