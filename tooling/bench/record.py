@@ -26,7 +26,15 @@ def record(found: Mapping[str, Sequence[Figure]], command: str, where: str, path
     """
     heading = f"{utcnow().date().isoformat()}, commit {commit()}, {where}\n\n`{command}`"
     sections = {name: _section(name, heading, figures) for name, figures in found.items()}
-    path.write_text(merged(path.read_text(), sections))
+    text = re.sub(
+        r"^Benches without figures here: (.*)\.$",
+        lambda line: line[0].replace(
+            line[1], ", ".join(n for n in line[1].split(", ") if n[1:-1] not in found) or "none"
+        ),
+        merged(path.read_text(), sections),
+        flags=re.MULTILINE,
+    )
+    path.write_text(text)
 
 
 def merged(text: str, sections: Mapping[str, str]) -> str:

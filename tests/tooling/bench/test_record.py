@@ -12,12 +12,13 @@ from tooling.bench.run import BENCHES
 
 def test_a_run_replaces_its_own_section_and_leaves_the_others(tmp_path: Path) -> None:
     path = tmp_path / "BENCHMARKS.md"
-    path.write_text("# Benchmarks\n\nHow to read.\n\n## relay\n\nold relay\n\n## runs\n\nold runs\n")
+    start = "# Benchmarks\n\nBenches without figures here: `idle`, `relay`, `soak`.\n"
+    path.write_text(f"{start}\n## relay\n\nold relay\n\n## runs\n\nold runs\n")
     where = machine()
     figures = [verdict("relay", "by hand", 0.8, [200.0] * 3, [100.0] * 3)]
     record({"relay": figures}, "./claw bench relay --write", where, path)
     text = path.read_text()
-    assert text.startswith("# Benchmarks\n\nHow to read.\n\n## relay\n\n")
+    assert text.startswith("# Benchmarks\n\nBenches without figures here: `idle`, `soak`.\n\n## relay\n\n")
     assert "old relay" not in text
     assert "`./claw bench relay --write`" in text
     assert where in text
