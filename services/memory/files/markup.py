@@ -50,7 +50,7 @@ _WHITE = re.compile(r"\s+")
 _TICKS = re.compile(r"^[ \t]*(`{3,})", re.MULTILINE)
 # A value, and not a year, which may be the name of a column.
 _VALUE = re.compile(r"(?!(?:19|20)\d\d$)[-+−]?[\d.,%$€£¥ ]+")
-POWER = re.compile(r"[-−+]?\d")
+_POWER = re.compile(r"[-−+]?\d")
 # A cell that spans rows stands in each of them, and one that spans columns has empty cells beside it. Without these
 # limits, a small page could become a large text.
 MAX_SPAN = 100
@@ -169,7 +169,7 @@ class _Writer:
             self._break()
         elif tag == "img":
             self._text(element.get("alt"))
-        elif tag == "sup" and _is_apart((self._line or [""])[-1], next(element.itertext(), "")):
+        elif tag == "sup" and is_apart((self._line or [""])[-1], next(element.itertext(), "")):
             self._text("^")
         elif tag == "p" and not self._outside:
             self._out.append("\n")
@@ -315,11 +315,11 @@ def joined(above: list[str], below: list[str], spans: Sequence[range]) -> list[s
     return [f"{names[n]} {below[n]}" if names.get(n) else below[n] or above[n] for n in range(width)]
 
 
-def _is_apart(before: str, raised: str) -> bool:
+def is_apart(before: str, raised: str) -> bool:
     """Whether raised text is an exponent behind a number (10 to the power of 6 is not 106), or the mark of a footnote
     behind a word. Behind m or cm stands no mark, but a part of the unit."""
     is_word = len(before) > 2 and before[-3:].isalpha()
-    return bool(POWER.match(raised)) and (before[-1:].isdigit() or (is_word and raised[0].isdigit()))
+    return bool(_POWER.match(raised)) and (before[-1:].isdigit() or (is_word and raised[0].isdigit()))
 
 
 def _has_lines(element: etree._Element) -> bool:

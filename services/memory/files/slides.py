@@ -8,7 +8,7 @@ from typing import IO, Any
 from lxml import etree  # type: ignore[import-untyped]
 
 from services.memory.files import charts, spreadsheets, word
-from services.memory.files.markup import MAX_REPEATED_CHARACTERS, POWER
+from services.memory.files.markup import MAX_REPEATED_CHARACTERS, is_apart
 
 _DRAWING = "{http://schemas.openxmlformats.org/drawingml/2006/main}"
 _COMPATIBILITY = "{http://schemas.openxmlformats.org/markup-compatibility/2006}"
@@ -42,13 +42,13 @@ def texts(file: IO[bytes]) -> Iterator[str]:
 
 
 def _mark_powers(tree: Any) -> None:
-    """10 to the power of 6 is not 106."""
+    """Marks raised text that must stay apart from the text before it."""
     for run in tree.iter(f"{_DRAWING}r"):
         before, properties, text = run.getprevious(), run.find(f"{_DRAWING}rPr"), run.find(f"{_DRAWING}t")
         raised = "0" if properties is None else properties.get("baseline", "0")
-        if before is None or text is None or raised[:1] in ("0", "-") or not POWER.match(text.text or ""):
+        if before is None or text is None or raised[:1] in ("0", "-"):
             continue
-        if (before.findtext(f"{_DRAWING}t") or "")[-1:].isdigit():
+        if is_apart(before.findtext(f"{_DRAWING}t") or "", text.text or ""):
             text.text = f"^{text.text}"
 
 

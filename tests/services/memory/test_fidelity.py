@@ -548,10 +548,11 @@ def test_a_slide_keeps_charts_in_three_dimensions_and_boxes_with_equations() -> 
         for plot in chart._chartSpace.iter(f"{{*}}{flat}Chart"):
             plot.tag = plot.tag.replace(f"{flat}Chart", f"{flat}3DChart")
     runs = slide.shapes.add_textbox(*size).text_frame.paragraphs[0]
-    for text, baseline in (("10", None), ("-6", "30000"), (" m", None), ("2", "30000"), (" H", None), ("2", "-25000")):
+    marked = ("10", 0), ("-6", 30_000), (" m", 0), ("2", 30_000), (" H", 0), ("2", -25_000), (" pump", 0), ("1", 30_000)
+    for text, baseline in marked:
         run = runs.add_run()
         run.text = text
-        run.font._element.set("baseline", baseline or "0")
+        run.font._element.set("baseline", str(baseline))
     box = slide.shapes.add_textbox(*size)
     box.text_frame.text = "Energy: "
     m14 = "http://schemas.microsoft.com/office/drawing/2010/main"
@@ -568,7 +569,7 @@ def test_a_slide_keeps_charts_in_three_dimensions_and_boxes_with_equations() -> 
     table = "|  | Sold |\n| --- | --- |\n| North | 12.5 |\n| South | 0.3 |"
     text = text_of(out.getvalue(), types.PPTX)
     assert text.count(table) == 2
-    assert text.endswith("10^-6 m2 H2\n\nEnergy: E=mc^2")
+    assert text.endswith("10^-6 m2 H2 pump^1\n\nEnergy: E=mc^2")
 
 
 PAGES = {
