@@ -146,7 +146,7 @@ def _manage(stack: Stack, method: str, path: str, body: object = None) -> None:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"{address}{path}", data=data, method=method)
     request.add_header("content-type", "application/json")
-    opener.open(request, timeout=30).close()
+    opener.open(request, timeout=120).close()
 
 
 async def _delete_topics(servers: str, prefix: str) -> None:

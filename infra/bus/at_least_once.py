@@ -175,7 +175,7 @@ class AtLeastOnceReader(GroupReader, ConsumerRebalanceListener):  # type: ignore
             await store_dead_letters(await tx.connection(), self.group, "kafka", [letter], self._database.sealing)
         self._metrics.dead_letters.labels(self.group).inc()
         self._log.error(
-            "record stored as a dead letter; see claw dlq list",
+            "record stored as a dead letter; see ./claw dlq list",
             topic=tp.topic,
             tenant=letter.tenant_id,
             place=letter.place,

@@ -353,7 +353,7 @@ class Batches:
             for tenant_id in dict.fromkeys(letter.tenant_id for letter in letters):
                 own = [letter for letter in letters if letter.tenant_id == tenant_id]
                 self._log.error(
-                    "records stored as dead letters; see claw dlq list",
+                    "records stored as dead letters; see ./claw dlq list",
                     group=self._group,
                     topic=self._topic.name,
                     partition=self._partition,

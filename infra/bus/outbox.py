@@ -202,7 +202,7 @@ class Relay:
         self._metrics.dead_letters.labels("outbox").inc(len(dead))
         for letter in dead:
             self._log.error(
-                "message of the outbox stored as a dead letter; see claw dlq list",
+                "message of the outbox stored as a dead letter; see ./claw dlq list",
                 destination=letter.destination,
                 tenant=letter.tenant_id,
                 message_id=letter.message_id,

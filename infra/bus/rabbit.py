@@ -108,7 +108,7 @@ class Workers:
             await store_dead_letters(await tx.connection(), queue.name, "rabbit", [letter], self._database.sealing)
         self._metrics.dead_letters.labels(queue.name).inc()
         self._log.error(
-            "message stored as a dead letter; see claw dlq list",
+            "message stored as a dead letter; see ./claw dlq list",
             queue=queue.name,
             tenant=letter.tenant_id,
             message_id=letter.message_id,

@@ -88,7 +88,7 @@ class TransactionalReader(GroupReader, ConsumerRebalanceListener):  # type: igno
                 committed = time.monotonic()
                 await self._commit_for_monitoring(consumer)
             if self._is_lost:
-                raise KafkaTimeoutError("the broker does not tell the offsets of a partition")
+                raise KafkaTimeoutError("the broker did not return the offsets of a partition")
 
     async def _leave(self) -> None:
         # First: a rebalance during the drain must not add partitions, which would outlive their consumer.

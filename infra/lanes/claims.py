@@ -304,7 +304,7 @@ class Claims:
             await sql(connection, "SELECT pg_notify($1, $2)", self._channel, kind)
 
 
-def after(tenant_id: str) -> str:
+def next_tenant_id(tenant_id: str) -> str:
     """The first tenant id behind `tenant_id`, in the order of bytes: the next claim begins there."""
     return tenant_id + "\x01"
 

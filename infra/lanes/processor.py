@@ -145,7 +145,7 @@ class LaneProcessor:
         text = redacted(describe(error))
         _log.log(
             logging.ERROR if dead else logging.DEBUG if isinstance(error, NotYet) else logging.WARNING,
-            "item stored as a dead letter; see claw dlq list" if dead else "could not process an item; will retry",
+            "item stored as a dead letter; see ./claw dlq list" if dead else "could not process an item; will retry",
             kind=work.lane.name,
             item_id=str(head.item_id),
             attempt=head.attempts + 1,

@@ -89,7 +89,7 @@ class Resequencer:
             if not too_old and not dead.issuperset(missing):
                 log.warning("messages are missing; those behind them wait", first=missing[0], last=missing[-1])
                 raise NotYet(CHECK_AGAIN, "missing messages may still come")
-            log.warning("missing messages skipped; see claw dlq list", first=missing[0], last=missing[-1])
+            log.warning("missing messages skipped; see ./claw dlq list", first=missing[0], last=missing[-1])
             last = await self._handle_next(tx, gap.key, waiting - 1, handle)
 
     async def _dead(self, tx: Tx, key: str) -> set[int]:

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from infra.errors import describe
 from infra.failpoint import failpoint
-from infra.lanes.claims import Claims, LaneHead, Lease, after
+from infra.lanes.claims import Claims, LaneHead, Lease, next_tenant_id
 from infra.lanes.lane import Work
 from infra.lanes.processor import LaneProcessor, report_lost
 from infra.observe.logs import get_logger
@@ -203,7 +203,7 @@ class LaneRunner:
             for lease, head in claimed.lanes:
                 self._begin(kind, lease, head)
             if len(claimed.lanes) == wanted:
-                kind.turn = after(claimed.lanes[-1][0].tenant_id)
+                kind.turn = next_tenant_id(claimed.lanes[-1][0].tenant_id)
             elif kind.turn:
                 kind.turn = ""  # the tenants behind it had their turn: begin with the first one again
             elif claimed.tenants <= 1 or not claimed.lanes:

@@ -17,19 +17,30 @@ SLOW_STATEMENT_SECONDS = 0.5
 
 
 class Statements(Collector):
-    """The statements and commands of a process to PostgreSQL, as plain numbers: a histogram costs more at each."""
+    """The statements and commands of a process to PostgreSQL, and the time that transactions waited for a connection,
+    as plain numbers: a histogram costs more at each."""
 
     def __init__(self) -> None:
         self._all = 0
         self._slow = 0
+        self._waited = 0.0
 
     def took(self, seconds: float) -> None:
         self._all += 1
         self._slow += seconds > SLOW_STATEMENT_SECONDS
 
+    def waited(self, seconds: float) -> None:
+        self._waited += seconds
+
     def collect(self) -> Iterator[CounterMetricFamily]:
         yield CounterMetricFamily("claw_db_statements", "Statements to PostgreSQL that ended", self._all)
-        yield CounterMetricFamily("claw_db_slow_statements", "Those that took more than half a second", self._slow)
+        yield CounterMetricFamily(
+            "claw_db_slow_statements", "Statements to PostgreSQL that took more than half a second", self._slow
+        )
+        # A tenant alone has half of a pool: more of its transactions wait while the pool is not full.
+        yield CounterMetricFamily(
+            "claw_db_pool_wait_seconds", "Time that transactions waited for a connection to PostgreSQL", self._waited
+        )
 
 
 STATEMENTS = Statements()

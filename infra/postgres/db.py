@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import count
 from time import perf_counter
 from typing import Any
 
@@ -19,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from infra.connections import postgres_context
 from infra.errors import Transient
 from infra.observe.metrics import STATEMENTS
+from infra.outgoing.shares import Shares, tenant
 
 # The server ends a session that is idle in a transaction for longer. A consumer that is stopped in the middle of a
 # transaction holds its offset row. Without this limit the next owner of the partition would wait for that row for as
@@ -54,7 +56,7 @@ _TRANSIENT_STATES = (
 
 
 class Pool(AsyncEngine):
-    """The connections of one role, `size` of them for transactions.
+    """The connections of one role, `size` of them for transactions. Each tenant has a share of these, see `Shares`.
 
     `take` and `give_back` keep them out of SQLAlchemy's own pool between two transactions. Its work to hand out a
     connection and to take it back costs eight times as much CPU time as a statement.
@@ -63,7 +65,10 @@ class Pool(AsyncEngine):
     def __init__(self, engine: Engine, size: int) -> None:
         super().__init__(engine)
         self._size = size
-        self._places = asyncio.Semaphore(size)
+        self._places = Shares(size)
+        # Each piece of the platform's own work asks for itself, so it gets any connection that is free.
+        self._of_platform = count()
+        self._askers: dict[AsyncConnection, str] = {}
         self._idle: list[AsyncConnection] = []
         self.taken = 0
 
@@ -77,19 +82,23 @@ class Pool(AsyncEngine):
 
         `give_back` must be called with it. Raises TimeoutError of SQLAlchemy if none gets free in time.
         """
-        if self._places.locked():
+        asker = tenant.get() or f"platform {next(self._of_platform)}"
+        if not self._places.take_now(asker):
+            began = perf_counter()
             try:
-                await asyncio.wait_for(self._places.acquire(), POOL_TIMEOUT_SECONDS)
+                await asyncio.wait_for(self._places.take(asker), POOL_TIMEOUT_SECONDS)
             except TimeoutError:
                 raise PoolTimeoutError(f"no connection of {self._size} got free in time") from None
-        else:
-            await self._places.acquire()
+            finally:
+                STATEMENTS.waited(perf_counter() - began)
         self.taken += 1
         try:
-            return await self._usable()
+            connection = await self._usable()
         except BaseException:
-            self._end_use()
+            self._end_use(asker)
             raise
+        self._askers[connection] = asker
+        return connection
 
     async def _usable(self) -> AsyncConnection:
         """An idle connection, or a new one. Gives up those that the server has closed (a restart)."""
@@ -113,11 +122,11 @@ class Pool(AsyncEngine):
         finally:
             # As many as are taken at once. The next transaction gets the last one, which the server knows best.
             self._idle.append(connection)
-            self._end_use()
+            self._end_use(self._askers.pop(connection))
 
-    def _end_use(self) -> None:
+    def _end_use(self, asker: str) -> None:
         self.taken -= 1
-        self._places.release()
+        self._places.give(asker)
 
     @asynccontextmanager
     async def statements(self) -> AsyncIterator[AsyncConnection]:

@@ -142,6 +142,7 @@ async def lock_parked(connection: AsyncConnection, consumer: str, topic: str, ke
 
 
 async def park(connection: AsyncConnection, consumer: str, topic: str, key: str) -> None:
+    """Marks the key: later records with it wait until its failed one is redriven or discarded. May be repeated."""
     await sql(
         connection,
         "INSERT INTO parked_key (consumer, topic, key) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",

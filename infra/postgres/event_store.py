@@ -80,9 +80,13 @@ class NewEvent(NamedTuple):
 
 
 class StoredEvent(NamedTuple):
+    """An event in the form of this version of the code, with its place."""
+
     position: int
+    """In the order of all events of the service; with gaps."""
     stream_id: str
     version: int
+    """In its stream, from 1, without gaps."""
     event_id: UUID
     event: Any
     headers: dict[str, str]
@@ -180,10 +184,10 @@ async def rewrite(connection: AsyncConnection, facts: Mapping[UUID, Any]) -> Non
 
 
 async def read_all(
-    connection: AsyncConnection, aggregate: Aggregate[Any], *, after: int = 0, limit: int = 1000
+    connection: AsyncConnection, aggregate: Aggregate[Any], *, limit: int = 1000
 ) -> AsyncIterator[StoredEvent]:
     """Every event of a kind in position order, which per stream is the order of versions."""
-    prefix = f"{aggregate.name}:"
+    prefix, after = f"{aggregate.name}:", 0
     while True:
         rows = await sql(
             connection,

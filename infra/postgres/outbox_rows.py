@@ -39,7 +39,7 @@ def insert_outbox_call(after: int = 0, *, unless_stored: bool = False) -> str:
     """The statement that writes `outbox_columns`, with parameters behind the first `after`. Positions are drawn in the
     order of the rows.
 
-    unless_stored: a further parameter has the id of the event that each row tells of, or null. The row is not written
+    unless_stored: a further parameter has the id of the event that each row reports, or null. The row is not written
     if ``stored.ids`` has this id.
     """
     columns = [f"${after + n}::{type_}[]" for n, type_ in enumerate((*_TYPES, "uuid"), 1)]

@@ -35,6 +35,8 @@ Fold = Callable[[str, Sequence[Recorded]], Iterable[Mapping[str, Any]]]
 
 
 class FoldedEvents(NamedTuple):
+    """The source of a read model that is folded from the events of its streams."""
+
     aggregate: Aggregate[Any]
     fold: Fold
 
@@ -69,7 +71,7 @@ class ReadModel:
     """None: the source are rows."""
 
 
-def folded(
+def folded_read_model(
     aggregate: Aggregate[Any],
     fold: Fold,
     *,
@@ -138,7 +140,7 @@ class _Headers(msgspec.Struct):
     tenant_id: str = ""
 
 
-def selected(rows: str) -> Rebuild:
+def rebuilt_by_query(rows: str) -> Rebuild:
     """Rebuilds by a query for the rows of the scopes $1."""
 
     async def rebuild(connection: AsyncConnection, scopes: Sequence[str]) -> str:

@@ -87,7 +87,7 @@ class Tx:
         self._events: list[NewEvent] = []
         self._rows: list[OutboxRow] = []
         self.items = NewItems(places)
-        # By the kind and id of the item that the message tells of.
+        # By the kind and id of the item that the message announces.
         self._hints: dict[tuple[str, UUID], OutboxRow] = {}
         self._buffered: dict[str, list[tuple[Any, ...]]] = {}
         self._loaded: dict[str, tuple[Any, int]] = {}

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 from infra.errors import Forbidden, Unauthenticated
 from infra.security.keys import LIFETIME_SECONDS, Keyring
-from protos.calls import ROUTES, DelegatedRoute
+from protos.calls import ROUTES
 
 T = TypeVar("T")
 
@@ -84,9 +84,8 @@ class Identity:
 class Identities:
     """Makes and verifies the tokens of clients."""
 
-    def __init__(self, keyring: Keyring, routes: Sequence[DelegatedRoute] = ROUTES) -> None:
+    def __init__(self, keyring: Keyring) -> None:
         self._keyring = keyring
-        self._routes = routes
         self._made = _Made()
         self._verified: _Verified[tuple[str, Identity]] = _Verified(keyring)
 
@@ -126,7 +125,7 @@ class Identities:
             return identity
         if not identity.tenant_id:
             raise Forbidden(f"{service}: must not act for the operator")
-        for route in self._routes:
+        for route in ROUTES:
             if (route.caller, route.callee, route.method) == (service, self._keyring.service, method) and _pattern(
                 route.path
             ).fullmatch(path):

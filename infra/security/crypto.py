@@ -104,7 +104,7 @@ class DataKey:
         self._digest_key = hashlib.blake2b(b"digest", key=key).digest()
 
     def digest(self, content: str) -> bytes:
-        """Equal for equal contents. Without the key it does not tell whether a guess is right."""
+        """Equal for equal contents. Without the key it does not show whether a guess is right."""
         return hashlib.blake2b(content.encode(), key=self._digest_key, digest_size=16).digest()
 
     def seal(self, content: str, *context: str) -> bytes:

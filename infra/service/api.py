@@ -32,7 +32,7 @@ from starlette.types import Message, Receive, Scope, Send
 from infra import VERSION
 from infra.errors import Forbidden, InvalidMessage, NotFound, TooManyRequests, Unauthenticated, WrongType
 from infra.outgoing import shares
-from infra.security.auth import IDENTITY_HEADER, SCOPES, Identities, Identity
+from infra.security.auth import IDENTITY_HEADER, Identities, Identity
 from infra.service.refusals import Refusals
 from infra.service.service import Runtime
 from infra.web.http import MAX_BODY_BYTES, allow_body, is_json
@@ -254,7 +254,6 @@ def _operator(request: Request) -> Identity:
 
 
 _ACCEPTED[_operator] = (OPERATOR,)
-_ACCEPTED[_identity] = (*SCOPES, OPERATOR)
 
 
 def _accepted(dependant: Dependant) -> list[str]:
@@ -263,13 +262,12 @@ def _accepted(dependant: Dependant) -> list[str]:
     return [*own, *(name for inner in dependant.dependencies for name in _accepted(inner))]
 
 
-# Arguments of a handler. All except the last five belong to a tenant.
+# Arguments of a handler. All except the last four belong to a tenant.
 Reader = Annotated[Identity, Depends(_having("read"))]
 Runner = Annotated[Identity, Depends(_having("run"))]
 Writer = Annotated[Identity, Depends(_having("write"))]
 Admin = Annotated[Identity, Depends(_having("admin"))]
 Operator = Annotated[Identity, Depends(_operator)]
-Anyone = Annotated[Identity, Depends(_identity)]
 # The operator, or a tenant's key with the scope.
 Viewer = Annotated[Identity, Depends(_operator_or_having("read"))]
 Editor = Annotated[Identity, Depends(_operator_or_having("write"))]

@@ -21,6 +21,8 @@ PER_MINUTE = 60
 
 
 class Refusals:
+    """Records of refused requests in the audit chain of the client's tenant."""
+
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._cache = Cache(runtime.cache)

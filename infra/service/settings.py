@@ -16,6 +16,8 @@ from infra.errors import describe
 from infra.security.crypto import Cipher
 from infra.security.keys import read_private, read_public
 
+_NOT_USABLE = "the environment of this process is not usable:"
+
 
 class SettingsError(Exception):
     """The environment is not usable. The message names every bad variable and its fault, never a value."""
@@ -137,12 +139,15 @@ class Settings(BaseSettings):
     @classmethod
     def load(cls) -> Self:
         """Reads the variables. Raises SettingsError naming each variable that is missing or wrong."""
+        folder = os.environ.get("CLAW_SECRETS_FOLDER")
+        if folder and not Path(folder).is_dir():
+            raise SettingsError(f"{_NOT_USABLE}\n  CLAW_SECRETS_FOLDER: {folder} is not a folder")
         try:
             # The values come from the environment and from the folder.
-            return cls(_secrets_dir=os.environ.get("CLAW_SECRETS_FOLDER"))  # type: ignore[call-arg]
+            return cls(_secrets_dir=folder or None)  # type: ignore[call-arg]
         except ValidationError as error:
             lines = [f"  {cls._variable(e['loc'])}: {_reason(e['type'], e['msg'])}" for e in error.errors()]
-            raise SettingsError("\n".join(["the environment of this process is not usable:", *lines])) from None
+            raise SettingsError("\n".join([_NOT_USABLE, *lines])) from None
 
     @classmethod
     def _variable(cls, location: tuple[int | str, ...]) -> str:

@@ -38,6 +38,8 @@ _KEPT = ("erased_tenant",)
 
 
 class EraseTenant(msgspec.Struct, frozen=True):
+    """The item of a lane: one pass over the rows of an erased tenant in this service."""
+
     tenant_id: str
     number: int
     """Of the pass, from 1."""
@@ -84,6 +86,7 @@ def queue_erasure(service: str) -> Subscription:
 
 @ERASURES.runner(concurrency=1)
 async def erase_rows(item: EraseTenant, effects: Effects, tx: Tx, erasure: Erasure) -> None:
+    """One pass: deletes every row that has the tenant's id, and reports the end of the second pass."""
     if erasure.before:
         await erasure.before(item, effects)
     async with effects.begin() as reading:

@@ -90,7 +90,7 @@ async def verify(
     is set, it pauses and returns an unfinished result. Raises Conflict if another verification of the service runs, or
     if the table is always locked.
     """
-    async with alone(engine, service):
+    async with one_at_a_time(engine, service):
         async with engine.begin() as connection:
             state = None if restart else await paused(connection, model.name, switch=switch)
             state = state or VerificationResult(model.name)
@@ -210,7 +210,7 @@ async def _no_limits(connection: AsyncConnection) -> None:
 
 
 @asynccontextmanager
-async def alone(engine: AsyncEngine, service: str) -> AsyncIterator[None]:
+async def one_at_a_time(engine: AsyncEngine, service: str) -> AsyncIterator[None]:
     """Allows one verification of the service at a time, in all its processes."""
     async with engine.connect() as connection:
         lock: Any = f"verification {service}"

@@ -144,7 +144,7 @@ class Cache:
         self._away_since = time.monotonic() if error else None
 
 
-async def cancelled(task: asyncio.Task[None]) -> None:
+async def cancel_listener(task: asyncio.Task[None]) -> None:
     """Cancels a task that listens, until it has ended. One cancellation is not enough: while redis-py connects, it
     mistakes the cancellation for a lost connection and continues."""
     while not task.done():

@@ -110,7 +110,7 @@ def _listed(mime_types: frozenset[str]) -> str:
     return ", ".join(sorted(f"{type_}*" if type_.endswith("/") else type_ for type_ in mime_types))
 
 
-def listed(store: Minio, bucket: str, prefix: str = "") -> Iterator[Object]:
+def list_objects(store: Minio, bucket: str, prefix: str = "") -> Iterator[Object]:
     """The objects whose names begin with `prefix`, in the order of names.
 
     By version 1 of the request: of version 2, S3Proxy refuses each page after the first 1,000 objects.
@@ -243,7 +243,7 @@ class Objects:
 
         def names() -> list[str]:
             try:
-                return [str(entry.object_name) for entry in listed(self._client, self._bucket, prefix)]
+                return [str(entry.object_name) for entry in list_objects(self._client, self._bucket, prefix)]
             except S3Error as error:
                 if error.code == "NoSuchBucket":
                     return []

@@ -19,3 +19,8 @@ def replaced(text: str, take: Callable[[str, str, str], str]) -> str:
     if ";base64," not in text:
         return text
     return _DATA_URL.sub(lambda found: take((found[1] or "").strip(), found[2], found[3]), text)
+
+
+def named(text: str) -> str:
+    """`text` with the label, or the MIME type, in place of each data URL: for models a picture is a long number."""
+    return replaced(text, lambda label, mime_type, _: f"[{label or mime_type}]")

@@ -70,12 +70,6 @@ async def check_beside(body: bytes, check: Callable[[bytes], None] = check_json)
         check(body)
 
 
-def check_text(field: str, text: str) -> None:
-    """Raises InvalidMessage if `text` has NUL, which PostgreSQL refuses, or a lone surrogate, which UTF-8 refuses."""
-    if fault := _fault(text):
-        raise InvalidMessage(field, fault)
-
-
 def _check_text(path: Sequence[str | int], text: str) -> None:
     # Only a failure has its path named: keys may be long, and each of many texts below one would name it again.
     if fault := _fault(text):
@@ -83,6 +77,7 @@ def _check_text(path: Sequence[str | int], text: str) -> None:
 
 
 def _fault(text: str) -> str | None:
+    # PostgreSQL refuses NUL, and UTF-8 a lone surrogate.
     if "\0" in text:
         return "must not contain NUL"
     return "must be Unicode text, without lone surrogates" if _SURROGATE.search(text) else None

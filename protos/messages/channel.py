@@ -18,6 +18,10 @@ ASKER: Final = "asker"
 """Of the names of approvers: the person who asked."""
 CHAT_ADMINS: Final = "chat-admins"
 """Of the names of approvers: whom the vendor calls an administrator of the group in which the answer is written."""
+FORWARDED: Final = "[Forwarded message]"
+"""The line of a text behind which it has the words of another message, perhaps of another person."""
+IN_REPLY: Final = "[In reply to this message]"
+"""As `FORWARDED`."""
 
 
 class Image(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from infra.postgres.read_models import ReadModel, Recorded, folded, selected
+from infra.postgres.read_models import ReadModel, Recorded, folded_read_model, rebuilt_by_query
 from services.agent.runs import events
 from services.agent.runs.publishing import RUN
 from services.agent.sessions.domain import Session, evolve
@@ -68,7 +68,7 @@ def session(stream_id: str, history: Sequence[Recorded]) -> Iterator[Mapping[str
 _FIGURES = ("input_tokens", "cached_tokens", "output_tokens")
 
 READ_MODELS = (
-    folded(
+    folded_read_model(
         RUN,
         run,
         name="runs",
@@ -80,7 +80,7 @@ READ_MODELS = (
         empty="l.status = 'queued'",
         whole=False,
     ),
-    folded(
+    folded_read_model(
         RUN,
         steps,
         name="steps",
@@ -91,7 +91,7 @@ READ_MODELS = (
         in_scope="l.run_id = ANY($1::text[]::uuid[])",
         new=("started_at",),
     ),
-    folded(
+    folded_read_model(
         SESSION,
         session,
         name="sessions",
@@ -121,7 +121,7 @@ READ_MODELS = (
         strays="SELECT ''::text LIMIT 0 * $1::int",
         in_scope="l.id = ANY($1::text[]::uuid[])",
         # A figure that was never reported stays null.
-        rebuild=selected(
+        rebuild=rebuilt_by_query(
             f"""
             SELECT run.id, {", ".join(f"sum((u.quantities::jsonb->>'{f}')::bigint)::bigint AS {f}" for f in _FIGURES)}
             FROM run LEFT JOIN run_usage AS u ON u.run_id = run.id

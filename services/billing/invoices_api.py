@@ -155,7 +155,8 @@ def router(runtime: Runtime) -> APIRouter:
 
     @router.get("/invoices/{invoice_id}/csv", response_class=Response)
     async def get_csv(invoice_id: UUID, who: Viewer) -> Response:
-        """The lines as comma-separated values (RFC 4180), amounts in units of the currency."""
+        """The lines as comma-separated values (RFC 4180), amounts before tax in units of the currency. Amounts that are
+        given back are below zero; the column `document` names an invoice below zero as a credit note."""
         invoice, lines, _ = await _whole(invoice_id, who)
         return _csv(str(invoice.number or invoice.id), invoice_files.as_csv(invoice, lines))
 
@@ -233,9 +234,10 @@ def router(runtime: Runtime) -> APIRouter:
 
     @router.get("/invoices/{invoice_id}/credit-notes/{credit_note_id}/csv", response_class=Response)
     async def get_note_csv(invoice_id: UUID, credit_note_id: UUID, who: Viewer) -> Response:
-        """The credit note as comma-separated values, with the columns of an invoice's."""
+        """The credit note as comma-separated values, with the columns of an invoice's. Its amounts are below zero, so
+        that the CSVs of all documents can be added up."""
         note, invoice = await _note(invoice_id, credit_note_id, who)
-        return _csv(note.number, invoice_files.as_csv(*invoice_files.as_invoice(note, invoice)))
+        return _csv(note.number, invoice_files.note_csv(note, invoice))
 
     @router.get("/invoices/{invoice_id}/credit-notes/{credit_note_id}/pdf", response_class=Response)
     async def get_note_pdf(invoice_id: UUID, credit_note_id: UUID, who: Viewer) -> Response:
@@ -346,7 +348,7 @@ def _csv(name: str, content: str) -> Response:
 
 
 async def _pdf(name: str, page: pdf.Page, who: Identity) -> Response:
-    with pdf.alone(who.tenant_id):
+    with pdf.one_each.place(who.tenant_id):
         content = await pdf.document(page)
     headers = {"content-disposition": f"inline; filename={name}.pdf"}
     return Response(content, media_type="application/pdf", headers=headers)

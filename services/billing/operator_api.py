@@ -17,10 +17,10 @@ from infra.service.idempotency import once
 from infra.service.service import Runtime
 from infra.web.times import Time
 from services.billing.credit import accounts
-from services.billing.credit.accounts import MAX_CREDIT_NANOS, Entry
+from services.billing.credit.accounts import MAX_CREDIT_NANOS
 from services.billing.rating.domain import MAX_AMOUNT_NANOS, MAX_QUANTITIES, Verdict, implausible
+from services.billing.usage import corrections, reports
 from services.billing.usage import records as usage
-from services.billing.usage import reports
 from services.billing.usage.reports import Balance, UsageVerdict
 
 Text = Annotated[str, Field(min_length=1, max_length=500)]
@@ -75,25 +75,13 @@ def router(runtime: Runtime) -> APIRouter:
 
     @router.post("/corrections", status_code=201, response_model=Balance)
     async def correct(body: Correction, who: Operator, request: Request) -> Response:
-        """Corrects a wrong charge with a new ledger entry. The charge itself never changes."""
+        """Corrects a wrong charge with a new ledger entry. The charge itself never changes. If it is of the time of a
+        subscription, the next invoice has the correction as a line, before tax."""
 
         async def work(tx: Tx) -> tuple[int, Balance]:
             tx.tenant_id = body.tenant_id
-            await accounts.lock_one(tx, body.tenant_id)
-            if body.usage_id is not None:
-                await reports.verdict(tx, body.tenant_id, body.usage_id)
-            await accounts.debit(
-                tx,
-                [
-                    Entry(
-                        body.tenant_id,
-                        "correction",
-                        body.amount_nanos,
-                        body.usage_id,
-                        reason=body.reason,
-                        actor=who.actor,
-                    )
-                ],
+            await corrections.correct(
+                tx, body.tenant_id, body.amount_nanos, body.usage_id, reason=body.reason, actor=who.actor
             )
             audit(tx, who.actor, "billing.correct", "account", body.tenant_id, amount_nanos=str(body.amount_nanos))
             return 201, await reports.balance(tx, body.tenant_id)

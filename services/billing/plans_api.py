@@ -254,8 +254,12 @@ def _read(body: NewPlan) -> Plan:
         charges.append(PlanCharge(charge.meter, charge.scheme, tiers, charge.by, charge.package_size))
     for n, item in enumerate(body.included):
         _known_meter(f"included[{n}].meter", item.meter)
-        if item.meter not in (charge.meter for charge in charges):
+        charged = [charge.meter for charge in charges].count(item.meter)
+        if charged == 0:
             raise InvalidMessage(f"included[{n}].meter", "has no charge, so nothing of it can be included")
+        if charged > 1:
+            # Each of them would take off the whole quantity.
+            raise InvalidMessage(f"included[{n}].meter", "has two charges; a quantity can be included in one only")
     for name in ("included", "charges"):
         seen = [(item.meter, getattr(item, "by", None)) for item in getattr(body, name)]
         if double := [n for n, item in enumerate(seen) if item in seen[:n]]:

@@ -17,6 +17,7 @@ from infra.security.auth import Identity
 from infra.service.api import Reader, Writer
 from infra.service.service import Runtime
 from infra.stores.cache import Cache
+from services.channel import history
 from services.channel.accounts import store as stored
 from services.channel.accounts.channels import Channel, Credentials, checked_credentials, get, vendor_of
 from services.channel.accounts.store import Accounts, AccountSecrets, ChannelAccount
@@ -197,7 +198,14 @@ def router(runtime: Runtime, secrets: AccountSecrets, accounts: Accounts) -> API
     async def channel_health(channel_id: UUID, who: Reader) -> ConnectionHealth:
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             channel = await get(tx, secrets, channel_id)
-            [(last_event_at,)] = await tx.sql("SELECT max(last_at) FROM conversation WHERE channel_id = $1", channel_id)
+            last = await tx.sql(
+                f"""
+                SELECT recorded_at FROM event WHERE type = 'MessageTaken' AND {history.CHANNEL} = $1
+                ORDER BY recorded_at DESC
+                LIMIT 1
+                """,
+                str(channel_id).encode(),
+            )
             recent = await tx.sql(
                 """
                 SELECT state, reason, updated_at FROM delivery
@@ -211,7 +219,7 @@ def router(runtime: Runtime, secrets: AccountSecrets, accounts: Accounts) -> API
         errors = [reason for state, reason, _ in recent if state in ("failed", "unknown")]
         return ConnectionHealth(
             state="broken" if channel.broken_reason else "ok" if channel.enabled else "paused",
-            last_event_at=last_event_at,
+            last_event_at=last[0][0] if last else None,
             last_delivery_at=max((at for state, _, at in recent if state not in ("failed", "unknown")), default=None),
             error_rate=len(errors) / len(recent) if recent else 0.0,
             last_error=channel.broken_reason or next(iter(errors), None),

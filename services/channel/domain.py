@@ -52,6 +52,8 @@ class QueueDelivery(NamedTuple):
 class MarkSent(NamedTuple):
     ids: tuple[str | None, ...]
     """The vendor's id of each part."""
+    due: tuple[int, ...] = ()
+    """As in `Delivery`, when the sending began."""
 
 
 class MarkFailed(NamedTuple):
@@ -92,6 +94,9 @@ def decide(command: Command, delivery: Delivery) -> Sequence[DeliveryEvent]:
         return []
     about = asked.channel_id, asked.session_key, asked.run_id
     match command:
+        case MarkSent(due=due) if due != delivery.due:
+            # Another part was refused meanwhile. It is sent by an item of its own, which ends the delivery.
+            return []
         case MarkSent(ids):
             last = next((id_ for id_ in reversed(ids) if id_), None)
             return [DeliverySent(*about, last, ids if len(ids) > 1 else (), bool(delivery.late), asked.sender)]

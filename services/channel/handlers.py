@@ -114,7 +114,7 @@ async def deliver(due: DueDelivery, effects: Effects, tx: Tx, sender: Sender) ->
         assert outcome.result is not None
         # Slack gives no id of the message of a file.
         sent[n - 1] = outcome.result.vendor_message_id
-    await _decide(tx, due.delivery_id, MarkSent(tuple(sent)), **about)
+    await _decide(tx, due.delivery_id, MarkSent(tuple(sent), sendable.due), **about)
 
 
 async def _sent(effects: Effects, sender: Sender, account: ChannelAccount, part: Outbound) -> Outcome[Sent]:
@@ -138,28 +138,42 @@ async def _replaced(effects: Effects, sender: Sender, account: ChannelAccount, p
 
 
 async def _give_up(tx: Tx, delivery_id: UUID, reason: str) -> None:
-    """Ends a delivery that is not sent any more. Some of its parts may have been sent before, and of one the vendor may
-    not have told it."""
+    """Ends a delivery that is not sent any more. Some or all of its parts may have been sent before, and one may
+    have been sent without an answer of the vendor."""
+    delivery = await tx.load(DELIVERY.stream(name := str(delivery_id)))
     rows = await tx.sql(
         # The bounds hold in each collation: digits are before letters.
         """
         SELECT e.key, coalesce(convert_from(e.result, 'UTF8')::jsonb ->> 'vendor_message_id', p.message_id),
-               e.state = 'started' AND e.kind <> 'repeatable'
+               e.state = 'started' AND e.kind <> 'repeatable',
+               -- After the last part.
+               e.state = 'succeeded' AND (
+                   e.key IN ($3, $3 || '/shown')
+                   OR coalesce((convert_from(e.result, 'UTF8')::jsonb ->> 'is_last')::boolean, false)
+               ),
+               -- A part that the vendor had refused as too late.
+               e.state = 'succeeded' AND e.key LIKE '%/late'
         FROM lane_effect e
-            LEFT JOIN delivery d ON d.id = $2 AND e.key = $3 || '-1/shown'
-            LEFT JOIN preview p ON p.run_id = d.run_id AND p.delivery_id = d.id
-        WHERE e.tenant_id = $1 AND e.key BETWEEN $3 AND $3 || '-z' AND e.state IN ('started', 'succeeded')
+            JOIN delivery d ON d.id = $2
+            LEFT JOIN preview p
+                ON p.run_id = d.run_id AND p.delivery_id = d.id AND e.key IN ($3 || '/shown', $3 || '-1/shown')
+        WHERE e.tenant_id = $1 AND e.key BETWEEN $3 AND $3 || 'z' AND e.state IN ('started', 'succeeded')
         ORDER BY e.key
         """,
         tx.tenant_id,
         delivery_id,
-        name := str(delivery_id),
+        name,
     )
-    parts = [(int(key.removeprefix(name).partition("/")[0].strip("-") or 1), id_) for key, id_, _ in rows]
-    sent = {n: id_ for n, id_ in parts if id_}
+    parts = [(int(key.removeprefix(name).partition("/")[0].strip("-") or 1), *row) for key, *row in rows]
+    sent = dict(enumerate(delivery.sent, 1)) | {n: id_ for n, id_, *_ in parts if id_}
     ids = tuple(sent.get(n) for n in range(1, max(sent, default=0) + 1))
-    in_doubt = any(is_open for *_, is_open in rows)
-    await _decide(tx, delivery_id, MarkUnknown(reason, ids) if in_doubt else MarkFailed(reason, ids))
+    in_doubt = any(is_open for _, _, is_open, *_ in parts)
+    again = {n - 1 for n, *_, is_again in parts if is_again}
+    if again.issuperset(delivery.due) if delivery.due else any(is_end for *_, is_end, _ in parts):
+        # The process died before it could say so.
+        await _decide(tx, delivery_id, MarkSent(ids, delivery.due))
+    else:
+        await _decide(tx, delivery_id, MarkUnknown(reason, ids) if in_doubt else MarkFailed(reason, ids))
 
 
 async def _decide(tx: Tx, delivery_id: UUID, command: Command, **about: str) -> None:

@@ -14,6 +14,9 @@ from infra.security.subjects import Subject, SubjectKeys
 from services.channel.events import MessageChange, MessageDeleted, MessageEdited, MessageReacted
 from services.channel.publishing import MESSAGE
 
+CHANNEL = """substring(data, position('"channel_id":"' in data) + 14, 36)"""
+"""The channel of a `MessageTaken` as bytes: the expression of an index of channels and times."""
+
 
 @dataclass
 class Now:

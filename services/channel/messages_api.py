@@ -41,60 +41,62 @@ KEEP_SECONDS = 30.0
 DELETED_TEXT = "[deleted]"
 """Readers show this in place of a text that its author has deleted."""
 
-# Reads only. A conversation's newest messages stand at the end of its stream. Only those conversations are looked up
-# whose last message can be on the page: if enough of them to fill it ended between `edge` and the cursor, the page has
-# no message from before `edge`. A message is stored up to a minute, the longest transaction, after `last_at`.
-_INBOUND = """
-WITH known AS MATERIALIZED (
-    SELECT session_key, channel_id, last_at FROM conversation
-    WHERE ($2::text IS NULL OR session_key = $2) AND ($3::uuid IS NULL OR channel_id = $3)
-), edge AS (
-    SELECT last_at FROM known
-    WHERE last_at < coalesce($4::timestamptz, 'infinity') - interval '1 minute'
-    ORDER BY last_at DESC
-    LIMIT 1 OFFSET $6 - 1
+# Reads only. The tenant's channels that have conversations, by one look into the index for each.
+_CHANNELS = """
+WITH RECURSIVE known AS (
+    (SELECT channel_id FROM conversation ORDER BY channel_id LIMIT 1)
+    UNION ALL
+    SELECT n.channel_id FROM known k CROSS JOIN LATERAL (
+        SELECT channel_id FROM conversation WHERE channel_id > k.channel_id ORDER BY channel_id LIMIT 1
+    ) n
 )
-SELECT m.recorded_at, m.event_id, m.event_id, m.size, c.channel_id, c.session_key
-FROM known c CROSS JOIN LATERAL (
-    SELECT event_id, recorded_at, octet_length(data) AS size FROM event
-    WHERE stream_id = $1 || c.session_key
-        AND ($4::timestamptz IS NULL OR (recorded_at, event_id) < ($4, $5::uuid))
-    ORDER BY version DESC
-    LIMIT $6
-) m
-WHERE c.last_at > (SELECT last_at FROM edge) - interval '1 minute' OR NOT EXISTS (SELECT FROM edge)
-ORDER BY m.recorded_at DESC, m.event_id DESC
-LIMIT $6
+SELECT channel_id::text FROM known
 """
+_CHANNEL = "SELECT channel_id::text FROM conversation WHERE channel_id = $1 LIMIT 1"
+_SESSION = "SELECT session_key FROM conversation WHERE session_key = $1 AND ($2::uuid IS NULL OR channel_id = $2)"
+# Reads only. The newest before the cursor: of each channel, or of one session. Each statement has its index, which ends
+# in the time. So a page costs the same wherever it is in the list.
+_INBOUND = """
+SELECT m.recorded_at, m.event_id, m.event_id, octet_length(m.data), substr(m.stream_id, length($1) + 1)
+FROM unnest($2::text[]) AS c(id) CROSS JOIN LATERAL (
+    SELECT stream_id, event_id, recorded_at, data FROM event
+    WHERE type = 'MessageTaken' AND {of}
+        AND (recorded_at, event_id) < (coalesce($3::timestamptz, 'infinity'), $4::uuid)
+    ORDER BY recorded_at DESC, event_id DESC
+    LIMIT $5
+) m
+ORDER BY m.recorded_at DESC, m.event_id DESC
+LIMIT $5
+"""
+_INBOUND_OF_CHANNELS = _INBOUND.format(of=f"{history.CHANNEL} = c.id::bytea")
+_INBOUND_OF_SESSION = _INBOUND.format(of="stream_id = $1 || c.id")
 _ONE = """
 SELECT e.type, e.schema_version, e.data, c.channel_id
-FROM event e JOIN conversation c ON e.stream_id = $1 || c.session_key
-WHERE e.event_id = $2
+FROM event e JOIN conversation c ON c.session_key = substr(e.stream_id, length($1) + 1)
+WHERE e.event_id = $2 AND starts_with(e.stream_id, $1)
 """
 _FILE = """
 SELECT path FROM attachment WHERE tenant_id = $1 AND subject_id = $2 AND strpos(path, '/' || $3 || '_') > 0
 ORDER BY strpos(path, '/' || $1 || '/') = 0
 """
 _EVENTS = "SELECT event_id, type, schema_version, data FROM event WHERE event_id = ANY($1::uuid[])"
-# The newest of each channel, by the index of channel and time. The first event of a delivery's stream has its content.
+# The first event of a delivery's stream has its content.
 _OUTBOUND = """
 SELECT d.created_at, d.id, e.event_id, octet_length(e.data), d.state, d.reason, d.vendor_message_id
 FROM (
     SELECT d.*
-    FROM (
-        SELECT DISTINCT channel_id FROM conversation
-        WHERE ($2::text IS NULL OR session_key = $2) AND ($3::uuid IS NULL OR channel_id = $3)
-    ) c CROSS JOIN LATERAL (
+    FROM unnest($2::text[]) AS c(id) CROSS JOIN LATERAL (
         SELECT id, created_at, state, reason, vendor_message_id FROM delivery
-        WHERE channel_id = c.channel_id AND ($2 IS NULL OR session_key = $2)
-            AND ($4::timestamptz IS NULL OR (created_at, id) < ($4, $5::uuid))
+        WHERE {of} AND (created_at, id) < (coalesce($3::timestamptz, 'infinity'), $4::uuid)
         ORDER BY created_at DESC, id DESC
-        LIMIT $6
+        LIMIT $5
     ) d
     ORDER BY d.created_at DESC, d.id DESC
-    LIMIT $6
+    LIMIT $5
 ) d JOIN event e ON e.stream_id = $1 || d.id::text AND e.version = 1
 """
+_OUTBOUND_OF_CHANNELS = _OUTBOUND.format(of="channel_id = c.id::uuid")
+_OUTBOUND_OF_SESSION = _OUTBOUND.format(of="session_key = c.id")
 
 
 class FileLink(BaseModel):
@@ -249,10 +251,18 @@ def router(runtime: Runtime, secrets: AccountSecrets) -> APIRouter:
         """The messages of a session, of a channel, or of all channels, newest first. A page of long messages has fewer
         than `limit`."""
         before = paging.after_time(UUID) or (None, None)
-        where = session_key, channel_id, *before, paging.limit + 1
+        taken, sent = _INBOUND_OF_CHANNELS, _OUTBOUND_OF_CHANNELS
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            inbound = await tx.sql(_INBOUND, CONVERSATION.stream("").row, *where)
-            outbound = await tx.sql(_OUTBOUND, DELIVERY.stream("").row, *where)
+            if session_key:
+                taken, sent = _INBOUND_OF_SESSION, _OUTBOUND_OF_SESSION
+                known = await tx.sql(_SESSION, session_key, channel_id)
+            elif channel_id:
+                known = await tx.sql(_CHANNEL, channel_id)
+            else:
+                known = await tx.sql(_CHANNELS)
+            where = [id_ for (id_,) in known], *before, paging.limit + 1
+            inbound = await tx.sql(taken, CONVERSATION.stream("").row, *where)
+            outbound = await tx.sql(sent, DELIVERY.stream("").row, *where)
             # By time and id.
             listed = sorted((*inbound, *outbound), key=lambda row: row[:2], reverse=True)
             changing = await history.sizes(tx, [row[1] for row in listed[: paging.limit]])
@@ -267,7 +277,7 @@ def router(runtime: Runtime, secrets: AccountSecrets) -> APIRouter:
             keys = await subjects.keys(tx, people) if people else {}
             changed = await history.changes(tx, subjects, [row[1] for row in (*inbound, *outbound)])
             messages = []
-            for (at, id_, _, _, channel, session), fact in zip(inbound, facts, strict=True):
+            for (at, id_, _, _, session), fact in zip(inbound, facts, strict=True):
                 words = _open(keys[who.tenant_id, fact.subject_id], fact.content, id_, InboundContent)
                 files = words.attachments if words else ()
                 now = changed.get(id_, history.Now())
@@ -276,7 +286,7 @@ def router(runtime: Runtime, secrets: AccountSecrets) -> APIRouter:
                     MessageView(
                         id=id_,
                         direction="inbound",
-                        channel_id=channel,
+                        channel_id=fact.channel_id,
                         session_key=session,
                         conversation_id=words and words.conversation,
                         text=DELETED_TEXT if now.deleted else text,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, assert_never
 from uuid import UUID
 
-from infra.postgres.read_models import Recorded, folded
+from infra.postgres.read_models import Recorded, folded_read_model
 from infra.postgres.tx import Tx
 from services.channel.domain import part_id
 from services.channel.events import (
@@ -129,7 +129,7 @@ def conversation(session_key: str, history: Sequence[Recorded]) -> Iterator[Mapp
 
 
 READ_MODELS = (
-    folded(
+    folded_read_model(
         DELIVERY,
         delivery,
         name="deliveries",
@@ -149,7 +149,7 @@ READ_MODELS = (
         in_scope="l.id = ANY($1::text[]::uuid[])",
         new=("created_at", "updated_at"),
     ),
-    folded(
+    folded_read_model(
         CONVERSATION,
         conversation,
         name="conversations",

@@ -2,13 +2,14 @@
 
 from infra.security.subjects import erasure
 from infra.service.service import Service
-from services.log_aggregator import adapters, api, audit_lines, handlers, otlp
+from services.log_aggregator import adapters, api, handlers, otlp
+from services.log_aggregator.audit import lines
+from services.log_aggregator.audit.stored_heads import Keeper
+from services.log_aggregator.audit.verification import Verifier
 from services.log_aggregator.settings import LogAggregatorSettings
-from services.log_aggregator.stored_heads import Keeper
-from services.log_aggregator.verification import Verifier
 
 service = Service("log_aggregator", LogAggregatorSettings)
-service.seal(audit_lines.SEALED)
+service.seal(lines.SEALED)
 service.serve_http(api.routes)
 service.beside("OTLP receiver", otlp.receiver)
 service.beside("heads of the audit chains", lambda runtime: Keeper(runtime.worker, adapters.stored_heads(runtime)))

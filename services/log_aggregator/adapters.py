@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable
 from infra.observe.metrics import Metrics
 from infra.service.service import Runtime
 from infra.stores.objects import Objects
-from services.log_aggregator.audit_lines import AuditLines
-from services.log_aggregator.index import SearchIndex
-from services.log_aggregator.stored_heads import BUCKET, StoredHeads
+from services.log_aggregator.audit.lines import AuditLines
+from services.log_aggregator.audit.stored_heads import BUCKET, StoredHeads
+from services.log_aggregator.index.search_index import SearchIndex
 
 
 def index(runtime: Runtime) -> SearchIndex:

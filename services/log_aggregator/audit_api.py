@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel
 
 from infra.errors import InvalidMessage
-from infra.service.api import Paging, page
+from infra.service.api import Paging, Viewer, page
+from infra.service.one_each import OneEach
 from infra.service.service import Runtime
 from infra.web.times import Time
-from services.log_aggregator import adapters, audit, verification
+from services.log_aggregator import adapters
 from services.log_aggregator.access import RequestedTenant
-from services.log_aggregator.audit_lines import AuditLines
-from services.log_aggregator.domain import ChainHead
+from services.log_aggregator.audit import chains, verification
+from services.log_aggregator.audit.domain import ChainHead
+from services.log_aggregator.audit.lines import AuditLines
 
 # PostgreSQL's text cannot hold a NUL.
 _Text = Annotated[str | None, Query(min_length=1, max_length=500, pattern=r"^[^\x00]*$")]
@@ -73,6 +75,7 @@ def router(runtime: Runtime) -> APIRouter:
     routes = APIRouter(tags=["audit"])
     lines = AuditLines(runtime.worker, runtime.cipher)
     stored_heads = adapters.stored_heads(runtime)
+    verifying = OneEach("another verification for you is under way", timedelta(seconds=5))
 
     @routes.get("/api/v1/audit")
     async def list_acts(
@@ -85,7 +88,7 @@ def router(runtime: Runtime) -> APIRouter:
     ) -> dict[str, Any]:
         """Lists audit records, newest first. The operator gets the system's chain, or with `tenant_id` a tenant's."""
         wanted = {"action": action, "object_id": object_id, "actor": actor}
-        found = await audit.listed(
+        found = await chains.listed(
             runtime.request if tenant else runtime.worker,
             tenant or "",
             {name: value for name, value in wanted.items() if value},
@@ -97,14 +100,18 @@ def router(runtime: Runtime) -> APIRouter:
 
     @routes.get("/api/v1/audit/verify")
     async def verify(
-        tenant: RequestedTenant, line: Annotated[str | None, Query(max_length=500, pattern=r"^[ -~]*$")] = None
+        who: Viewer,
+        tenant: RequestedTenant,
+        line: Annotated[str | None, Query(max_length=500, pattern=r"^[ -~]*$")] = None,
     ) -> VerificationView:
         """Recomputes every hash of the chain, and compares the heads that are kept in the object store with it. With
-        the `line` of an earlier verification, also compares the record that was the head then."""
+        the `line` of an earlier verification, also compares the record that was the head then. 429 while another
+        verification of the chain by the caller's tenant is under way."""
         database, chain = runtime.request if tenant else runtime.worker, tenant or ""
         kept = await lines.read(chain, line) if line is not None else None
-        found, stored, broken_at = await verification.check(database, stored_heads, chain)
-        if kept and not await audit.has(database, chain, kept):
+        with verifying.place(f"{who.tenant_id}/{chain}"):
+            found, stored, broken_at = await verification.check(database, stored_heads, chain)
+        if kept and not await chains.has(database, chain, kept):
             broken_at = min(kept.seq, broken_at or kept.seq)
         ok = broken_at is None
         head = ChainHead(found.records, found.head)

@@ -13,7 +13,7 @@ from infra.errors import InvalidMessage, NotFound, Transient
 from infra.security.auth import Identity
 from infra.service.service import Runtime
 from protos.ops.v1 import ops_pb2
-from services.log_aggregator.services import Method, OperationsClients, metadata
+from services.log_aggregator.operations_clients import Method, OperationsClients, metadata
 
 _PLAIN = ("id", "service", "consumer", "source", "message_id", "state", "attempts", "error")
 _PLAIN_OF_GROUP = ("first_id", "consumer", "source", "cause", "failed", "waiting", "redriving")

@@ -15,7 +15,7 @@ from infra.service.api import Editor, Paging, Viewer, page
 from infra.service.service import Runtime
 from protos.ops.v1 import ops_pb2
 from services.log_aggregator.deadletters import BulkRedrive, BulkRedriveResult, DeadLetters, ListedDeadLetter, shown
-from services.log_aggregator.services import metadata
+from services.log_aggregator.operations_clients import metadata
 
 
 class Redrive(BaseModel):

@@ -27,8 +27,8 @@ from infra.observe.logs import get_logger
 from infra.service.service import Runtime
 from infra.web.server import serve_http
 from services.log_aggregator import adapters
-from services.log_aggregator.documents import IndexedDocument
-from services.log_aggregator.index import SearchIndex
+from services.log_aggregator.index.documents import IndexedDocument
+from services.log_aggregator.index.search_index import SearchIndex
 
 # Size of one request, decompressed. The SDK sends 512 spans at once, and a batch span may have 500 links of 60 bytes.
 MAX_BYTES = 32 * 1024 * 1024

@@ -11,8 +11,9 @@ from fastapi import APIRouter, Path, Query
 from infra.service.api import Paging, Viewer, page
 from infra.service.service import Runtime
 from infra.web.times import Time
-from services.log_aggregator import adapters, searches
+from services.log_aggregator import adapters
 from services.log_aggregator.access import RequestedTenant
+from services.log_aggregator.index import searches
 
 # OpenSearch returns at most this many documents at once.
 MAX_SPANS = 10_000

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from infra.service.api import Viewer
 from infra.service.service import Runtime
 from protos.ops.v1 import ops_pb2
-from services.log_aggregator.services import OperationsClients
+from services.log_aggregator.operations_clients import OperationsClients
 
 State = Literal["ready", "degraded", "failed"]
 

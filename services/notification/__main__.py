@@ -3,6 +3,7 @@
 from infra.security.subjects import erasure
 from infra.service.service import Service
 from services.notification import adapters, api, handlers, notifications
+from services.notification.retention import Retention
 from services.notification.settings import NotificationSettings
 from services.notification.webhooks import endpoints
 from services.notification.webhooks import handlers as webhooks
@@ -10,6 +11,7 @@ from services.notification.webhooks import handlers as webhooks
 service = Service("notification", NotificationSettings)
 service.seal(notifications.SEALED, *endpoints.SEALED)
 service.serve_http(api.routes)
+service.beside("retention", lambda runtime: Retention(runtime.worker))
 service.consume(handlers.queue_email, notifications=adapters.notifications)
 service.consume(handlers.record_push)
 service.consume(webhooks.queue_run_events)

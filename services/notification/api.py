@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute
 
 from infra.service.api import Paging, Reader, api, page
 from infra.service.service import Runtime
-from services.notification.notifications import Notification, listed
+from services.notification.notifications import Notification, stored_notifications
 from services.notification.webhooks import api as webhooks
 
 
@@ -22,7 +22,9 @@ def routes(runtime: Runtime) -> Sequence[BaseRoute]:
     async def list_notifications(who: Reader, paging: Paging) -> dict[str, Any]:
         """E-mails and push notifications of the last 90 days, newest first; addresses are masked."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
-            found = await listed(tx, who.tenant_id, before=paging.after_time(UUID), limit=paging.limit + 1)
+            found = await stored_notifications(
+                tx, who.tenant_id, before=paging.after_time(UUID), limit=paging.limit + 1
+            )
         return page(found, paging, Notification.cursor)
 
     return api("notification", runtime, router, webhooks.router(runtime))

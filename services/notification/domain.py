@@ -46,13 +46,13 @@ def masked(address: str) -> str:
     return f"{name[:1]}***@{domain}"
 
 
-def refusal(code: int, answer: str) -> str:
+def refusal_text(code: int, answer: str) -> str:
     """A mail server's refusal, with its codes only: its words often repeat the address."""
     status = _STATUS.match(answer)
     return f"refused by the mail server: {code} {status[0]}" if status else f"refused by the mail server: {code}"
 
 
-def result(errors: Sequence[str | None]) -> SendResult:
+def result_of_all(errors: Sequence[str | None]) -> SendResult:
     """The result of an e-mail from the errors of its recipients; None means that the recipient got it."""
     if not errors:
         return SendResult("failed", "the tenant has no owner with an address")

@@ -18,9 +18,9 @@ from protos.catalog import NOTIFICATION_EMAIL, NOTIFICATION_PUSH
 from protos.envelope import Envelope
 from protos.messages.notification import SendEmail, SendPush
 from services.notification.adapters import Owners
-from services.notification.domain import LIFE, MAX_SUBJECT, SendResult, is_address, is_file, is_one_line, result
+from services.notification.domain import LIFE, MAX_SUBJECT, SendResult, is_address, is_file, is_one_line, result_of_all
 from services.notification.mailer import Mailer
-from services.notification.notifications import Email, Notifications, fail, finish
+from services.notification.notifications import Email, Notifications, store_failure, store_result
 
 
 class QueuedEmail(msgspec.Struct, frozen=True):
@@ -56,7 +56,7 @@ async def queue_email(message: SendEmail, tx: Tx, notifications: Notifications) 
 
 
 async def expire(item: QueuedEmail, tx: Tx) -> None:
-    await finish(tx, item.id, SendResult("failed", "could not be sent within a day"))
+    await store_result(tx, item.id, SendResult("failed", "could not be sent within a day"))
 
 
 @EMAILS.runner(concurrency=8, expired=expire)
@@ -76,13 +76,13 @@ async def send_email(
             kind="keyed",
         )
         errors.append(outcome.error)
-    await finish(tx, item.id, result(errors), recipients)
+    await store_result(tx, item.id, result_of_all(errors), recipients)
 
 
 @NOTIFICATION_PUSH.worker(prefetch=20)
 async def record_push(message: SendPush, tx: Tx) -> None:
     # Devices cannot be registered yet, so every push notification fails.
-    await fail(tx, _envelope(tx).id, "push", "undeliverable: the user has no device")
+    await store_failure(tx, _envelope(tx).id, "push", "undeliverable: the user has no device")
 
 
 def _envelope(tx: Tx) -> Envelope:

@@ -11,7 +11,7 @@ from opentelemetry.trace import SpanKind
 
 from infra.errors import EffectFailed, Transient, Unanswered
 from infra.observe import telemetry
-from services.notification.domain import refusal
+from services.notification.domain import refusal_text
 from services.notification.notifications import Email
 
 TIMEOUT_SECONDS = 30.0
@@ -68,13 +68,13 @@ def _error(error: Exception) -> Exception:
     if isinstance(error, aiosmtplib.SMTPRecipientsRefused):
         return _error(error.recipients[0])
     if isinstance(error, (aiosmtplib.SMTPRecipientRefused, aiosmtplib.SMTPDataError)):
-        reason = refusal(error.code, error.message)
+        reason = refusal_text(error.code, error.message)
         return EffectFailed(reason) if 500 <= error.code < 600 else Transient(reason)
     if isinstance(error, aiosmtplib.SMTPNotSupported):
         return EffectFailed("the mail server does not support this form of address")
     if isinstance(error, aiosmtplib.SMTPResponseException):
         # An error of the greeting, the login or the sender concerns every e-mail. An operator must correct it.
-        return Transient(refusal(error.code, error.message))
+        return Transient(refusal_text(error.code, error.message))
     if isinstance(error, (aiosmtplib.SMTPReadTimeoutError, aiosmtplib.SMTPServerDisconnected)):
         return Unanswered(f"mail server: {type(error).__name__}")
     return Transient(f"mail server: {type(error).__name__}")

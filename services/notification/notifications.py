@@ -65,14 +65,8 @@ class Notifications:
         self._cipher = cipher
 
     async def queue(self, tx: Tx, id_: UUID, email: Email) -> bool:
-        """Stores an e-mail, and deletes the tenant's notifications that are older than 90 days.
-
-        False if the tenant has had too many e-mails: it is stored as failed, without its content.
-        """
+        """Stores an e-mail. False if the tenant has had too many: it is stored as failed, without its content."""
         tenant_id = tx.tenant_id or ""
-        await tx.sql(
-            "DELETE FROM notification WHERE tenant_id = $1 AND created_at < now() - $2::interval", tenant_id, KEEP
-        )
         [(count,)] = await tx.sql(
             """
             SELECT count(*) FROM notification
@@ -85,7 +79,7 @@ class Notifications:
         if count >= (MAX_A_DAY if email.attachment else MAX_A_DAY - FOR_FILES):
             reason = TOO_MANY_FILES if email.attachment else TOO_MANY
             _log.warning("an e-mail is not sent", tenant_id=tenant_id, notification_id=str(id_), reason=reason)
-            await fail(tx, id_, "email", reason)
+            await store_failure(tx, id_, "email", reason)
             return False
         await tx.sql(
             "INSERT INTO notification (tenant_id, id, kind, state, content) VALUES ($1, $2, 'email', 'queued', $3)",
@@ -103,7 +97,7 @@ class Notifications:
         return msgspec.json.decode(self._cipher.open(content, _PURPOSE, tx.tenant_id or "", str(id_)), type=Email)
 
 
-async def fail(tx: Tx, id_: UUID, kind: Literal["email", "push"], reason: str) -> None:
+async def store_failure(tx: Tx, id_: UUID, kind: Literal["email", "push"], reason: str) -> None:
     """Stores the failure of a notification that was not queued, without its content."""
     await tx.sql(
         """
@@ -117,7 +111,7 @@ async def fail(tx: Tx, id_: UUID, kind: Literal["email", "push"], reason: str) -
     )
 
 
-async def finish(tx: Tx, id_: UUID, result: SendResult, recipients: Sequence[str] = ()) -> None:
+async def store_result(tx: Tx, id_: UUID, result: SendResult, recipients: Sequence[str] = ()) -> None:
     """Stores the result of an e-mail, and deletes its content."""
     await tx.sql(
         """
@@ -132,7 +126,9 @@ async def finish(tx: Tx, id_: UUID, result: SendResult, recipients: Sequence[str
     )
 
 
-async def listed(tx: Tx, tenant_id: str, *, before: tuple[datetime, UUID] | None, limit: int) -> list[Notification]:
+async def stored_notifications(
+    tx: Tx, tenant_id: str, *, before: tuple[datetime, UUID] | None, limit: int
+) -> list[Notification]:
     """The tenant's notifications, newest first, that are older than `before`."""
     rows = await tx.sql(
         """
@@ -145,3 +141,22 @@ async def listed(tx: Tx, tenant_id: str, *, before: tuple[datetime, UUID] | None
     )
     names: tuple[Any, ...] = ("id", "kind", "state", "reason", "to", "created_at", "finished_at")
     return [Notification(**dict(zip(names, row, strict=True))) for row in rows]
+
+
+async def forget(tx: Tx, limit: int) -> int:
+    """Deletes up to `limit` old notifications. Returns their number."""
+    rows = await tx.sql(
+        """
+        DELETE FROM notification WHERE (tenant_id, id) IN (
+            SELECT tenant_id, id FROM notification
+            WHERE created_at < clock_timestamp() - $1::interval
+            ORDER BY tenant_id, id
+            LIMIT $2
+            FOR UPDATE SKIP LOCKED
+        )
+        RETURNING id
+        """,
+        KEEP,
+        limit,
+    )
+    return len(rows)

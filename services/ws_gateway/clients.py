@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from contextvars import Context
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
@@ -86,7 +87,11 @@ class Clients:
         if not self._places.take_now(client.who.tenant_id):
             raise TooManyRequests(timedelta(seconds=5), End.TOO_MANY.value[1])
         if not self._by_key:
-            self._tasks = {asyncio.create_task(self._run(work)) for work in (self._check, self._tick, self._stop)}
+            # An empty context: they work for all clients, and must not wait for the share of one tenant.
+            self._tasks = {
+                asyncio.create_task(self._run(work), context=Context())
+                for work in (self._check, self._tick, self._stop)
+            }
         who = client.who
         key = self._by_key.setdefault(_name(who), _Key(who, time.monotonic()))
         key.clients.add(client)

@@ -6,12 +6,13 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
+from contextvars import Context
 from uuid import UUID
 
 import msgspec
 
 from infra.observe.logs import get_logger
-from infra.stores.cache import Cache, cancelled
+from infra.stores.cache import Cache, cancel_listener
 from protos.pubsub import RUN_DELTAS
 from services.ws_gateway.clients import TICK_SECONDS, Clients
 from services.ws_gateway.domain import Delta, Fact
@@ -35,7 +36,8 @@ class Hub:
     def feed(self, run_id: UUID) -> Feed:
         """The feed of a run. Must be given back by `release`."""
         if not self._feeds:
-            self._tasks = {asyncio.create_task(self._deltas()), asyncio.create_task(self._tick())}
+            # An empty context: they work for the feeds of all tenants.
+            self._tasks = {asyncio.create_task(work, context=Context()) for work in (self._deltas(), self._tick())}
         return self._feeds.setdefault(str(run_id), Feed(run_id))
 
     def release(self, feed: Feed) -> None:
@@ -44,7 +46,7 @@ class Hub:
             return
         for task in self._tasks:
             # A task that continued would pass each delta on a second time.
-            ending = asyncio.create_task(cancelled(task))
+            ending = asyncio.create_task(cancel_listener(task))
             self._ending.add(ending)
             ending.add_done_callback(self._ending.discard)
         self._tasks = set()

@@ -234,7 +234,11 @@ ABILITIES: Mapping[str, Mapping[str, Cell]] = {
         name: Proof(f"test_{name}.py", "test_edits_deletions_and_reactions_name_their_message")
         for name in ("slack", "teams")
     }
-    | {"telegram": Proof("test_telegram.py", "test_edits_and_reactions_name_their_message"), "whatsapp": _KINDS}
+    | {
+        "telegram": Proof("test_telegram.py", "test_edits_and_reactions_name_their_message"),
+        "line": Proof("test_line.py", "test_an_edited_message_has_its_author_and_its_new_text"),
+        "whatsapp": _KINDS,
+    }
     | _FIXED,
     "follows deletions": dict.fromkeys(VENDORS, _NOT_TOLD)
     | {

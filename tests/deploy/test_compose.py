@@ -28,7 +28,7 @@ from infra.observe.metrics import Metrics
 from infra.stores.objects import BUCKET
 from protos.catalog import CATALOG
 from protos.topology import Catalog
-from services.log_aggregator.stored_heads import BUCKET as HEADS
+from services.log_aggregator.audit.stored_heads import BUCKET as HEADS
 from tooling.cli import compose
 from tooling.stack import operator, provision
 from tooling.stack.checkout import CHECKOUT
@@ -259,6 +259,18 @@ def test_the_file_holds_no_secret() -> None:
             if re.search(r"PASS|SECRET|TOKEN|AUTH|KEY$", variable) and variable not in NAMES:
                 assert re.fullmatch(r"\$\{[A-Z0-9_]+:[?-]\}", str(value)), f"{name}: {variable}"
         assert not re.search(r"://[^$/\s]*:[^$/\s@]+@", json.dumps(container)), name
+
+
+def test_an_image_is_named_by_its_digest_if_the_comment_does_not_name_it() -> None:
+    [unknown] = re.findall(
+        r"digests of ([^.]+) are not known", (CHECKOUT / "compose.yml").read_text().replace("\n#", "")
+    )
+    names = set(re.split(r", | and ", unknown.lower()))
+    for container in CONTAINERS.values():
+        path, _, digest = container["image"].partition("@")
+        name = path.rpartition("/")[2].partition(":")[0]
+        known = name != "clawbus" and name not in names
+        assert bool(re.fullmatch(r"sha256:[0-9a-f]{64}", digest)) == known, path
 
 
 def test_the_image_has_a_closed_folder_for_the_keys_of_each_service() -> None:

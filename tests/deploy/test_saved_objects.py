@@ -1,6 +1,6 @@
 """The saved objects of Kibana and OpenSearch Dashboards: their form and their references.
 
-`tests/services/log_aggregator/test_saved_queries.py` runs their queries. Neither product can be installed here.
+`tests/services/log_aggregator/index/test_saved_queries.py` runs their queries. Neither product can be installed here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import pytest
 
-from services.log_aggregator.mappings import FIELDS
+from services.log_aggregator.index.mappings import FIELDS
 from tooling.cli.saved_objects import Product, path, render
 
 PRODUCTS = get_args(Product)

@@ -13,7 +13,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from minio import Minio
 from redis.asyncio import Redis
 
-from infra.stores.objects import listed
+from infra.stores.objects import list_objects
 from protos.catalog import CATALOG
 from tooling.stack.home import SERVICES
 from tooling.testing.platform import Platform
@@ -136,7 +136,7 @@ def in_objects(system: Platform, word: str) -> set[str]:
     store = Minio(url.netloc.decode(), access["access_key"], access["secret_key"], secure=False, region="us-east-1")
     found = set()
     for bucket in store.list_buckets():
-        for item in listed(store, bucket.name):
+        for item in list_objects(store, bucket.name):
             response = store.get_object(bucket.name, str(item.object_name))
             if _has(f"{item.object_name} {response.read().decode(errors='replace')}", word):
                 found.add(str(item.object_name))

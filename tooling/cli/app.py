@@ -8,6 +8,7 @@ from importlib import import_module
 import typer
 
 from infra.errors import Conflict, InvalidMessage, NotFound
+from tooling.cli.output import printable
 from tooling.stack.engines.base import EngineError
 from tooling.stack.privileges import leave_root
 
@@ -77,9 +78,7 @@ def main() -> None:
         # Only the command that is called: the imports of all commands take seconds.
         build((wanted,) if wanted in COMMANDS else COMMANDS)(prog_name="./claw")
     except (EngineError, NotFound, Conflict, InvalidMessage) as error:
-        # An error may quote text from outside. Imported here: it takes longer than a command without an error.
-        from tooling.stack.operator import printable
-
+        # An error may quote text from outside.
         text = "\n".join(map(printable, str(error).split("\n")))
         print(f"claw: {text}", file=sys.stderr)  # noqa: T201
         sys.exit(1)

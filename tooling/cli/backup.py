@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,11 +23,12 @@ from rich.progress import DownloadColumn, Progress, TextColumn, TimeElapsedColum
 
 from infra.clock import utcnow
 from infra.security.audit import audit
+from tooling.cli.output import Json, print_json
 from tooling.stack import operator
 from tooling.stack.backup import take, wal
 from tooling.stack.backup.keyfile import backup_key, key_path
 from tooling.stack.backup.parts import BackupWriter, Manifest
-from tooling.stack.backup.targets import Target, file_name, made_at, reaching, target
+from tooling.stack.backup.targets import Target, file_name, made_at, named_store_errors, target
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines.base import EngineError
 from tooling.stack.home import home_folder
@@ -59,16 +61,18 @@ def backup(
     keep_days: Annotated[
         int, typer.Option(min=0, help="Then remove backups there that are older than this. 0: remove none.")
     ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write an encrypted backup of the running stack into one file. Its key is in a separate file."""
     began = time.monotonic()
+    # As Ctrl+C does, so that the unfinished file is removed: a timer may stop this command.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     found = take.source()
     key = backup_key()
     place = target(to or f"{home_folder()}-backups", found.s3)
     name = file_name(utcnow())
     where = place.where(name)
-    with reaching(where):
+    with named_store_errors(where):
         with progress() as bars, _written(where), place.new(name) as file:
             counted = _Counted(file, where)
             manifest = operator.run(_take(found, BackupWriter(cast(IO[bytes], counted), key), where, bars))
@@ -79,7 +83,7 @@ def backup(
     seconds = round(time.monotonic() - began, 1)
     taken = Taken(where, counted.size, counted.digest.hexdigest(), str(key_path()), seconds, removed, manifest)
     if as_json:
-        operator.print_json(taken)
+        print_json(taken)
         return
     count = sum(manifest.objects.values())
     size, at = f"{counted.size / 1e6:.1f} MB", f"{manifest.at:%Y-%m-%d %H:%M:%S} UTC"
@@ -94,9 +98,9 @@ async def _take(found: take.Source, writer: BackupWriter, where: str, bars: Prog
         audit(tx, operator.actor(), "stack.backup", "backup", where)
     engines = {}
     if found.home:
-        parts = json.loads(claw("status", "--json", stdout=subprocess.PIPE).stdout or "[]")
+        parts = json.loads(run_claw("status", "--json", stdout=subprocess.PIPE).stdout or "[]")
         engines = {part["name"]: part["version"] for part in parts if part["kind"] == "engine"}
-    return await take.take(found, writer, engines, teller(bars))
+    return await take.take(found, writer, engines, progress_report(bars))
 
 
 def _expire(place: Target, newest: str, keep_days: int) -> list[str]:
@@ -146,7 +150,7 @@ def progress() -> Progress:
     return Progress(*columns, console=Console(stderr=True))
 
 
-def teller(bars: Progress) -> take.Tell:
+def progress_report(bars: Progress) -> take.Tell:
     """A function that moves the line of a part forward."""
     tasks = {}
 
@@ -158,7 +162,7 @@ def teller(bars: Progress) -> take.Tell:
     return tell
 
 
-def claw(*arguments: str, stdout: Any) -> subprocess.CompletedProcess[str]:
+def run_claw(*arguments: str, stdout: Any) -> subprocess.CompletedProcess[str]:
     """Runs another command of `./claw`. Root's becomes the stack's user; this one stays root, to reach the backups."""
     command = [sys.executable, "-m", "tooling.cli", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}

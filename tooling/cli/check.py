@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 import typer
@@ -16,6 +15,7 @@ import typer
 from tooling.cli import contracts, words
 from tooling.cli.committed import ROOT, committed_files
 from tooling.cli.grpc_stubs import ProtoError
+from tooling.cli.output import Json
 
 # Not searched in tests: their passwords are invented, and their stack generates its own.
 _IN_URL = "a password in a URL"
@@ -46,7 +46,7 @@ class Result(msgspec.Struct, frozen=True):
     """The problems, as the tool prints them; empty if the check is ok."""
 
 
-def check(json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
+def check(json: Json = False) -> None:
     """Check format, lint, secrets, words, layers, contracts and types."""
     results = []
     for name, run in _checks().items():

@@ -84,8 +84,9 @@ def _check(answer: httpx.Response, call: str) -> None:
         return
     try:
         problem = answer.json()
-        fields = "".join(f"\n  {error['field']}: {error['message']}" for error in problem.get("errors", ()))
-        reason = f"{problem['detail']}{fields}"
+        fields = [f"{error['field']}: {error['message']}" for error in problem.get("errors", ())]
+        # The detail of an error of one field is that error.
+        reason = "\n  ".join(dict.fromkeys([problem["detail"], *fields]))
     except (ValueError, KeyError):
         reason = answer.text[:500]
     raise EngineError(f"{call} was answered {answer.status_code}: {reason}")

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from infra.connections import TLS_FILES
 from infra.postgres.schema import Passwords
+from tooling.cli.output import Json, print_json
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines import nginx, valkey
 from tooling.stack.engines.base import EngineError, Place, Secrets, write_atomically
@@ -52,20 +53,22 @@ _NEEDED = re.compile(r"\$\{([A-Z0-9_]+):\?\}")
 
 
 @app.command()
-def init() -> None:
+def init(as_json: Json = False) -> None:
     """Write `.env` for compose.yml. Adds a new secret for each missing value and changes no other value."""
     path = CHECKOUT / ".env"
     there = path.read_text().splitlines() if path.exists() else []
     known = {line.partition("=")[0] for line in there}
     wanted = set(_NEEDED.findall((CHECKOUT / "compose.yml").read_text()))
-    added = [f"{name}={_new(name)}" for name in sorted(wanted - known)]
-    write_atomically(path, "".join(f"{line}\n" for line in there + added))
+    added = sorted(wanted - known)
+    write_atomically(path, "".join(f"{line}\n" for line in [*there, *(f"{name}={_new(name)}" for name in added)]))
     console.print(f"{path}: {len(added)} values added. Only you can read the file.", soft_wrap=True)
     console.print("Set CLAW_SMTP_URL and CLAW_MAIL_FROM in it. Then: docker compose up --build -d", soft_wrap=True)
+    if as_json:
+        print_json({"file": str(path), "added": added})
 
 
 @app.command()
-def provision() -> None:
+def provision(as_json: Json = False) -> None:
     """Bring keys, database, brokers and the gateway's configuration up to date, from compose.yml's first container."""
     env = os.environ
     try:
@@ -97,10 +100,12 @@ def provision() -> None:
         gateway, gateway_configuration(env.get("CLAW_TLS_URL", ""), env.get("CLAW_INSIDE_TLS", "")), mode=0o644
     )
     console.print(f"Database and brokers are up to date, and so is {gateway}.")
+    if as_json:
+        print_json({"gateway": str(gateway), "services": SERVICES})
 
 
 @app.command()
-def certificates(folder: Path) -> None:
+def certificates(folder: Path, as_json: Json = False) -> None:
     """Make the certificates of all parts in FOLDER, or renew them, from the first container of compose.tls.yml."""
     place = Place(folder, {}, Secrets(folder / "secrets.json"))
     owners = {ADMIN: _IMAGE_USER, **_TLS_USERS, **dict.fromkeys(SERVICES, _IMAGE_USER)}
@@ -115,6 +120,9 @@ def certificates(folder: Path) -> None:
     public = tls_folder(place, "public")
     public.mkdir(exist_ok=True)
     write_atomically(public / TLS_FILES[0], (tls_folder(place, ADMIN) / TLS_FILES[0]).read_text(), mode=0o644)
+    console.print(f"{folder}: {len(owners)} parts have certificates.", soft_wrap=True)
+    if as_json:
+        print_json({"folder": str(folder), "parts": list(owners)})
 
 
 def gateway_configuration(tls_url: str = "", inside: str = "") -> str:

@@ -26,6 +26,7 @@ from tooling.cli.asyncapi import asyncapi
 from tooling.cli.asyncapi_page import page
 from tooling.cli.grpc_stubs import ProtoError, breaking_protos, compile_protos
 from tooling.cli.message_schemas import breaking, messages, reads_back, schema
+from tooling.cli.output import Json, print_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +35,7 @@ _GOLDEN = f"{_SCHEMAS}/golden"
 _GRPC = f"{_SCHEMAS}/grpc.json"
 
 
-def contracts(write: bool = False) -> None:
+def contracts(write: bool = False, as_json: Json = False) -> None:
     """Check the contracts. With --write, first write all generated files if the change is compatible."""
     try:
         generated = generate(ROOT)
@@ -51,9 +52,12 @@ def contracts(write: bool = False) -> None:
     problems += outdated(ROOT, generated) + bad_examples(ROOT)
     for problem in problems:
         typer.echo(problem, err=True)
+    if as_json:
+        print_json({"messages": len(messages()), "files": len(generated), "problems": problems})
+    elif not problems:
+        typer.echo(f"{len(messages())} messages and {len(generated)} generated files are current and compatible")
     if problems:
         raise typer.Exit(1)
-    typer.echo(f"{len(messages())} messages and {len(generated)} generated files are current and compatible")
 
 
 def generate(root: Path) -> dict[str, str]:

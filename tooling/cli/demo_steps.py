@@ -16,10 +16,10 @@ from rich.text import Text
 import tooling.testing
 from tooling.cli.client import Gateway, gateway
 from tooling.cli.demo_base import DemoBase
+from tooling.cli.output import printable
 from tooling.cli.run import draw, money
 from tooling.stack.engines.base import EngineError
 from tooling.stack.home import Home
-from tooling.stack.operator import printable
 from tooling.testing.otlp import ReceivedSpan, render_trace
 from tooling.testing.vendors import TelegramStandIn
 

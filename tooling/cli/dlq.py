@@ -21,16 +21,15 @@ from infra.security.crypto import Cipher
 from infra.security.sealed_letters import SealedLetters
 from infra.service import bulk_redrive, redrive
 from infra.service.bulk_redrive import DeadLetterGroup, RedriveCounts
+from tooling.cli.output import Json, print_json, printable
 from tooling.stack import operator
 from tooling.stack.keys import master_file
-from tooling.stack.operator import printable
 
 app = typer.Typer(no_args_is_help=True, help="List, show, redrive and discard messages that could not be processed.")
 out = Console(highlight=False)
 _MOST_CAUSES = 100_000
 _CHOOSE = "give the ids of dead letters, or --all --service NAME for all failed ones of a service, or --cause CAUSE"
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Id = Annotated[UUID, typer.Argument(help="The dead letter's id, from `./claw dlq list`.")]
 
 
@@ -47,18 +46,17 @@ def list_(
         return
     letters = operator.run(find_all(_database(), service, limit))
     if as_json:
-        operator.print_json(letters)
+        print_json(letters)
         return
     if not letters:
         out.print("No dead letters.")
         return
     for letter in letters:
-        when = f"{letter.first_failed_at:%Y-%m-%d %H:%M} UTC"
-        tries = "1 attempt" if letter.attempts == 1 else f"{letter.attempts} attempts"
-        _line(f"{letter.id}  {letter.state:<9}  {tries}, first {when}", "bold")
+        _line(f"{letter.id}  {letter.state:<9}  since {letter.first_failed_at:%Y-%m-%d %H:%M} UTC", "bold")
         key = f", key {letter.key}" if letter.key else ""
         _line(f"  {letter.consumer} could not handle a message of {letter.source}{key}")
-        _line(f"  {letter.error}")
+        tries = "1 attempt" if letter.attempts == 1 else f"{letter.attempts} attempts"
+        _line(f"  after {tries}: {letter.error}")
     states = Counter(letter.state for letter in letters)
     out.print(", ".join(f"{count} {state}" for state, count in states.items()), style="bold")
     if len(letters) == limit:
@@ -77,7 +75,7 @@ def _more(option: str, limit: int) -> None:
 def _list_causes(service: str, limit: int, *, as_json: bool) -> None:
     groups = operator.run(find_causes(_database(), service, limit))
     if as_json:
-        operator.print_json([{"service": name} | group._asdict() for name, group in groups])
+        print_json([{"service": name} | group._asdict() for name, group in groups])
         return
     if not groups:
         out.print("No dead letters.")
@@ -85,7 +83,7 @@ def _list_causes(service: str, limit: int, *, as_json: bool) -> None:
     for name, group in groups:
         counts = f"{group.failed} failed, {group.waiting} waiting, {group.redriving} redriving"
         _line(f"{counts}, first {group.first_failed_at:%Y-%m-%d %H:%M} UTC", "bold")
-        _line(f"  {group.consumer} of {name} could not handle messages of {group.source}")
+        out.print(Text(printable(f"  {group.consumer} of {name} could not handle messages of {group.source}")))
         # Not cut, so that it can be copied.
         out.print(Text(f"  {printable(group.cause)}"), soft_wrap=True)
     if len(groups) == limit:
@@ -98,7 +96,7 @@ def show(id: Id, as_json: Json = False) -> None:
     """Show one dead letter with its headers and payload."""
     letter = operator.run(read(_database(), id, _sealing))
     if as_json:
-        operator.print_json(letter)
+        print_json(letter)
         return
     shown = msgspec.to_builtins(letter)
     width = max(map(len, shown)) + 1
@@ -145,7 +143,10 @@ def redrive_(
         too_old = sum(one.too_old for one in found.values())
     if as_json:
         answer = {"redriving": 0 if dry_run else count, "matched": matched, "too_old": too_old, "dry_run": dry_run}
-        operator.print_json(answer)
+        print_json(answer)
+        return
+    if not matched:
+        out.print("No failed dead letter matches: see ./claw dlq list --by-cause")
         return
     letters = "1 dead letter" if count == 1 else f"{count} dead letters"
     if dry_run:
@@ -154,7 +155,7 @@ def redrive_(
         are = "is" if count == 1 else "are"
         out.print(f"{letters} {are} marked for redrive. The running service handles them: see ./claw dlq list")
     if too_old:
-        out.print(f"{too_old} are too old: the service cannot know if it has handled them. To redrive them: --force")
+        out.print(f"{too_old} stay: the service cannot know if it has handled them. To redrive them too: --force")
     if matched > count + too_old:
         out.print(f"{matched - count - too_old} more match: run the command again.")
 
@@ -164,7 +165,7 @@ def discard(id: Id, as_json: Json = False) -> None:
     """Never handle a dead letter again. The messages that wait behind it are handled."""
     operator.run(discard_one(_database(), id))
     if as_json:
-        operator.print_json({"discarded": id})
+        print_json({"discarded": id})
     else:
         out.print(f"{id} is discarded: its row stays, but the message is never handled again.")
 

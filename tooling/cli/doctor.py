@@ -6,12 +6,12 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
-from typing import Annotated
 
 import psutil
 import typer
 from rich.console import Console
 
+from tooling.cli.output import Json
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines.base import EngineError, Place
 from tooling.stack.home import Home, home_folder
@@ -35,7 +35,7 @@ class Finding:
     """The action for the person to take; empty for ok."""
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
+def doctor(as_json: Json = False) -> None:
     """Find problems of this machine and this stack, and say what to do. Exit code 1 if there is a problem."""
     home = Home(home_folder())
     findings = examine(home)

@@ -13,12 +13,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from services.log_aggregator import searches
+from services.log_aggregator.index import searches
 from tooling.cli.client import gateway
+from tooling.cli.output import print_json, printable
 from tooling.stack import operator
 from tooling.stack.engines.base import EngineError
 from tooling.stack.home import SERVICES, home_folder
-from tooling.stack.operator import printable
 from tooling.stack.services import parts
 from tooling.stack.supervisor import Supervisor
 
@@ -44,7 +44,11 @@ def logs(
 ) -> None:
     """Show the last lines of an engine's or a service's log, or search the lines of all services."""
     wanted = {"q": search, "trace_id": trace, "run_id": run, "channel_id": channel, "tenant_id": tenant}
-    times = {key: time.astimezone().isoformat() for key, time in (("since", since), ("until", until)) if time}
+    times = {
+        key: operator.local_time(f"--{key}", time).isoformat()
+        for key, time in (("since", since), ("until", until))
+        if time
+    }
     params = {key: str(value) for key, value in (wanted | {"search": saved, "service": name} | times).items() if value}
     if params.keys() - {"service"}:
         if follow:
@@ -53,7 +57,7 @@ def logs(
             raise EngineError(f"{name!r}: the index has lines of {', '.join(SERVICES)}")
         found, more = asyncio.run(_search(params, limit or _LINES))
         if as_json:
-            operator.print_json(found)
+            print_json(found)
         else:
             show(Console(highlight=False), found)
         if more:

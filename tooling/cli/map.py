@@ -23,6 +23,7 @@ import services
 from protos.calls import METHODS, ROUTES
 from protos.catalog import CATALOG
 from protos.topology import Catalog, Queue, Topic
+from tooling.cli.output import Json
 
 _FOR = {"tenant": "a tenant", "operator": "the operator", "either": "a tenant or the operator"}
 
@@ -49,7 +50,7 @@ class Flow(msgspec.Struct, frozen=True):
 
 
 def map(
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json: Json = False,
     mermaid: Annotated[bool, typer.Option("--mermaid", help="Print a Mermaid flow chart.")] = False,
 ) -> None:
     """Show the producers and consumers of each topic and queue, and which service may call which method."""

@@ -19,8 +19,8 @@ from services.memory.indexes.milvus import MilvusIndex
 from services.memory.indexes.model_change import ModelState, states
 from services.memory.indexes.models import active_key
 from services.memory.indexes.pgvector import PgvectorIndex
+from tooling.cli.output import Json, print_json, printable
 from tooling.stack import operator
-from tooling.stack.operator import printable
 
 app = typer.Typer(no_args_is_help=True, help="The index of documents' vectors.")
 app.callback()(lambda: None)
@@ -35,7 +35,7 @@ def migrate(
     alone: Annotated[
         bool, typer.Option(help="Fill only this engine afterwards; going back then takes longer.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Move the index to another engine while the services run. A stopped migration goes on if it is started again."""
     access = operator.engines_access()
@@ -51,7 +51,7 @@ def migrate(
             )
         )
     if as_json:
-        operator.print_json(asdict(done))
+        print_json(asdict(done))
     else:
         out.print(
             f"Searches look in {to} now. It has {done.texts} texts; for {done.sampled} sampled passages it "
@@ -69,7 +69,7 @@ async def _migrate(
 @app.command()
 def rebuild(
     tenant: Annotated[str | None, typer.Option(help="The id of one tenant; otherwise all.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Fill the index again from PostgreSQL while the services run. They go on if this command is stopped."""
     access = operator.engines_access()
@@ -83,7 +83,7 @@ def rebuild(
             )
         )
     if as_json:
-        operator.print_json({"texts": texts})
+        print_json({"texts": texts})
     else:
         out.print(f"The index has all {texts} texts again.")
 
@@ -94,11 +94,11 @@ async def _rebuild(database_url: str, tenant: str | None, progress: Callable[[in
 
 
 @app.command()
-def status(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
+def status(as_json: Json = False) -> None:
     """Show the index, and how far a change of the embedding model is."""
     shown = operator.run(_status(operator.engines_access()["postgres"]["url"]))
     if as_json:
-        operator.print_json(shown)
+        print_json(shown)
         return
     for model in shown:
         out.print(f"{model.key}: {model.state}, has {model.texts - model.waiting} of {model.texts} texts")

@@ -14,7 +14,7 @@ from rich.text import Text
 from infra.errors import describe
 from infra.observe import logs
 from tooling.bench.record import commit, machine
-from tooling.stack import operator
+from tooling.cli.output import print_json
 from tooling.stack.engines.base import EngineError
 from tooling.testing.campaign import results
 from tooling.testing.campaign.campaign import Campaign, Report, rigged
@@ -32,6 +32,9 @@ def prove(
     kills: Annotated[int, typer.Option(min=0, help="How many faults are injected.")] = 20,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same plan of faults.")] = None,
     faults: Annotated[str, typer.Option(help=f"The kinds, separated by commas. Default: all.\n\n{_FAULTS}")] = "",
+    instances: Annotated[
+        int, typer.Option(min=1, max=2, help="Processes of each service; with 2, each is killed.")
+    ] = 1,
     mutants: Annotated[
         bool, typer.Option("--mutants", help="Try the system without each of its guards: the campaign must fail.")
     ] = False,
@@ -53,13 +56,14 @@ def prove(
             made = results.made(f"./claw prove --mutants --seed {chosen} --report", commit(), where)
             asyncio.run(_mutants(home, chosen, console, made, keep=report))
         else:
-            found = asyncio.run(_prove(home, kills, chosen, names, console))
-            kinds = f" --faults {faults}" if faults else ""
-            made = results.made(f"./claw prove --kills {kills} --seed {chosen}{kinds} --report", commit(), where, found)
+            found = asyncio.run(_prove(home, kills, chosen, names, instances, console))
+            more = f" --faults {faults}" if faults else ""
+            more += f" --instances {instances}" if instances > 1 else ""
+            made = results.made(f"./claw prove --kills {kills} --seed {chosen}{more} --report", commit(), where, found)
     if report:
         console.print(f"Wrote {results.write(made)} and RESULTS.md.", soft_wrap=True)
     if as_json:
-        operator.print_json(made.report or made.mutants)
+        print_json(made.report or made.mutants)
     elif made.report:
         show(made.report)
     else:
@@ -68,10 +72,11 @@ def prove(
         raise typer.Exit(1)
 
 
-async def _prove(home: Path, kills: int, seed: int, names: list[str], console: Console) -> Report:
+async def _prove(home: Path, kills: int, seed: int, names: list[str], instances: int, console: Console) -> Report:
     system = System.at(home)
-    async with model_server() as models, rigged(system, names) as (rig, wires):
-        return await Campaign(system, models, seed, names, rig=rig, wires=wires).run(kills, console.print)
+    async with model_server() as models, rigged(system, names, instances) as (rig, wires):
+        campaign = Campaign(system, models, seed, names, instances=instances, rig=rig, wires=wires)
+        return await campaign.run(kills, console.print)
 
 
 async def _mutants(home: Path, seed: int, console: Console, made: results.Made, *, keep: bool) -> None:

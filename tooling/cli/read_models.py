@@ -18,11 +18,11 @@ from infra.security.audit import audit
 from infra.service import verification
 from infra.service.service import Service
 from infra.service.verification import LastVerification, VerificationResult
-from services.log_aggregator import reindexing
-from services.log_aggregator.index import SearchIndex
-from services.log_aggregator.reindexing import INDEXED, Indexed
+from services.log_aggregator.index import reindexing
+from services.log_aggregator.index.reindexing import INDEXED, Indexed
+from services.log_aggregator.index.search_index import SearchIndex
+from tooling.cli.output import print_json, printable
 from tooling.stack import operator
-from tooling.stack.operator import printable
 
 out = Console(highlight=False)
 
@@ -37,7 +37,8 @@ class Listed(LastVerification, frozen=True, kw_only=True):
     name: str
     source: str
     """events, rows, or a topic."""
-    rows: int
+    rows: int | None
+    """None: an index whose documents were never counted."""
 
     @property
     def result(self) -> str:
@@ -78,11 +79,9 @@ async def find_all(access: Access, services: Iterable[Service]) -> list[Listed]:
             continue
         async with operator.database(url, one.service) as database, database.engine.connect() as connection:
             known = (await verification.last(connection)).get(one.name, LastVerification())
+            counts = [(await sql(connection, f'SELECT count(*) FROM "{table}"'))[0][0] for table in one.tables]
             # Documents of several topics are in one index: those that were compared are counted.
-            rows = known.compared or 0 if one.indexed else 0
-            for table in one.tables:
-                [(count,)] = await sql(connection, f'SELECT count(*) FROM "{table}"')
-                rows += count
+            rows = known.compared if one.indexed else sum(counts)
         fields = msgspec.structs.asdict(known)
         found.append(Listed(**fields, name=f"{one.service}.{one.name}", source=one.source, rows=rows))
     return found
@@ -90,7 +89,7 @@ async def find_all(access: Access, services: Iterable[Service]) -> list[Listed]:
 
 def show(found: list[Listed], *, as_json: bool) -> None:
     if as_json:
-        operator.print_json(found)
+        print_json(found)
         return
     table = Table(box=None, pad_edge=False)
     # The source is in the JSON: it would leave no room for the result.
@@ -99,7 +98,7 @@ def show(found: list[Listed], *, as_json: bool) -> None:
     table.add_column("result")
     for one in found:
         at = f"{one.verified_at:%m-%d %H:%M}" if one.verified_at else ""
-        table.add_row(one.name, str(one.rows), at, one.result)
+        table.add_row(one.name, "–" if one.rows is None else str(one.rows), at, one.result)
     out.print(table)
 
 
@@ -158,7 +157,7 @@ def verify(access: Access, name: str, work: Verification, *, switch: bool, as_js
             out.print(f"Paused after {seen} parts of the source. The same command goes on.", soft_wrap=True)
             raise typer.Exit(130) from None
     if as_json:
-        operator.print_json(verified)
+        print_json(verified)
     else:
         _tell(name, verified, switch=switch)
     if verified.left:

@@ -26,8 +26,8 @@ from infra.service.service import Service
 from protos.catalog import SERVICES
 from protos.topology import Subscription
 from tooling.cli import read_models
+from tooling.cli.output import Json, print_json, printable
 from tooling.stack import operator
-from tooling.stack.operator import printable
 
 out = Console(highlight=False)
 
@@ -43,7 +43,7 @@ def replay(
     restart: Annotated[
         bool, typer.Option(help="Start again from the beginning after an interrupted verification.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Rebuild a read model and compare it with the live one, while the services run.
 
@@ -91,7 +91,7 @@ def _rebuild(
             out.print("Interrupted. The same command goes on; with --from-events it begins again.", soft_wrap=True)
             raise typer.Exit(130) from None
     if as_json:
-        operator.print_json(asdict(rebuilt))
+        print_json(asdict(rebuilt))
     else:
         _tell(service.name, rebuilt)
     if not rebuilt.switched:

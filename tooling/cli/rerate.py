@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from tooling.cli.client import gateway
+from tooling.cli.output import Json, print_json, printable
 from tooling.stack import operator
 
 FORMATS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]
@@ -19,24 +21,25 @@ def rerate(
     until: Annotated[datetime, typer.Option("--to", formats=FORMATS, help="The moment after the last one, UTC.")],
     tenant: Annotated[str, typer.Option(help="Only this tenant's usage.")] = "",
     book: Annotated[bool, typer.Option("--book", help="Book the differences.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Rate the usage of a period again with the current prices. Show the differences; with --book, also book them."""
     found = operator.run(_call(since, until, tenant, book=book))
-    out = Console(highlight=False)
-    for item in found["items"]:
-        out.print(
-            f"{item['tenant_id']}  {item['records']} records  {item['from_version']} → {item['to_version']}  "
-            f"{item['difference_nanos']} nano-units",
-            soft_wrap=True,
-        )
-    for item in found["left_out"]:
-        why = f"{item['invoice_number']}: {item['reason']}" if item["invoice_number"] else item["reason"]
-        out.print(
-            f"{item['tenant_id']}  {item['records']} records  {item['from_version']} → {item['to_version']}  "
-            f"{item['difference_nanos']} nano-units, not booked: {why}",
-            soft_wrap=True,
-        )
-    done = "booked" if book else "found; --book books them"
+    if as_json:
+        print_json(found)
+    else:
+        draw(Console(highlight=False), found)
+
+
+def draw(out: Console, found: dict[str, Any]) -> None:
+    """Prints the differences; 80 columns."""
+    for item in found["items"] + found["left_out"]:
+        out.print(Text(printable(f"{item['tenant_id']}  {item['records']} records")))
+        out.print(Text(printable(f"  {item['from_version']} → {item['to_version']}")))
+        why = f", not booked: {item['reason']}" if "reason" in item else ""
+        number = f" ({item['invoice_number']})" if item.get("invoice_number") else ""
+        out.print(Text(printable(f"  {item['difference_nanos']} nano-units{why}{number}")))
+    done = "found; --book books them" if found["dry_run"] else "booked"
     out.print(f"{found['records']} records, {found['changed']} differences {done}")
 
 

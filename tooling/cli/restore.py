@@ -22,18 +22,19 @@ from infra.clock import utcnow
 from infra.postgres.db import is_transient
 from infra.postgres.schema import Passwords, prepare_roles
 from infra.security.audit import audit
-from services.log_aggregator.stored_heads import BUCKET as AUDIT_HEADS
+from services.log_aggregator.audit.stored_heads import BUCKET as AUDIT_HEADS
 from services.memory.indexes.filling import refill
 from services.memory.indexes.models import active_key
-from tooling.cli.backup import claw, progress, teller
+from tooling.cli.backup import progress, progress_report, run_claw
+from tooling.cli.output import Json, print_json
 from tooling.stack import operator
 from tooling.stack.backup import database, keys, objects, take
 from tooling.stack.backup.keyfile import key_path, known_key
 from tooling.stack.backup.parts import BASE, BackupReader, Manifest, verify
 from tooling.stack.backup.recovery import recovered
-from tooling.stack.backup.targets import opened, reaching, store_access
+from tooling.stack.backup.targets import named_store_errors, open_backup, store_access
 from tooling.stack.backup.wal import Archive, key_files, system_of
-from tooling.stack.engines.base import EngineError
+from tooling.stack.engines.base import EngineError, make_folder
 from tooling.stack.engines.postgres import ARCHIVE
 from tooling.stack.home import PORTS, SERVICES, UNFINISHED, Home, home_folder
 from tooling.stack.privileges import stack_user
@@ -80,12 +81,12 @@ def restore(
     no_start: Annotated[
         bool, typer.Option("--no-start", help="For a trial: start no service, so that nothing is sent.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Restore a backup into this stack, and start it. A stack that has data is refused, unless --wipe is given."""
     began = time.monotonic()
     key = known_key()
-    with progress() as bars, opened(file) as stream, reaching(file):
+    with progress() as bars, open_backup(file) as stream, named_store_errors(file):
         task = bars.add_task("verify", total=None)
         try:
             manifest, kept = verify(stream, key, file, lambda size: bars.advance(task, size))
@@ -113,7 +114,7 @@ def restore(
     seconds = round(time.monotonic() - began, 1)
     if as_json:
         done = Restored(file, where, moment or manifest.at, counts, messages, seconds, manifest)
-        operator.print_json(done)
+        print_json(done)
         return
     state = f"{moment or manifest.at:%Y-%m-%d %H:%M:%S} UTC"
     out.print(f"{where}: the state of {state}, after {seconds} s.", soft_wrap=True)
@@ -124,7 +125,7 @@ def restore(
 
 def _tell_check(file: str, manifest: Manifest, as_json: bool) -> None:
     if as_json:
-        operator.print_json(manifest)
+        print_json(manifest)
         return
     at = f"{manifest.at:%Y-%m-%d %H:%M:%S} UTC"
     out.print(f"{file} is complete: the state of {at}, by version {manifest.code}", soft_wrap=True)
@@ -190,12 +191,12 @@ def _recovered(home: Home, backup: _Backup, at: datetime, where: str) -> Iterato
         operator.run(database.archive_now(operator.engines_access()["postgres"]["url"]))
     owner = stack_user(home.path).pw_uid if os.geteuid() == 0 else os.geteuid()
     folder = home.path.with_name(f"{home.path.name}.recovery")
-    with progress() as bars, opened(backup.file) as stream, reaching(backup.file):
-        tell = teller(bars)
+    with progress() as bars, open_backup(backup.file) as stream, named_store_errors(backup.file):
+        tell = progress_report(bars)
         parts = BackupReader(stream, backup.key, backup.file).parts()
         base = next(pieces for name, pieces in parts if name == BASE)
         with recovered(folder, _told(base, BASE, tell), archive, at, owner) as data:
-            with reaching(to):
+            with named_store_errors(to):
                 files = key_files(archive, system_of(data), backup.files)
             yield data, files
 
@@ -244,7 +245,7 @@ def _make_empty(home: Home, files: list[keys.KeyFile], *, keep_objects: bool) ->
     kept = {UNFINISHED, PORTS, ARCHIVE, "tls", *(["s3"] if keep_objects else [])}
     if home.path.exists():
         _claw("down")
-    home.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(home.path, "CLAW_HOME")
     keys.restore([keys.KeyFile(UNFINISHED, 0o600, "")], home.path / KEYS_FOLDER, home.path)
     for path in home.path.iterdir():
         if path.name not in kept:
@@ -288,8 +289,8 @@ async def _parts(found: take.Source, backup: _Backup, at: datetime | None) -> tu
     `at`: the database was recovered to this moment already.
     """
     url, store, counts = found.database_url, objects.client(**found.s3), {}
-    with progress() as bars, opened(backup.file) as stream, reaching(backup.file):
-        reader, tell = BackupReader(stream, backup.key, backup.file), teller(bars)
+    with progress() as bars, open_backup(backup.file) as stream, named_store_errors(backup.file):
+        reader, tell = BackupReader(stream, backup.key, backup.file), progress_report(bars)
         for name, pieces in reader.parts():
             told = _told(pieces, name, tell)
             if name == take.DATABASE and not at:
@@ -322,5 +323,5 @@ async def _fill_index(url: str) -> None:
 
 def _claw(*arguments: str) -> None:
     """Runs a command that starts or stops processes. Its lines go to stderr."""
-    if claw(*arguments, stdout=sys.stderr).returncode:
+    if run_claw(*arguments, stdout=sys.stderr).returncode:
         raise EngineError(f"./claw {' '.join(arguments)} failed; the lines above say why")

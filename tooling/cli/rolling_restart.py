@@ -12,7 +12,8 @@ from typing import Annotated
 
 import typer
 
-from tooling.cli.up import alone, console, wait_ready
+from tooling.cli.output import Json, print_json
+from tooling.cli.up import console, one_command_at_a_time, wait_ready
 from tooling.stack.engines import nginx
 from tooling.stack.engines.base import EngineError, Place, write_atomically
 from tooling.stack.home import SERVICES, Home, home_folder
@@ -26,6 +27,7 @@ _NAMES = (*SERVICES, nginx.NAME)
 
 def rolling_restart(
     service: Annotated[str, typer.Argument(help="The service, or nginx. Default: all, one after the other.")] = "",
+    as_json: Json = False,
 ) -> None:
     """Restart services without a refused request: a second process serves while the first one is replaced.
 
@@ -40,8 +42,10 @@ def rolling_restart(
     running = supervisor.processes()
     if stopped := [name for name in names if name not in running or not running[name].pid]:
         raise EngineError(f"{', '.join(stopped)}: not running. Start the stack with ./claw up")
-    with alone(home.path):
+    with one_command_at_a_time(home.path):
         asyncio.run(_replace_all(supervisor, home.place(), names))
+    if as_json:
+        print_json({"restarted": names})
 
 
 async def _replace_all(supervisor: Supervisor, place: Place, names: Sequence[str]) -> None:

@@ -6,7 +6,8 @@ import asyncio
 import importlib
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import typer
@@ -16,6 +17,8 @@ from infra.postgres.db import create_engine
 from infra.security.crypto import Cipher
 from infra.security.keys import LEEWAY_SECONDS, LIFETIME_SECONDS
 from infra.security.rewrap import SealedColumn, count_old, rewrap
+from tooling.cli import locks
+from tooling.cli.output import Json, print_json
 from tooling.stack import keys, operator
 from tooling.stack.home import SERVICES
 
@@ -29,20 +32,40 @@ Wait = Callable[[float], Awaitable[None]]
 
 
 @app.command()
-def internal() -> None:
+def internal(as_json: Json = False) -> None:
     """Replace the key pairs with which services sign. Takes about a minute; no call is refused."""
-    asyncio.run(rotate_internal(operator.keys_folder(), SERVICES))
+    folder = operator.keys_folder()
+    with alone(folder):
+        asyncio.run(rotate_internal(folder, SERVICES))
     console.print("The services sign with new keys. The old keys are no longer accepted.")
+    if as_json:
+        print_json({"services": SERVICES})
 
 
 @app.command()
-def master() -> None:
+def master(as_json: Json = False) -> None:
     """Replace the master keys, and seal all stored values under the new ones. If interrupted, call it again."""
     began = time.monotonic()
     folder = operator.keys_folder()
-    count = operator.run(rotate_master(folder, _database(), SERVICES))
+    with alone(folder):
+        count = operator.run(rotate_master(folder, _database(), SERVICES))
     console.print(f"{count} values are sealed under new keys, after {time.monotonic() - began:.0f} s.")
-    console.print(f"Old backups need the old keys: keep or destroy the files {keys.retired_file(folder, '*')}")
+    retired = str(keys.retired_file(folder, "*"))
+    console.print(f"Old backups need the old keys: keep or destroy the files {retired}", soft_wrap=True)
+    if as_json:
+        print_json({"values": count, "retired": retired})
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits until no other command replaces keys of this folder. Otherwise the end of one would remove public keys of
+    tokens that are in use since the other one began. The lock ends with its process."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        locks.take(lock, "`./claw rotate`", console)
+        yield
+    finally:
+        os.close(lock)
 
 
 async def rotate_internal(folder: Path, services: Sequence[str], settle: Wait = asyncio.sleep) -> None:

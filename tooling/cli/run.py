@@ -16,8 +16,8 @@ from rich.text import Text
 
 from infra.errors import NotFound
 from tooling.cli.client import Gateway, gateway
+from tooling.cli.output import Json, print_json, printable
 from tooling.stack import operator
-from tooling.stack.operator import printable
 
 app = typer.Typer(no_args_is_help=True, help="Show the runs of agents.")
 
@@ -55,16 +55,16 @@ def list_(
     until: Annotated[datetime | None, typer.Option(help="The last moment, local time. Default: now.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Only runs of this tenant.")] = None,
     slowest: Annotated[bool, typer.Option("--slowest", help="The slowest first; otherwise the newest.")] = False,
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="The maximum number of runs.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line for each run.")] = False,
 ) -> None:
     """List runs, with the seconds from the message to the run's start, to its end, and to the delivered reply."""
-    end = until.astimezone() if until else datetime.now(UTC) + timedelta(minutes=1)
-    begin = since.astimezone() if since else end - timedelta(days=1)
+    end = operator.local_time("--until", until) if until else datetime.now(UTC) + timedelta(minutes=1)
+    begin = operator.local_time("--since", since) if since else end - timedelta(days=1)
     rows = operator.run(_list(_first_id(begin), _first_id(end), tenant, slowest, limit))
     if as_json:
         for row in rows:
-            operator.print_json(row)
+            print_json(row)
     else:
         draw_list(Console(highlight=False), rows)
 
@@ -116,14 +116,14 @@ def show(
     at: Annotated[
         int | None, typer.Option(min=1, help="The number of an event: show the run's state after it.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show a run's timeline: message, steps, calls, reply, delivery, usage, charge."""
     found = operator.run(_find(id) if at is None else _state(id, at))
     if at is not None and not as_json:
         draw_state(Console(highlight=False), found)
     elif as_json:
-        operator.print_json(found)
+        print_json(found)
     else:
         draw(Console(highlight=False), found["run"], found["timeline"])
 
@@ -188,9 +188,9 @@ def draw_state(console: Console, state: dict[str, Any]) -> None:
     for event in state["events"][:last]:
         console.print(f"  {event['n']:>3}  {event['recorded_at']}  {event['type']}")
     for step in state["steps"]:
-        text = (
-            f"step {step['n']}: {step['kind']} {printable(step['name'])}, {step['status']}, attempt {step['attempt']}"
-        )
+        # The retrieval of knowledge has no name.
+        what = f"{step['kind']} {printable(step['name'])}".rstrip()
+        text = f"step {step['n']}: {what}, {step['status']}, attempt {step['attempt']}"
         console.print(Text(text + (f": {printable(step['error'])}" if step["error"] else "")), soft_wrap=True)
     console.print(f"{state['tokens']} tokens; started {state['attempts']} times")
     console.print(f'A fork from here has "step": {state["fork_step"]}: POST /api/v1/runs/ID/fork', style="dim")

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from services.log_aggregator.mappings import FIELDS, Kind
-from services.log_aggregator.searches import QUERIES, SEARCHES, SavedSearch
+from services.log_aggregator.index.mappings import FIELDS, Kind
+from services.log_aggregator.index.searches import QUERIES, SEARCHES, SavedSearch
 from tooling.stack.checkout import CHECKOUT
 
 FOLDER = CHECKOUT / "infra" / "deploy" / "kibana"

@@ -7,13 +7,13 @@ import json
 import logging
 import time
 from dataclasses import asdict, dataclass
-from typing import Annotated
 
 import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from tooling.cli.output import Json
 from tooling.stack.engines import ENGINES, certificates, postgres
 from tooling.stack.engines.base import ANSWER_SECONDS, Engine, Place
 from tooling.stack.home import Home, home_folder
@@ -43,7 +43,7 @@ class Status:
     """A fault that a person must remove although the part answers."""
 
 
-def status(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
+def status(as_json: Json = False) -> None:
     """Show the state, version, address and memory of each part. Exit code 1 if one is not ready or has a problem."""
     home = Home(home_folder())
     logging.disable()

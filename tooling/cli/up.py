@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import socket
 import time
@@ -17,6 +16,8 @@ import typer
 from rich.console import Console
 
 from infra.errors import describe
+from tooling.cli import locks
+from tooling.cli.output import Json, print_json
 from tooling.stack.engines import CREDENTIALS, ENGINES, certificates
 from tooling.stack.engines.base import Engine, EngineError, Place, write_atomically
 from tooling.stack.engines.postgres import ARCHIVE
@@ -40,6 +41,7 @@ def up(
     archive: Annotated[
         str, typer.Option(help="Archive the database's WAL from now on: a folder, or s3://bucket/prefix.")
     ] = "",
+    as_json: Json = False,
 ) -> None:
     """Start all engines and services that do not run. Return when all of them are ready."""
     known = parts()
@@ -55,7 +57,7 @@ def up(
             "./claw down --wipe"
         )
     place = home.place()
-    with alone(home.path):
+    with one_command_at_a_time(home.path):
         if tls and not certificates.in_use(place) and Supervisor(home.path).running():
             raise EngineError("--tls: this stack runs without TLS: stop it first: ./claw down")
         if tls or certificates.in_use(place):
@@ -64,7 +66,9 @@ def up(
             _archive(home, place, archive)
         # The clients would log every refused connection, which is normal while an engine starts.
         logging.disable()
-        asyncio.run(_start_all(home, place, [known[name] for name in names]))
+        started = asyncio.run(_start_all(home, place, [known[name] for name in names]))
+    if as_json:
+        print_json({"home": str(home.path), "started": started})
 
 
 def _archive(home: Home, place: Place, to: str) -> None:
@@ -96,7 +100,8 @@ def _owners(known: Iterable[str]) -> list[str]:
     return [*known, certificates.ADMIN]
 
 
-async def _start_all(home: Home, place: Place, wanted: list[Engine]) -> None:
+async def _start_all(home: Home, place: Place, wanted: list[Engine]) -> list[str]:
+    """Returns the names of the parts that did not run before."""
     began = time.monotonic()
     check_machine(home.path)
     supervisor = Supervisor(home.path)
@@ -106,10 +111,10 @@ async def _start_all(home: Home, place: Place, wanted: list[Engine]) -> None:
     engines = [part for part in wanted if part.NAME in ENGINES]
     services = [part for part in wanted if part.NAME not in ENGINES]
     old = [part for part in wanted if part.NAME in running]
+    new = [part for part in wanted if part not in old]
     if old:
         console.print(f"{_count(old)} already running.", soft_wrap=True)
-    if len(old) < len(wanted):
-        new = [part for part in wanted if part not in old]
+    if new:
         console.print(f"Starting {_count(new)}. State: {home.path}", soft_wrap=True)
     await _start_together(supervisor, place, engines)
     home.write_credentials(place, {CREDENTIALS[engine.NAME]: engine.access(place) for engine in engines})
@@ -120,6 +125,7 @@ async def _start_all(home: Home, place: Place, wanted: list[Engine]) -> None:
         await provision(place)
     await _start_together(supervisor, place, services)
     console.print(f"Ready after {time.monotonic() - began:.1f} s.")
+    return [part.NAME for part in new]
 
 
 def _count(some: list[Engine]) -> str:
@@ -199,12 +205,8 @@ def _is_running(supervisor: Supervisor, name: str) -> bool:
 
 
 @contextmanager
-def alone(home: Path) -> Iterator[None]:
+def one_command_at_a_time(home: Path) -> Iterator[None]:
     """A lock, so that only one command at a time starts or stops this stack. The lock ends with its process."""
     with (home / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.print("Waiting for another `./claw up` or `./claw down` of this stack to end.")
-            fcntl.flock(file, fcntl.LOCK_EX)
+        locks.take(file.fileno(), "`./claw up` or `./claw down`", console)
         yield

@@ -10,7 +10,7 @@ from typing import Any
 
 from tooling.stack.checkout import CHECKOUT, closed_name, is_closed
 from tooling.stack.engines import ENGINES
-from tooling.stack.engines.base import EngineError, Place, Secrets, write_atomically
+from tooling.stack.engines.base import EngineError, Place, Secrets, make_folder, write_atomically
 
 # The state folders of root's stacks whose checkouts are closed to other users.
 STATE = Path("/var/lib/clawbus")
@@ -46,9 +46,17 @@ _USUAL_OFFSETS = (0, 400, 2000, 5000)
 
 
 def home_folder() -> Path:
-    """CLAW_HOME, or .claw in the checkout; for root in a closed checkout, a folder below /var/lib/clawbus."""
+    """CLAW_HOME, or .claw in the checkout; for root in a closed checkout, a folder below /var/lib/clawbus.
+
+    Raises EngineError if CLAW_HOME names something else than a folder, or a place in something else.
+    """
     if named := os.environ.get("CLAW_HOME"):
-        return Path(named).absolute()
+        path = Path(named).absolute()
+        # Not `Path.exists`, which raises an error if this user may not look into a folder above.
+        there = next(one for one in (path, *path.parents) if os.path.exists(one))
+        if not there.is_dir():
+            raise EngineError(f"CLAW_HOME: {there} is not a folder")
+        return path
     return STATE / closed_name() if is_closed() else CHECKOUT / ".claw"
 
 
@@ -93,7 +101,7 @@ class Home:
 
         CLAW_PORT_OFFSET has precedence over the stored ports. Raises EngineError for an offset that is not usable.
         """
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(self.path, "CLAW_HOME")
         stored = self._read(PORTS)
         ports = stored or ports_at(0)
         if text := os.environ.get("CLAW_PORT_OFFSET"):

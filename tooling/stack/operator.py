@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
 from aiokafka.errors import KafkaError
 
 from infra.bus import outbox
@@ -97,22 +95,22 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         kafka.setLevel(level)
 
 
+def local_time(option: str, time: datetime) -> datetime:
+    """The time that an option gives, with this machine's time zone if it names none.
+
+    Raises EngineError for one that is outside of the years 1 to 9999 in UTC.
+    """
+    try:
+        return time.astimezone().astimezone(UTC)
+    except (OverflowError, ValueError):
+        raise EngineError(f"{option}: {time.isoformat()} is too early or too late") from None
+
+
 def remedy() -> str:
     """The commands for a part of the stack that does not answer."""
     if in_containers():
         return "docker compose ps shows which; docker compose up -d starts it"
     return "./claw status shows which; ./claw up starts it"
-
-
-def printable(text: str) -> str:
-    """`text` on one line. Control characters are escaped, because text from outside could steer the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def print_json(value: Any) -> None:
-    """Prints one JSON document in ASCII: other control characters than those that JSON escapes could steer the terminal
-    too."""
-    print(json.dumps(msgspec.to_builtins(value, str_keys=True)))  # noqa: T201
 
 
 async def services(url: str) -> list[str]:

@@ -20,7 +20,7 @@ async def environment(name: str) -> Path:
     Raises EngineError if the packages cannot be installed.
     """
     pins, folder = CHECKOUT / f"requirements-{name}.txt", CHECKOUT / f".venv-{name}"
-    if made(name) is None:
+    if python_with_pins(name) is None:
         _say(f"installing {pins.name} into {folder.name} (about 30 MB to download)")
         await _run(sys.executable, "-m", "venv", "--clear", folder)
         pip = ("-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off")
@@ -29,7 +29,7 @@ async def environment(name: str) -> Path:
     return folder / "bin" / "python"
 
 
-def made(name: str) -> Path | None:
+def python_with_pins(name: str) -> Path | None:
     """The Python of the environment, if it has the packages of its pins."""
     folder = CHECKOUT / f".venv-{name}"
     done = folder / "installed"

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from tooling.stack.checkout import readable_code
-from tooling.stack.engines.base import EngineError
+from tooling.stack.engines.base import EngineError, make_folder
 from tooling.stack.home import STATE, home_folder
 from tooling.stack.machine import USER
 
@@ -33,7 +33,7 @@ def leave_root() -> None:
     user = stack_user(home)
     # The user's own folder is made again after a person or a program has deleted it.
     for folder in (Path(user.pw_dir), home) if user.pw_name == USER else ():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(folder, "CLAW_HOME")
         if folder.stat().st_uid == 0:
             subprocess.run(["chown", "-R", f"{USER}:{USER}", str(folder)], check=True)
     code = readable_code()

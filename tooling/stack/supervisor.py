@@ -224,10 +224,10 @@ def end_all(home: Path, kill: bool = False) -> None:
     for _ in range(5):
         if not (left := orphans(home)):
             return
-        end(left, kill)
+        end_processes(left, kill)
 
 
-def end(processes: list[psutil.Process], kill: bool = False) -> None:
+def end_processes(processes: list[psutil.Process], kill: bool = False) -> None:
     """Ends the processes. Kills those that still run after ten seconds, or all at once with `kill`."""
     if not kill:
         for process in processes:

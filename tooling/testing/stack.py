@@ -6,6 +6,7 @@ runs with this variable use that stack and start none of their own, so several d
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -166,17 +168,42 @@ def run_claw(home: Path, *arguments: str) -> str:
 
 
 def free_ports(names: Sequence[str]) -> dict[str, int]:
-    """A block of free ports below those that the system gives to outgoing connections."""
+    """A block of free ports below those that the system gives to outgoing connections.
+
+    They belong to this process until it ends. Otherwise two processes that start stacks at the same time would get
+    the same ports, as long as no program listens on them.
+    """
     while True:
         first = random.randrange(12_000, 31_000)
         ports = range(first, first + len(names))
-        if all(is_free(port) for port in ports):
+        if _claim(first, len(names)) and all(is_free(port) for port in ports):
             return dict(zip(names, ports, strict=True))
 
 
 def free_port() -> int:
     [port] = free_ports([""]).values()
     return port
+
+
+def _claim(first: int, count: int) -> bool:
+    """Locks bytes `first` to `first + count` of a file that all of this user's processes share. False if one of them
+    is locked. The system removes the locks of a process that ends."""
+    file, mine = _claims()
+    ports = set(range(first, first + count))
+    if mine & ports:  # The system gives a process its own locks again.
+        return False
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, count, first)
+    except BlockingIOError:
+        return False
+    mine.update(ports)
+    return True
+
+
+@cache
+def _claims() -> tuple[int, set[int]]:
+    """The file of the claims, and this process's ports. It stays open: closing it would remove all locks."""
+    return os.open(f"/tmp/claw-test-ports-{os.getuid()}", os.O_RDWR | os.O_CREAT, 0o600), set()
 
 
 def _environment(home: Path) -> dict[str, str]:

@@ -127,6 +127,8 @@ class StripeStandIn(StandIn):
         if call.headers.get("authorization") != f"Bearer {self.key}":
             _refuse(401, "Invalid API Key provided")
         if call.method == "GET":
+            if call.path.startswith("/v1/refunds?"):
+                return self._listed(dict(parse_qsl(call.path.partition("?")[2], strict_parsing=True)))
             intent = self.intents.get(call.path.removeprefix("/v1/payment_intents/"))
             return Reply(200, intent) if intent else _refuse(404, "No such payment_intent")
         if call.method == "DELETE":
@@ -171,7 +173,7 @@ class StripeStandIn(StandIn):
                     _refuse(404, f"No such PaymentMethod: '{method}'")
                 self._check_attached(method)
                 if fields["customer"] not in self.customers:
-                    _refuse(400, f"No such customer: '{fields['customer']}'")
+                    _refuse(400, f"No such customer: '{fields['customer']}'", param="customer")
                 self.methods[method] = fields["customer"]
                 return Reply(200, {"id": method, "object": "payment_method", "customer": fields["customer"]})
             case ["v1", "payment_methods", method, "detach"]:
@@ -260,6 +262,12 @@ class StripeStandIn(StandIn):
             _refuse(400, f"Refund amount ({minor}) is greater than unrefunded amount on charge ({left})")
         return Reply(200, self.give_back(intent["id"], minor, fields.get("metadata[refund_id]")))
 
+    def _listed(self, fields: dict[str, str]) -> Reply:
+        _only(fields, {"payment_intent", "limit"})
+        found = [refund for refund in self.refunds.values() if refund["payment_intent"] == fields["payment_intent"]]
+        newest = found[::-1][: int(fields["limit"])]
+        return Reply(200, {"object": "list", "has_more": len(found) > len(newest), "data": newest})
+
     def give_back(self, intent_id: str, minor: int, refund_id: str | None = None) -> dict[str, Any]:
         """Makes a refund; by hand if it has no id of ours."""
         self.refunded[intent_id] = self.refunded.get(intent_id, 0) + minor
@@ -305,5 +313,5 @@ def _unexpected(act: str, intent: dict[str, Any]) -> NoReturn:
     raise Refused(Reply(400, {"error": error | {"payment_intent": intent}}))
 
 
-def _refuse(status: int, message: str, type_: str = "invalid_request_error") -> NoReturn:
-    raise Refused(Reply(status, {"error": {"type": type_, "message": message}}))
+def _refuse(status: int, message: str, type_: str = "invalid_request_error", param: str | None = None) -> NoReturn:
+    raise Refused(Reply(status, {"error": {"type": type_, "message": message} | ({"param": param} if param else {})}))

@@ -39,13 +39,16 @@ class DriftRefused(ProvisioningError):
 
 
 def fixable(subject: str, what: str, *, wanted: object, found: object, reason: str) -> Drift:
+    """A difference from the catalog that the provisioning corrects."""
     return Drift(subject=subject, what=what, wanted=str(wanted), found=str(found), fixable=True, reason=reason)
 
 
 def refused(subject: str, what: str, *, wanted: object, found: object, reason: str) -> Drift:
+    """A difference that the provisioning cannot correct without a loss; `reason` says what to do."""
     return Drift(subject=subject, what=what, wanted=str(wanted), found=str(found), fixable=False, reason=reason)
 
 
 def extra(subject: str, what: str) -> Drift:
+    """A thing at the broker that the catalog does not have."""
     reason = "not in the catalog; delete it by hand if it is not used"
     return Drift(subject=subject, what=what, wanted="-", found="there", fixable=False, reason=reason, extra=True)

@@ -112,7 +112,7 @@ class Topics:
         for response in await self._admin.describe_configs(resources):
             for code, message, _, topic, entries in response.resources:
                 if code:
-                    raise ProvisioningError(f"Kafka does not tell the settings of {topic}: {message} (code {code})")
+                    raise ProvisioningError(f"Kafka did not return the settings of {topic}: {message} (code {code})")
                 result[str(topic).removeprefix(self._prefix)] = {
                     name: value for name, value, _, of, *_ in entries if source in (None, of)
                 }

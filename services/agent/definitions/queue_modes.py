@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 QueueMode = Literal["collect", "followup", "steer", "interrupt", "reject"]
 """How a message is handled that comes while a run of its session is queued or running.
@@ -11,5 +11,3 @@ collect: the next run answers all such messages together. followup: each message
 running run answers the message, too. interrupt: the running run is cancelled and a new one starts. reject: the message
 is refused.
 """
-
-QUEUE_MODES: tuple[str, ...] = get_args(QueueMode)

@@ -14,6 +14,7 @@ from infra.errors import InvalidMessage, NotFound
 from infra.lanes.effects import ItemEnded
 from infra.observe import telemetry
 from infra.postgres.tx import MAX_MESSAGE_BYTES
+from infra.web import data_urls
 from infra.web.json_schema import check
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from services.agent.definitions.models import NewAgent
@@ -36,11 +37,14 @@ from services.agent.models.contract import (
 )
 from services.agent.runs.domain import messages_at
 from services.agent.runs.notices import FAILED
+from services.agent.sessions.changes import DELETED_TEXT
 
 # An answer that does not fit the agent's schema is asked for again, up to so many answers.
 STRUCTURE_ATTEMPTS = 3
-# A longer answer would not fit into the message that tells of it, with the rest of that message.
+# A longer answer would not fit into the message that reports it, beside the rest of that message.
 MAX_ANSWER_BYTES = MAX_MESSAGE_BYTES - 100_000
+MAX_REFUSAL = 4_000
+"""Characters of a refusal that a person reads."""
 RETRIEVE_SECONDS = 10.0
 # A longer question is cut before the search.
 QUERY_CHARACTERS = 2_000
@@ -77,6 +81,8 @@ class AgentLoop:
     """How many of the run's messages the model has been shown."""
     _taken_before: int = 0
     """The step before which messages were taken last."""
+    _is_changed: bool = False
+    """As in `Conversation`. The digests in the journal are of the former text, so they are not compared."""
 
     def __post_init__(self) -> None:
         self._messages = messages_at(self.context.state, 0)
@@ -91,6 +97,7 @@ class AgentLoop:
         if both := self.agent.tool_names & callers_tools.keys():
             # Checked when the message came, but the agent may have changed since.
             raise Ended("failed", f"tools of the agent and of the caller have one name: {', '.join(sorted(both))}")
+        self._is_changed = conversation.is_changed
         summary = await self._summary(conversation)
         passages = await self._retrieve(conversation.text) if self.agent.knowledge else ()
         tools = (*await self.tools.offered(), *given.tools)
@@ -117,7 +124,7 @@ class AgentLoop:
                 given.parallel,
                 given.sampling,
             )
-            input_digest = digest(turns[len(conversation.history) :], passages, misfits)
+            input_digest = self._digest(turns[len(conversation.history) :], passages, misfits)
             try:
                 answer = await self.models.ask(prompt, input_digest, self._messages)
             except MessagesArrived:
@@ -135,7 +142,7 @@ class AgentLoop:
             if as_it_is:
                 calls = ()
             elif answer.calls and not calls:
-                turns.append(AssistantTurn(answer.text, answer.calls, answer.reasoning))
+                turns.append(AssistantTurn(data_urls.named(answer.text), answer.calls, answer.reasoning))
                 if cut:
                     turns += await self.tools.refuse_all(answer.calls, CUT.format(cut))
                 else:
@@ -144,6 +151,11 @@ class AgentLoop:
                 continue
             if await self._take_messages(turns):
                 continue  # This answer would not cover the new messages.
+            if answer.finish_reason == "refusal" and (schema is not None or given.must_call):
+                # No reply that a program expects. The person reads the model's words. They are not in the error, which
+                # outlives the person's data.
+                error = f"{self.agent.model}: the model refused to answer"
+                raise Ended("failed", error, answer.text[:MAX_REFUSAL])
             if as_it_is or (given.sampling.stop and not answer.text and not answer.calls):
                 misfit = None
             else:
@@ -201,6 +213,7 @@ class AgentLoop:
             known = messages_at(self.context.state, self.context.last_step + 1) - self._messages
             taken = (await self.context.later_messages(self._messages))[:known] if known else ()
         self._messages += len(taken)
+        self._is_changed = self._is_changed or any(turn.text in ("", DELETED_TEXT) for turn in taken)
         text = "\n".join(turn.text for turn in taken if turn.text)
         images = tuple(image for turn in taken for image in turn.images)
         if not text and not images:
@@ -236,10 +249,13 @@ class AgentLoop:
 
         with telemetry.span("retrieval", SpanKind.CLIENT, attributes={"gen_ai.operation.name": "retrieval"}):
             try:
-                spec = StepSpec("retrieve", "", digest(text))
+                spec = StepSpec("retrieve", "", self._digest(text))
                 return await self.steps.make(spec, call, tuple[Passage, ...])
             except StepFailed as error:
                 raise Ended("failed", f"retrieval: {error}", FAILED) from error
+
+    def _digest(self, *parts: object) -> str:
+        return "" if self._is_changed else digest(*parts)
 
     def _output_limit(self, callers: int | None) -> int | None:
         """The lower one of the caller's limit and of the rest of the run's."""

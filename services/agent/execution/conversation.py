@@ -13,9 +13,11 @@ import msgspec
 from infra.postgres.tx import Tx
 from infra.security.crypto import DataKey
 from infra.security.subjects import Erased, SubjectKeys
+from infra.web import data_urls
 from services.agent.models.contract import AssistantTurn, Image, Turn, UserTurn
 from services.agent.runs.content import Unsealer
 from services.agent.sessions.arrivals import Context
+from services.agent.sessions.changes import DELETED_TEXT
 
 # The most of the earlier conversation that the model is shown. If there is more, the newest half stays verbatim and the
 # older part is summarised.
@@ -74,6 +76,8 @@ class Conversation:
     """Of the messages that the run answers."""
     approvers: tuple[str, ...] = ()
     """The channel's; empty: the agent's."""
+    is_changed: bool = False
+    """One of the messages was deleted, or its author erased: earlier steps were made with its former text."""
 
     def system(self, own: str) -> str:
         """The agent's `own` system prompt, followed by the caller's instructions, which are marked as such."""
@@ -199,6 +203,7 @@ def assemble(
         given=context or NOTHING,
         images=tuple(image for one in contexts for image in one.images),
         approvers=next((one.approvers for one in reversed(contexts) if one.approvers), ()),
+        is_changed=None in texts or DELETED_TEXT in texts,
     )
 
 
@@ -222,7 +227,7 @@ def _exchange(keys: TenantKeys, rows: Sequence[ExchangeRow]) -> EarlierRun:
     if said := "\n".join(text for text in texts if text is not None):
         turns.append(UserTurn(said))
     if last.reply and (reply := keys.open(last.reply, last.reply_subject_id, str(last.run_id), "reply")):
-        turns.append(AssistantTurn(reply))
+        turns.append(AssistantTurn(data_urls.named(reply)))
     return EarlierRun(tuple(turns), last.seq, frozenset(row.subject_id for row in rows) | {last.reply_subject_id})
 
 

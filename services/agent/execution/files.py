@@ -1,4 +1,4 @@
-"""Files for the person of a channel: from tools, and from data URLs in the answer.
+"""Files for the person of a channel: from tools, and from data URLs in the answer and in those of other agents.
 
 They are stored under the person's id and the tenant's, so that the erasure of the person finds them, and are sent after
 the answer.
@@ -57,13 +57,12 @@ class RunFiles:
             return str(error)
         return StoredFile(path, safe_name(name))
 
-    async def of_answer(self, text: str) -> tuple[str, tuple[StoredFile, ...]]:
-        """The text of an answer with names in place of its data URLs, and all files to send with it, in their order.
+    async def taken_out(self, step: int, text: str) -> tuple[str, tuple[StoredFile, ...]]:
+        """The text of a step with names in place of its data URLs, and their files. The text also says which of them
+        are not sent, and why.
 
         Raises Transient if the store does not answer.
         """
-        if self.objects is None or self.context.channel_id is None:
-            return text, ()
         found: list[tuple[str, bytes]] = []
 
         def take(name: str, mime_type: str, data: str) -> str:
@@ -77,8 +76,18 @@ class RunFiles:
             return f"[{named}]"
 
         text = data_urls.replaced(text, take)
-        kept = [await self.keep(self.context.last_step, n, *file) for n, file in enumerate(found, 1)]
+        kept = [await self.keep(step, n, *file) for n, file in enumerate(found, 1)]
         lost = [f"{name}: {why}" for (name, _), why in zip(found, kept, strict=True) if isinstance(why, str)]
+        text += "".join(f"\n\n[{one}]" for one in lost)
+        return text, tuple(file for file in kept if isinstance(file, StoredFile))
+
+    async def of_answer(self, text: str) -> tuple[str, tuple[StoredFile, ...]]:
+        """The text of an answer as by `taken_out`, and all files to send with it, in their order.
+
+        Raises Transient if the store does not answer.
+        """
+        if self.objects is None or self.context.channel_id is None:
+            return text, ()
+        text, own = await self.taken_out(self.context.last_step, text)
         of_tools = [file for step in sorted(self._stored) for file in self._stored[step]]
-        files = (*of_tools, *(file for file in kept if isinstance(file, StoredFile)))[:MAX_FILES]
-        return text + "".join(f"\n\n[{one}]" for one in lost), files
+        return text, (*of_tools, *own)[:MAX_FILES]

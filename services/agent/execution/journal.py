@@ -84,7 +84,7 @@ class RunJournal:
     async def begin(
         self, command: BeginStep, span_id: str | None, lost: MeteredCall | None, expected_messages: int | None
     ) -> None:
-        """Commits the start of a step, and the estimated usage of the attempt before if that one was `lost`.
+        """Commits the start of a step, and the usage of the attempt before if that one was `lost`.
 
         Raises RunStopped, and MessagesArrived if the run has other than the expected messages.
         """
@@ -92,7 +92,7 @@ class RunJournal:
         def fill(write: RunWrite) -> None:
             write.begun.append(Begun(command.step, command.kind, command.name, command.attempt, span_id))
             if lost:
-                self._use(write, command.step, command.attempt - 1, lost, estimated=True)
+                self._use(write, command.step, command.attempt - 1, lost)
 
         await self._write_or_restore(command, fill, expected_messages)
 
@@ -100,8 +100,6 @@ class RunJournal:
         self,
         command: EndStep,
         metered: MeteredCall | None,
-        *,
-        estimated: bool,
         recorded: Callable[[], None] | None = None,
     ) -> None:
         """Submits the end of a step with its usage, in this turn of the event loop or as a part of the next write.
@@ -111,7 +109,7 @@ class RunJournal:
             status: Literal["completed", "failed"] = "failed" if command.content is None else "completed"
             write.ended.append(EndedStep(command.step, status, command.duration_ms, command.error))
             if metered:
-                self._use(write, command.step, command.attempts, metered, estimated=estimated)
+                self._use(write, command.step, command.attempts, metered)
             if recorded:
                 write.recorded.append(recorded)
             self._held = write
@@ -122,7 +120,7 @@ class RunJournal:
         async with self._turn:
             write = self._write(command)
             if lost:
-                self._use(write, command.step, command.attempt, lost, estimated=True)
+                self._use(write, command.step, command.attempt, lost)
             self._submit(write)
         await self.settle()
 
@@ -236,9 +234,9 @@ class RunJournal:
         if self._held is write:
             self._submit(write)
 
-    def _use(self, write: RunWrite, step: int, attempt: int, metered: MeteredCall, *, estimated: bool) -> None:
+    def _use(self, write: RunWrite, step: int, attempt: int, metered: MeteredCall) -> None:
         id_ = usage_id(self._context.run_id, step, attempt)
-        record = usage_record(self._context, id_, metered, estimated=estimated)
+        record = usage_record(self._context, id_, metered)
         self._record_use(write, Used(record, metered.usage))
 
     def _record_use(self, write: RunWrite, used: Used) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextvars import Context
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -253,7 +254,8 @@ class RunLoader:
         """Raises KeyError if there is no such run."""
         if run_id not in self._waiting:
             if not self._waiting:
-                self.working = asyncio.create_task(self._load(), name="load runs")
+                # An empty context: it works for many tenants, and must not wait for the share of one.
+                self.working = asyncio.create_task(self._load(), name="load runs", context=Context())
             self._waiting[run_id] = asyncio.get_running_loop().create_future()
         return await asyncio.shield(self._waiting[run_id])
 

@@ -14,6 +14,7 @@ from opentelemetry.trace import Span, SpanKind
 from infra.observe import telemetry
 from infra.stores.cache import Cache
 from infra.stores.objects import Objects
+from infra.web import data_urls
 from services.agent.execution import images
 from services.agent.execution.context import RunContext
 from services.agent.execution.credit import RunCredit
@@ -24,6 +25,7 @@ from services.agent.execution.steps import StepFailed, Steps, StepSpec
 from services.agent.execution.usage import MeteredCall
 from services.agent.models.contract import Model, ModelAnswer, ModelFailed, Prompt, Usage
 from services.agent.models.stops import Stops, before
+from services.agent.runs.domain import messages_at
 from services.agent.runs.notices import FAILED
 
 ATTEMPTS = 5
@@ -32,6 +34,8 @@ ATTEMPTS_BEFORE_FALLBACK = 2
 PAUSE_BEFORE_FALLBACK = timedelta(seconds=2)
 # Rough average over texts and tokenizers.
 BYTES_PER_TOKEN = 4
+
+_IMAGE = "x" * (images.IMAGE_TOKENS * BYTES_PER_TOKEN)
 
 _PROVIDERS = {"google": "gcp.gemini"}
 
@@ -70,6 +74,9 @@ class ModelCalls:
         self, name: str, model: Model, prompt: Prompt, spec: StepSpec, expected_messages: int | None
     ) -> ModelAnswer:
         context = self.context
+        if expected_messages is not None and messages_at(context.state, context.last_step + 1) > expected_messages:
+            # The journal has messages that came between a model that failed and its fallback.
+            raise MessagesArrived
         hold = None if self.steps.next_has_ended() else await self.credit.reserve(name, prompt)
         family, _, own_name = name.partition("/")
         attributes: dict[str, telemetry.Value] = {
@@ -81,6 +88,7 @@ class ModelCalls:
 
         with telemetry.span(f"chat {own_name}", SpanKind.CLIENT, attributes=attributes) as span:
             written_bytes = 0
+            reported: Usage | None = None
 
             async def call(_: str, attempt: int) -> tuple[ModelAnswer, MeteredCall]:
                 deltas = Deltas(self.cache, context.run_id, context.last_step, attempt)
@@ -91,7 +99,8 @@ class ModelCalls:
 
                 async def on_text(text: str) -> None:
                     nonlocal written_bytes
-                    written_bytes += len(text.encode())
+                    # An image has the tokens of an image, and not those of its base64.
+                    written_bytes += len(data_urls.replaced(text, lambda *_: _IMAGE).encode())
                     text = stops.feed(text)
                     # Text that may still be refused is not shown: a client cannot take it back.
                     if text and prompt.output_schema is None and not prompt.must_call:
@@ -99,14 +108,22 @@ class ModelCalls:
                         if progress:
                             progress.write(text)
 
+                async def asked(shown: Prompt) -> ModelAnswer:
+                    nonlocal reported
+                    try:
+                        return await model.answer(shown, on_text)
+                    except ModelFailed as error:
+                        reported = error.usage
+                        raise
+
                 shown = await images.loaded(prompt, self.objects)
                 try:
-                    answer = await model.answer(shown, on_text)
+                    answer = await asked(shown)
                 except ModelFailed as error:
-                    if error.transient or not images.count(shown):
+                    if error.usage or error.transient or not images.count(shown):
                         raise
                     # Maybe this model takes no images. It then tells the person that it has not seen them.
-                    answer = await model.answer(images.without(shown, notice=True), on_text)
+                    answer = await asked(images.without(shown, notice=True))
                 if (text := before(answer.text, prompt.sampling.stop)) != answer.text:
                     answer = msgspec.structs.replace(answer, text=text, calls=(), finish_reason="stop")
                 _set_usage(span, answer)
@@ -115,9 +132,9 @@ class ModelCalls:
 
             def lost(in_other_process: bool) -> MeteredCall | None:
                 """Providers charge an answer that they have begun. A call of a dead process may have begun one."""
-                if not written_bytes and not in_other_process:
+                if not (written_bytes or reported or in_other_process):
                     return None
-                return lost_usage(name, prompt, written_bytes)
+                return lost_usage(name, prompt, written_bytes, reported)
 
             try:
                 return await self.steps.make(
@@ -128,13 +145,16 @@ class ModelCalls:
                 raise
 
 
-def lost_usage(name: str, prompt: Prompt, written_bytes: int) -> MeteredCall:
-    """The estimated usage of a call without a result; `written_bytes` of its answer have arrived."""
+def lost_usage(name: str, prompt: Prompt, written_bytes: int, reported: Usage | None = None) -> MeteredCall:
+    """The usage of a call without a result: as the provider has reported it, or an estimate. Of its answer,
+    `written_bytes` have arrived."""
+    if reported:
+        return MeteredCall(name, reported, None)
     text = len(msgspec.json.encode(images.without(prompt, notice=False)))
     usage = Usage(
         input_tokens=_tokens(text) + images.count(prompt) * images.IMAGE_TOKENS, output_tokens=_tokens(written_bytes)
     )
-    return MeteredCall(name, usage, None)
+    return MeteredCall(name, usage, None, estimated=True)
 
 
 def _tokens(size: int) -> int:

@@ -134,7 +134,11 @@ class Steps:
 
     def next_has_ended(self) -> bool:
         """True if the journal has the next step with its end."""
-        known = self._next()
+        return self.has_ended(1)
+
+    def has_ended(self, offset: int) -> bool:
+        """True if the journal has the step that comes `offset` steps after the last one, with its end."""
+        known = self._context.state.steps.get(self._context.last_step + offset)
         return known is not None and known.status != "started"
 
     def next_digest(self) -> str | None:
@@ -177,15 +181,12 @@ class Steps:
             raise StepFailed(known.error or "")
         return msgspec.json.decode(self._open(n, known.content), type=ToolResult)
 
-    async def end_for_child(self, n: int, result: str | None, error: str | None) -> None:
+    async def end_for_child(self, n: int, result: ToolResult | None, error: str | None) -> None:
         """Records the answer of the other run as the end of step `n`. `result` is None if that run failed."""
         content = None
         if result is not None:
-            tool_result = msgspec.json.encode(ToolResult(result)).decode()
-            content = self._context.key.seal(tool_result, *self._sealing(n))
-        await self._journal.end(
-            EndStep(self._context.session_key, n, 1, 0, content, _stored(error)), None, estimated=False
-        )
+            content = self._context.key.seal(msgspec.json.encode(result).decode(), *self._sealing(n))
+        await self._journal.end(EndStep(self._context.session_key, n, 1, 0, content, _stored(error)), None)
 
     async def refuse(self, spec: StepSpec, reason: str) -> None:
         """Records that the next step is not made."""
@@ -268,7 +269,7 @@ class Steps:
             await self._record((context.run_id, n, attempt, retries), made)
             return text
         end = EndStep(context.session_key, n, attempt, _ms_since(began), None, _stored(error))
-        await self._journal.end(end, spec.lost(False), estimated=True)
+        await self._journal.end(end, spec.lost(False))
         if cancelled:
             raise Ended("cancelled", CANCELLED)
         raise StepFailed(error or "")
@@ -282,7 +283,7 @@ class Steps:
         nanos = metered.nanos if metered else 0
         end = EndStep(self._context.session_key, n, attempt, made.ms, made.content, None, tokens, nanos)
         self._unrecorded.keep(key, made)
-        await self._journal.end(end, metered, estimated=False, recorded=lambda: self._unrecorded.drop(key))
+        await self._journal.end(end, metered, recorded=lambda: self._unrecorded.drop(key))
 
     async def _begin(
         self,

@@ -63,7 +63,8 @@ class Tools:
         for n, call in enumerate(calls, 1):
             if call.name in self.agent.approval:
                 decision = self.steps.decision_on_next(n)
-                if decision is None:
+                # A fork has the calls of its origin without the decisions about them.
+                if decision is None and not self.steps.has_ended(n):
                     approvers = self.context.approvers or self.agent.approvers
                     raise self.steps.ask_for_approval(n, call.name, call.arguments, of_asker=ASKER in approvers)
                 if decision == "deny":
@@ -170,13 +171,21 @@ class Tools:
             return f"Error: {reason}"
         try:
             if (known := await self.steps.begin_for_child(spec)) is not None:
+                self.files.add(n, known.files)
                 return known.result
         except StepFailed as error:
             return f"Error: {error}"
         child = await context.child(n)
         if child and child.is_over:
-            await self.steps.end_for_child(n, child.reply, child.error)
-            return child.reply if child.reply is not None else f"Error: {child.error}"
+            if child.reply is None:
+                await self.steps.end_for_child(n, None, child.error)
+                return f"Error: {child.error}"
+            # Without images in base64, which would fill the model's window.
+            reply, files = await self.files.taken_out(n, child.reply)
+            result = ToolResult(_cut(reply), files=files)
+            await self.steps.end_for_child(n, result, None)
+            self.files.add(n, files)
+            return result.result
         text = f"step {n}: waits for the agent {other.name}"
         suspend = Suspend(context.session_key, "agent", n, other.name, text)
         if child:
@@ -202,11 +211,12 @@ def _result(reply: plugin_pb2.CallReply) -> ToolResult:
     """Raises EffectFailed if the tool failed."""
     match reply.outcome:
         case plugin_pb2.CallReply.OUTCOME_SUCCEEDED:
-            result = reply.result_json
-            return ToolResult(
-                result if len(result) <= RESULT_CHARACTERS else f"{result[:RESULT_CHARACTERS]}… (cut off)"
-            )
+            return ToolResult(_cut(reply.result_json))
         case plugin_pb2.CallReply.OUTCOME_UNKNOWN:
             return ToolResult("", unknown=reply.error or "it is not known whether the call took effect")
         case _:
             raise EffectFailed(reply.error or "the tool failed")
+
+
+def _cut(result: str) -> str:
+    return result if len(result) <= RESULT_CHARACTERS else f"{result[:RESULT_CHARACTERS]}… (cut off)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextvars import Context
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -58,7 +59,8 @@ class Watch:
         guarded = _Call(task)
         self._calls[guarded] = run_id
         if self._poll is None:
-            self._poll = asyncio.create_task(self._look_repeatedly())
+            # An empty context: it works for many tenants, and must not wait for the share of one.
+            self._poll = asyncio.create_task(self._look_repeatedly(), context=Context())
         timer = task.get_loop().call_later(seconds, guarded.stop, TimeoutError())
         try:
             return await call

@@ -175,8 +175,8 @@ class _Call:
         try:
             answer = await self._answered(count)
         except ModelFailed as error:
-            if self._written_bytes:
-                self._used = lost_usage(self.resource, self.prompt, self._written_bytes)
+            if self._written_bytes or error.usage:
+                self._used = lost_usage(self.resource, self.prompt, self._written_bytes, error.usage)
             if error.transient and self._attempt < ATTEMPTS:
                 await self._record_failed()
                 raise RetryLater(error.after or PAUSE, error.reason) from error
@@ -197,17 +197,16 @@ class _Call:
         self._attempt = attempt
         if lost:
             # The process of the attempt before died. The provider may have begun an answer.
-            await _record(tx, self.context, attempt - 1, lost_usage(self.resource, self.prompt, 0), estimated=True)
+            await _record(tx, self.context, attempt - 1, lost_usage(self.resource, self.prompt, 0))
 
     async def _record_failed(self) -> None:
         if self._used:
             async with self.effects.begin() as tx:
-                await _record(tx, self.context, self._attempt, self._used, estimated=True)
+                await _record(tx, self.context, self._attempt, self._used)
 
     async def _after(self, tx: Tx, outcome: Outcome[bytes]) -> None:
         if self._used:
-            estimated = outcome.state != "succeeded"
-            await _record(tx, self.context, outcome.attempt, self._used, estimated=estimated)
+            await _record(tx, self.context, outcome.attempt, self._used)
 
 
 async def _agent(tx: Tx, loaded: LoadedRun) -> StoredAgent | None:
@@ -228,10 +227,10 @@ def _messages(loaded: LoadedRun) -> list[Said]:
     return found
 
 
-async def _record(tx: Tx, context: RunContext, attempt: int, metered: MeteredCall, *, estimated: bool) -> None:
+async def _record(tx: Tx, context: RunContext, attempt: int, metered: MeteredCall) -> None:
     """Reports the usage, as one of the run's, and counts it for the agent's budget."""
     usage_id = f"{PURPOSE}/{context.run_id}/{attempt}"
-    record = usage_record(context, usage_id, metered, estimated=estimated)
+    record = usage_record(context, usage_id, metered)
     await store_usage(tx, context.run_id, record)
     # The true cost of the run was known before this call, and is asked for again.
     await tx.sql("UPDATE run SET budget_settled = false WHERE id = $1", context.run_id)

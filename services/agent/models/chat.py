@@ -51,6 +51,10 @@ TIMEOUT = httpx2.Timeout(60.0, connect=10.0)
 # The limit for the first token: some servers send comments while they produce nothing.
 FIRST_TOKEN_SECONDS = 120.0
 TRANSIENT_STATUS = (408, 409, 425, 429)
+# Groq refuses calls and JSON that the model has written badly. The next ones may be better.
+_MISWRITTEN = (b"tool_use_failed", b"json_validate_failed")
+# The fields around the object that tells of an error.
+_AROUND_ERRORS = ("error", "errors", "base_resp", "choices")
 # Parts of the words in which servers say why an answer ended. The first row that has one counts, because some say it
 # twice: Gemini's ``function_call_filter: MALFORMED_FUNCTION_CALL``.
 _FINISHES = (
@@ -146,6 +150,7 @@ class ChatModel:
             raise ModelFailed(f"{self._name}: {type(error).__name__}", transient=True) from error
         with self._reading():
             received.read_written_calls(tools, bare=bare)
+            received.read_refusal()
             answer = self._answer(received, names)
         if rest := "".join(received.text)[shown:]:
             await on_text(rest)
@@ -200,32 +205,38 @@ class ChatModel:
         except msgspec.DecodeError as error:
             raise ModelFailed(f"{self._name}: the answer is malformed", transient=True) from error
         if isinstance(chunk, dict) and chunk.get("error"):
-            raise ModelFailed(f"{self._name}: the server failed during the answer", transient=True)
+            told = _error(chunk)
+            status = _status(told)
+            reason = f"{self._name}: the server failed during the answer{_detail(status, told)}"
+            raise ModelFailed(reason, transient=status is None or _is_transient(status, data))
         if not isinstance(chunk, dict) or not isinstance(chunk.get("choices"), list | None):
             raise ModelFailed(f"{self._name}: the answer is malformed", transient=True)
         return chunk
 
     def _refused(self, response: httpx2.Response, body: bytes) -> ModelFailed:
         status = response.status_code
-        transient = status >= 500 or status in TRANSIENT_STATUS
-        if status == 429 and (b"insufficient_quota" in body or b"PerDay" in body):
-            transient = False  # it does not pass by itself in the time of a run
-        reason = f"{self._name}: HTTP {status}{_detail(status, body)}"
-        return ModelFailed(reason, transient=transient, after=retry_after(response.headers))
+        try:
+            error = _error(msgspec.json.decode(body))
+        except (msgspec.DecodeError, RecursionError):
+            error = {}
+        reason = f"{self._name}: HTTP {status}{_detail(status, error)}"
+        return ModelFailed(reason, transient=_is_transient(status, body), after=retry_after(response.headers))
 
     def _answer(self, received: _Received, names: Mapping[str, str]) -> ModelAnswer:
         text, calls = "".join(received.text), tuple(received.calls.values())
         if received.finish is None:
             # A proxy cut the stream and then closed the connection normally.
             raise ModelFailed(f"{self._name}: the answer was cut off", transient=True)
-        finish = finish_reason(received.finish)
+        finish, usage = finish_reason(received.finish), _usage(received.usage)
         if finish == "interrupted":
-            raise ModelFailed(f"{self._name}: the server failed during the answer", transient=True)
+            raise ModelFailed(f"{self._name}: the server failed during the answer", transient=True, usage=usage)
         if not all(call["name"] for call in calls):
             # An earlier call without a name would make each later request invalid.
-            raise ModelFailed(f"{self._name}: the answer has a tool call without a name", transient=True)
-        if (received.is_refused or finish == "content_filter") and not text and not calls:
-            raise ModelFailed(f"{self._name}: the provider's content filter withheld the answer", transient=False)
+            reason = f"{self._name}: the answer has a tool call without a name"
+            raise ModelFailed(reason, transient=True, usage=usage)
+        if finish == "content_filter" and not text and not calls:
+            reason = f"{self._name}: the provider's content filter withheld the answer"
+            raise ModelFailed(reason, transient=False, usage=usage)
         reasoning = None
         if calls and (received.thoughts or received.details):
             field, pieces = next(iter(received.thoughts.items()), (_THOUGHTS[0], []))
@@ -244,9 +255,9 @@ class ChatModel:
                 for call in calls
             ),
             reasoning=reasoning,
-            usage=_usage(received.usage),
+            usage=usage,
             model=received.model or self._name,
-            finish_reason=finish,
+            finish_reason="refusal" if received.is_refusal else finish,
         )
 
     def _extra(self, fields: dict[str, Any]) -> Extra | None:
@@ -271,11 +282,13 @@ class _Received:
         self.usage: Mapping[str, Any] | None = None
         self.model = ""
         self.finish: str | None = None
-        self.is_refused = False
+        self.refusal: list[str] = []
+        self.is_refusal = False
+        """The text is the refusal."""
 
     @property
     def has_begun(self) -> bool:
-        return bool(self.text or self.calls or self.thoughts or self.details)
+        return bool(self.text or self.calls or self.thoughts or self.details or self.refusal)
 
     def take(self, chunk: Mapping[str, Any]) -> str:
         """Adds a chunk, as `Completions` has repaired it. Returns its text. Raises TooLarge: pieces take twenty times
@@ -309,7 +322,9 @@ class _Received:
                 self._take_call(piece)
             if finish := choice.get("finish_reason"):
                 self.finish = str(finish)
-            self.is_refused = self.is_refused or bool(delta.get("refusal"))
+            if isinstance(refusal := delta.get("refusal"), str) and refusal:
+                self._count(refusal)
+                self.refusal.append(refusal)
         return said
 
     def _count(self, *texts: str) -> None:
@@ -325,6 +340,11 @@ class _Received:
         for n, call in enumerate(() if self.calls else found):
             arguments = msgspec.json.encode(call.arguments).decode()
             self.calls[n] = {"id": f"call_{uuid4().hex[:12]}", "name": call.name, "arguments": [arguments], "extra": {}}
+
+    def read_refusal(self) -> None:
+        """Takes the refusal for the text of an answer without another. OpenAI sends it apart if a schema is given."""
+        if "".join(self.refusal).strip() and not self.calls and not "".join(self.text).strip():
+            self.text, self.is_refusal = self.refusal, True
 
     def _take_call(self, piece: Mapping[str, Any]) -> None:
         call = self.calls.setdefault(piece["index"], {"id": "", "name": "", "arguments": [], "extra": {}})
@@ -429,15 +449,42 @@ def _usage(given: Mapping[str, Any] | None) -> Usage:
     )
 
 
-def _detail(status: int, body: bytes) -> str:
+def _error(given: Any) -> Mapping[str, Any]:
+    """The object that tells of an error. Servers put it into others, and into lists; some send only its text."""
+    while True:
+        if isinstance(given, dict):
+            inner = next((given[name] for name in _AROUND_ERRORS if given.get(name)), None)
+            if inner is None:
+                return given
+            given = inner
+        elif isinstance(given, list):
+            given = given[0] if given else None
+        else:
+            return {"message": given}
+
+
+def _status(error: Mapping[str, Any]) -> int | None:
+    """The HTTP status of an error in a stream, which servers put into several fields; None if it has none."""
+    for name in ("status_code", "code", "status"):
+        with suppress(TypeError, ValueError, OverflowError):
+            if 400 <= (status := int(error.get(name) or 0)) < 600:
+                return status
+    return None
+
+
+def _is_transient(status: int, body: bytes) -> bool:
+    if status == 429 and (b"insufficient_quota" in body or b"PerDay" in body):
+        return False  # it does not pass by itself in the time of a run
+    return status >= 500 or status in TRANSIENT_STATUS or any(code in body for code in _MISWRITTEN)
+
+
+def _detail(status: int | None, error: Mapping[str, Any]) -> str:
     """The provider's message, except if it is about the key: some providers repeat parts of it."""
     if status in (401, 403):
         return " (is the provider's api_key right?)"
-    try:
-        given = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError):
-        return ""
-    found: Any = given[0] if isinstance(given, Sequence) and given else given
-    inner = found.get("error", found) if isinstance(found, dict) else None
-    message = inner.get("message") if isinstance(inner, dict) else None
-    return f": {redacted(message)[:300]}" if isinstance(message, str) else ""
+    metadata = error.get("metadata")
+    # OpenRouter has the words of its provider beside its own.
+    told = [error.get(name) for name in ("message", "detail", "msg", "status_msg")]
+    told += [metadata.get("raw")] if isinstance(metadata, dict) else []
+    message = ": ".join(one for one in told if isinstance(one, str) and one)
+    return f": {redacted(message)[:300]}" if message else ""

@@ -164,10 +164,12 @@ class ProviderModel:
                 response = stream.get()
         details = response.provider_details or {}
         finish = response.finish_reason or chat.finish_reason(str(details.get("finish_reason")))
+        usage = _usage(response.usage, has_content=bool(response.parts))
         if finish == "interrupted":
-            raise ModelFailed(f"{self._name}: the server failed during the answer", transient=True)
+            raise ModelFailed(f"{self._name}: the server failed during the answer", transient=True, usage=usage)
         if finish == "content_filter" and not response.parts:
-            raise ModelFailed(f"{self._name}: the provider's content filter withheld the answer", transient=False)
+            reason = f"{self._name}: the provider's content filter withheld the answer"
+            raise ModelFailed(reason, transient=False, usage=usage)
         calls = tuple(
             ToolCall(part.tool_call_id, names.get(part.tool_name, part.tool_name), without_halves(_arguments(part)))
             for part in response.parts
@@ -182,7 +184,7 @@ class ProviderModel:
         return ModelAnswer(
             text=without_thoughts(without_halves(text)),
             calls=calls,
-            usage=_usage(response.usage, has_content=bool(response.parts)),
+            usage=usage,
             model=response.model_name or self._name,
             finish_reason=finish,
             reasoning=Reasoning("thinking", "", self._sender, thoughts) if calls and thoughts else None,
@@ -261,8 +263,9 @@ def _text(event: object) -> str:
 
 
 def _arguments(call: wire.ToolCallPart) -> str:
-    # As the model wrote them: the library would wrap invalid JSON into valid JSON.
-    return call.args if isinstance(call.args, str) else call.args_as_json_str()
+    # As the model wrote them: the library would wrap invalid JSON into valid JSON. Of a tool without parameters, Claude
+    # streams no arguments.
+    return (call.args if isinstance(call.args, str) else call.args_as_json_str()) or "{}"
 
 
 def _usage(usage: RequestUsage, *, has_content: bool) -> Usage:

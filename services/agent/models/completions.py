@@ -19,8 +19,7 @@ import msgspec
 from infra.errors import TooLarge
 from infra.recent import Recent
 from services.agent.models import refusals
-from services.agent.models.contract import ModelFailed
-from services.agent.models.pieces import MAX_FIELDS, Chunk, ToolCalls, check_size, lines
+from services.agent.models.pieces import MAX_FIELDS, Chunk, ToolCalls, as_events, check_size, lines
 from services.agent.models.thoughts import HELD, Thoughts
 
 # At most this many options are left out one after the other.
@@ -81,7 +80,7 @@ class Completions(httpx2.AsyncBaseTransport):
         held = 0 if request.url.host in _OWN_SERVERS else HELD
         repair = _Repair(Thoughts(None if model in self._thinks_aloud else held))
         try:
-            stream = await _stream(response.aiter_bytes())
+            stream = await as_events(response.aiter_bytes(), _events)
         except BaseException:
             await response.aclose()
             raise
@@ -115,34 +114,6 @@ class _Repaired(httpx2.AsyncByteStream):
     async def aclose(self) -> None:
         self._ended()
         await self._response.aclose()
-
-
-async def _stream(content: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The answer as events. The first bytes decide how to read it, because many servers send a wrong content type.
-
-    Raises ModelFailed, TooLarge.
-    """
-    first = b""
-    async for piece in content:
-        # Servers send spaces to keep the connection open, and some a byte order mark.
-        if first := piece.lstrip(b" \t\r\n\xef\xbb\xbf"):
-            break
-    if first.startswith(b"<"):
-        raise ModelFailed("the answer is a web page (is the provider's base_url right?)", transient=True)
-    if not first.startswith((b"{", b"[")):
-        return _chain(first, content)
-    whole = bytearray(first)
-    check_size(len(whole))
-    async for piece in content:
-        whole += piece
-        check_size(len(whole))
-    return _chain(_events(bytes(whole)), content)
-
-
-async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for piece in rest:
-        yield piece
 
 
 def _again(request: httpx2.Request, body: Mapping[str, Any], refused: set[str]) -> httpx2.Request:
@@ -197,6 +168,8 @@ class _Repair:
         """The lines so far of an event of several lines."""
         self._size = 0
         """Their bytes."""
+        self._is_error = False
+        """The event that is read is named an error."""
         self._halves: dict[str, str] = {}
         """By field, the first half of a character whose second half comes with the next text."""
         self._choice: Any = None
@@ -218,6 +191,8 @@ class _Repair:
         # Nothing ends the last event.
         for event in self._line(b""):
             yield event
+        if self._is_error:
+            yield _event({"error": "event"})
         if self._finish is not None or self._is_complete:
             for chunk in self._end():
                 yield _event(chunk)
@@ -242,7 +217,7 @@ class _Repair:
             self._size = 0
             yield from self._chunk(data, self._decode(data))
         elif line.startswith(b"event:") and line.removeprefix(b"event:").strip() == b"error":
-            yield _event({"error": "event"})
+            self._is_error = True
         elif line.startswith(b"data:"):
             data = line.removeprefix(b"data:").strip()
             # Some servers send no empty line after each event, so a line that is JSON is an event.
@@ -257,8 +232,9 @@ class _Repair:
 
     def _chunk(self, data: bytes, chunk: Any) -> Iterator[bytes]:
         """Other data is passed on as it is: the reader reports it."""
-        if _is_failure(chunk):
-            yield _event({"error": chunk})
+        if self._is_error or _is_failure(chunk):
+            self._is_error = False
+            yield _event({"error": chunk or "event"})
             return
         if not isinstance(chunk, dict) or chunk.get("error") or not isinstance(chunk.get("choices", []), list | None):
             yield b"data: " + data + b"\n\n"
@@ -315,7 +291,7 @@ class _Repair:
                 choice["finish_reason"] = None
             self._finish = choice["finish_reason"] or self._finish
             # The old completions have a text instead of a message.
-            content = _text(delta.get("content") or choice.get("text"))
+            content = _text(delta.get("content") or choice.get("text")) + _images(delta)
             delta["content"] = self.thoughts.feed(content)
             if choice["finish_reason"]:
                 delta["content"] += self.thoughts.flush()
@@ -325,7 +301,7 @@ class _Repair:
                 calls = [{"index": 0, "function": call}]
             if calls:
                 delta["tool_calls"] = self._calls.feed(calls if isinstance(calls, list) else [calls])
-            self._has_content = self._has_content or bool(content or calls)
+            self._has_content = self._has_content or bool(content or self._calls.count)
 
     def _is_ours(self, choice: Any) -> bool:
         if not isinstance(choice, dict):
@@ -348,7 +324,7 @@ class _Repair:
 def _is_failure(chunk: Any) -> bool:
     """An error of the server in a shape of its own, such as vLLM's, FastAPI's, MiniMax' and OpenRouter's."""
     if not isinstance(chunk, dict):
-        return False
+        return any(_mapping(one).get("error") for one in _list(chunk)[:1])
     choices = map(_mapping, _list(chunk.get("choices")))
     if _mapping(chunk.get("base_resp")).get("status_code") or any(choice.get("error") for choice in choices):
         return True
@@ -365,6 +341,14 @@ def _text(content: Any) -> str:
         text = part.get("text") if isinstance(part, dict) and part.get("type") in _PARTS else part
         texts += [text] if isinstance(text, str) else []
     return "".join(texts)
+
+
+def _images(delta: Chunk) -> str:
+    """The images that a model has made, in Markdown. They are parts of the content, or beside it as OpenRouter sends
+    them."""
+    parts = map(_mapping, (*_list(delta.get("content")), *_list(delta.get("images"))))
+    urls = (_mapping(part.get("image_url")).get("url") for part in parts if part.get("type") == "image_url")
+    return "".join(f"\n\n![image]({url})" for url in urls if isinstance(url, str))
 
 
 def _decode_damaged(data: bytes) -> Any:

@@ -166,8 +166,8 @@ class ModelAnswer(msgspec.Struct, frozen=True):
     model: str
     """The name of the model that answered, as the provider states it."""
     finish_reason: str
-    """``stop``, ``tool_call``, ``content_filter`` (cut off by the provider), or ``length`` (cut off by the limit of
-    tokens or for an unknown reason)."""
+    """``stop``, ``tool_call``, ``refusal`` (the text is the refusal of the model), ``content_filter`` (cut off by
+    the provider), or ``length`` (cut off by the limit of tokens or for an unknown reason)."""
     reasoning: Reasoning | None = None
     """Only of an answer with tool calls."""
 
@@ -184,13 +184,17 @@ class ModelFailed(Exception):
     """A model gave no answer. `reason` is for the operator; it contains no secret and no text of a person.
 
     transient: the failure is transient, so a retry may help, but not before `after` if the provider named a delay.
+    usage: as the provider has reported it; None if it has not.
     """
 
-    def __init__(self, reason: str, *, transient: bool, after: timedelta | None = None) -> None:
+    def __init__(
+        self, reason: str, *, transient: bool, after: timedelta | None = None, usage: Usage | None = None
+    ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.transient = transient
         self.after = after
+        self.usage = usage if usage and usage.input_tokens is not None else None
 
 
 class Model(Protocol):

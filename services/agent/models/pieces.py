@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
 from itertools import pairwise
 from typing import Any
@@ -14,7 +14,6 @@ import httpx2
 import msgspec
 
 from infra.errors import TooLarge
-from infra.web.http import media_type
 from services.agent.models.contract import ModelFailed
 
 Chunk = dict[str, Any]
@@ -58,6 +57,34 @@ def check_size(size: int) -> None:
         raise TooLarge(f"the answer has a part of more than {MAX_EVENT_BYTES // 1024**2} MiB")
 
 
+async def as_events(content: AsyncIterator[bytes], of_whole: Callable[[bytes], bytes]) -> AsyncIterator[bytes]:
+    """The answer as events. The first bytes decide how to read it, because many servers send a wrong content type.
+
+    `of_whole`: the events of an answer that comes as one JSON. Raises ModelFailed, TooLarge.
+    """
+    first = b""
+    async for piece in content:
+        # Servers send spaces to keep the connection open, and some a byte order mark.
+        if first := piece.lstrip(b" \t\r\n\xef\xbb\xbf"):
+            break
+    if first.startswith(b"<"):
+        raise ModelFailed("the answer is a web page (is the provider's base_url right?)", transient=True)
+    if not first.startswith((b"{", b"[")):
+        return _chain(first, content)
+    whole = bytearray(first)
+    check_size(len(whole))
+    async for piece in content:
+        whole += piece
+        check_size(len(whole))
+    return _chain(of_whole(bytes(whole)), content)
+
+
+async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for piece in rest:
+        yield piece
+
+
 class ShortErrors(httpx2.AsyncBaseTransport):
     """A transport whose error answers are cut after MAX_ERROR_BYTES: libraries read them whole, and as JSON."""
 
@@ -92,15 +119,16 @@ class _Beginning(httpx2.AsyncByteStream):
 
 
 class WholeEvents(httpx2.AsyncBaseTransport):
-    """A transport whose streams come event by event. Libraries take quadratic time for an event of many lines, and for
-    one that comes in many pieces. Events of Anthropic's shape have a usage, which may be zero."""
+    """A transport whose answers of Anthropic's shape come event by event, also if the server sends one JSON. Libraries
+    take quadratic time for an event of many lines, and for one that comes in many pieces. Events have a name and a
+    usage, which may be zero."""
 
     def __init__(self, inner: httpx2.AsyncBaseTransport) -> None:
         self._inner = inner
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         response = await self._inner.handle_async_request(request)
-        if media_type(response.headers) == "text/event-stream":
+        if response.status_code == 200:
             response.stream = _Events(response.stream)
         return response
 
@@ -116,7 +144,7 @@ class _Events(httpx2.AsyncByteStream):
         event: list[bytes] = []
         count = size = 0
         has_begun = has_ended = False
-        async for line in lines(self._stream):
+        async for line in lines(await as_events(aiter(self._stream), _message_events)):
             has_begun = has_begun or b'"message_start"' in line
             has_ended = has_ended or _END.search(line) is not None
             event.append(line)
@@ -127,17 +155,54 @@ class _Events(httpx2.AsyncByteStream):
             if count > MAX_EVENT_LINES:
                 raise TooLarge(f"an event of the stream has more than {MAX_EVENT_LINES} lines")
             if not line.strip(b"\r"):
-                yield b"\n".join((*map(_with_usage, event), b""))
+                yield b"\n".join((*_repaired(event), b""))
                 event.clear()
                 count = size = 0
         if event:
-            yield b"\n".join(map(_with_usage, event))
+            yield b"\n".join(_repaired(event))
         if has_begun and not has_ended:
             # A proxy cut the stream and then closed the connection normally.
             raise ModelFailed("the answer was cut off", transient=True)
 
     async def aclose(self) -> None:
         await self._stream.aclose()
+
+
+def _message_events(body: bytes) -> bytes:
+    """A message of Anthropic's shape as the events of a stream. Any other body becomes one event, unchanged."""
+    try:
+        message = msgspec.json.decode(body)
+        content = message["content"]
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        # The answer is complete, even if it has no reason to end.
+        end = {"stop_reason": message.get("stop_reason") or "end_turn", "stop_details": message.get("stop_details")}
+        events: list[Chunk] = [
+            {"type": "message_start", "message": message | {"content": []}},
+            *({"type": "content_block_start", "index": n, "content_block": block} for n, block in enumerate(blocks)),
+            {"type": "message_delta", "delta": end, "usage": message.get("usage")},
+            {"type": "message_stop"},
+        ]
+    except (msgspec.DecodeError, LookupError, TypeError, AttributeError, RecursionError):
+        name = b"event: error\n" if b'"error"' in body else b""
+        return name + b"data: " + body.replace(b"\n", b" ") + b"\n\n"
+    return b"".join(b"data: " + msgspec.json.encode(event) + b"\n\n" for event in events)
+
+
+def _repaired(event: Sequence[bytes]) -> list[bytes]:
+    """The lines of an event, with the name and the usage that Anthropic's library needs."""
+    found = [_with_usage(line) for line in event]
+    if not any(line.startswith(b"event:") for line in event):
+        for line in event:
+            with suppress(msgspec.DecodeError, RecursionError):
+                found.insert(
+                    0, b"event: " + msgspec.json.decode(line.removeprefix(b"data:"), type=_Named).type.encode()
+                )
+                break
+    return found
+
+
+class _Named(msgspec.Struct):
+    type: str
 
 
 def _with_usage(line: bytes) -> bytes:
@@ -205,6 +270,8 @@ class _Call:
         self.id = id_
         self.name = ""
         self._pieces: list[str] = []
+        self._size = 0
+        """The characters of the pieces."""
         self._depth = 0
         self._in_text = self._is_escaped = False
         self._is_complete: bool | None = None
@@ -216,6 +283,7 @@ class _Call:
             # Something follows the end.
             self._is_complete = False
         self._pieces.append(arguments)
+        self._size += len(arguments)
         begin = 1 if self._is_escaped else 0
         self._is_escaped = False
         for sign in _BRACKETS.findall(arguments, begin):
@@ -228,7 +296,8 @@ class _Call:
 
     def is_made(self, name: str, arguments: str) -> bool:
         """Whether it is this call, and a whole one."""
-        return (name, arguments) == (self.name, "".join(self._pieces)) and self.is_complete()
+        is_as_long = len(arguments) == self._size
+        return is_as_long and (name, arguments) == (self.name, "".join(self._pieces)) and self.is_complete()
 
     def is_complete(self) -> bool:
         """Whether the arguments so far are a whole object."""
@@ -258,9 +327,11 @@ class ToolCalls:
 
     def feed(self, pieces: list[Any]) -> list[Chunk]:
         """Raises TooLarge."""
-        return [self._piece(piece) for piece in pieces if isinstance(piece, dict)]
+        sent = (self._piece(piece) for piece in pieces if isinstance(piece, dict))
+        return [piece for piece in sent if piece is not None]
 
-    def _piece(self, piece: Chunk) -> Chunk:
+    def _piece(self, piece: Chunk) -> Chunk | None:
+        """None if it says nothing: some servers send each field of an answer, with empty values."""
         index, id_ = _index(piece.get("index")), piece.get("id")
         given_id = str(id_) if id_ and isinstance(id_, str | int) else None
         function = piece.get("function")
@@ -275,6 +346,8 @@ class ToolCalls:
         call = self._found(index, given_id)
         if call is None and name is None and self._calls:
             call = self._calls[-1]
+        if not (call or given_id or name or arguments):
+            return None
         if call and given_id and name and call.given_id == given_id and call.is_made(name, arguments):
             name, arguments = None, ""
         if call is None or (name and self._begins(call, given_id, arguments)):

@@ -50,7 +50,11 @@ _FORMAT_WITH_TOOLS = "format with tools"
 _FORMAT, _TOOLS = re.compile(r"json|mime|format", re.IGNORECASE), re.compile(r"tool|function", re.IGNORECASE)
 # The templates of some models know no system message, or want persons and the assistant to take turns.
 _ROLES = {
-    "system messages": re.compile(r"system[ _](role|message|prompt)|developer instruction", re.IGNORECASE),
+    "system messages": re.compile(
+        r"system\W{1,3}role|system[ _](role|message|prompt)|\brole\W{1,5}(does not support\W{1,3})?system\b|"
+        r"developer instruction",
+        re.IGNORECASE,
+    ),
     "repeated roles": re.compile(r"alternat", re.IGNORECASE),
 }
 # Mistral takes ids of nine letters and digits, OpenAI of 40 characters. Calls of another model may have others.

@@ -43,14 +43,14 @@ async def cancel(tx: Tx, run_id: UUID, reason: str) -> None:
     if status in projections.SUSPENDED or (
         status == "queued" and await lanes.cancel(tx, RUNS, session_key, UUID(str(item_id)))
     ):
-        await fail(tx, run_id, session_key, "cancelled", reason)
+        await fail_with_children(tx, run_id, session_key, "cancelled", reason)
         return
     await tx.sql("UPDATE run SET cancel_reason = $2 WHERE id = $1", run_id, reason)
     # A run that pauses before its next attempt ends without the rest of the pause.
     await lanes.postpone(tx, RUNS, session_key, UUID(str(item_id)), AT_ONCE)
 
 
-async def fail(tx: Tx, run_id: UUID, session_key: str, status: Ending, error: str) -> None:
+async def fail_with_children(tx: Tx, run_id: UUID, session_key: str, status: Ending, error: str) -> None:
     """Ends the run without an answer, and with it those of its children that are not over."""
     await tx.decide(stream(run_id), Fail(session_key, status, error))
     await projections.failed(tx, run_id, status, error)

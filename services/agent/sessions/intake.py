@@ -24,7 +24,7 @@ from services.agent.definitions.approvers import may_decide
 from services.agent.definitions.store import load, queue_mode
 from services.agent.lanes import RUNS, queue_run
 from services.agent.runs import projections
-from services.agent.runs.cancelling import cancel, fail
+from services.agent.runs.cancelling import cancel, fail_with_children
 from services.agent.runs.content import Unsealer
 from services.agent.runs.decisions import decision_in, is_unclear, settle, suspension
 from services.agent.runs.domain import Fail, Suspension
@@ -92,7 +92,7 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
         return event.run_id
     after = begins_after(session, in_album=arrival.in_album)
     if taken_over:
-        await fail(tx, event.run_id, arrival.session_key, "cancelled", TAKEN_OVER)
+        await fail_with_children(tx, event.run_id, arrival.session_key, "cancelled", TAKEN_OVER)
     elif busy:
         await _refuse(tx, arrival, event.run_id)
     elif event.opens:

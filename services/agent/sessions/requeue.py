@@ -9,7 +9,7 @@ from infra.errors import Conflict
 from infra.observe.spans import current_ids
 from infra.postgres.tx import Tx
 from services.agent.lanes import queue_run
-from services.agent.runs.cancelling import fail
+from services.agent.runs.cancelling import fail_with_children
 from services.agent.runs.decisions import suspension
 from services.agent.runs.domain import Suspension
 from services.agent.runs.events import Ending
@@ -50,7 +50,7 @@ async def fail_run(tx: Tx, run_id: UUID, session_key: str, status: Ending, error
     The session and the run are locked.
     """
     state = await tx.load(run_stream(run_id))
-    await fail(tx, run_id, session_key, status, error)
+    await fail_with_children(tx, run_id, session_key, status, error)
     if status == "failed" and state.messages:
         # Otherwise no run would answer the messages that came after its start.
         await requeue_later_messages(tx, run_id, state.messages)

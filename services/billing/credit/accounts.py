@@ -132,7 +132,9 @@ async def lock_one(tx: Tx, tenant_id: str) -> tuple[str, Account]:
     if not expired:
         return code, Account(credit, debited)
     await grants.settle(tx, tenant_id)
-    return (await lock(tx, [tenant_id]))[tenant_id]
+    _, after = (await lock(tx, [tenant_id]))[tenant_id]
+    notify(tx, tenant_id, code, Account(credit, debited), after)
+    return code, after
 
 
 async def add_credit(
@@ -157,10 +159,10 @@ async def add_credit(
     """
     _, account = await lock_one(tx, tenant_id)
     await grants.settle(tx, tenant_id)
-    if account.credit_nanos is not None:
-        if account.credit_nanos + amount_nanos > MAX_CREDIT_NANOS:
-            raise InvalidMessage(field, f"the credit would exceed {MAX_CREDIT_NANOS}")
-        await change_limit(tx, tenant_id, amount_nanos, reason=reason, actor=actor)
+    # An account without a limit has grants, too: the sum of them is stored and compared as one number.
+    if max(account.credit_nanos or 0, await grants.left(tx, tenant_id)) + amount_nanos > MAX_CREDIT_NANOS:
+        raise InvalidMessage(field, f"the credit would exceed {MAX_CREDIT_NANOS}")
+    await change_limit(tx, tenant_id, amount_nanos, reason=reason, actor=actor)
     return await grants.add(
         tx,
         tenant_id,
@@ -178,17 +180,21 @@ async def add_credit(
 
 async def change_limit(tx: Tx, tenant_id: str, nanos: int, *, reason: str, actor: str) -> None:
     """Raises the limit of an account that has one or, below zero, lowers it. The caller has locked the account."""
-    if nanos and await tx.sql(
+    if not nanos:
+        return
+    rows = await tx.sql(
         """
         UPDATE account
         SET credit_nanos = credit_nanos + $2
         WHERE tenant_id = $1 AND credit_nanos IS NOT NULL
-        RETURNING tenant_id
+        RETURNING currency, credit_nanos, debited_nanos
         """,
         tenant_id,
         nanos,
-    ):
+    )
+    for code, credit, debited in rows:
         await write_entries(tx, [Entry(tenant_id, "credit", nanos, reason=reason, actor=actor)])
+        notify(tx, tenant_id, code, Account(credit - nanos, debited), Account(credit, debited))
 
 
 async def debit(tx: Tx, entries: Sequence[Entry]) -> None:
@@ -217,21 +223,22 @@ async def debit(tx: Tx, entries: Sequence[Entry]) -> None:
     await write_entries(tx, entries)
     for tenant_id, amount in due.items():
         code, before = locked[tenant_id]
-        notify(tx, tenant_id, code, before, amount)
+        after, _ = before.debit(amount)
+        notify(tx, tenant_id, code, before, after)
 
 
-def notify(tx: Tx, tenant_id: str, code: str, before: Account, amount_nanos: int) -> None:
-    """Notifies a tenant if a debit of its account (`before` the debit) passes a threshold of its credit."""
-    after, passed = before.debit(amount_nanos)
-    for threshold in passed:
+def notify(tx: Tx, tenant_id: str, code: str, before: Account, after: Account) -> None:
+    """Notifies a tenant if a change of its account passes a threshold of its credit."""
+    for threshold in before.passed(after):
         _notify_tenant(tx, tenant_id, code, after, exhausted=threshold == "exhausted")
 
 
 async def write_entries(tx: Tx, entries: Sequence[Entry]) -> None:
     await tx.sql(
         """
-        INSERT INTO ledger_entry (tenant_id, kind, amount_nanos, usage_id, price_version, reason, actor)
-        SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::text[], $6::text[], $7::text[])
+        INSERT INTO ledger_entry (tenant_id, kind, amount_nanos, usage_id, price_version, reason, actor, period)
+        SELECT *
+        FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::text[], $6::text[], $7::text[], $8::bigint[])
         """,
         [entry.tenant_id for entry in entries],
         [entry.kind for entry in entries],
@@ -240,6 +247,7 @@ async def write_entries(tx: Tx, entries: Sequence[Entry]) -> None:
         [entry.price_version for entry in entries],
         [entry.reason for entry in entries],
         [entry.actor for entry in entries],
+        [entry.period for entry in entries],
     )
 
 
@@ -250,8 +258,8 @@ def _notify_tenant(tx: Tx, tenant_id: str, code: str, account: Account, *, exhau
         publish(tx, QuotaExhausted(tenant_id=tenant_id, currency=code, balance_nanos=balance))
     else:
         text = (
-            f"90 % of your credit has been used. Remaining credit: {format_units(balance)} {code}.\n\n"
-            "When the credit is spent, your agents refuse new work until credit is added.\n"
+            f"90 % of your credit is spent or has expired. Remaining credit: {format_units(balance)} {code}.\n\n"
+            "When no credit is left, your agents refuse new work until credit is added.\n"
         )
         send_mail(tx, tenant_id, "Your budget is nearly spent", text)
 

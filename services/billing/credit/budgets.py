@@ -3,8 +3,8 @@
 
 A hold is granted only if it fits into the rest of every budget that it concerns: the limit minus the spent amount minus
 the open holds. This is decided under the lock of the tenant's account, like all changes of holds and spent amounts. A
-counted record closes its hold and adds its cost in one transaction. So spending passes a budget by at most the
-difference between the cost of one step and its hold.
+counted record closes its hold and adds its cost in one transaction. Corrections of it add their differences. So
+spending passes a budget by at most the difference between the cost of one step and its hold.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from infra.clock import uuid7
 from infra.errors import Conflict, NotFound
 from infra.postgres.tx import Tx
 from protos.messages.billing import BudgetThresholdPassed
-from services.billing.credit import accounts
+from services.billing.credit import accounts, grants
 
 MAX_BUDGETS = 1_000
 """Of a tenant. Each record of its use is compared with all of them, in batches with those of other tenants."""
@@ -58,11 +58,11 @@ def _concerns(row: str) -> str:
 
 
 _HELD = f"""
-    coalesce((
-        SELECT sum(h.held_nanos)
+    (
+        SELECT {grants.HELD}
         FROM hold AS h
         WHERE {_concerns("h")} AND h.ended_at IS NULL AND h.expires_at > clock_timestamp()
-    ), 0)::bigint
+    )
 """
 
 
@@ -169,6 +169,28 @@ RETURNING {_STATE}
 """
 
 
+async def correct(tx: Tx, tenant_id: str, differences: Sequence[tuple[str, int]]) -> None:
+    """Adds the differences of the costs of records (usage_id, nano-units) to the budgets that count them in their
+    running window. The caller has locked the account."""
+    rows = await tx.sql(
+        f"""
+        WITH used AS (
+            SELECT b.tenant_id, b.budget_id, sum(n.nanos)::bigint AS nanos
+            FROM unnest($2::text[], $3::bigint[]) AS n(usage_id, nanos)
+            JOIN usage AS u ON u.tenant_id = $1 AND u.usage_id = n.usage_id
+            JOIN budget AS b ON {_concerns("u")}
+            WHERE u.rated_at >= {_WINDOW}
+            GROUP BY b.tenant_id, b.budget_id
+        )
+        {SPENT}
+        """,
+        tenant_id,
+        [usage_id for usage_id, _ in differences],
+        [nanos for _, nanos in differences],
+    )
+    await notify(tx, rows)
+
+
 async def notify(tx: Tx, rows: Iterable[tuple[Any, ...]]) -> None:
     """Notifies each tenant of the thresholds that it has passed and was not told of in this window. `rows` are
     `_STATE`, and the accounts are locked."""
@@ -229,13 +251,22 @@ async def set_budget(
         INSERT INTO budget AS b (tenant_id, budget_id, scope, scope_id, period, nanos, soft_percent, window_starts,
                                  spent_nanos)
         SELECT b.tenant_id, $2, b.scope, b.scope_id, b.period, $6, $7, {_WINDOW}, coalesce((
-            SELECT sum(u.amount_nanos)
+            SELECT sum(u.amount_nanos + coalesce((
+                SELECT sum(c.nanos)
+                FROM usage_correction AS c
+                WHERE c.tenant_id = u.tenant_id AND c.usage_id = u.usage_id
+            ), 0) - coalesce((
+                SELECT sum(l.amount_nanos)
+                FROM ledger_entry AS l
+                WHERE l.tenant_id = u.tenant_id AND l.usage_id = u.usage_id AND l.kind = 'correction'
+                  AND l.price_version IS NULL
+            ), 0))
             FROM usage AS u
             WHERE {_concerns("u")} AND u.verdict = 'counted' AND u.rated_at >= {_WINDOW}
         ), 0)::bigint + coalesce((
             SELECT sum(d.quantity)
             FROM (SELECT *, NULL AS session_key, NULL AS api_key_id FROM deleted_usage) AS d
-            WHERE {_concerns("d")} AND d.meter = 'cost_nanos' AND b.period = 'total'
+            WHERE {_concerns("d")} AND d.meter IN ('cost_nanos', 'correction_nanos') AND b.period = 'total'
         ), 0)::bigint
         FROM (SELECT $1::text, $3::text, $4::text, $5::text) AS b(tenant_id, scope, scope_id, period)
         ON CONFLICT (tenant_id, scope, scope_id, period) DO UPDATE

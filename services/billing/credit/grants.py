@@ -29,6 +29,9 @@ _OWED: dict[str, JournalAccount] = {
     "purchased": "purchased",
 }
 
+# The sum of holds. Nothing bounds those of an account without a limit, and the sum is taken off another bigint.
+HELD = "least(coalesce(sum(held_nanos), 0), 4e18)::bigint"
+
 
 class Grant(BaseModel):
     id: UUID
@@ -282,8 +285,8 @@ async def _expire_once(tx: Tx, tenant_id: str) -> None:
     )
     # Work that is under way may still use the credit that it has reserved. No hold is open for more than a day.
     [(reserved,)] = await tx.sql(
-        """
-        SELECT coalesce(sum(held_nanos), 0)::bigint
+        f"""
+        SELECT {HELD}
         FROM hold
         WHERE tenant_id = $1 AND ended_at IS NULL AND expires_at > clock_timestamp()
         """,

@@ -21,7 +21,7 @@ from infra.errors import InvalidMessage, NotFound, Transient
 from infra.postgres.database import Database
 from infra.postgres.group_commit import GroupCommit
 from infra.postgres.tx import Tx
-from services.billing.credit import accounts, budgets
+from services.billing.credit import accounts, budgets, grants
 from services.billing.rating import price_book
 from services.billing.rating.domain import UNITS, estimate, provisional
 
@@ -30,8 +30,8 @@ MAX_EXPIRY = timedelta(days=1)
 LARGEST_GROUP = 100
 
 
-_OPEN = """
-SELECT coalesce(sum(held_nanos), 0)::bigint
+_OPEN = f"""
+SELECT {grants.HELD}
 FROM hold
 WHERE tenant_id = $1 AND ended_at IS NULL AND expires_at > clock_timestamp()
 """

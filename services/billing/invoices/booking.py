@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Literal, NamedTuple
 from uuid import UUID
+
+import msgspec
 
 from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage
@@ -18,7 +21,7 @@ from services.billing.credit import accounts, grants, holds, journal
 from services.billing.credit.grants import PurchasedCredit
 from services.billing.invoices import store as invoices
 from services.billing.invoices import tax
-from services.billing.invoices.store import CreditNote, Invoice, InvoiceLine
+from services.billing.invoices.store import CreditNote, Invoice, InvoiceLine, TaxPart
 from services.billing.invoices.tax import Buyer, Seller
 from services.billing.plans import plans, subscriptions, terms
 from services.billing.rating import schemes
@@ -42,13 +45,25 @@ async def preview(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller) -> t
     if invoice.status != "draft" or invoice.is_order:
         return invoice, []
     await grants.settle(tx, tenant_id)
-    lines = [_given_elsewhere(invoice, part) for part in await _corrections_of_unpaid(tx, tenant_id, invoice)]
-    invoice = _with_lines(invoice, lines)
+    buyer = await tax.buyer(tx, tenant_id)
+    invoice, lines, _ = await _corrected(tx, tenant_id, invoice, buyer, seller)
     free = await grants.left(tx, tenant_id, only="purchased") - await _taken_before(tx, tenant_id, invoice)
-    purchased = max(0, min(invoice.subtotal_nanos, free))
+    purchased = max(0, min(_payable_before_tax(invoice), free))
     if purchased:
         lines.append(_taxed_before(invoice, purchased))
-    return await _priced(tx, invoice, purchased, await tax.buyer(tx, tenant_id), seller), lines
+    return await _priced(tx, invoice, purchased, buyer, seller), lines
+
+
+async def _corrected(
+    tx: Tx, tenant_id: str, draft: Invoice, buyer: Buyer, seller: Seller
+) -> tuple[Invoice, list[InvoiceLine], list[_Given]]:
+    """Returns a draft with the lines that its corrections add, these lines, and the corrections that credit notes give
+    instead."""
+    corrections = await _corrections(tx, tenant_id, draft)
+    given = await _given_by_notes(tx, tenant_id, corrections)
+    lines = [_given_elsewhere(draft, one) for one in given]
+    draft, more = await _with_taxes(tx, _with_lines(draft, lines), corrections, given, buyer, seller)
+    return draft, lines + more, given
 
 
 async def _taken_before(tx: Tx, tenant_id: str, draft: Invoice) -> int:
@@ -69,7 +84,47 @@ async def _taken_before(tx: Tx, tenant_id: str, draft: Invoice) -> int:
 
 
 class _Correction(NamedTuple):
-    """A correction on a draft that a credit note on the invoice of the corrected usage gives instead."""
+    """The corrections on a draft of the usage that another invoice has."""
+
+    invoice: Invoice
+    usage_nanos: int
+    """At the price book's prices."""
+    nanos: int
+    """Before tax, with the markup."""
+    committed_nanos: int
+    """The change of the commitment."""
+
+
+async def _corrections(tx: Tx, tenant_id: str, draft: Invoice) -> list[_Correction]:
+    rows = await tx.sql(
+        """
+        SELECT old.invoice_id, c.nanos, p.plan_id, p.plan_version, (
+            SELECT coalesce(sum(l.amount_nanos), 0)::bigint
+            FROM invoice_line AS l
+            WHERE l.tenant_id = $1 AND l.invoice_id = $2
+              AND l.source::json ->> 'usage_period' = c.usage_period::text
+        )
+        FROM invoice AS new
+        JOIN period AS p USING (tenant_id, period)
+        JOIN period_correction AS c USING (tenant_id, period)
+        JOIN invoice AS old ON old.tenant_id = c.tenant_id AND old.period = c.usage_period
+        WHERE new.tenant_id = $1 AND new.invoice_id = $2 AND old.invoice_id <> $2
+        ORDER BY old.invoice_id
+        """,
+        tenant_id,
+        draft.id,
+    )
+    found = []
+    for invoice_id, nanos, plan_id, plan_version, committed in rows:
+        markup = (await plans.version(tx, plan_id, plan_version)).usage_markup_percent
+        if markup is not None:
+            invoice = await invoices.get(tx, tenant_id, invoice_id)
+            found.append(_Correction(invoice, nanos, plans.with_markup(nanos, markup), committed))
+    return found
+
+
+class _Given(NamedTuple):
+    """A part of a correction that a credit note on the invoice of the corrected usage gives instead."""
 
     invoice: Invoice
     minor: int
@@ -80,42 +135,60 @@ class _Correction(NamedTuple):
     """At the price book's prices."""
 
 
-async def _corrections_of_unpaid(tx: Tx, tenant_id: str, draft: Invoice) -> list[_Correction]:
+async def _given_by_notes(tx: Tx, tenant_id: str, corrections: Sequence[_Correction]) -> list[_Given]:
     """Returns the corrections that `finalise` gives by credit notes on invoices that are not paid. On this draft they
-    would be credit for money that may never come."""
-    rows = await tx.sql(
-        """
-        SELECT old.invoice_id, c.nanos, p.plan_id, p.plan_version
-        FROM invoice AS new
-        JOIN period AS p USING (tenant_id, period)
-        JOIN period_correction AS c USING (tenant_id, period)
-        JOIN invoice AS old ON old.tenant_id = c.tenant_id AND old.period = c.usage_period
-        WHERE new.tenant_id = $1 AND new.invoice_id = $2 AND c.nanos < 0
-          AND old.status IN ('finalised', 'uncollectible')
-        ORDER BY old.invoice_id
-        """,
-        tenant_id,
-        draft.id,
-    )
+    would be credit for money that may never come. A note on an invoice with several taxes would take a part of each
+    back, so corrections of its usage stay on this draft."""
     found = []
-    for invoice_id, nanos, plan_id, plan_version in rows:
-        markup = (await plans.version(tx, plan_id, plan_version)).usage_markup_percent
-        if markup is None:
+    for invoice, usage_nanos, nanos, _ in corrections:
+        if nanos >= 0 or invoice.status not in ("finalised", "uncollectible") or invoice.other_taxes:
             continue
-        invoice = await invoices.get(tx, tenant_id, invoice_id)
-        given = plans.with_markup(nanos, markup)
         # Other corrections of that usage, or its commitment, may have charged a part of it again.
-        most = -max(given, await _corrected_elsewhere(tx, tenant_id, invoice_id))
+        most = -max(nanos, await _corrected_elsewhere(tx, tenant_id, invoice.id))
         minor = min(invoice.open_minor, most_creditable(invoice, most)) if most > 0 and invoice.open_minor else 0
         if minor:
             net = share(invoice, invoice.subtotal_nanos, minor)
-            found.append(_Correction(invoice, minor, net, nanos * net // given))
+            found.append(_Given(invoice, minor, net, usage_nanos * net // nanos))
     return found
 
 
-def _given_elsewhere(draft: Invoice, correction: _Correction) -> InvoiceLine:
-    text = f"Corrections that a credit note for invoice {correction.invoice.number} gives"
-    return invoices.line_of(draft, text, correction.nanos)
+def _given_elsewhere(draft: Invoice, given: _Given) -> InvoiceLine:
+    text = f"Corrections that a credit note for invoice {given.invoice.number} gives"
+    return invoices.line_of(draft, text, given.nanos)
+
+
+async def _with_taxes(
+    tx: Tx, draft: Invoice, corrections: Sequence[_Correction], given: Sequence[_Given], buyer: Buyer, seller: Seller
+) -> tuple[Invoice, list[InvoiceLine]]:
+    """Returns a draft with the taxes of the times whose usage it corrects, if they are not its own, and pairs of lines
+    which take these corrections from its tax to those."""
+    own = await tax.at(tx, buyer, seller.country, draft.period.ends)
+    by_notes = {one.invoice.id: one.nanos for one in given}
+    sums: dict[tax.Tax, int] = {}
+    lines = []
+    for correction in corrections:
+        old = correction.invoice
+        nanos = correction.nanos + correction.committed_nanos + by_notes.get(old.id, 0)
+        if old.number:
+            found = tax.Tax(tax.rate(old.tax_note) or Decimal(0), old.tax_note)
+        else:
+            found = await tax.at(tx, buyer, seller.country, old.period.ends)
+        if not nanos or found == own:
+            continue
+        sums[found] = sums.get(found, 0) + nanos
+        name = f"invoice {old.number}" if old.number else f"the period from {old.local_period.begins.isoformat()} on"
+        lines.append(invoices.line_of(draft, f"Corrections of {name}, which keep its tax", -nanos))
+        lines.append(invoices.line_of(draft, f"Corrections of {name}: {found.note}", nanos, found.note))
+    parts = [
+        TaxPart(note=found.note, subtotal_nanos=nanos, tax_nanos=tax.on(nanos, found.percent))
+        for found, nanos in sums.items()
+    ]
+    return draft.model_copy(update={"other_taxes": parts}), lines
+
+
+def _payable_before_tax(draft: Invoice) -> int:
+    """Returns how much purchased credit can take off before tax: no corrections with another tax."""
+    return min(draft.subtotal_nanos, draft.taxes[0].subtotal_nanos)
 
 
 def _with_lines(draft: Invoice, lines: Sequence[InvoiceLine]) -> Invoice:
@@ -135,10 +208,12 @@ async def _priced(tx: Tx, draft: Invoice, purchased: int, buyer: Buyer, seller: 
 
 
 async def taxed(tx: Tx, invoice: Invoice, buyer: Buyer, seller: Seller, at: datetime) -> Invoice:
-    """Returns an invoice with the tax on its subtotal at a time, and its total."""
-    tax_nanos, note = await tax.due(tx, buyer, invoice.subtotal_nanos, seller.country, at)
+    """Returns an invoice with the tax of a time on the lines without another one, and its total."""
+    own = await tax.at(tx, buyer, seller.country, at)
+    tax_nanos = tax.on(invoice.taxes[0].subtotal_nanos, own.percent)
+    tax_nanos += sum(part.tax_nanos for part in invoice.other_taxes)
     total = to_minor(invoice.subtotal_nanos + tax_nanos, invoice.currency)
-    return invoice.model_copy(update={"tax_nanos": tax_nanos, "tax_note": note, "total_minor": total})
+    return invoice.model_copy(update={"tax_nanos": tax_nanos, "tax_note": own.note, "total_minor": total})
 
 
 async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, actor: str) -> Invoice:
@@ -151,7 +226,7 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
     nothing is due, it is raised by it. So the tenant may use the rest of its grants.
 
     Corrections of the usage of an unpaid invoice are given by a credit note on that one, and a line here takes them
-    back.
+    back. The other corrections keep the tax of the corrected usage.
     """
     await accounts.lock_one(tx, tenant_id)
     draft = await invoices.get(tx, tenant_id, invoice_id)
@@ -163,32 +238,31 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
     now = utcnow()
     await grants.settle(tx, tenant_id)
     await grants.give_kept_back(tx, tenant_id, invoice_id)
-    given_elsewhere = await _corrections_of_unpaid(tx, tenant_id, draft)
-    for correction in given_elsewhere:
-        line = _given_elsewhere(draft, correction)
-        await invoices.add_line(tx, tenant_id, invoice_id, line)
-        draft = _with_lines(draft, [line])
+    buyer = await tax.buyer(tx, tenant_id)
+    draft, lines, given = await _corrected(tx, tenant_id, draft, buyer, seller)
+    for one in given:
         await credit(
             tx,
             tenant_id,
-            correction.invoice.id,
-            correction.minor,
+            one.invoice.id,
+            one.minor,
             reason="corrections of its usage",
             actor=actor,
             refund=False,
             corrections=True,
         )
+    for line in lines:
+        await invoices.add_line(tx, tenant_id, invoice_id, line)
     purchased = await grants.burn(
         tx,
         tenant_id,
-        draft.subtotal_nanos,
+        _payable_before_tax(draft),
         for_="revenue",
         reference=str(invoice_id),
         only="purchased",
     )
     if purchased:
         await invoices.add_line(tx, tenant_id, invoice_id, _taxed_before(draft, purchased))
-    buyer = await tax.buyer(tx, tenant_id)
     priced = await _priced(tx, draft, purchased, buyer, seller)
     total = priced.total_minor
     await journal.post(
@@ -213,7 +287,8 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
         """
         UPDATE invoice
         SET status = $3, number = $4, subtotal_nanos = $13, tax_nanos = $5, tax_note = $6, total_minor = $7,
-            applied_minor = $8, buyer = $9, seller = $10, finalised_at = $11, due_at = $12, dunning_at = $11
+            applied_minor = $8, buyer = $9, seller = $10, finalised_at = $11, due_at = $12, dunning_at = $11,
+            other_taxes = $14
         WHERE tenant_id = $1 AND invoice_id = $2
         """,
         tenant_id,
@@ -229,6 +304,7 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
         now,
         now + timedelta(days=(await terms.get(tx, tenant_id)).due_days),
         priced.subtotal_nanos,
+        msgspec.json.encode([part.model_dump() for part in priced.other_taxes]).decode(),
     )
     if total < 0:
         # Corrections are larger than the charges: the tenant is owed the rest.
@@ -241,7 +317,7 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
             actor=actor,
             source="receivable",
         )
-    usage = await _usage_nanos(tx, tenant_id, invoice_id) + sum(one.usage_nanos for one in given_elsewhere)
+    usage = await _usage_nanos(tx, tenant_id, invoice_id) + sum(one.usage_nanos for one in given)
     unpaid = usage - purchased - min(applied, total) * unit
     if unpaid < 0 or applied >= total:
         reason = f"difference between invoice {number} and its usage"
@@ -250,13 +326,21 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
 
 
 async def _usage_nanos(tx: Tx, tenant_id: str, invoice_id: UUID) -> int:
-    """Returns the usage and the corrections of an invoice's period at the price book's prices."""
+    """Returns the usage and the corrections of an invoice's period as the limit has counted them."""
     [(nanos,)] = await tx.sql(
         """
-        SELECT coalesce(sum(b.quantity), 0)::bigint
+        SELECT (coalesce((
+            SELECT sum(b.quantity)
+            FROM usage_bucket AS b
+            WHERE b.tenant_id = i.tenant_id AND b.period = i.period AND b.meter IN ('cost_nanos', 'correction_nanos')
+        ), 0) - coalesce((
+            SELECT sum(l.amount_nanos)
+            FROM ledger_entry AS l
+            WHERE l.tenant_id = i.tenant_id AND l.period = i.period AND l.kind = 'correction'
+              AND l.price_version IS NULL
+        ), 0))::bigint
         FROM invoice AS i
-        JOIN usage_bucket AS b USING (tenant_id, period)
-        WHERE i.tenant_id = $1 AND i.invoice_id = $2 AND b.meter IN ('cost_nanos', 'correction_nanos')
+        WHERE i.tenant_id = $1 AND i.invoice_id = $2
         """,
         tenant_id,
         invoice_id,
@@ -572,6 +656,9 @@ def share(invoice: Invoice, nanos: int, minor: int) -> int:
 
 def most_creditable(invoice: Invoice, nanos: int) -> int:
     """Returns the largest amount of the next credit note whose part before tax is at most `nanos`."""
+    if invoice.subtotal_nanos <= 0:
+        # The total is the difference of two taxes: no part before tax can be given.
+        return 0
     before = schemes.part(invoice.subtotal_nanos, invoice.credited_minor, invoice.total_minor)
     # At most one too much, because the shares are rounded.
     after = min(invoice.total_minor, (before + nanos) * invoice.total_minor // invoice.subtotal_nanos + 1)

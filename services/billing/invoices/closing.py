@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from zoneinfo import ZoneInfo
 
 import msgspec
 
@@ -41,9 +42,12 @@ async def _draft(tx: Tx, tenant_id: str, currency: str, period: Period, seller_c
     # Also before the sum is stored: the database would refuse it without the period.
     subtotal = _subtotal(period, lines)
     lines += await _commitments(tx, tenant_id, period, plan, subtotal)
+    # After the commitment, which would take back the amounts that they give.
+    lines += await _by_hand(tx, tenant_id, period.period)
     subtotal = _subtotal(period, lines)
     invoice_id = uuid7()
-    taxed = await tax.due(tx, await tax.buyer(tx, tenant_id), subtotal, seller_country, period.ends)
+    found = await tax.at(tx, await tax.buyer(tx, tenant_id), seller_country, period.ends)
+    tax_nanos = tax.on(subtotal, found.percent)
     await tx.sql(
         """
         INSERT INTO invoice (tenant_id, invoice_id, period, status, currency, begins, ends, subtotal_nanos, tax_nanos,
@@ -57,8 +61,9 @@ async def _draft(tx: Tx, tenant_id: str, currency: str, period: Period, seller_c
         period.begins,
         period.ends,
         subtotal,
-        *taxed,
-        to_minor(subtotal + taxed[0], currency),
+        tax_nanos,
+        found.note,
+        to_minor(subtotal + tax_nanos, currency),
         (await subscriptions.get(tx, tenant_id, period.subscription_id)).time_zone,
     )
     await tx.sql(
@@ -131,9 +136,26 @@ async def _commitments(tx: Tx, tenant_id: str, period: Period, plan: Plan, amoun
         )
         await _count(tx, tenant_id, number, before.counted_nanos + nanos)
         if now != was:
-            text = f"{committed.name}: commitment from {before.begins:%Y-%m-%d} on, after corrections"
-            found.append(DraftLine(text, 1, "", now - was, {}))
+            zone = ZoneInfo((await subscriptions.get(tx, tenant_id, before.subscription_id)).time_zone)
+            begins = before.begins.astimezone(zone)
+            text = f"{committed.name}: commitment from {begins:%Y-%m-%d} on, after corrections"
+            found.append(DraftLine(text, 1, "", now - was, {"usage_period": str(number)}))
     return found
+
+
+async def _by_hand(tx: Tx, tenant_id: str, period: int) -> list[DraftLine]:
+    """Returns the corrections by hand of a period."""
+    rows = await tx.sql(
+        """
+        SELECT reason, -amount_nanos
+        FROM ledger_entry
+        WHERE tenant_id = $1 AND period = $2 AND kind = 'correction' AND price_version IS NULL
+        ORDER BY entry
+        """,
+        tenant_id,
+        period,
+    )
+    return [DraftLine(f"Correction: {reason}", 1, str(nanos), nanos, {}) for reason, nanos in rows]
 
 
 async def _count(tx: Tx, tenant_id: str, number: int, nanos: int) -> None:

@@ -139,7 +139,9 @@ def _remind(tx: Tx, tenant_id: str, invoice: Invoice, number: int) -> None:
 def _due(invoice: Invoice) -> str:
     if invoice.due_minor == 0:
         return "Nothing is to be paid.\n"
-    return f"{amount(invoice, invoice.due_minor)} is due by {invoice.due_at:%Y-%m-%d} (UTC).\n"
+    assert invoice.due_at
+    day = f"{invoice.local(invoice.due_at):%Y-%m-%d} ({invoice.time_zone})"
+    return f"{amount(invoice, invoice.due_minor)} is due by {day}.\n"
 
 
 def amount(invoice: Invoice, minor: int) -> str:

@@ -8,7 +8,6 @@ them together (BT-149, the base quantity). The PDF and the CSV have the exact am
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -17,8 +16,9 @@ from typing import NamedTuple
 from lxml import etree  # type: ignore[import-untyped]
 
 from infra.errors import Conflict
+from services.billing.invoices import tax
 from services.billing.invoices.countries import COUNTRIES
-from services.billing.invoices.store import Invoice, InvoiceLine
+from services.billing.invoices.store import Invoice, InvoiceLine, TaxPart
 from services.billing.invoices.tax import Buyer, Seller
 from services.billing.rating.currencies import DIGITS, format_minor, nanos_per_minor, to_minor
 
@@ -29,14 +29,20 @@ _NAMESPACES = {
 }
 _QUALIFIED = "urn:un:unece:uncefact:data:standard:QualifiedDataType:100"
 _PROFILE = "urn:cen.eu:en16931:2017"
-# The note of a rate is the rate and its country: ``19 % DE``.
-_RATE = re.compile(r"([\d.]+) % [A-Z]{2}")
 
 
 class _Tax(NamedTuple):
     category: str
     """UNTDID 5305: S standard, Z zero rate, AE reverse charge, E exempt."""
     percent: str
+
+
+class _TaxSums(NamedTuple):
+    """One breakdown of the standard (BG-23): all lines of a category and rate, in minor units."""
+
+    tax: _Tax
+    basis: int
+    due: int
     reason: str
 
 
@@ -69,8 +75,9 @@ def document(
         invoice, lines = as_credit(invoice, lines)
         terms = "It becomes prepaid credit."
     assert invoice.finalised_at
-    tax = _tax(invoice)
     net = to_minor(invoice.subtotal_nanos, invoice.currency)
+    amounts = rounded(lines, net, invoice.currency)
+    taxes = [_tax(invoice.tax_note if line.tax_note is None else line.tax_note) for line in lines]
 
     def money(minor: int) -> str:
         return format_minor(minor, invoice.currency)
@@ -81,11 +88,11 @@ def document(
     head = _add(root, "rsm:ExchangedDocument")
     _add(head, "ram:ID", invoice.number)
     _add(head, "ram:TypeCode", "381" if terms else "380")
-    _date(_add(head, "ram:IssueDateTime"), invoice.finalised_at)
+    _date(_add(head, "ram:IssueDateTime"), invoice.local(invoice.finalised_at))
 
     deal = _add(root, "rsm:SupplyChainTradeTransaction")
-    for number, (line, minor) in enumerate(zip(lines, rounded(lines, net, invoice.currency), strict=True), 1):
-        _line(_add(deal, "ram:IncludedSupplyChainTradeLineItem"), number, line, money(minor), tax)
+    for number, (line, minor, of) in enumerate(zip(lines, amounts, taxes, strict=True), 1):
+        _line(_add(deal, "ram:IncludedSupplyChainTradeLineItem"), number, line, money(minor), of)
 
     parties = _add(deal, "ram:ApplicableHeaderTradeAgreement")
     _party(_add(parties, "ram:SellerTradeParty"), invoice.seller)
@@ -98,14 +105,15 @@ def document(
 
     settlement = _add(deal, "ram:ApplicableHeaderTradeSettlement")
     _add(settlement, "ram:InvoiceCurrencyCode", invoice.currency)
-    total_tax = _add(settlement, "ram:ApplicableTradeTax")
-    _add(total_tax, "ram:CalculatedAmount", money(invoice.total_minor - net))
-    _add(total_tax, "ram:TypeCode", "VAT")
-    if tax.reason:
-        _add(total_tax, "ram:ExemptionReason", tax.reason)
-    _add(total_tax, "ram:BasisAmount", money(net))
-    _add(total_tax, "ram:CategoryCode", tax.category)
-    _add(total_tax, "ram:RateApplicablePercent", tax.percent)
+    for sums_of in _breakdowns(invoice, invoice.total_minor - net, amounts, taxes):
+        breakdown = _add(settlement, "ram:ApplicableTradeTax")
+        _add(breakdown, "ram:CalculatedAmount", money(sums_of.due))
+        _add(breakdown, "ram:TypeCode", "VAT")
+        if sums_of.reason:
+            _add(breakdown, "ram:ExemptionReason", sums_of.reason)
+        _add(breakdown, "ram:BasisAmount", money(sums_of.basis))
+        _add(breakdown, "ram:CategoryCode", sums_of.tax.category)
+        _add(breakdown, "ram:RateApplicablePercent", sums_of.tax.percent)
     period = _add(settlement, "ram:BillingSpecifiedPeriod")
     _date(_add(period, "ram:StartDateTime"), span.begins)
     _date(_add(period, "ram:EndDateTime"), last)
@@ -115,7 +123,8 @@ def document(
     # BR-CO-25 wants a due date if the amount due is above zero.
     elif due > 0:
         assert invoice.due_at
-        _date(_add(_add(settlement, "ram:SpecifiedTradePaymentTerms"), "ram:DueDateDateTime"), invoice.due_at)
+        day = invoice.local(invoice.due_at)
+        _date(_add(_add(settlement, "ram:SpecifiedTradePaymentTerms"), "ram:DueDateDateTime"), day)
     sums = _add(settlement, "ram:SpecifiedTradeSettlementHeaderMonetarySummation")
     _add(sums, "ram:LineTotalAmount", money(net))
     _add(sums, "ram:TaxBasisTotalAmount", money(net))
@@ -134,7 +143,7 @@ def document(
             nsmap={"qdt": _QUALIFIED},
             format="102",
         )
-        date.text = f"{other.finalised_at:%Y%m%d}"
+        date.text = f"{other.local(other.finalised_at):%Y%m%d}"
     return bytes(etree.tostring(root, xml_declaration=True, encoding="UTF-8", pretty_print=True))
 
 
@@ -144,6 +153,10 @@ def as_credit(invoice: Invoice, lines: Sequence[InvoiceLine]) -> tuple[Invoice, 
     changes = {
         "subtotal_nanos": -invoice.subtotal_nanos,
         "tax_nanos": -invoice.tax_nanos,
+        "other_taxes": [
+            TaxPart(note=part.note, subtotal_nanos=-part.subtotal_nanos, tax_nanos=-part.tax_nanos)
+            for part in invoice.other_taxes
+        ],
         "total_minor": -invoice.total_minor,
         "due_at": None,
     }
@@ -162,6 +175,9 @@ def obstacle(invoice: Invoice, lines: Sequence[InvoiceLine]) -> str:
         # BR-CO-09. Greece has EL.
         if (vat_id := getattr(invoice, party).vat_id) and vat_id[:2] not in COUNTRIES | {"EL"}:
             return f"the vat_id of the {party} does not begin with the code of a country; an e-invoice needs it"
+    # BR-AE-02.
+    if not invoice.buyer.vat_id and any(_tax(part.note).category == "AE" for part in invoice.taxes):
+        return "corrections have reverse charge, and the buyer had no vat_id when the invoice was finalised"
     if DIGITS[invoice.currency] > 2:
         return f"{invoice.currency} has more than the two decimals of EN 16931"
     if not lines:
@@ -185,12 +201,12 @@ def price(line: InvoiceLine) -> LinePrice:
     if not line.amount_nanos:
         return LinePrice(line.quantity, Decimal(0))
     quantity = line.quantity or 1
-    if line.unit_nanos is not None and Decimal(line.unit_nanos) * quantity == line.amount_nanos:
+    if sign > 0 and line.unit_nanos is not None and Decimal(line.unit_nanos) * quantity == line.amount_nanos:
         return LinePrice(quantity, Decimal(line.unit_nanos).scaleb(-9))
     return LinePrice(sign * quantity, Decimal(abs(line.amount_nanos)).scaleb(-9), quantity)
 
 
-def _line(element: etree._Element, number: int, line: InvoiceLine, net: str, tax: _Tax) -> None:
+def _line(element: etree._Element, number: int, line: InvoiceLine, net: str, of: _Tax) -> None:
     found = price(line)
     _add(_add(element, "ram:AssociatedDocumentLineDocument"), "ram:LineID", str(number))
     _add(_add(element, "ram:SpecifiedTradeProduct"), "ram:Name", line.description)
@@ -201,15 +217,36 @@ def _line(element: etree._Element, number: int, line: InvoiceLine, net: str, tax
     settled = _add(element, "ram:SpecifiedLineTradeSettlement")
     rate = _add(settled, "ram:ApplicableTradeTax")
     _add(rate, "ram:TypeCode", "VAT")
-    _add(rate, "ram:CategoryCode", tax.category)
-    _add(rate, "ram:RateApplicablePercent", tax.percent)
+    _add(rate, "ram:CategoryCode", of.category)
+    _add(rate, "ram:RateApplicablePercent", of.percent)
     _add(_add(settled, "ram:SpecifiedTradeSettlementLineMonetarySummation"), "ram:LineTotalAmount", net)
 
 
-def _tax(invoice: Invoice) -> _Tax:
-    if rate := _RATE.fullmatch(invoice.tax_note):
-        return _Tax("S" if Decimal(rate[1]) else "Z", rate[1], "")
-    return _Tax("AE" if invoice.tax_note.startswith("reverse charge") else "E", "0", invoice.tax_note)
+def _tax(note: str) -> _Tax:
+    if (rate := tax.rate(note)) is not None:
+        return _Tax("S" if rate else "Z", f"{rate:f}")
+    return _Tax("AE" if note.startswith("reverse charge") else "E", "0")
+
+
+def _breakdowns(invoice: Invoice, due: int, amounts: Sequence[int], taxes: Sequence[_Tax]) -> list[_TaxSums]:
+    """The breakdowns, whose taxes add up to `due`. `amounts`, `taxes`: of the lines, in minor units."""
+    found: dict[_Tax, list[TaxPart]] = {}
+    for part in invoice.taxes:
+        if _tax(part.note) in taxes:
+            found.setdefault(_tax(part.note), []).append(part)
+    exact = {of: sum(part.tax_nanos for part in parts) for of, parts in found.items()}
+    rounded_tax = {of: to_minor(nanos, invoice.currency) for of, nanos in exact.items()}
+    # A category without tax has exactly 0 (BR-AE-09, BR-E-09), so the rest is on the one with the most.
+    rounded_tax[max(exact, key=lambda of: abs(exact[of]))] += due - sum(rounded_tax.values())
+    return [
+        _TaxSums(
+            of,
+            sum(minor for minor, other in zip(amounts, taxes, strict=True) if other == of),
+            rounded_tax[of],
+            "; ".join(part.note for part in parts) if of.category in ("AE", "E") else "",
+        )
+        for of, parts in found.items()
+    ]
 
 
 def _party(element: etree._Element, party: Seller | Buyer) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from decimal import Decimal
 
 from services.billing.invoices import einvoice, pdf
-from services.billing.invoices.store import CreditNote, Invoice, InvoiceLine
+from services.billing.invoices.store import CreditNote, Invoice, InvoiceLine, TaxPart
 from services.billing.invoices.tax import Buyer, Seller
+from services.billing.rating import schemes
 from services.billing.rating.currencies import format_minor
 
 
@@ -45,7 +46,8 @@ def note_page(note: CreditNote, invoice: Invoice) -> pdf.Page:
 
 
 def _named(invoice: Invoice) -> str:
-    return f"invoice {invoice.number} of {invoice.finalised_at:%Y-%m-%d}"
+    assert invoice.finalised_at
+    return f"invoice {invoice.number} of {invoice.local(invoice.finalised_at):%Y-%m-%d}"
 
 
 def _xml(
@@ -60,7 +62,7 @@ def _xml(
 
 
 def _page(title: str, invoice: Invoice, lines: Sequence[InvoiceLine], others: Sequence[str], xml: str) -> pdf.Page:
-    period, day = invoice.local_period, invoice.finalised_at or invoice.made_at
+    period, day = invoice.local_period, invoice.local(invoice.finalised_at or invoice.made_at)
     due = invoice.total_minor - invoice.prepaid_minor
     due_name = "Amount due" if invoice.prepaid_minor else "Total"
     prepaid = [
@@ -83,7 +85,7 @@ def _page(title: str, invoice: Invoice, lines: Sequence[InvoiceLine], others: Se
                 else []
             ),
             f"Amounts in {invoice.currency}",
-            *([f"Due: {invoice.due_at:%Y-%m-%d}"] if invoice.due_at and due > 0 else []),
+            *([f"Due: {invoice.local(invoice.due_at):%Y-%m-%d}"] if invoice.due_at and due > 0 else []),
         ],
         [
             (
@@ -98,7 +100,15 @@ def _page(title: str, invoice: Invoice, lines: Sequence[InvoiceLine], others: Se
         [
             *_more(lines[MOST_PRINTED:]),
             ("Subtotal", exact(invoice.subtotal_nanos)),
-            (f"Tax: {invoice.tax_note}" if invoice.tax_note else "Tax", exact(invoice.tax_nanos)),
+            *(
+                (
+                    f"Tax: {part.note}{f' on {exact(part.subtotal_nanos)}' if invoice.other_taxes else ''}"
+                    if part.note
+                    else "Tax",
+                    exact(part.tax_nanos),
+                )
+                for part in invoice.taxes
+            ),
             *(prepaid if invoice.prepaid_minor else []),
         ],
         f"{due_name} {format_minor(due, invoice.currency)} {invoice.currency}",
@@ -108,28 +118,42 @@ def _page(title: str, invoice: Invoice, lines: Sequence[InvoiceLine], others: Se
 
 
 def as_invoice(note: CreditNote, invoice: Invoice) -> tuple[Invoice, list[InvoiceLine]]:
-    """Returns a credit note in the shape of an invoice: with one line, and the parties, the tax and the period of its
-    invoice. Its amounts are above zero, because the kind of the document says that they are taken back."""
+    """Returns a credit note in the shape of an invoice: with one line for each tax, and the parties and the period of
+    its invoice. Its amounts are above zero, because the kind of the document says that they are taken back."""
+
+    def taken(nanos: int) -> int:
+        return schemes.part(nanos, note.amount_minor, invoice.total_minor)
+
+    others = [
+        TaxPart(note=part.note, subtotal_nanos=taken(part.subtotal_nanos), tax_nanos=taken(part.tax_nanos))
+        for part in invoice.other_taxes
+    ]
     changes = {
         "number": note.number,
         "subtotal_nanos": note.subtotal_nanos,
         "tax_nanos": note.tax_nanos,
+        "other_taxes": others,
         "total_minor": note.amount_minor,
         "purpose": "usage",
         "applied_minor": 0,
         "due_at": None,
         "finalised_at": note.made_at,
     }
-    line = InvoiceLine(
-        id=note.id,
-        description=f"Credit for invoice {invoice.number}: {note.reason}",
-        quantity=1,
-        unit_nanos=note.subtotal_nanos,
-        amount_nanos=note.subtotal_nanos,
-        from_=invoice.period.begins,
-        to=invoice.period.ends,
-    )
-    return invoice.model_copy(update=changes), [line]
+    made = invoice.model_copy(update=changes)
+    lines = [
+        InvoiceLine(
+            id=note.id,
+            description=f"Credit for invoice {invoice.number}: {note.reason}",
+            quantity=1,
+            unit_nanos=part.subtotal_nanos,
+            amount_nanos=part.subtotal_nanos,
+            from_=invoice.period.begins,
+            to=invoice.period.ends,
+            tax_note=part.note,
+        )
+        for part in made.taxes
+    ]
+    return made, lines
 
 
 def _more(lines: Sequence[InvoiceLine]) -> list[tuple[str, str]]:
@@ -143,11 +167,16 @@ def _party(role: str, party: Seller | Buyer) -> list[str]:
     return [f"{role}: {text}", *party.address.splitlines()] if text else []
 
 
+def note_csv(note: CreditNote, invoice: Invoice) -> str:
+    return as_csv(*einvoice.as_credit(*as_invoice(note, invoice)))
+
+
 def as_csv(invoice: Invoice, lines: Sequence[InvoiceLine]) -> str:
-    """The lines as comma-separated values (RFC 4180), amounts in units of the currency."""
+    """The lines as comma-separated values (RFC 4180), amounts before tax in units of the currency. All that is given
+    back is below zero, also in a credit note, so that the sum of all documents is the revenue."""
     out = io.StringIO()
     write = csv.writer(out).writerow
-    write(("line", "description", "quantity", "amount", "currency", "from", "to"))
+    write(("line", "description", "quantity", "amount", "currency", "from", "to", "tax", "document"))
     for number, line in enumerate(lines, 1):
         write(
             (
@@ -156,8 +185,10 @@ def as_csv(invoice: Invoice, lines: Sequence[InvoiceLine]) -> str:
                 line.quantity,
                 exact(line.amount_nanos),
                 invoice.currency,
-                line.from_.isoformat(),
-                line.to.isoformat(),
+                invoice.local(line.from_).isoformat(),
+                invoice.local(line.to).isoformat(),
+                invoice.tax_note if line.tax_note is None else line.tax_note,
+                invoice.kind,
             )
         )
     return out.getvalue()

@@ -12,19 +12,20 @@ import asyncio
 import re
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from infra.errors import TooLarge, TooManyRequests
+from infra.errors import TooLarge
+from infra.service.one_each import OneEach
 
 _ROOT = Path(__file__).parents[3]
 _printing = asyncio.Semaphore(1)
-_asking: set[str] = set()
+one_each = OneEach("another PDF for you is being printed", timedelta(seconds=10))
+"""A place in the row for one document of a tenant."""
 PRINT_SECONDS = 120
 # A document with the most lines takes a thousand megabytes.
 MAX_MEMORY_BYTES = 1536 * 1024**2
@@ -48,21 +49,6 @@ class Page(msgspec.Struct, frozen=True):
     """``2026-11-03``. It is the date of the file, too."""
     xml: str
     """The e-invoice that is attached. Empty: none."""
-
-
-@contextmanager
-def alone(asker: str) -> Iterator[None]:
-    """A place in the row for one document of the asker: so a tenant that asks again and again keeps no other waiting.
-
-    Raises TooManyRequests while the asker has one already.
-    """
-    if asker in _asking:
-        raise TooManyRequests(timedelta(seconds=10), "another PDF for you is being printed")
-    _asking.add(asker)
-    try:
-        yield
-    finally:
-        _asking.discard(asker)
 
 
 async def document(page: Page) -> bytes:

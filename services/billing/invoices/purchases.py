@@ -56,8 +56,10 @@ async def order(tx: Tx, tenant_id: str, nanos: int, reason: str, seller: Seller)
     await tx.sql(
         """
         INSERT INTO invoice (tenant_id, invoice_id, purpose, status, currency, begins, ends, subtotal_nanos, tax_nanos,
-                             tax_note, total_minor)
-        VALUES ($1, $2, 'credit', 'draft', $3, $4, $4, $5, 0, '', $6)
+                             tax_note, total_minor, time_zone)
+        VALUES ($1, $2, 'credit', 'draft', $3, $4, $4, $5, 0, '', $6, coalesce((
+            SELECT time_zone FROM subscription WHERE tenant_id = $1 ORDER BY starts_at DESC LIMIT 1
+        ), 'UTC'))
         """,
         tenant_id,
         invoice_id,

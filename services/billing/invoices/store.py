@@ -11,7 +11,7 @@ from typing import Any, Literal
 from uuid import UUID, uuid5
 from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel, Field, computed_field
+from pydantic import BaseModel, Field, TypeAdapter, computed_field
 
 from infra.clock import utcnow
 from infra.errors import NotFound
@@ -27,6 +27,14 @@ class InvoicePeriod(BaseModel):
     ends: datetime
 
 
+class TaxPart(BaseModel):
+    """The lines of an invoice that have one tax."""
+
+    note: str
+    subtotal_nanos: int
+    tax_nanos: int
+
+
 class Invoice(BaseModel):
     id: UUID
     number: str | None
@@ -37,10 +45,13 @@ class Invoice(BaseModel):
     currency: str
     period: InvoicePeriod
     time_zone: str = "UTC"
-    """The subscription's, in which its periods begin at midnight. Documents have its days."""
+    """The subscription's, in which its periods begin at midnight. All days of documents are of it."""
     subtotal_nanos: int
     tax_nanos: int
     tax_note: str
+    """Of the lines without a note of their own."""
+    other_taxes: list[TaxPart] = Field([], exclude=True)
+    """Of the lines with a note of their own, as parts of the subtotal and the tax."""
     total_minor: int
     """In minor units of the currency (cents), tax included, rounded once."""
     applied_minor: int
@@ -61,18 +72,35 @@ class Invoice(BaseModel):
     made_at: datetime
     finalised_at: datetime | None
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def taxes(self) -> list[TaxPart]:
+        """The parts of the subtotal and of the tax, one for each tax."""
+        own = TaxPart(
+            note=self.tax_note,
+            subtotal_nanos=self.subtotal_nanos - sum(part.subtotal_nanos for part in self.other_taxes),
+            tax_nanos=self.tax_nanos - sum(part.tax_nanos for part in self.other_taxes),
+        )
+        return [own, *self.other_taxes]
+
+    @property
+    def kind(self) -> str:
+        """Of its document. An invoice below zero is a credit note."""
+        return "credit note" if self.total_minor < 0 else "invoice"
+
     @property
     def title(self) -> str:
-        """Of its document. An invoice below zero is a credit note."""
-        is_credit = self.total_minor < 0
+        """Of its document."""
         if self.number is None:
-            return f"Draft of {'a credit note' if is_credit else 'an invoice'}"
-        return f"{'Credit note' if is_credit else 'Invoice'} {self.number}"
+            return f"Draft of {'a' if self.total_minor < 0 else 'an'} {self.kind}"
+        return f"{self.kind.capitalize()} {self.number}"
+
+    def local(self, moment: datetime) -> datetime:
+        return moment.astimezone(ZoneInfo(self.time_zone))
 
     @property
     def local_period(self) -> InvoicePeriod:
-        zone = ZoneInfo(self.time_zone)
-        return InvoicePeriod(begins=self.period.begins.astimezone(zone), ends=self.period.ends.astimezone(zone))
+        return InvoicePeriod(begins=self.local(self.period.begins), ends=self.local(self.period.ends))
 
     @property
     def is_order(self) -> bool:
@@ -114,6 +142,8 @@ class InvoiceLine(BaseModel):
     amount_nanos: int
     from_: datetime = Field(serialization_alias="from")
     to: datetime
+    tax_note: str | None = None
+    """Null: that of the invoice. A correction of earlier usage keeps the tax of that time."""
 
 
 class WholeInvoice(Invoice):
@@ -135,8 +165,11 @@ class CreditNote(BaseModel):
 
 _INVOICE = (
     "invoice_id, number, status, purpose, currency, begins, ends, time_zone, subtotal_nanos, tax_nanos, tax_note, "
-    "total_minor, applied_minor, paid_minor, credited_minor, due_at, buyer, seller, made_at, finalised_at"
+    "other_taxes, total_minor, applied_minor, paid_minor, credited_minor, due_at, buyer, seller, made_at, finalised_at"
 )
+
+
+_TAXES = TypeAdapter(list[TaxPart])
 
 
 async def get(tx: Tx, tenant_id: str, invoice_id: UUID) -> Invoice:
@@ -172,6 +205,7 @@ def _invoice(row: tuple[Any, ...]) -> Invoice:
         buyer=Buyer.model_validate_json(columns.pop("buyer")),
         seller=Seller.model_validate_json(columns.pop("seller")),
         period=InvoicePeriod(begins=columns.pop("begins"), ends=columns.pop("ends")),
+        other_taxes=_TAXES.validate_json(columns.pop("other_taxes")),
         overdue=columns["status"] == "finalised" and columns["due_at"] < utcnow(),
         **columns,
     )
@@ -183,7 +217,7 @@ async def lines(
     """Returns (number, line) of the lines after number `after`. limit None: all."""
     rows = await tx.sql(
         """
-        SELECT line, line_id, description, quantity::text, unit_nanos, amount_nanos, begins, ends
+        SELECT line, line_id, description, quantity::text, unit_nanos, amount_nanos, begins, ends, tax_note
         FROM invoice_line
         WHERE tenant_id = $1 AND invoice_id = $2 AND line > $3
         ORDER BY line
@@ -205,9 +239,10 @@ async def lines(
                 amount_nanos=amount,
                 from_=begins,
                 to=ends,
+                tax_note=note,
             ),
         )
-        for number, line_id, description, quantity, unit, amount, begins, ends in rows
+        for number, line_id, description, quantity, unit, amount, begins, ends, note in rows
     ]
 
 
@@ -221,7 +256,7 @@ async def last_line(tx: Tx, tenant_id: str, invoice_id: UUID) -> int:
     return int(number)
 
 
-def line_of(invoice: Invoice, description: str, nanos: int) -> InvoiceLine:
+def line_of(invoice: Invoice, description: str, nanos: int, tax_note: str | None = None) -> InvoiceLine:
     """A line about an amount. Its id follows from the invoice and the description, so a line that is only shown yet has
     the id with which it is stored."""
     return InvoiceLine(
@@ -232,6 +267,7 @@ def line_of(invoice: Invoice, description: str, nanos: int) -> InvoiceLine:
         amount_nanos=nanos,
         from_=invoice.period.begins,
         to=invoice.period.ends,
+        tax_note=tax_note,
     )
 
 
@@ -240,8 +276,8 @@ async def add_line(tx: Tx, tenant_id: str, invoice_id: UUID, line: InvoiceLine) 
     await tx.sql(
         """
         INSERT INTO invoice_line (tenant_id, invoice_id, line, line_id, description, quantity, unit_nanos, amount_nanos,
-                                  begins, ends, source)
-        SELECT $1, $2, coalesce(max(line), 0) + 1, $3, $4, 1, '', $5, $6, $7, '{}'
+                                  begins, ends, source, tax_note)
+        SELECT $1, $2, coalesce(max(line), 0) + 1, $3, $4, 1, '', $5, $6, $7, '{}', $8
         FROM invoice_line
         WHERE tenant_id = $1 AND invoice_id = $2
         """,
@@ -252,6 +288,7 @@ async def add_line(tx: Tx, tenant_id: str, invoice_id: UUID, line: InvoiceLine) 
         line.amount_nanos,
         line.from_,
         line.to,
+        line.tax_note,
     )
 
 

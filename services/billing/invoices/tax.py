@@ -5,6 +5,7 @@ The rates are data of the operator, because they change by law. A country with o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from decimal import Decimal
@@ -45,6 +46,21 @@ class Seller(BaseModel):
 class Tax(NamedTuple):
     percent: Decimal
     note: str
+
+
+# The note of a rate is the rate and its country: ``19 % DE``.
+_RATE = re.compile(r"([\d.]+) % [A-Z]{2}")
+
+
+def rate(note: str) -> Decimal | None:
+    """Returns the rate of a stored note. None: there is no tax, for the reason that it gives."""
+    found = _RATE.fullmatch(note)
+    return Decimal(found[1]) if found else None
+
+
+def on(nanos: int, percent: Decimal) -> int:
+    """Returns the tax on an amount, rounded once."""
+    return plans.with_markup(nanos, percent) - nanos
 
 
 _EU = "AT BE BG CY CZ DE DK EE ES FI FR GR HR HU IE IT LT LU LV MC MT NL PL PT RO SE SI SK"
@@ -89,11 +105,9 @@ def tax_of(buyer: Buyer, seller_country: str, rates: Mapping[str, Decimal]) -> T
     return RULES.get(buyer.country, standard)(buyer, seller_country, rates)
 
 
-async def due(tx: Tx, buyer: Buyer, subtotal: int, seller_country: str, ends: datetime) -> tuple[int, str]:
-    """Returns the tax on `subtotal` in nano-units, and its note. `ends`: the end of the period, which decides about the
-    rate, whenever the invoice is made."""
-    found = tax_of(buyer, seller_country, await rates(tx, ends))
-    return plans.with_markup(subtotal, found.percent) - subtotal, found.note
+async def at(tx: Tx, buyer: Buyer, seller_country: str, ends: datetime) -> Tax:
+    """`ends`: the end of the period, which decides about the rate, whenever the invoice is made."""
+    return tax_of(buyer, seller_country, await rates(tx, ends))
 
 
 def check(buyer: Buyer) -> None:

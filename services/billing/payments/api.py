@@ -173,17 +173,20 @@ def router(runtime: Runtime) -> APIRouter:
         when the provider reports it. With an Idempotency-Key a repeated call means the same refund."""
         key = key_of(request)
         async with runtime.worker.begin() as tx:
-            payment, refund_id = await store.begin_refund(
+            payment, refund_id, status = await store.begin_refund(
                 tx, payment_id, body.amount_minor, reason=body.reason, actor=who.actor, key=key
             )
             tx.tenant_id = payment.tenant_id
             audit(tx, who.actor, "billing.refund", "payment", str(payment_id), minor=str(body.amount_minor))
-        try:
-            await provider(payment.provider).refund(payment.reference, body.amount_minor, payment.currency, refund_id)
-        except Conflict:
-            async with runtime.worker.begin(tenant_id=payment.tenant_id) as tx:
-                await store.end_refund(tx, payment.tenant_id, refund_id, "failed")
-            raise
+        asked = provider(payment.provider)
+        # The provider forgets keys after a day: one that may have been made is looked up.
+        if status == "new" or (status == "pending" and not await asked.has_refund(payment.reference, refund_id)):
+            try:
+                await asked.refund(payment.reference, body.amount_minor, payment.currency, refund_id)
+            except Conflict:
+                async with runtime.worker.begin(tenant_id=payment.tenant_id) as tx:
+                    await store.end_refund(tx, payment.tenant_id, refund_id, "failed")
+                raise
         async with runtime.worker.begin(tenant_id=payment.tenant_id) as tx:
             await store.end_refund(tx, payment.tenant_id, refund_id, "made")
         return Refund(id=refund_id, payment_id=payment_id, amount_minor=body.amount_minor)

@@ -74,7 +74,8 @@ class PaymentProvider(Protocol):
     name: str
 
     async def save(self, tenant_id: str, token: str, customer: str) -> tuple[str, str]:
-        """Attaches a method to a customer, who is made if `customer` is empty. Returns (customer, method).
+        """Attaches a method to a customer, who is made if `customer` is empty or not known to the provider. Returns
+        (customer, method).
 
         Raises InvalidMessage (field ``token``) if the provider refuses it.
         """
@@ -103,6 +104,9 @@ class PaymentProvider(Protocol):
 
     async def refund(self, reference: str, minor: int, currency: str, key: UUID) -> None:
         """Gives a part of a payment back, once for a key. Raises Conflict if the provider refuses."""
+
+    async def has_refund(self, reference: str, key: UUID) -> bool:
+        """Whether `refund` was made for this key, however it ended."""
 
     def event(self, headers: Mapping[str, str], body: bytes, now: datetime) -> ProviderEvent:
         """Raises Unauthenticated for a forged or stale call."""

@@ -425,8 +425,9 @@ async def _book(tx: Tx, before: Payment, after: Payment, event: ProviderEvent) -
 
 async def begin_refund(
     tx: Tx, payment_id: UUID, minor: int, *, reason: str, actor: str, key: str | None
-) -> tuple[Payment, UUID]:
-    """Reserves a refund. The same `key` means the same refund, which the provider makes once.
+) -> tuple[Payment, UUID, Literal["new", "pending", "made"]]:
+    """Reserves a refund. The same `key` means the same refund. Its status is `pending` if the provider's answer to an
+    earlier call is not known.
 
     Raises InvalidMessage for more than is left of the payment, and for a key of another refund, and Conflict for the
     key of a refund that has failed, and for prepaid credit that no credit note has taken back.
@@ -444,7 +445,7 @@ async def begin_refund(
             raise InvalidMessage(HEADER, "was used before with another body")
         if status == "failed":
             raise Conflict("the refund has failed; ask for another one with another key")
-        return payment, refund_id
+        return payment, refund_id, status
     money = await booking.received(tx, payment.tenant_id, payment.invoice_id, payment_id)
     left = money.left - money.going
     if minor > left:
@@ -462,7 +463,7 @@ async def begin_refund(
         reason,
         actor,
     )
-    return payment, refund_id
+    return payment, refund_id, "new"
 
 
 async def end_refund(tx: Tx, tenant_id: str, refund_id: UUID, status: Literal["made", "failed"]) -> None:
@@ -493,9 +494,17 @@ async def save_method(tx: Tx, tenant_id: str, provider: str, customer: str, refe
 
 
 async def customer(tx: Tx, tenant_id: str, provider: str) -> str:
-    """Returns the provider's id of the tenant, empty if it has none."""
+    """Returns the provider's latest id of the tenant, empty if it has none."""
     rows = await tx.sql(
-        "SELECT customer FROM payment_method WHERE tenant_id = $1 AND provider = $2 LIMIT 1", tenant_id, provider
+        """
+        SELECT customer
+        FROM payment_method
+        WHERE tenant_id = $1 AND provider = $2
+        ORDER BY method_id DESC
+        LIMIT 1
+        """,
+        tenant_id,
+        provider,
     )
     return str(rows[0][0]) if rows else ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -16,6 +17,7 @@ from pydantic import SecretStr
 from infra.errors import Conflict, InvalidMessage, Transient, Unauthenticated
 from infra.outgoing.client import Answer, Outgoing
 from services.billing.payments.provider import CANCELLED, EventKind, Intent, PaymentRequest, ProviderEvent
+from services.billing.rating.currencies import DIGITS, format_minor
 
 # Stripe's own limit. An older call could be a recorded one.
 TOLERANCE_SECONDS = 300
@@ -23,6 +25,7 @@ _DISPUTES: dict[str, EventKind] = {"won": "dispute_won", "lost": "dispute_lost",
 
 
 # docs.stripe.com/currencies, special cases: ISK and UGX have two digits there and none in ISO 4217; MGA the reverse.
+# With three digits, the last one must be 0.
 _HUNDREDFOLD, _HUNDREDTH = ("ISK", "UGX"), ("MGA",)
 
 
@@ -30,11 +33,13 @@ def amount_of(minor: int, currency: str) -> int:
     """Stripe's amount for minor units of ISO 4217. Raises Conflict if Stripe cannot express it."""
     if currency in _HUNDREDFOLD:
         return minor * 100
-    if currency not in _HUNDREDTH:
-        return minor
-    if minor % 100:
-        raise Conflict(f"stripe takes only whole units of {currency}; the amount must be paid in another way")
-    return minor // 100
+    least = 100 if currency in _HUNDREDTH else 10 if DIGITS[currency] == 3 else 1
+    if minor % least:
+        raise Conflict(
+            f"stripe takes only multiples of {format_minor(least, currency)} {currency}; "
+            "the amount must be paid in another way"
+        )
+    return minor // 100 if currency in _HUNDREDTH else minor
 
 
 def minor_of(amount: int, currency: str) -> int:
@@ -63,13 +68,19 @@ class Stripe:
         self._secret = webhook_secret
 
     async def save(self, tenant_id: str, token: str, customer: str) -> tuple[str, str]:
-        if not customer:
-            made = await self._call("customers", {"metadata[tenant_id]": tenant_id}, f"customer {tenant_id}")
-            customer = str(_ok(made)["id"])
-        answer = await self._call(f"payment_methods/{token}/attach", {"customer": customer}, None)
+        answer = await self._attach(token, customer) if customer else None
+        # The customer may be deleted, or of another account at Stripe.
+        if answer is None or _error(answer).param == "customer":
+            # Stripe gives the answer to a known key again.
+            key = f"customer {tenant_id} {customer}".strip()
+            customer = str(_ok(await self._call("customers", {"metadata[tenant_id]": tenant_id}, key))["id"])
+            answer = await self._attach(token, customer)
         if answer.status in (400, 402, 404):
             raise InvalidMessage("token", f"was refused by stripe: {_reason(answer)}")
         return customer, str(_ok(answer)["id"])
+
+    async def _attach(self, token: str, customer: str) -> Answer:
+        return await self._call(f"payment_methods/{token}/attach", {"customer": customer}, None)
 
     async def remove(self, method: str) -> None:
         answer = await self._call(f"payment_methods/{method}/detach", {}, None)
@@ -113,12 +124,16 @@ class Stripe:
         return _intent(_ok(answer))
 
     async def look(self, reference: str) -> Intent:
-        return _intent(_ok(await self._call(f"payment_intents/{reference}", None, None)))
+        answer = await self._call(f"payment_intents/{reference}", None, None)
+        if answer.status == 404:
+            # It was made with another account at Stripe.
+            return Intent(reference, "failed", 0, _refusal(answer), "")
+        return _intent(_ok(answer))
 
     async def cancel(self, reference: str) -> Intent:
         answer = await self._call(f"payment_intents/{reference}/cancel", {}, None)
-        if answer.status == 400:
-            # It has succeeded, was cancelled before, or is being processed.
+        if answer.status in (400, 404):
+            # It has succeeded, was cancelled before, is being processed, or is not known.
             return await self.look(reference)
         return _intent(_ok(answer))
 
@@ -132,6 +147,11 @@ class Stripe:
         if answer.status in (400, 402, 404):
             raise Conflict(f"stripe refused the refund: {_reason(answer)}")
         _ok(answer)
+
+    async def has_refund(self, reference: str, key: UUID) -> bool:
+        # The newest first. The largest page has 100.
+        made = _ok(await self._call(f"refunds?payment_intent={reference}&limit=100", None, None))["data"]
+        return any((refund.get("metadata") or {}).get("refund_id") == str(key) for refund in made)
 
     def event(self, headers: Mapping[str, str], body: bytes, now: datetime) -> ProviderEvent:
         self._verify(headers.get("stripe-signature", ""), body, now)
@@ -167,7 +187,7 @@ class Stripe:
             f"{self._origin}/v1/{path}",
             headers=headers,
             content=None if fields is None else urlencode(fields).encode(),
-            template=f"/v1/{path.split('/')[0]}",
+            template=f"/v1/{re.split('[/?]', path)[0]}",
         )
         # 409: another request with the key is running. Both pass by themselves.
         if answer.status in (409, 429) or answer.status >= 500:
@@ -206,10 +226,14 @@ def _refusal(answer: Answer) -> str:
 
 
 def _reason(answer: Answer) -> str:
+    return _error(answer).message or f"HTTP {answer.status}"
+
+
+def _error(answer: Answer) -> _Error:
     try:
-        return msgspec.json.decode(answer.body, type=_Failure).error.message or f"HTTP {answer.status}"
+        return msgspec.json.decode(answer.body, type=_Failure).error
     except msgspec.DecodeError:
-        return f"HTTP {answer.status}"
+        return _Error()
 
 
 def _read(id_: str, type_: str, thing: dict[str, Any]) -> ProviderEvent:

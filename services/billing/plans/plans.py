@@ -73,7 +73,8 @@ class DraftLine(NamedTuple):
     """A decimal; empty if the units have different prices."""
     amount_nanos: int
     source: dict[str, str]
-    """The buckets that it sums: meter, and model, agent or channel. without: the meters that are taken off."""
+    """The buckets that it sums: meter, and model, agent or channel. without: the meters that are taken off.
+    usage_period: the period whose commitment it changes."""
 
 
 def lines(plan: Plan, metered: Sequence[MeteredQuantity], seconds: int, full_seconds: int) -> list[DraftLine]:

@@ -12,7 +12,7 @@ A subscription that goes on always has an open period. A change of the plan ends
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import cache
 from typing import Literal, NamedTuple
 from uuid import UUID
@@ -26,14 +26,10 @@ from infra.postgres.tx import Tx
 from services.billing.credit import accounts
 from services.billing.plans import plans
 from services.billing.plans.calendar import full_period
-from services.billing.rating.domain import MAX_AGE
 
 # Farther in the past, usage of that time would be too old to be counted.
 MAX_DAYS_AGO = 45
 MAX_DAYS_AHEAD = 3_660
-# Re-rating reaches back to the midnight before the oldest usage that is still counted.
-_CORRECTED = MAX_AGE + timedelta(days=2)
-
 
 # It reads hundreds of files.
 _time_zones = cache(available_timezones)
@@ -86,7 +82,7 @@ NOWHERE = Place(0, False)
 
 
 class _Known(NamedTuple):
-    """A period that is open, or closed and so young that usage of its time may still come."""
+    """A period that is open, or closed and contains usage that comes now."""
 
     subscription_id: UUID
     plan_id: UUID
@@ -113,12 +109,14 @@ async def place(tx: Tx, records: Sequence[tuple[str, datetime]]) -> list[Place]:
     """Returns the period of each record (tenant, time of use). The caller has locked the tenants' accounts."""
     now = utcnow()
     tenants = sorted({tenant_id for tenant_id, _ in records})
-    found = await _periods(tx, tenants, now)
+    # A held record may be old when it is resolved.
+    since = min((at for _, at in records), default=now)
+    found = await _periods(tx, tenants, since)
     for tenant_id, periods in found.items():
         ends = [period.ends for period in periods if period.is_open]
         if ends and now >= max(ends):
             await extend(tx, tenant_id, now)
-            found |= await _periods(tx, [tenant_id], now)
+            found |= await _periods(tx, [tenant_id], since)
     places = []
     for tenant_id, at in records:
         if tenant_id not in found:
@@ -127,7 +125,7 @@ async def place(tx: Tx, records: Sequence[tuple[str, datetime]]) -> list[Place]:
         place, closed = _place(found[tenant_id], min(at, now))
         if closed:
             await _add_supplement(tx, tenant_id, closed, now)
-            found |= await _periods(tx, [tenant_id], now)
+            found |= await _periods(tx, [tenant_id], since)
             place, _ = _place(found[tenant_id], min(at, now))
         places.append(place)
     return places
@@ -147,8 +145,8 @@ def _place(periods: Sequence[_Known], at: datetime) -> tuple[Place, int | None]:
     return NOWHERE, None
 
 
-async def _periods(tx: Tx, tenants: Iterable[str], now: datetime) -> dict[str, list[_Known]]:
-    """Returns the periods in the order of their time."""
+async def _periods(tx: Tx, tenants: Iterable[str], since: datetime) -> dict[str, list[_Known]]:
+    """Returns the open periods, and the closed ones that contain a time from `since` on, in the order of their time."""
     rows = await tx.sql(
         """
         SELECT tenant_id, subscription_id, plan_id, plan_version, period, begins, ends, closed_at IS NULL
@@ -157,7 +155,7 @@ async def _periods(tx: Tx, tenants: Iterable[str], now: datetime) -> dict[str, l
         ORDER BY tenant_id, begins
         """,
         list(tenants),
-        now - _CORRECTED,
+        since,
     )
     found: dict[str, list[_Known]] = {}
     for tenant_id, *period in rows:

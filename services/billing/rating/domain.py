@@ -355,10 +355,14 @@ class Account:
     def debit(self, amount_nanos: int) -> tuple[Account, list[CreditThreshold]]:
         """Returns the account after the debit, and the thresholds that this debit has passed."""
         after = Account(self.credit_nanos, self.debited_nanos + amount_nanos)
+        return after, self.passed(after)
+
+    def passed(self, after: Account) -> list[CreditThreshold]:
+        """Returns the thresholds that a change to `after` has passed: by a debit, or because credit has ended."""
         passed: list[CreditThreshold] = []
-        if self.credit_nanos is not None and self.credit_nanos > 0:
-            if self.debited_nanos * 10 < self.credit_nanos * 9 <= after.debited_nanos * 10:
+        if self.credit_nanos is not None and after.credit_nanos is not None and self.credit_nanos > 0:
+            if self.debited_nanos * 10 < self.credit_nanos * 9 and after.credit_nanos * 9 <= after.debited_nanos * 10:
                 passed.append("nearly_spent")
-            if self.debited_nanos < self.credit_nanos <= after.debited_nanos:
+            if self.debited_nanos < self.credit_nanos and after.credit_nanos <= after.debited_nanos:
                 passed.append("exhausted")
-        return after, passed
+        return passed

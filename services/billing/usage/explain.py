@@ -108,6 +108,7 @@ async def explain(tx: Tx, tenant_id: str, line_id: UUID, usage_id: str | None) -
     source = msgspec.json.decode(text, type=dict[str, str])
     meter = source.pop("meter", None)
     taken_off = source.pop("without", "").split()
+    source.pop("usage_period", None)
     group = "".join(f" AND {_COLUMNS[name]} = ${n}" for n, name in enumerate(source, 4))
     where = f"tenant_id = $1 AND period = $2 AND meter = $3{group}"
     place = (tenant_id, period, meter or "", *source.values())

@@ -3,7 +3,7 @@ and `journal`, in the transaction of the rows that they sum. A scope is a tenant
 
 from __future__ import annotations
 
-from infra.postgres.read_models import ReadModel, selected
+from infra.postgres.read_models import ReadModel, rebuilt_by_query
 from services.billing.credit import journal
 from services.billing.rating.domain import MESSAGE
 from services.billing.usage.aggregates import COLUMNS, KEY, REBUILT
@@ -24,7 +24,7 @@ def _of_tenants(name: str, table: str, key: tuple[str, ...], columns: tuple[str,
             LIMIT $1
         """,
         in_scope="l.tenant_id = ANY($1::text[])",
-        rebuild=selected(rows),
+        rebuild=rebuilt_by_query(rows),
         whole=table != "account",
         # A tenant may have millions of records.
         batch=1,

@@ -13,7 +13,7 @@ from infra.clock import utcnow
 from infra.errors import InvalidMessage, Transient
 from infra.postgres.tx import Tx
 from protos.messages.billing import UsageRecorded
-from services.billing.credit import accounts, budgets, grants, holds
+from services.billing.credit import accounts, budgets, holds
 from services.billing.credit.accounts import Entry
 from services.billing.plans import subscriptions
 from services.billing.plans.subscriptions import NOWHERE, Place
@@ -101,7 +101,8 @@ async def record(
     except IntegrityError as error:
         raise Transient("another transaction recorded one of these usage_ids at the same time") from error
     for tenant_id, currency, credit_nanos, debited_nanos, amount_nanos in debited:
-        accounts.notify(tx, tenant_id, currency, Account(credit_nanos, debited_nanos - amount_nanos), amount_nanos)
+        before = Account(credit_nanos, debited_nanos - amount_nanos)
+        accounts.notify(tx, tenant_id, currency, before, Account(credit_nanos, debited_nanos))
     if counted := [
         Counted(item, session_key, verdict.amount_nanos or 0, verdict.price_version or "", place, labels, arrival)
         for item, session_key, verdict, place, labels, arrival in zip(
@@ -132,7 +133,7 @@ async def _places(tx: Tx, records: Sequence[UsageRecorded], verdicts: Sequence[V
     )
     for tenant_id, expired in rows:
         if expired:
-            await grants.settle(tx, tenant_id)
+            await accounts.lock_one(tx, tenant_id)
     found = iter(
         await subscriptions.place(
             tx, [(item.tenant_id, item.occurred_at) for item, counts in zip(records, counted, strict=True) if counts]

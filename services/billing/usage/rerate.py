@@ -18,10 +18,10 @@ from typing import NamedTuple
 from pydantic import BaseModel
 
 from infra.clock import utcnow
-from infra.errors import InvalidMessage
+from infra.errors import InvalidMessage, NotFound
 from infra.postgres.database import Database
 from infra.postgres.tx import Tx
-from services.billing.credit import accounts
+from services.billing.credit import accounts, budgets
 from services.billing.credit.accounts import Entry
 from services.billing.plans import subscriptions
 from services.billing.rating import price_book
@@ -99,7 +99,8 @@ async def rerate(
 ) -> Rerated:
     """Rates the records from `since` (inclusive) until `until` (exclusive) again, in pages of one transaction each.
 
-    Raises InvalidMessage if records since then may be deleted: they cannot be rated again.
+    Raises InvalidMessage if records since then may be deleted: they cannot be rated again. Raises NotFound if the
+    tenant has no account.
     """
     if since < (kept := retention.kept_since(utcnow())):
         raise InvalidMessage("from", f"must be at or after {kept.isoformat()}; older records are deleted")
@@ -113,6 +114,8 @@ async def rerate(
             """,
             tenant_id,
         )
+    if tenant_id is not None and not tenants:
+        raise NotFound(f"tenant {tenant_id} has no account")
     looked = 0
     found: dict[tuple[str, str, str, str, _Obstacle | None], list[int]] = {}
     for (tenant,) in tenants:
@@ -268,6 +271,7 @@ async def _book(tx: Tx, tenant_id: str, changes: Sequence[_Change], actor: str) 
         [change.use.period for change in changes],
         [change.nanos for change in changes],
     )
+    await budgets.correct(tx, tenant_id, [(change.use.usage_id, change.nanos) for change in changes])
     await aggregates.add_corrections(tx, tenant_id, [(change.use.usage_id, change.version) for change in changes])
     await accounts.debit(
         tx,

@@ -47,8 +47,8 @@ def routed(routes: Sequence[Route], default: UUID, item: Inbound) -> tuple[UUID,
 
 
 def is_for_the_bot(groups: Groups, item: Inbound) -> bool:
-    """False for a message of a group that its channel does not answer. A mention that the vendor does not tell is
-    none."""
+    """False for a message of a group that its channel does not answer. A mention that the vendor does not
+    report does not count."""
     if not item.in_group or groups == "all":
         return True
     return item.replies_to_bot or (groups == "mentions" and item.mentions_bot is not False)

@@ -1,6 +1,6 @@
 """Shows a person that a run is at work: that the bot is typing, or the answer while it is written.
 
-The agent tells its progress by Redis. One instance of this service shows each piece of news; a lost one does no harm.
+The agent reports its progress by Redis. One instance of this service shows each piece of news; a lost one does no harm.
 An answer in a message that is edited has a row in the table ``preview``. Its delivery puts the finished answer into
 that message. Both hold the row's lock, so an unfinished text never replaces the finished one. The message of a run
 that ends without a delivery is deleted.
@@ -24,7 +24,7 @@ from infra.postgres.database import Database
 from infra.postgres.tx import Tx
 from infra.security.subjects import Erased, SubjectKeys
 from infra.service.service import Runtime
-from infra.stores.cache import Cache, cancelled
+from infra.stores.cache import Cache, cancel_listener
 from infra.web import data_urls
 from protos.pubsub import RUN_PROGRESS
 from services.channel.accounts import store as accounts
@@ -39,12 +39,12 @@ MAX_SHOWN = 4
 MAX_SHOWN_OF_TENANT = 2
 # Of one account: the vendor's limits are for its answers.
 PER_SECOND = 10
-# Of an answer that is being written; more than a message of any vendor holds.
+# Characters of an answer that is being written; more than a message of any vendor holds.
 SHOWN = 30_000
 # Less than the time after which the database ends an idle transaction.
 CALL_SECONDS = 3.5
 SWEEP_SECONDS = 30.0
-# A run that is at work tells it every few seconds.
+# A run that is at work reports its progress every few seconds.
 ABANDONED = timedelta(minutes=3)
 # A delivery expires earlier.
 KEEP = timedelta(days=2)
@@ -92,7 +92,7 @@ class Previews:
         stopping = asyncio.create_task(self._stopped.wait())
         done, _ = await asyncio.wait({*loops, stopping}, return_when=asyncio.FIRST_COMPLETED)
         for task in loops:
-            await cancelled(task)
+            await cancel_listener(task)
         await asyncio.gather(*self._showing, return_exceptions=True)
         for task in loops & done:
             task.result()
@@ -218,7 +218,7 @@ class Previews:
             LATEST,
         )
         facts = [(*row[:2], CONVERSATION.events.decode(*row[2:])) for row in rows]
-        # A message that was deleted does not tell its place any more.
+        # A deleted message has no content, so it does not have its place at the vendor any more.
         found = next((one for one in facts if one[2].content), None)
         if found is None:
             return None

@@ -62,6 +62,8 @@ FROM (
 
 class Sent(msgspec.Struct, frozen=True):
     vendor_message_id: str | None
+    is_last: bool = False
+    """As in `Outbound`. Effects from before this field was added have none."""
 
 
 class NotSendable(Exception):
@@ -108,6 +110,7 @@ class SendableDelivery(NamedTuple):
                 run_id=self.run_id,
                 answers=words.reply_to,
                 part=n,
+                is_last=n == len(contents),
                 file=OutboundFile(file.url, file.name, path=file.path) if file else None,
                 webhook=self.webhook,
                 is_late=self.is_late,
@@ -210,7 +213,7 @@ class Sender:
                 # The vendor drops repeats by our key, so the message may be sent again.
                 raise InDoubt(str(error)) from error
             raise
-        return Sent(sent)
+        return Sent(sent, part.is_last)
 
     async def _fetched(self, account: ChannelAccount, part: Outbound, file: OutboundFile) -> Outbound:
         """The part with the file's content; as a text with its link if the vendor does not take it.

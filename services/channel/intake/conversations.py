@@ -106,6 +106,8 @@ class AcceptedMessage(msgspec.Struct, frozen=True):
     """The run whose message `root` is. Known once the message is in its conversation."""
     album: bytes = b""
     """Dedupe hash of the album with which alone it is for the bot; empty: it is for the bot."""
+    agent_album: bytes = b""
+    """Dedupe hash of the album whose other parts may name the agent by a command; empty: `agent_id` counts."""
 
 
 class UniqueMessage(NamedTuple):

@@ -7,8 +7,10 @@ import time
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import msgspec
+from msgspec.structs import replace
 
 from infra.clock import wait_at_most
 from infra.errors import describe
@@ -101,7 +103,7 @@ class Drainer:
         async def work(tx: Tx) -> Sequence[tuple[Any, ...]]:
             rows = sorted(await tx.sql(_DRAIN, limit))
             messages = [self._open(hash_, sealed, trace, at) for _, hash_, sealed, trace, at, *_ in rows]
-            await store(tx, self._ingest.subjects, await _for_the_bot(tx, messages))
+            await store(tx, self._ingest.subjects, await _with_agents(tx, await _for_the_bot(tx, messages)))
             failpoint("before_drain_commit")
             return rows
 
@@ -141,7 +143,7 @@ class Drainer:
     def _open(self, hash_: bytes, sealed: bytes, traceparent: str | None, accepted_at: datetime) -> UniqueMessage:
         content = self._ingest.cipher.open(sealed, "accepted", hash_.hex())
         message = msgspec.json.decode(content, type=AcceptedMessage)
-        return UniqueMessage(msgspec.structs.replace(message, received_at=accepted_at), hash_, traceparent)
+        return UniqueMessage(replace(message, received_at=accepted_at), hash_, traceparent)
 
     async def _clean(self) -> None:
         self._cleaned_at = time.monotonic()
@@ -174,3 +176,16 @@ async def _for_the_bot(tx: Tx, messages: Sequence[UniqueMessage]) -> Sequence[Un
         "a part of an album of a group that is not for the bot",
     )
     return [new for new in messages if new.message.album not in others]
+
+
+async def _with_agents(tx: Tx, messages: Sequence[UniqueMessage]) -> Sequence[UniqueMessage]:
+    """The messages, with the agents that the commands of their albums name."""
+    albums = {new.message.agent_album for new in messages} - {b""}
+    if not albums:
+        return messages
+    rows = await tx.sql("SELECT hash, event_id FROM inbound_seen WHERE hash = ANY($1::bytea[])", sorted(albums))
+    agents = {hash_: UUID(str(agent_id)) for hash_, agent_id in rows}
+    return [
+        new._replace(message=replace(new.message, agent_id=agents.get(new.message.agent_album, new.message.agent_id)))
+        for new in messages
+    ]

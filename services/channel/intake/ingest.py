@@ -51,8 +51,9 @@ MAX_ITEMS = 2_000
 # memory stays bounded while the database is slow; a tenant has a share, which alone is a half.
 MAX_WAITING = 32 * 1024 * 1024
 ITEM_BYTES = 1_000
-# One part of an album has its text, which may mention the bot. In a group in which only mentions are answered, the
-# other parts wait for it so long: all come at the same moment, and in any order.
+# One part of an album has its text, which may mention the bot or name an agent by a command. In a group in which only
+# mentions are answered, and with routes by command, the other parts wait for it so long: all come at the same moment,
+# and in any order.
 ALBUM_WAITS = timedelta(seconds=1.5)
 # While accepted messages of a tenant wait longer than this for their conversations, its calls are refused with 503: the
 # vendor sends them again, and the table stays bounded.
@@ -111,6 +112,7 @@ _ALIAS_SESSION = _alias("session_alias", "session_key")
 _ALIAS_SUBJECT = _alias("subject_alias", "subject_id")
 _MOVED = "the conversation got another id"
 _ALBUM = "the id of an album that is for the bot"
+_AGENT = "the agent of an album"
 _EFFECTS = (Moved, Receipt)
 
 
@@ -122,9 +124,11 @@ class _Arrival(msgspec.Struct):
     hashes: list[bytes]
     traceparent: str | None
     event_id: UUID
-    """Of the fact if the item is a message."""
+    """Of the fact if the item is a message; the agent's id if the item is `_AGENT`."""
     album: bytes = b""
     """Dedupe hash of the album with which alone the message is for the bot; empty: it is for the bot."""
+    agent_album: bytes = b""
+    """As in `AcceptedMessage`."""
 
 
 class Ingest:
@@ -192,8 +196,15 @@ class Ingest:
                 if is_for_the_bot(account.groups, checked):
                     arrivals.append(_Arrival(account, Ignored((checked.album,), _ALBUM), [album], traceparent, uuid7()))
                     album = b""
+            agent_album = b""
+            if isinstance(checked, Inbound) and checked.album and any(route.command for route in account.routes):
+                id_ = f"{checked.album}/agent"
+                agent_album = dedupe_hash(account.id, id_)
+                if agent_id := _commanded(account, checked):
+                    arrivals.append(_Arrival(account, Ignored((id_,), _AGENT), [agent_album], traceparent, agent_id))
+                    agent_album = b""
             hashes = [dedupe_hash(account.id, id_) for id_ in checked.ids]
-            arrivals.append(_Arrival(account, checked, hashes, traceparent, uuid7(), album))
+            arrivals.append(_Arrival(account, checked, hashes, traceparent, uuid7(), album, agent_album))
         if changed or has_effects:
             return asyncio.create_task(self._apply_and_accept(account, items, changed, arrivals, traceparent))
         return self._commits.submit(arrivals)
@@ -254,7 +265,7 @@ class Ingest:
 
     async def _commit(self, group: Sequence[list[_Arrival]]) -> Mapping[int, Exception]:
         arrivals = [arrival for call in group for arrival in call]
-        waits = any(arrival.album for arrival in arrivals)
+        waits = any(arrival.album or arrival.agent_album for arrival in arrivals)
         if len(arrivals) > MAX_DIRECT or waits or self.is_behind or not await self._store_directly(arrivals):
             await self._accept(arrivals)
         if waits:
@@ -296,7 +307,7 @@ class Ingest:
             [numbers.get(id(owners[hash_])) for hash_ in hashes],
             [sealed.get(hash_) for hash_ in hashes],
             [owners[hash_].traceparent for hash_ in hashes],
-            [ALBUM_WAITS if owners[hash_].album else None for hash_ in hashes],
+            [ALBUM_WAITS if owners[hash_].album or owners[hash_].agent_album else None for hash_ in hashes],
         )
         failpoint("after_accept")
         self.is_behind = True
@@ -322,6 +333,12 @@ def _ingest(database: Database, cipher: Cipher) -> Ingest:
     return Ingest(database, cipher, SubjectKeys(cipher))
 
 
+def _commanded(account: ChannelAccount, item: Inbound) -> UUID | None:
+    """The agent that the words of the message choose; None: they choose no other than the one without them."""
+    chosen, usual = (routed(account.routes, account.agent_id, one)[0] for one in (item, item._replace(text="")))
+    return chosen if chosen != usual else None
+
+
 def _moved(route: Route, moved: Moved) -> Route:
     return replace(route, conversation_id=moved.new) if route.conversation_id == moved.old else route
 
@@ -333,7 +350,7 @@ def _checked(account: ChannelAccount, item: Item) -> Inbound | Change | Ignored:
     """
     match item:
         case Inbound() | Reacted() if not account.enabled:
-            # Edits and deletions count: they are about stored messages, and the vendor does not tell them again.
+            # Edits and deletions count: they are about stored messages, and the vendor does not send them again.
             return Ignored(item.ids[:1], "the channel is paused")
         case Inbound():
             return _checked_message(account, item)
@@ -431,4 +448,5 @@ def _message(arrival: _Arrival, now: datetime) -> AcceptedMessage:
         item.quotes if item.in_group else "",
         item.root,
         album=arrival.album,
+        agent_album=arrival.agent_album,
     )

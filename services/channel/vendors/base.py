@@ -26,6 +26,7 @@ from infra.outgoing.client import Answer, Outgoing
 from infra.outgoing.retry_after import delay, retry_after
 from infra.recent import Recent
 from infra.web.http import MAX_BODY_BYTES
+from protos.messages.channel import FORWARDED, IN_REPLY
 from services.channel.vendors.items import Ignored, Item, Received
 
 C = TypeVar("C", bound=msgspec.Struct)
@@ -63,7 +64,7 @@ class Request(NamedTuple):
     keys: Mapping[str, Any] = {}
     """The answer of `Vendor.keys`."""
     identity: str = ""
-    """The account's name at the vendor, as `identify` last told it; empty: not known."""
+    """The account's name at the vendor, as `identify` last returned it; empty: not known."""
 
 
 class OutboundFile(NamedTuple):
@@ -92,6 +93,8 @@ class Outbound(NamedTuple):
     """The vendor's id of the message that the delivery answers, the same for each part."""
     part: int = 1
     """The number of this part, from 1."""
+    is_last: bool = False
+    """The delivery has no part after this one."""
     file: OutboundFile | None = None
     """This part is a file. `text` is its link."""
     webhook: str = ""
@@ -387,12 +390,12 @@ def described(kind: str, *facts: object) -> str:
 
 def forwarded(words: str, before: str = "") -> str:
     """The text of a message that forwards another one's `words`, perhaps after some of its author."""
-    return f"{before}\n\n[Forwarded message]\n{words}" if before else f"[Forwarded message]\n{words}"
+    return f"{before}\n\n{FORWARDED}\n{words}" if before else f"{FORWARDED}\n{words}"
 
 
 def quoting(words: str, quoted: str) -> str:
     """The text of a message that quotes another one, perhaps without words of its own."""
-    return f"{words}\n\n[In reply to this message]\n{quoted}".lstrip() if quoted else words
+    return f"{words}\n\n{IN_REPLY}\n{quoted}".lstrip() if quoted else words
 
 
 def kind_of(mime_type: str) -> Literal["image", "voice", "video", "file"]:

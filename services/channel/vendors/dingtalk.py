@@ -31,7 +31,7 @@ from services.channel.vendors.base import (
     read_json,
 )
 from services.channel.vendors.items import Ack, Received
-from services.channel.vendors.markdown import MARKDOWN, render
+from services.channel.vendors.markdown import MARKDOWN, broken_quote, render
 from services.channel.vendors.splitting import split
 
 # Bytes, as JSON.
@@ -51,7 +51,7 @@ _EXPIRED = frozenset((300001, 310000, 310001, 400101, 400102, 400106))
 DIALECT = replace(
     MARKDOWN,
     strike=("", ""),
-    quote=lambda text: "\n".join(f"> {line}" for line in text.split("\n")),
+    quote=broken_quote,
     image=lambda label, url: f"![{label}]({url})",
     escape=lambda text: text.replace("<", "&lt;"),
     heading=("### ", ""),
@@ -156,7 +156,7 @@ class DingTalk(Vendor[DingTalkCredentials]):
         )
 
     async def identify(self, outgoing: Outgoing, origin: str, credentials: DingTalkCredentials) -> str:
-        # The login is the only call that needs no conversation. It does not tell the robot's name.
+        # The login is the only call that needs no conversation. Its answer does not have the robot's name.
         await self._login(outgoing, origin, credentials)
         return credentials.robot_code
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 
 from services.channel.events import Attachment
-from services.channel.vendors.base import UnreadableCall, decode, described, forwarded, from_json, placeholder, quoting
+from services.channel.vendors.base import (
+    MALFORMED,
+    UnreadableCall,
+    decode,
+    described,
+    forwarded,
+    from_json,
+    placeholder,
+    quoting,
+)
 from services.channel.vendors.items import Ignored, Inbound
 
 # By the type of the message. Empty: it is read; else why it is ignored.
@@ -24,6 +33,7 @@ KINDS: Mapping[str, str] = {
     "location": "",
     "link": "",
     "markdown": "",
+    "actionCard": "",
     "interactiveCard": "",
     "unknownMsgType": "",
     "card.actionCallback": "",
@@ -36,12 +46,25 @@ _FILES: dict[str, Literal["image", "voice", "video", "file"]] = {
 }
 
 
+_WORDS = ("text", "content", "msg", "recognition", "fileName", "biz_custom_action_url")
+"""The fields of a part of a message that may have its words."""
+
+
 class _Replied(msgspec.Struct):
     """The message to which another one replies."""
 
     content: Any = None
+    """An object, or the same as JSON in a text."""
     msgType: str | None = None
     senderId: str | None = None
+
+    @property
+    def parts(self) -> Any:
+        try:
+            given = from_json(self.content) if isinstance(self.content, str) else self.content
+        except MALFORMED:
+            return self.content
+        return given if isinstance(given, dict) else self.content
 
 
 class _Text(msgspec.Struct):
@@ -50,6 +73,7 @@ class _Text(msgspec.Struct):
 
 
 class _Content(msgspec.Struct):
+    repliedMsg: _Replied | None = None
     richText: list[dict[str, Any]] | None = None
     recognition: str | None = None
     """A voice message, written down by the vendor."""
@@ -61,6 +85,8 @@ class _Content(msgspec.Struct):
     title: str | None = None
     text: str | None = None
     messageUrl: str | None = None
+    biz_custom_action_url: str | None = None
+    """Of a card, such as that of a document which a person shares."""
     latitude: float | str | None = None
     longitude: float | str | None = None
 
@@ -79,7 +105,22 @@ class _Message(msgspec.Struct):
     chatbotCorpId: str | None = None
     sessionWebhook: str | None = None
     text: _Text | None = None
-    content: _Content | None = None
+    content: _Content | str | None = None
+    """As an object, or as JSON in a text."""
+
+    @property
+    def parts(self) -> _Content:
+        if not isinstance(self.content, str):
+            return self.content or _Content()
+        try:
+            return from_json(self.content, _Content)
+        except MALFORMED as error:
+            raise UnreadableCall(f"content: {error}") from error
+
+    @property
+    def replied(self) -> _Replied | None:
+        """In a message of any type it stands in the field text or in the field content."""
+        return next((one.repliedMsg for one in (self.text, self.parts) if one and one.repliedMsg), None)
 
 
 class _Press(msgspec.Struct):
@@ -135,6 +176,8 @@ def read(body: bytes, robot_code: str) -> Inbound | Ignored:
         return Ignored(ids, "a message to another robot")
     if not person or (message.senderId is not None and message.senderId == message.chatbotUserId):
         return Ignored(ids, "a message that no person wrote")
+    # JSON in a text is decoded once.
+    message.content = message.parts
     attachments = _attachments(message)
     text = _text(message)
     if text is None and attachments:
@@ -155,7 +198,7 @@ def read(body: bytes, robot_code: str) -> Inbound | Ignored:
         attachments=attachments,
         by_admin=by_admin,
         words=_own_words(message),
-        # DingTalk does not tell which files were sent together.
+        # DingTalk does not say which files were sent together.
         in_album=message.msgtype in ("picture", "video", "file"),
     )
 
@@ -170,22 +213,21 @@ def _session(url: str) -> str:
 
 
 def _attachments(message: _Message) -> tuple[Attachment, ...]:
-    content = message.content or _Content()
+    content = message.parts
+    files: Iterable[Attachment] = ()
     if content.richText is not None:
-        return tuple(_files("picture", content.richText))
-    if message.text and message.text.repliedMsg:
-        return tuple(_quoted_files(message.text.repliedMsg))
-    if message.msgtype not in _FILES or content.recognition or not content.downloadCode:
-        return ()
-    return (Attachment(_FILES[message.msgtype], content.downloadCode, content.fileName or ""),)
+        files = _files("picture", content.richText)
+    elif message.msgtype in _FILES and not content.recognition and content.downloadCode:
+        files = [Attachment(_FILES[message.msgtype], content.downloadCode, content.fileName or "")]
+    return (*files, *(_quoted_files(message.replied) if message.replied else ()))
 
 
 def _quoted_files(replied: _Replied) -> Iterator[Attachment]:
     """The files of a message to which another one replies: the person asks about them."""
-    if isinstance(replied.content, dict):
-        parts = replied.content.get("richText")
+    if isinstance(given := replied.parts, dict):
+        parts = given.get("richText")
         kind = "picture" if isinstance(parts, list) else replied.msgType or ""
-        yield from _files(kind, parts if isinstance(parts, list) else [replied.content])
+        yield from _files(kind, parts if isinstance(parts, list) else [given])
 
 
 def _files(kind: str, parts: Sequence[Any]) -> Iterator[Attachment]:
@@ -197,13 +239,21 @@ def _files(kind: str, parts: Sequence[Any]) -> Iterator[Attachment]:
 
 
 def _text(message: _Message) -> str | None:
-    content = message.content or _Content()
-    if message.text is not None:
-        quoted = _words(message.text.repliedMsg.content) if message.text.repliedMsg else ""
-        return quoting((message.text.content or "").strip(), quoted)
+    own = _own_text(message)
+    quoted = _words(message.replied.parts) if message.replied else ""
+    return quoting(own or "", quoted) if quoted else own
+
+
+def _own_text(message: _Message) -> str | None:
+    """Without that of the message to which it replies."""
+    content = message.parts
     if content.richText is not None:
         return "".join(_words(part) for part in content.richText).strip()
+    if message.text and message.text.content is not None:
+        return message.text.content.strip()
     match message.msgtype:
+        case "text":
+            return ""
         case "chatRecord":
             return forwarded("\n".join(_forwarded(content.chatRecord or "")))
         case "location":
@@ -212,6 +262,10 @@ def _text(message: _Message) -> str | None:
             return described("Link", content.title, content.text, content.messageUrl)
         case "markdown":
             return content.text
+        case "actionCard":
+            return "\n".join(filter(None, (content.title, content.text)))
+        case "interactiveCard" if content.biz_custom_action_url:
+            return described("Link", content.title, content.biz_custom_action_url)
         case "interactiveCard" | "unknownMsgType":
             return placeholder("a message that DingTalk does not pass on", content.title or "")
     if content.recognition or message.msgtype not in _FILES or content.downloadCode:
@@ -221,10 +275,10 @@ def _text(message: _Message) -> str | None:
 
 def _own_words(message: _Message) -> str:
     """Those beside a quotation of the bot."""
-    replied = message.text and message.text.repliedMsg
-    if not message.text or not replied or replied.senderId not in (None, message.chatbotUserId):
+    replied = message.replied
+    if not replied or replied.senderId not in (None, message.chatbotUserId):
         return ""
-    return (message.text.content or "").strip()
+    return _own_text(message) or ""
 
 
 def _words(part: Any) -> str:
@@ -237,8 +291,21 @@ def _words(part: Any) -> str:
         return f"@{name} "
     if isinstance(parts := part.get("richText"), list):
         return "".join(_words(one) for one in parts if isinstance(one, dict) and "richText" not in one)
-    found = (part.get(name) for name in ("text", "content", "msg", "recognition", "fileName"))
+    if isinstance(blocks := part.get("cardContent"), list):
+        return "\n".join(filter(None, map(_card_words, blocks)))
+    found = (part.get(name) for name in _WORDS)
     return next((one for one in found if isinstance(one, str) and one), "")
+
+
+def _card_words(block: Any) -> str:
+    """The words of one block of a card. As a card DingTalk quotes each answer of the bot."""
+    children = block.get("children") if isinstance(block, dict) else None
+    words = ""
+    for child in children if isinstance(children, list) else ():
+        kind = str(child.get("elementType")).lower() if isinstance(child, dict) else ""
+        if kind in ("text", "link") and isinstance(value := child.get("value"), str):
+            words += f" {value} " if kind == "link" else value
+    return words.strip()
 
 
 def _forwarded(record: str) -> list[str]:

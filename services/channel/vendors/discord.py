@@ -40,7 +40,7 @@ from services.channel.vendors.base import (
 )
 from services.channel.vendors.discord_interactions import FILE_OPTION, STRING_OPTION
 from services.channel.vendors.items import Received
-from services.channel.vendors.markdown import MARKDOWN, render
+from services.channel.vendors.markdown import MARKDOWN, backslashed, render
 from services.channel.vendors.multipart import multipart
 from services.channel.vendors.splitting import split
 
@@ -69,7 +69,12 @@ _LATER = frozenset((20016, 20022, 20028, 20029, 40062))
 _TRANSIENT = frozenset((40006, 130000))
 
 # Discord shows Markdown itself, but no tables and no images.
-DIALECT = replace(MARKDOWN, link=lambda label, url: url if label == url else f"[{label}]({url})")
+DIALECT = replace(
+    MARKDOWN,
+    link=lambda label, url: url if label == url else f"[{label}]({url})",
+    # Discord hides a text between two of them.
+    literal=lambda text: backslashed(text).replace("||", r"\|\|"),
+)
 
 
 class DiscordCredentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

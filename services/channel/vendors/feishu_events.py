@@ -81,6 +81,7 @@ _NAMES = {
 _FACTS = (
     "title",
     "name",
+    "file_name",
     "topic",
     "text",
     "summary",
@@ -94,9 +95,15 @@ _FACTS = (
 )
 
 
+# Elements of a card whose text is their content: https://open.feishu.cn/document/feishu-cards/card-json-v2-components
+_CARD_TEXTS = ("plain_text", "lark_md", "markdown")
+# An image in Markdown, by its key.
+_MD_IMAGE = re.compile(r"!\[[^\]\n]{0,200}\]\((img_[0-9A-Za-z_-]{1,200})\)")
 _RICH = {"post": "a text", "interactive": "a card"}
 _KEY = re.compile(r"@_(all|user_[0-9]+)")
-"""In place of a name. All people have no entry among the mentions."""
+"""In place of a name."""
+_ALL = "@_all"
+"""All people, who mostly have no entry among the mentions."""
 
 
 class _PersonId(msgspec.Struct):
@@ -150,10 +157,12 @@ class _Context(msgspec.Struct):
     open_chat_id: str = ""
 
 
-class _Pressed(msgspec.Struct):
+class _Pressed(_Context, kw_only=True):
+    """The ids of the message and the chat stand in `context`, or beside it."""
+
     operator: _PersonId
     action: _Action
-    context: _Context
+    context: _Context | None = None
 
 
 class _Recalled(msgspec.Struct):
@@ -193,7 +202,8 @@ def read(ids: tuple[str, ...], kind: str, event: msgspec.Raw) -> Inbound | Delet
 
 def _pressed(ids: tuple[str, ...], press: _Pressed) -> Inbound | Ignored:
     """https://open.feishu.cn/document/feishu-cards/card-callback-communication"""
-    author, chat, action = _author(press.operator), press.context.open_chat_id, press.action
+    place = press.context or press
+    author, chat, action = _author(press.operator), place.open_chat_id, press.action
     if not author or not chat:
         return Ignored(ids, "a button without a chat or an author")
     chosen = [action.input_value, action.option, ", ".join(action.options or ())]
@@ -202,7 +212,7 @@ def _pressed(ids: tuple[str, ...], press: _Pressed) -> Inbound | Ignored:
         chosen.insert(0, value if isinstance(value, str) else msgspec.json.encode(value).decode())
     text = "\n".join(filter(None, chosen)) or action.name or ""
     # In which thread the card stands is not told, nor the kind of the chat. A button is for the bot in any.
-    message = press.context.open_message_id
+    message = place.open_message_id
     return Inbound(ids, chat, author, message, text, mentions_bot=True, replies_to_bot=True)
 
 
@@ -245,12 +255,12 @@ def _item(ids: tuple[str, ...], event: _Event) -> Inbound | Ignored:
         parent=message.chat_id if thread else None,
         attachments=attachments,
         in_group=message.chat_type == "group",
-        # If Feishu does not tell who is mentioned, it may be the bot.
-        mentions_bot=any(mention.mentioned_type in ("bot", "") for mention in message.mentions or ()),
+        # If Feishu does not say who is mentioned, it may be the bot.
+        mentions_bot=any(one.mentioned_type in ("bot", "") and one.key != _ALL for one in message.mentions or ()),
         names_others=any(mention.mentioned_type == "user" for mention in message.mentions or ()),
         quotes="" if thread else message.parent_id or "",
         root=(thread and message.root_id) or "",
-        # Feishu does not tell which files were sent together.
+        # Feishu does not say which files were sent together.
         in_album=message.message_type in ("image", "media", "file"),
     )
 
@@ -261,7 +271,8 @@ def _attachments(message: _Message) -> tuple[Attachment, ...]:
         return (Attachment("file", f"{message.message_id}/{FORWARDED}", "forwarded messages.txt"),)
     content = _content_of(message)
     if message.message_type == "post":
-        return tuple(Attachment(kind, f"{message.message_id}/{key}") for kind, key in _post_files(content))
+        files = _post_files(_post(content))
+        return tuple(Attachment(kind, f"{message.message_id}/{key}") for kind, key in files)
     kind, field = _FILES.get(message.message_type, ("file", ""))
     if not isinstance(content, dict) or not isinstance(key := content.get(field), str) or not key:
         return ()
@@ -275,6 +286,8 @@ def _post_files(node: Any) -> Iterator[tuple[Literal["image", "video"], str]]:
             yield "image", key
         elif node.get("tag") == "media" and isinstance(key := node.get("file_key"), str):
             yield "video", key
+        elif node.get("tag") == "md" and isinstance(text := node.get("text"), str):
+            yield from (("image", key) for key in _MD_IMAGE.findall(text))
         node = list(node.values())
     if isinstance(node, list):
         for child in node:
@@ -295,7 +308,11 @@ def _text(message: _Message) -> str | None:
     if message.message_type == "text":
         text = str(content.get("text") or "")
     elif message.message_type in ("post", "interactive"):
-        text = "".join(_post_texts(content)).strip() or placeholder(_RICH[message.message_type])
+        rich = _post(content) if message.message_type == "post" else content
+        text = "".join(_post_texts(rich)).strip()
+        # Of pictures without a text, people make a rich text, too.
+        if not text and not any(_post_files(rich)):
+            text = placeholder(_RICH[message.message_type])
     elif name := _NAMES.get(message.message_type):
         text = _facts(name, content)
     elif message.message_type in _FILES:
@@ -345,7 +362,18 @@ def _forwarded(given: Mapping[str, Any]) -> str:
         text = _text(_Message("", "", kind, content, mentions=mentions))
     except (UnreadableCall, msgspec.ValidationError):
         text = None
-    return described("Message", kind) if text is None else text
+    return text or described("Message", kind)
+
+
+def _post(content: Any) -> Any:
+    """A rich text once: Feishu may tell it in several languages, and also in the newer form ``content_v2``."""
+    if not isinstance(content, dict):
+        return None
+    if not content.keys() & {"title", "content", "content_v2"}:
+        content = next((one for one in content.values() if isinstance(one, dict)), {})
+    newer = content.get("content_v2")
+    paragraphs = newer if isinstance(newer, list) and newer else content.get("content")
+    return {"title": content.get("title"), "content": paragraphs}
 
 
 def _post_texts(node: Any) -> Iterator[str]:
@@ -353,10 +381,13 @@ def _post_texts(node: Any) -> Iterator[str]:
     if isinstance(node, dict):
         if isinstance(title := node.get("title"), str) and title:
             yield f"{title}\n"
+        if node.get("tag") in _CARD_TEXTS and isinstance(content := node.get("content"), str):
+            yield f"{content}\n"
         if isinstance(text := node.get("text"), str):
-            yield text
+            yield _MD_IMAGE.sub("", text) if node.get("tag") == "md" else text
         elif node.get("tag") == "at":
-            yield str(node.get("user_id") or f"@{node.get('user_name', '')}")
+            key = str(node.get("user_id") or "")
+            yield key if _KEY.fullmatch(key) else f"@{node.get('user_name') or key}"
         elif node.get("tag") == "emotion":
             yield f":{node.get('emoji_type') or 'emoji'}:"
         if node.get("tag") == "a" and isinstance(address := node.get("href"), str) and address not in ("", text):

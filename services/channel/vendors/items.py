@@ -40,7 +40,7 @@ class Inbound(NamedTuple):
     names_others: bool = False
     """It mentions other persons, or answers one of them."""
     quotes: str = ""
-    """The vendor's id of the message that it quotes, if the vendor does not tell its author."""
+    """The vendor's id of the message that it quotes, if the vendor does not name its author."""
     root: str = ""
     """The vendor's id of the message at which its thread began."""
     in_album: bool = False

@@ -31,7 +31,7 @@ from services.channel.vendors.base import (
     download,
     read_json,
 )
-from services.channel.vendors.items import Deleted, Ignored, Inbound, Received
+from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, Received
 from services.channel.vendors.markdown import PLAIN, render
 from services.channel.vendors.splitting import split, utf16_length
 
@@ -40,6 +40,8 @@ MAX_TEXT = 5_000
 # Part n of a delivery has a key that is not a UUID, as the retry key must be.
 _KEYS = UUID("7f6ad0c2-4f0a-4c11-9a0e-2b8a6f0f6a11")
 _CONTENT_ORIGIN = "https://api-data.line.me"
+# Of a file that LINE does not have, before its address.
+_EXTERNAL = "external "
 _FILES: dict[str, Literal["image", "voice", "video", "file"]] = {
     "image": "image",
     "video": "video",
@@ -60,6 +62,7 @@ KINDS: Mapping[str, str] = {
     "location": "",
     "sticker": "",
     "event.message": "",
+    "event.messageEdited": "",
     "event.postback": "",
     "event.unsend": "",
     "event.follow": _NO_MESSAGE,
@@ -103,11 +106,19 @@ class _Mention(msgspec.Struct):
     mentionees: list[_Mentionee] = []
 
 
+class _Provider(msgspec.Struct):
+    """Who has the content of a file. That of an app in LINE lies at an address."""
+
+    type: str = ""
+    originalContentUrl: str = ""
+
+
 class _Message(msgspec.Struct):
     id: str
     type: str
     text: str | None = None
     fileName: str | None = None
+    contentProvider: _Provider | None = None
     title: str | None = None
     address: str | None = None
     latitude: float | None = None
@@ -142,6 +153,8 @@ class _Unsend(msgspec.Struct):
 class _Event(msgspec.Struct):
     type: str
     webhookEventId: str
+    timestamp: int = 0
+    """Milliseconds."""
     mode: str | None = None
     source: _Source | None = None
     message: msgspec.Raw = msgspec.Raw(b"null")
@@ -201,6 +214,9 @@ class Line(Vendor[LineCredentials]):
         return [Limit("channel", 2_000, 1)]
 
     async def fetch(self, outgoing: Outgoing, origin: str, credentials: LineCredentials, ref: str, most: int) -> bytes:
+        if ref.startswith(_EXTERNAL):
+            # A stranger's host, which must not get the token.
+            return await download(outgoing, ref.removeprefix(_EXTERNAL), most)
         host = _CONTENT_ORIGIN if origin == self.origin else origin
         headers = {"authorization": f"Bearer {credentials.channel_access_token}"}
         return await download(outgoing, f"{host}/v2/bot/message/{quote(ref, safe='')}/content", most, headers)
@@ -270,23 +286,28 @@ async def _call(
     return response
 
 
-def _item(event: _Event) -> Inbound | Deleted | Ignored:
-    ids: tuple[str, ...] = (f"event/{event.webhookEventId}",)
+def _item(event: _Event) -> Inbound | Edited | Deleted | Ignored:
+    ids = (f"event/{event.webhookEventId}",)
     if event.mode == "standby":
         return Ignored(ids, "an event for another module of the channel")
+    if event.type == "messageEdited":
+        item = _spoken(ids, event)
+        return item if isinstance(item, Ignored) else Edited(ids, item.ids[1], item, event.timestamp)
     if event.type == "unsend" and event.unsend:
         return Deleted(ids, _target(event.unsend.messageId))
     if event.type != "message" and event.postback is None:
         return Ignored(ids, KINDS.get(f"event.{event.type}") or f"an event {event.type[:40]}")
+    return _spoken(ids, event)
+
+
+def _spoken(ids: tuple[str, ...], event: _Event) -> Inbound | Ignored:
     source = event.source or _Source()
     conversation = source.groupId or source.roomId or source.userId
     if not conversation:
         return Ignored(ids, "a message without a source")
-    # In a group, a person who has not agreed to it has no id. With one name for all of them, one would answer questions
-    # for another.
-    person = source.userId or f"unknown/{event.webhookEventId}"
     in_group = conversation != source.userId
     if event.postback:
+        person = source.userId or f"unknown/{event.webhookEventId}"
         chosen = event.postback.params or _Params()
         if chosen.newRichMenuAliasId:
             return Ignored(ids, "another tab of the menu was opened")
@@ -295,6 +316,9 @@ def _item(event: _Event) -> Inbound | Deleted | Ignored:
             ids, conversation, person, "", pressed, in_group=in_group, mentions_bot=True, replies_to_bot=True
         )
     message = decode(event.message, _Message)
+    # In a group, a person who has not agreed to it has no id. With one name for all of them, one would answer questions
+    # for another.
+    person = source.userId or f"unknown/{message.id}"
     ids = (*ids, _target(message.id))
     text, attachments = _content_of(message)
     if text is None:
@@ -324,7 +348,9 @@ def _content_of(message: _Message) -> tuple[str | None, tuple[Attachment, ...]]:
             # A sticker may have a text of the person.
             return described("Sticker", message.text, *message.keywords), ()
     if message.text is None and message.type in _FILES:
-        return "", (Attachment(_FILES[message.type], message.id, message.fileName or ""),)
+        provider = message.contentProvider or _Provider()
+        ref = f"{_EXTERNAL}{provider.originalContentUrl}" if provider.type == "external" else message.id
+        return "", (Attachment(_FILES[message.type], ref, message.fileName or ""),)
     return _addressed(message), ()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 from markdown_it.parser_inline import ParserInline
+from markdown_it.rules_block import StateBlock, table
 from markdown_it.rules_inline import StateInline
 from markdown_it.rules_inline.state_inline import Scanned
 from markdown_it.token import Token
@@ -23,18 +24,36 @@ _BREAK = re.compile(r"<br ?/?>", re.IGNORECASE)
 # After the scheme; marks around an address do not belong to it.
 _ADDRESS = re.compile(r"://(?:[^\x00-\x20\"&*<>\[\\\]`{|}~\x7f-\U0010ffff]|&(?!amp;)|~(?!~))+")
 
+# Formulas of LaTeX: their ends by their beginnings; and one between dollars, but not prices and variables.
+_FORMULAS = {r"\(": r"\)", r"\[": r"\]", "$$": "$$"}
+_SHORT_FORMULA = re.compile(r"\$(?![\s$])((?:(?!\*\*)[^$`\n])*)(?<!\s)\$(?!\d)")
+_OF_FORMULAS = re.compile(r"[\\^_=]")
+# A formula has at most so many characters, and lines.
+_MAX_FORMULA, _MAX_FORMULA_LINES = 1_000, 100
+
 # Of a code block. It is sent without escapes, so it must be no mention and no mark.
 _LANGUAGE = re.compile(r"[\w+#.-]{1,40}")
 # The parser adds the cells that rows of a table lack. With its own limit, 65,536, a text of 2 KB would take a second
 # and 100 MB, and parsed texts are kept for a while. The package has a function of the module's name in its place.
-vars(sys.modules["markdown_it.rules_block.table"])["MAX_AUTOCOMPLETED_CELLS"] = 1_000
+_of_tables = vars(sys.modules["markdown_it.rules_block.table"])
+_of_tables["MAX_AUTOCOMPLETED_CELLS"] = 1_000
+_at_pipes: Callable[[str], list[str]] = _of_tables["escapedSplit"]
+_CODE = re.compile(r"(?<![`\\])(`++)[^`]*+\1(?!`)")
 # The signs of a text, outside of code, that a reader of Markdown would take for a mark or an escape; and addresses.
 # An underscore within a word, and a star between spaces, are none.
 _MARKS = re.compile(
     rf"https?{_ADDRESS.pattern}"
     r"|\\(?=[!-/:-@\[-`{-~])|`|(?<!\s)\*|\*(?!\s)|(?<![^\W_])_(?!\s)|(?<!\s)_(?![^\W_])|~(?=~)|(?<=~)~"
-    r"|\[(?=[^\[\]]*\]\()|^\[(?=[^\[\]]*\]:)|^(?=[#>]|-#)"
+    r"|\[(?=[^\[\]]*\]\()|^\[(?=[^\[\]]*\]:)|^(?=[#>]|-#|[-+]\s|=+$)"
 )
+
+
+def _cells(line: str) -> list[str]:
+    """The cells of a row of a table. A pipe in a code is a part of it, also without a backslash: models write it so."""
+    return _at_pipes(_CODE.sub(lambda code: re.sub(r"(?<!\\)\|", r"\\|", code[0]), line))
+
+
+_of_tables["escapedSplit"] = _cells
 
 
 def unchanged(text: str) -> str:
@@ -82,6 +101,11 @@ def plain_link(label: str, url: str) -> str:
 
 def quoted_lines(text: str) -> str:
     return "\n".join(f"> {line}".rstrip() for line in text.split("\n"))
+
+
+def broken_quote(text: str) -> str:
+    """A quotation whose line breaks are spaces at the ends of lines."""
+    return "\n".join(f"> {line}" for line in text.split("\n"))
 
 
 def fenced(text: str, language: str) -> str:
@@ -141,8 +165,53 @@ def _parser() -> MarkdownIt:
     # The rule takes a line such as ``[Result]: 42`` out of the text. Links by reference stay text, as their definitions
     # do: after a cut, the two may stand in different messages.
     parser.disable("reference")
+    parser.block.ruler.at("table", _whole_table, {"alt": ["paragraph", "reference"]})
+    parser.block.ruler.before("list", "formula", _formula_block, {"alt": ["paragraph", "list"]})
     parser.inline = _Inline()
     return parser
+
+
+def _whole_table(state: StateBlock, first: int, end: int, silent: bool) -> bool:
+    """As the parser's rule, which drops the cells of a row that has more than the head: they stay in the last one."""
+    before = len(state.tokens)
+    if not table(state, first, end, silent):
+        return False
+    columns = 0
+    for n, token in enumerate(state.tokens[before:], before):
+        columns += token.type == "th_open"
+        last = state.tokens[n - 2]
+        if token.type == "tr_close" and last.map and (row := last.map[0]) > first:
+            cells = _cells(_line(state, row).removeprefix("|").removesuffix("|"))
+            if len(cells) > columns:
+                last.content = " | ".join(cell.strip() for cell in cells[columns - 1 :])
+    return True
+
+
+def _formula_block(state: StateBlock, first: int, end: int, silent: bool) -> bool:
+    """A formula of several lines is a paragraph. A ``-`` at the beginning of a line does not make a list of it."""
+    lines = [_line(state, first)]
+    closing = _FORMULAS.get(lines[0][:2])
+    if state.is_code_block(first) or not closing or closing in lines[0][2:]:
+        return False
+    for n in range(first + 1, min(end, first + _MAX_FORMULA_LINES)):
+        lines.append(_line(state, n))
+        if lines[-1].endswith(closing):
+            break
+        if not lines[-1] or lines[-1][:2] in _FORMULAS or state.sCount[n] < state.blkIndent:
+            return False
+    else:
+        return False
+    if not silent:
+        state.line = first + len(lines)
+        state.push("paragraph_open", "p", 1)
+        inline = state.push("inline", "", 0)
+        inline.content, inline.children = "\n".join(lines), []
+        state.push("paragraph_close", "p", -1)
+    return True
+
+
+def _line(state: StateBlock, n: int) -> str:
+    return state.src[state.bMarks[n] + state.tShift[n] : state.eMarks[n]].strip()
 
 
 class _State(StateInline):
@@ -169,6 +238,7 @@ class _State(StateInline):
 class _Inline(ParserInline):
     def __init__(self) -> None:
         super().__init__()
+        self.ruler.before("escape", "formula", _formula)
         self.ruler.before("strikethrough", "address", _address)
         self.ruler.before("strikethrough", "break", _break)
 
@@ -190,6 +260,29 @@ def _address(state: StateInline, silent: bool) -> bool:
     state.pos += len(text)
     if not silent:
         state.append_pending(text)
+    return True
+
+
+def _formula(state: StateInline, silent: bool) -> bool:
+    """A formula is text: a star and an underscore in it are signs, as in ``\\hat{y}_{t} = \\hat{x}_{t}``."""
+    opening = state.src[state.pos : state.pos + 2]
+    if closing := _FORMULAS.get(opening):
+        stop = state.src.find(closing, state.pos + 2, min(state.pos + _MAX_FORMULA, state.posMax))
+        text = state.src[state.pos : stop + 2] if stop > 0 else ""
+        content = text[2:-2]
+    else:
+        found = _SHORT_FORMULA.match(state.src, state.pos, state.posMax)
+        text, content = (found[0], found[1]) if found else ("", "")
+    if not text or (opening != r"\(" and not _OF_FORMULAS.search(content)):
+        return False
+    if not silent:
+        # Of an escaped bracket, only the bracket is shown.
+        shown = f"{text[1:-2]}{text[-1]}" if text[0] == "\\" else text
+        for n, line in enumerate(shown.split("\n")):
+            if n:
+                state.push("softbreak", "br", 0)
+            state.append_pending(line)
+    state.pos += len(text)
     return True
 
 
@@ -340,6 +433,14 @@ def _table(tokens: Sequence[Token]) -> str:
             rows.append([])
         elif token.type == "inline":
             rows[-1].append(_Renderer(PLAIN)._inline(token).replace("\n", " "))
-    widths = [max(len(row[n]) for row in rows if n < len(row)) for n in range(max(map(len, rows)))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+    widths = [max(_width(row[n]) for row in rows if n < len(row)) for n in range(max(map(len, rows)))]
+    lines = [
+        "  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=False)).rstrip()
+        for row in rows
+    ]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _width(text: str) -> int:
+    """The columns that the text takes in a font of equal widths."""
+    return sum(1 + (unicodedata.east_asian_width(sign) in "WF") for sign in text)

@@ -24,7 +24,7 @@ from services.channel.vendors.items import Ignored, Inbound
 _NO_MESSAGE = "no person writes it to the bot"
 _NOT_TOLD = "the bot is not mentioned"
 # Types of messages: https://bot.q.qq.com/wiki/develop/api-v2/server-inter/message/send-receive/event.html
-_CARD, _FORWARDED = 3, 102
+_CARD, _FORWARDED, _QUOTING = 3, 102, 103
 BY_EVENT = "event:"
 """Before the id of an event that is answered, and no message."""
 
@@ -72,9 +72,12 @@ KINDS: Mapping[str, str] = {
     ),
     **dict.fromkeys(("AUDIO_START", "AUDIO_FINISH", "AUDIO_ON_MIC", "AUDIO_OFF_MIC"), _NO_MESSAGE),
 }
-# Signs in a text: a mention of the bot in a guild, and a face with its name in base64.
-_MENTION = re.compile(r"<@!?[0-9A-Za-z]{1,64}>\s*")
-_FACE = re.compile(r'<faceType=[^<>]{0,200}?ext="([0-9A-Za-z+/=]{0,500})"[^<>]{0,200}>')
+# Signs in a text: a mention, and a face with its name in base64 or a file in its place.
+_MENTION = re.compile(r"<@!?([0-9A-Za-z]{1,64})>\s*")
+_SIGN = re.compile(r"<(faceType|attachmentType)=([^<>]{0,900})>")
+_NAME = re.compile(r'ext="([0-9A-Za-z+/=]{1,500})"')
+# The face that stands in place of a picture.
+_PICTURE = "6,"
 
 
 class _Author(msgspec.Struct):
@@ -110,6 +113,9 @@ class _Card(msgspec.Struct):
 
 class _Mention(msgspec.Struct):
     is_you: bool | None = None
+    id: str | None = None
+    member_openid: str | None = None
+    username: str | None = None
 
 
 class _Message(msgspec.Struct):
@@ -158,7 +164,8 @@ def read(kind: str, event_id: str, raw: msgspec.Raw) -> Inbound | Ignored:
     if kind == "INTERACTION_CREATE":
         return _pressed(event_id, decode(raw, _Interaction))
     message = decode(raw, _Message)
-    ids = (f"message/{message.id}",)
+    # QQ may tell a message to the bot in a second event as one of all messages, with the same message id.
+    ids = (f"{kind}/{message.id}", f"message/{message.id}")
     person = message.author.user_openid or message.author.member_openid or message.author.id
     places = {
         "C2C_MESSAGE_CREATE": ("users", person),
@@ -170,11 +177,15 @@ def read(kind: str, event_id: str, raw: msgspec.Raw) -> Inbound | Ignored:
         return Ignored(ids, "a message without an author")
     in_group = place in ("groups", "channels")
     # The owner of a group may let a bot have all its messages. The other events bring messages to the bot only.
-    told = kind != "GROUP_MESSAGE_CREATE" or any(one.is_you for one in message.mentions or ())
+    mentions = message.mentions or ()
+    told = kind != "GROUP_MESSAGE_CREATE" or any(one.is_you for one in mentions)
     files = list(message.attachments or ())
     own = ""
     content = message.content or ""
-    words = [_words(_MENTION.sub("", content, count=1) if told else content, files)]
+    own_ids = {id_ for one in mentions if one.is_you for id_ in (one.id, one.member_openid)}
+    if told and own_ids.isdisjoint(_MENTION.findall(content)):
+        content = _MENTION.sub("", content, count=1)
+    words = [_words(_addressed(content, mentions), files)]
     elements = message.msg_elements or ()
     about = "\n".join(filter(None, (_words(one.content or "", one.attachments or ()) for one in elements)))
     if message.message_type == _FORWARDED:
@@ -182,7 +193,9 @@ def read(kind: str, event_id: str, raw: msgspec.Raw) -> Inbound | Ignored:
     else:
         if about and all(one.author is None or one.author.bot for one in elements):
             own = words[0]
-        words = [quoting(words[0], about)]
+        # Beside a mention of the bot, QQ tells the messages before it, too.
+        shown = quoting(words[0], about) if message.message_type == _QUOTING else _after(words[0], about)
+        words = [shown]
     if message.message_type == _CARD:
         words.append(described("Card", message.ark_data and message.ark_data.prompt))
     files += (file for one in elements for file in one.attachments or ())
@@ -200,14 +213,29 @@ def read(kind: str, event_id: str, raw: msgspec.Raw) -> Inbound | Ignored:
         mentions_bot=in_group and told,
         attachments=attachments,
         words=own,
-        names_others=any(not one.is_you for one in message.mentions or ()),
+        names_others=any(not one.is_you for one in mentions),
     )
 
 
 def _words(content: str, files: Sequence[_File]) -> str:
     """The text, and that of voice messages which QQ has written down."""
     spoken = (file.asr_refer_text or "" for file in files)
-    return "\n".join(filter(None, (_FACE.sub(_named, content).strip(), *spoken)))
+    return "\n".join(filter(None, (_SIGN.sub(_named, content).strip(), *spoken)))
+
+
+def _addressed(content: str, mentions: Sequence[_Mention]) -> str:
+    """The text with the names of the people that it mentions, and without a mention of the bot."""
+    known = {id_: one for one in mentions for id_ in (one.id, one.member_openid) if id_}
+
+    def named(found: re.Match[str]) -> str:
+        one = known.get(found[1]) or _Mention()
+        return "" if one.is_you else f"@{one.username} " if one.username else found[0]
+
+    return _MENTION.sub(named, content)
+
+
+def _after(words: str, before: str) -> str:
+    return f"{words}\n\n[Messages before it in the group]\n{before}".lstrip() if before else words
 
 
 def _attachment(file: _File) -> Attachment | None:
@@ -232,10 +260,13 @@ def _pressed(event_id: str, press: _Interaction) -> Inbound | Ignored:
     return Inbound(ids, place, person, f"{BY_EVENT}{event_id}", text, mentions_bot=True, replies_to_bot=True)
 
 
-def _named(face: re.Match[str]) -> str:
-    """The name of a face, such as ``[Emoji: /smile]``."""
+def _named(sign: re.Match[str]) -> str:
+    """The name of a face, such as ``[Emoji: /smile]``; empty for a file, which is an attachment."""
+    if sign[1] == "attachmentType" or sign[2].startswith(_PICTURE):
+        return ""
+    found = _NAME.search(sign[2])
     try:
-        name = from_json(base64.b64decode(face[1]), _Face).text
+        name = from_json(base64.b64decode(found[1]), _Face).text if found else ""
     except (ValueError, *MALFORMED):
         name = ""
     return described("Emoji", name)

@@ -17,7 +17,8 @@ from services.channel.vendors.slack_kinds import KINDS
 # Of a file that Slack Connect shares, the event tells the id only.
 BY_ID = "id/"
 _MENTION = re.compile(r"<@([^<>|]+)[|>]")
-_LINK = re.compile(r"<((?:https?|mailto|tel):[^|<>\s]+)(?:\|([^<>]*))?>")
+_TOKEN = re.compile(r"<((?:https?|mailto|tel):[^|<>\s]+|[#!][^|<>]+)(?:\|([^<>]*))?>")
+_EVERYBODY = ("!here", "!channel", "!everyone")
 
 
 # Elements of rich text by their type: the field with the name, and the signs around it.
@@ -253,7 +254,7 @@ def _spoken(ids: tuple[str, ...], kind: _Kind, payload: Payload, raw: msgspec.Ra
         # A thread begins with a message of the channel, or with the bot's answer there.
         parent=event.channel if thread else None,
         attachments=attachments(event),
-        # An app_mention does not tell the type of its channel. The id of a direct message begins with D.
+        # An app_mention does not have the type of its channel. The id of a direct message begins with D.
         in_group=event.channel_type != "im" and not event.channel.startswith("D"),
         mentions_bot=kind.type == "app_mention" or bool(mentioned & bots),
         replies_to_bot=event.parent_user_id in bots,
@@ -264,7 +265,7 @@ def _spoken(ids: tuple[str, ...], kind: _Kind, payload: Payload, raw: msgspec.Ra
 
 def words(content: Content) -> str:
     """The text of a message, as a person wrote it."""
-    return _LINK.sub(_typed, _text(content)).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    return _TOKEN.sub(_typed, _text(content)).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
 
 
 def _text(content: Content) -> str:
@@ -305,12 +306,18 @@ def joined(blocks: Sequence[Any]) -> str:
     return "".join(_block_texts(list(blocks))).strip()
 
 
-def _typed(link: re.Match[str]) -> str:
-    """A link as a person wrote it: Slack marks every address, also one that was typed without a scheme."""
-    url, label = link[1], link[2]
-    if not label or url.endswith(label):
-        return label or url
-    return f"{label} ({url})"
+def _typed(token: re.Match[str]) -> str:
+    """A link, channel, group or time as a person wrote it: Slack marks every address, also one that was typed without a
+    scheme."""
+    target, label = token[1], token[2]
+    if target in _EVERYBODY:
+        return f"@{target[1:]}"
+    if target[0] in "#!":
+        # Without a label the id is all that is known.
+        return f"{'#' * (target[0] == '#')}{label}" if label else f"<{target}>"
+    if not label or target.endswith(label):
+        return label or target
+    return f"{label} ({target})"
 
 
 def attachments(content: Content) -> tuple[Attachment, ...]:

@@ -35,6 +35,8 @@ class _Action(msgspec.Struct):
     """The value that a person pressed, chose or entered. https://docs.slack.dev/reference/block-kit/block-elements"""
 
     action_id: str = ""
+    name: str = ""
+    """Of a button of an attachment, in place of `action_id`."""
     action_ts: str = ""
     value: str | None = None
     text: _Label | None = None
@@ -64,13 +66,19 @@ class _Action(msgspec.Struct):
             yield typed
 
     def __str__(self) -> str:
-        return ", ".join(self.choices()) or (self.text.text if self.text else "") or self.action_id
+        return ", ".join(self.choices()) or (self.text.text if self.text else "") or self.action_id or self.name
 
 
 class _Message(Content):
     """The message with the button, or the one that a shortcut is about."""
 
     ts: str = ""
+    thread_ts: str | None = None
+
+
+class _Container(msgspec.Struct):
+    """The place of the message. If only one person sees it, its content is not told."""
+
     thread_ts: str | None = None
 
 
@@ -87,6 +95,9 @@ class _Interaction(msgspec.Struct):
     user: _Named | None = None
     channel: _Named | None = None
     message: _Message | None = None
+    original_message: _Message | None = None
+    """In place of `message`, if the button is of an attachment."""
+    container: _Container | None = None
     actions: list[_Action] | None = None
     state: _State | None = None
     callback_id: str = ""
@@ -103,14 +114,17 @@ def read(body: bytes) -> Inbound | Ignored:
     reason = KINDS.get(f"interaction.{given.type}", f"an interaction {given.type[:40]}")
     if reason or not given.user or not given.channel:
         return Ignored(unnamed, reason or "an interaction without a channel or an author")
-    if given.type == "block_actions" and given.actions:
+    person, channel = given.user.id, given.channel.id
+    if given.type in ("block_actions", "interactive_message") and given.actions:
         pressed = given.actions[0]
+        time = pressed.action_ts or given.action_ts
         text = "\n".join([str(pressed), *_entered(given.state or _State(), pressed.action_id)])
-        return _item(given, given.user.id, given.channel.id, pressed.action_ts, text)
-    if given.type == "message_action" and given.message:
-        text = forwarded(words(given.message), before=given.callback_id)
-        return _item(given, given.user.id, given.channel.id, given.action_ts, text)
-    return Ignored(unnamed, "an interaction without a choice")
+    elif given.type == "message_action" and given.message:
+        time, text = given.action_ts, forwarded(words(given.message), before=given.callback_id)
+    else:
+        return Ignored(unnamed, "an interaction without a choice")
+    # Without a time, all of a person's shortcuts would be repeats of the first one.
+    return _item((f"action/{channel}/{person}/{time}",) if time else unnamed, given, person, channel, text)
 
 
 def _entered(state: _State, pressed: str) -> Iterator[str]:
@@ -138,11 +152,12 @@ def _command(unnamed: tuple[str, ...], fields: dict[str, str]) -> Inbound | Igno
     )
 
 
-def _item(given: _Interaction, person: str, channel: str, id_: str, text: str) -> Inbound:
-    message = given.message or _Message()
+def _item(ids: tuple[str, ...], given: _Interaction, person: str, channel: str, text: str) -> Inbound:
+    unseen = _Message(thread_ts=given.container.thread_ts if given.container else None)
+    message = given.message or given.original_message or unseen
     thread = f"/{message.thread_ts}" if message.thread_ts else ""
     return Inbound(
-        (f"action/{channel}/{person}/{id_}",),
+        ids,
         f"{channel}{thread}",
         person,
         message.ts,

@@ -74,6 +74,7 @@ KINDS: Mapping[str, str] = {
     "event.member_joined_channel": _ABOUT_THE_CHANNEL,
     "event.member_left_channel": _ABOUT_THE_CHANNEL,
     "interaction.block_actions": "",
+    "interaction.interactive_message": "",
     "interaction.message_action": "",
     "interaction.shortcut": "it names no conversation",
     "interaction.view_submission": _NOT_OFFERED,

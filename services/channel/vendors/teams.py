@@ -41,7 +41,7 @@ from services.channel.vendors.base import (
     read_json,
 )
 from services.channel.vendors.items import Ack, Received
-from services.channel.vendors.markdown import MARKDOWN, render
+from services.channel.vendors.markdown import MARKDOWN, backslashed, broken_quote, render
 from services.channel.vendors.splitting import split, utf8_length
 
 # Bytes. A message may have about 100 KB with everything around its text.
@@ -58,8 +58,16 @@ _TOKEN_ORIGIN = "https://login.microsoftonline.com"
 _SCOPE = "https://api.botframework.com/.default"
 _DEFAULT_SERVICE = "https://smba.trafficmanager.net/teams/"
 
-# Teams shows most of Markdown, but no tables.
-DIALECT = replace(MARKDOWN, italic=("_", "_"))
+# Teams shows most of Markdown, but no tables. It drops a line break alone, and tags of HTML that it does not know:
+# https://learn.microsoft.com/microsoftteams/platform/bots/how-to/format-your-bot-messages
+DIALECT = replace(
+    MARKDOWN,
+    italic=("_", "_"),
+    quote=broken_quote,
+    literal=lambda text: backslashed(text).replace("<", "&lt;"),
+    bullet="- ",
+    line="  \n",
+)
 
 
 # https://learn.microsoft.com/microsoftteams/platform/task-modules-and-cards/cards/universal-actions-for-adaptive-cards
@@ -198,7 +206,7 @@ class Teams(Vendor[TeamsCredentials]):
         return await download(outgoing, address, most, {"authorization": f"Bearer {token}"})
 
     async def identify(self, outgoing: Outgoing, origin: str, credentials: TeamsCredentials) -> str:
-        # The login is the only call that needs no conversation. It does not tell the bot's name.
+        # The login is the only call that needs no conversation. Its answer does not have the bot's name.
         await self._login(outgoing, origin, credentials)
         return credentials.app_id
 

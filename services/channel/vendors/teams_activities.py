@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from protos.messages.channel import FORWARDED, IN_REPLY
 from services.channel.events import Attachment
 from services.channel.vendors.base import UnreadableCall, described, forwarded, from_json, kind_of, placeholder, quoting
 from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound, Item, Reacted, Receipt
@@ -32,6 +33,7 @@ KINDS: Mapping[str, str] = {
     "typing": _NO_MESSAGE,
     "endOfConversation": _NO_MESSAGE,
     "invoke.adaptiveCard/action": "",
+    "invoke.suggestedActions/submit": "",
     "invoke.actionableMessage/executeAction": _NOT_OFFERED,
     "invoke.composeExtension/query": _NOT_OFFERED,
     "invoke.composeExtension/submitAction": _NOT_OFFERED,
@@ -51,7 +53,7 @@ KINDS: Mapping[str, str] = {
     "attachment.forwardedMessageReference": "",
     "attachment.card": "",
 }
-_QUOTATIONS = {"messageReference": "In reply to this message", "forwardedMessageReference": "Forwarded message"}
+_QUOTATIONS = {"messageReference": IN_REPLY, "forwardedMessageReference": FORWARDED}
 # The ids of bots begin with it.
 _BOT = "28:"
 _QUOTED = re.compile(r"<quoted[^<>]*>\s*")
@@ -75,6 +77,15 @@ class _Conversation(msgspec.Struct):
     id: str
     tenantId: str | None = None
     conversationType: str | None = None
+
+
+class _Tenant(msgspec.Struct):
+    id: str = ""
+
+
+class _ChannelData(msgspec.Struct):
+    tenant: _Tenant | None = None
+    """Also told in the conversations that do not name it themselves."""
 
 
 class _QuotedReply(msgspec.Struct):
@@ -111,6 +122,7 @@ class Activity(msgspec.Struct):
     from_: _Account | None = msgspec.field(name="from", default=None)
     recipient: _Account | None = None
     conversation: _Conversation | None = None
+    channelData: _ChannelData | None = None
     attachments: list[_Attachment] | None = None
     entities: list[_Entity] | None = None
     timestamp: datetime | None = None
@@ -138,7 +150,7 @@ def read(activity: Activity, tenant: str) -> Sequence[Item]:
             return [Deleted((f"deletion/{target}",), target)]
         case "messageReaction" if activity.id and activity.conversation and activity.from_ and activity.replyToId:
             return [*_reacted(activity, "added"), *_reacted(activity, "removed")]
-        case "invoke" if activity.name == "adaptiveCard/action":
+        case "invoke" if activity.name in ("adaptiveCard/action", "suggestedActions/submit"):
             if isinstance(activity.value, dict) and activity.value.get("trigger") == "automatic":
                 return [Ignored((f"activity/{activity.id}",), "a card that refreshes itself")]
             return [_spoken(activity, tenant)]
@@ -183,7 +195,8 @@ def _spoken(activity: Activity, tenant: str) -> Inbound | Ignored:
         raise UnreadableCall("a message without id, author or conversation")
     if activity.from_.role == "bot" or activity.from_.id.startswith(_BOT):
         return Ignored(ids, "a bot's message")
-    if tenant and activity.conversation.tenantId != tenant:
+    told = activity.channelData.tenant if activity.channelData else None
+    if tenant and tenant != (activity.conversation.tenantId or (told and told.id)):
         return Ignored(ids, "a message of another tenant")
     text = _addressed(activity)
     # A copy of the text as HTML is an attachment, too.
@@ -206,10 +219,10 @@ def _spoken(activity: Activity, tenant: str) -> Inbound | Ignored:
         named = [one.name or "" for one in files]
         lost = described("A file that cannot be read here", *named)
         text = f"{text}\n\n{lost}" if text else placeholder("a file", *named)
-    # The values of a card come without a text.
-    pressed = not text and not files and activity.value is not None
+    # The values of a card come without a text, or beside the one of its button.
+    pressed = not files and activity.value is not None
     if pressed:
-        text = _submitted(activity.value)
+        text = "\n".join(filter(None, (text, _submitted(activity.value))))
     mentioned = {one.mentioned.id for one in activity.entities or () if one.mentioned}
     recipient = {activity.recipient.id} if activity.recipient else set()
     return Inbound(
@@ -279,7 +292,7 @@ def _quotation(file: _Attachment) -> str:
     content = _content(file)
     if title := _QUOTATIONS.get(file.contentType):
         words = content.get("messagePreview") or content.get("originalMessageContent") or ""
-        return f"[{title}]\n{_plain(str(words))}" if words else ""
+        return f"{title}\n{_plain(str(words))}" if words else ""
     if file.contentType.startswith("application/vnd.microsoft.card."):
         return "\n".join(_card_texts(content))
     return ""

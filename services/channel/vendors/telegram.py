@@ -133,7 +133,7 @@ class Telegram(Vendor[TelegramCredentials]):
     )
 
     def needs_identity(self, body: bytes) -> bool:
-        """Only a mention and a command name a bot, and updates do not tell the bot's own name."""
+        """Only a mention and a command name a bot, and updates do not have the bot's own name."""
         return b'"mention"' in body or b'"bot_command"' in body
 
     def receive(self, request: Request, credentials: TelegramCredentials, now: datetime) -> Received:

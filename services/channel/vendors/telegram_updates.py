@@ -260,7 +260,7 @@ def _item(
         in_group=message.chat.type != "private",
         mentions_bot=mentions_bot,
         replies_to_bot=is_answer,
-        # An administrator who stays anonymous writes in the name of the group. Telegram does not tell the others.
+        # An administrator who stays anonymous writes in the name of the group. Telegram does not name the others.
         by_admin=message.sender_chat is not None and message.sender_chat.id == chat,
         words=own,
         names_others=names_others,

@@ -27,6 +27,7 @@ from services.channel.vendors.base import (
     constant_time_equals,
     described,
     download,
+    forwarded,
     kind_of,
     placeholder,
     raise_for_transient,
@@ -55,6 +56,8 @@ KINDS: Mapping[str, str] = {
     "InteractiveData": "",
     "FlowData": "",
     "ReferralBody": "",
+    "Forwarded": "",
+    "FrequentlyForwarded": "",
     "OptOutType": "Twilio answers STOP, START and HELP itself",
     "MessageStatus.delivered": "",
     "MessageStatus.read": "",
@@ -206,6 +209,9 @@ def _text(fields: Mapping[str, str]) -> str:
             described("Location", *(fields.get(name) for name in ("Label", "Address", "Latitude", "Longitude")))
         )
     parts += [fields.get("InteractiveData", ""), fields.get("FlowData", "")]
+    if any(parts) and "true" in (fields.get("Forwarded"), fields.get("FrequentlyForwarded")):
+        # It may be of another person, whose yes approves nothing.
+        parts = [forwarded("\n".join(filter(None, parts)))]
     if any(fields.get(name) for name in ("ReferralHeadline", "ReferralBody")):
         parts.append(described("From the advertisement", fields.get("ReferralHeadline"), fields.get("ReferralBody")))
     return "\n".join(filter(None, parts))

@@ -29,6 +29,7 @@ KINDS: Mapping[str, str] = {
     "chatrecord": "",
     "mixed": "",
     "event.click": "",
+    "event.taskcard_click": "",
     "event.template_card_event": "",
     "event.template_card_menu_event": "",
     "event.scancode_push": "",
@@ -93,9 +94,10 @@ def read(body: bytes, agent_id: str) -> Inbound | Ignored:
     given = {child.tag: child.text or "" for child in root}
     kind, person = given.get("MsgType", ""), given.get("FromUserName", "")
     # An event has no id.
-    name = "/".join(given.get(field, "") for field in ("FromUserName", "CreateTime", "Event", "EventKey"))
+    name = "/".join(given.get(field, "") for field in ("FromUserName", "CreateTime", "Event", "EventKey", "TaskId"))
     id_ = given.get("MsgId", "")
-    ids = (f"message/{id_}",) if id_ and kind != "event" else (f"event/{name}",)
+    # Messages of several people at the same moment have had one id.
+    ids = (f"message/{person}/{id_}",) if id_ and kind != "event" else (f"event/{name}",)
     if not person:
         return Ignored(ids, "a message without an author")
     if given.get("AgentID", agent_id) != agent_id:
@@ -117,7 +119,7 @@ def read(body: bytes, agent_id: str) -> Inbound | Ignored:
         words = _text(kind, root, given)
     if words is None or not id_:
         return Ignored(ids, f"a message of type {kind[:40]}")
-    # WeCom does not tell which files were sent together.
+    # WeCom does not say which files were sent together.
     in_album = kind in ("image", "video", "file")
     return Inbound(ids, person, person, id_, words, attachments=attachments, in_album=in_album)
 

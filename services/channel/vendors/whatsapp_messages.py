@@ -88,6 +88,10 @@ _FILES: dict[str, Literal["image", "voice", "video"]] = {
 }
 
 
+# The types of messages with words or files of a person.
+_SPOKEN = frozenset(
+    (*_FILES, "text", "document", "location", "contacts", "button", "interactive", "order", "unsupported", "unknown")
+)
 _MENTION = re.compile(r"(?<!\S)@(\S+)")
 
 
@@ -341,7 +345,7 @@ def _item(message: _Message, own: str) -> Item:
         in_group=bool(message.group_id),
         also=message.from_user_id if message.from_ else "",
         names_others=_names_others(message, own),
-        # WhatsApp does not tell which files were sent together.
+        # WhatsApp does not say which files were sent together.
         in_album=bool(message.image or message.video or message.document),
     )
 
@@ -409,19 +413,19 @@ def _words(message: _Message) -> str | None:
         return message.text.body
     if message.button:
         return message.button.text
-    if message.interactive:
-        return _choice(message.interactive)
+    if message.interactive and (choice := _choice(message.interactive)):
+        return choice
     if message.order:
         return _order(message.order)
-    if message.media:
+    if message.media and (message.media.id or message.media.caption):
         return message.media.caption or ""
     if place := message.location:
         return described("Location", place.name, place.address, place.latitude, place.longitude)
     if message.contacts:
         return "\n".join(map(_contact, message.contacts))
-    # WhatsApp does not give this message to programs, such as a poll. The person should hear that.
-    is_kept = message.type in ("unsupported", "unknown")
-    return placeholder("a message that WhatsApp does not pass on") if is_kept else None
+    # WhatsApp does not give this message to programs, such as a poll, or could not read it, such as a file that is too
+    # large. The person should hear that.
+    return placeholder("a message that WhatsApp does not pass on") if message.type in _SPOKEN else None
 
 
 def _choice(interactive: _Interactive) -> str | None:

@@ -60,6 +60,9 @@ def blocks(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
             elif text:
                 yield Block(head + text, subject)
                 head = ""
+        if subject and head.strip():
+            # All that it says stands in its subject, or in its attachments.
+            yield Block(head, subject)
     if is_damaged:
         warnings.append(DAMAGED)
     note_attachments(attached, warnings)

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from lxml import etree, html  # type: ignore[import-untyped]
 
 from infra.stores.charsets import decode
+from services.memory.files import navigation
 from services.memory.files.numbering import written
 
 # Not shown to a reader of the page.
@@ -78,6 +79,8 @@ def markdown(page: str, *, titled: bool = False, titles: Mapping[str, tuple[int,
         return ""
     # huge_tree: without it, parts that are nested deeply are lost.
     root = html.document_fromstring(page, parser=html.HTMLParser(huge_tree=True, remove_comments=True, remove_pis=True))
+    if titled:
+        navigation.remove(root, _is_hidden)
     text = _Writer(titles).write(root)
     title = _WHITE.sub(" ", root.findtext("head/title") or "").strip() if titled else ""
     return f"# {title}\n{text}" if title and root.find(".//h1") is None else text
@@ -168,7 +171,8 @@ class _Writer:
         elif tag == "br":
             self._break()
         elif tag == "img":
-            self._text(element.get("alt"))
+            # Between two words, the description would be one with them.
+            self._text(f" {element.get('alt')} " if (element.get("alt") or "").strip() else None)
         elif tag == "sup" and is_apart((self._line or [""])[-1], next(element.itertext(), "")):
             self._text("^")
         elif tag == "p" and not self._outside:
@@ -344,11 +348,17 @@ def _input(element: etree._Element) -> str:
 
 
 def _is_hidden(element: etree._Element) -> bool:
+    """A reader of the page can open each of its tabs, and finds text that is hidden until it is found."""
     return (
         not isinstance(element.tag, str)
         or element.tag in _SKIPPED
         or (element.tag == "option" and element.get("selected") is None)
-        or element.get("hidden") is not None
-        or element.get("aria-hidden") == "true"
-        or _HIDDEN_STYLE.search(element.get("style", "")) is not None
+        or (
+            element.get("role") != "tabpanel"
+            and (
+                element.get("hidden", "until-found").lower() != "until-found"
+                or element.get("aria-hidden") == "true"
+                or _HIDDEN_STYLE.search(element.get("style", "")) is not None
+            )
+        )
     )

@@ -27,7 +27,7 @@ from infra.stores import charsets
 from infra.stores import filetypes as types
 from infra.web import data_urls
 from services.memory.domain import DAMAGED, Block, Chunk, UnreadableFile, chunk, folded, sections
-from services.memory.files import ebooks, mail, markup, ocr, outlook, pdf, slides, spreadsheets, word
+from services.memory.files import ebooks, mail, markup, ocr, outlook, pdf, slides, spreadsheets, strict, word
 
 # A larger archive is refused before it is unpacked. Real ones are compressed ten times at most.
 MAX_UNPACKED_BYTES = 512 * 1024**2
@@ -64,6 +64,11 @@ _SPACES = re.compile(r"(?<=\S)[^\S\n]{9,}")
 MAX_INDENT = 100
 _INDENT = re.compile(rf"^[^\S\n]{{{MAX_INDENT + 1},}}", re.MULTILINE)
 _EMPTY_LINES = re.compile(r"\n\s*\n\s*\n")
+# Lines of the properties before a Markdown text: one begins with a name, or is a part of the value before it.
+_PROPERTY = re.compile(r"[\w.-]+[ \t]*[:=](?!//)")
+_PROPERTY_PART = re.compile(r"[ \t#\[\]}-]|$")
+_TITLE = re.compile(r"title[ \t]*[:=]([^|>].*)", re.IGNORECASE)
+_FIRST_LEVEL = re.compile(r"^(?:# |=+[ \t]*$)", re.MULTILINE)
 
 
 class Decoder(Protocol):
@@ -127,7 +132,7 @@ class BlockReader:
             case types.HTML:
                 yield from sections(_clean(self._decoded(partial(markup.html_markdown, titled=True))))
             case types.MARKDOWN:
-                yield from sections(_clean(self._decoded(charsets.decode)))
+                yield from sections(_titled(_clean(self._decoded(charsets.decode))))
             case _:
                 yield Block(_clean(self._decoded(charsets.decode)))
         if self._recognized:
@@ -145,6 +150,8 @@ class BlockReader:
                 raise UnreadableFile(
                     f"The file is larger than {MAX_UNPACKED_BYTES // 1024**2} MiB when it is unpacked."
                 )
+            if self._type in types.OFFICE:
+                self._file = strict.transitional(self._file, archive)
         self._file.seek(0)
 
     def _page_blocks(self, pages: Iterable[list[Block]]) -> Iterator[Block]:
@@ -175,9 +182,27 @@ def _listed(pages: Sequence[int]) -> str:
     return ", ".join(map(str, pages[:20])) + (", …" if len(pages) > 20 else "")
 
 
+def _titled(text: str) -> str:
+    """A Markdown text without the properties before it (YAML, TOML). Their title is its first heading, if it has none
+    of the first level."""
+    sign = text[:4].rstrip()
+    if sign not in ("---", "+++"):
+        return text
+    _, *lines = text.split("\n")
+    count = 0
+    while count < len(lines) and (_PROPERTY.match(lines[count]) or (count and _PROPERTY_PART.match(lines[count]))):
+        if lines[count].rstrip() == sign:
+            break
+        count += 1
+    if not count or count == len(lines) or lines[count].rstrip() not in (sign, "..."):
+        return text
+    titles = (found[1].strip(" \t'\"") for line in lines[:count] if (found := _TITLE.fullmatch(line)))
+    title, text = next(titles, ""), "\n".join(lines[count + 1 :])
+    return text if not title or _FIRST_LEVEL.search(text) else f"# {title}\n\n{text}"
+
+
 def _clean(text: str) -> str:
-    # A picture in the text would be a long number.
-    text = data_urls.replaced(text, lambda label, mime_type, _: f"[{label or mime_type}]")
+    text = data_urls.named(text)
     text = _NOT_TEXT.sub(" ", folded(text.translate(_PLAIN)).replace("\r\n", "\n").replace("\r", "\n"))
     text = _INDENT.sub(" " * MAX_INDENT, _SPACES.sub(" " * 8, text))
     return _EMPTY_LINES.sub("\n\n", text)

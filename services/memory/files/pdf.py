@@ -6,7 +6,7 @@ import ctypes
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any
 
 from services.memory.domain import UnreadableFile
@@ -16,6 +16,8 @@ from services.memory.files import ocr, running
 MAX_PIXELS = 4_000
 # PDFium's sign for a hyphen at the end of a line, with the line break that may follow it.
 _BROKEN = re.compile(r"\x02[\r\n]*(?=(\w?))")
+# The hyphen of a word that the end of a page breaks, and the rest of the word on the next page.
+_BROKEN_PAGE, _REST = re.compile(r"(?<=[^\W\d_])[-\xad]\s*\Z"), re.compile(r"\s*([^\W\d_]\S*)")
 _MAX_ANNOTATIONS = 10_000
 _RIGHT_TO_LEFT = ("R", "AL")
 # The left, lower, right and upper end of a place on a page as it is shown, which the file may turn clockwise.
@@ -47,6 +49,14 @@ def pages(
         raise
     # Without this, fields have no values.
     document.init_forms()
+    for text, beside in _with_whole_words(_texts(document, recognizer, recognized, headers)):
+        yield "\n".join(filter(None, (text, *beside)))
+
+
+def _texts(
+    document: Any, recognizer: ocr.Recognizer | None, recognized: list[int], headers: dict[str, tuple[int, str]]
+) -> Iterator[tuple[str, Sequence[str]]]:
+    """The text of each page, and the texts beside it."""
     for page, text in running.without(_pages(document), headers):
         # PDFium gives a character beyond the first 65,536 in two halves.
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -55,7 +65,22 @@ def pages(
             text = _recognized(document[page.number - 1], recognizer)
             if text.strip():
                 recognized.append(page.number)
-        yield "\n".join(filter(None, (text, *page.beside)))
+        yield text, page.beside
+
+
+def _with_whole_words(pages: Iterable[tuple[str, Sequence[str]]]) -> Iterator[tuple[str, Sequence[str]]]:
+    """A word that the end of a page breaks is whole, and on that page: a search would not find its parts."""
+    before: tuple[str, Sequence[str]] | None = None
+    for text, beside in pages:
+        if before:
+            broken, rest = _BROKEN_PAGE.search(before[0]), _REST.match(text)
+            if broken and rest and rest[1][0].islower():
+                before = before[0][: broken.start()] + rest[1], before[1]
+                text = text[rest.end() :].lstrip()
+            yield before
+        before = text, beside
+    if before:
+        yield before
 
 
 def _pages(document: Any) -> Iterator[running.PageLines]:
@@ -174,7 +199,7 @@ def _value(form: Any, annotation: Any) -> str:
 
 
 def _string(read: Callable[..., int], *arguments: Any) -> str:
-    """A text of PDFium, which tells its length in bytes before it fills a buffer with UTF-16."""
+    """A text of PDFium, which returns its length in bytes before it fills a buffer with UTF-16."""
     from pypdfium2 import raw
 
     size = read(*arguments, None, 0)

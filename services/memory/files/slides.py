@@ -12,6 +12,7 @@ from services.memory.files.markup import MAX_REPEATED_CHARACTERS, is_apart
 
 _DRAWING = "{http://schemas.openxmlformats.org/drawingml/2006/main}"
 _COMPATIBILITY = "{http://schemas.openxmlformats.org/markup-compatibility/2006}"
+_DRAWN = "{http://schemas.openxmlformats.org/presentationml/2006/main}contentPart"
 _EQUATION = "{http://schemas.microsoft.com/office/drawing/2010/main}m"
 _RELATIONS = {"r": "http://schemas.openxmlformats.org/officeDocument/2006/relationships"}
 
@@ -22,11 +23,15 @@ def texts(file: IO[bytes]) -> Iterator[str]:
 
     # Each slide, chart and diagram once: a small file could name one a million times.
     read: set[str] = set()
+    footers: set[str] = set()
     for slide in {slide.part.partname: slide for slide in Presentation(file).slides}.values():
         # PowerPoint writes a shape that older programs do not know, such as a box with an equation, in two forms.
         for choice in list(slide.shapes._spTree.iter(f"{_COMPATIBILITY}Choice")):
             for shape in list(choice):
                 choice.getparent().addprevious(shape)
+        # Lines drawn by hand, which the library does not know as a shape.
+        for drawn in list(slide.shapes._spTree.iter(_DRAWN)):
+            drawn.getparent().remove(drawn)
         for equation in list(slide.shapes._spTree.iter(_EQUATION)):
             equation.addprevious(equation.getparent().add_r(word.linear(equation)))
         _mark_powers(slide.shapes._spTree)
@@ -34,11 +39,25 @@ def texts(file: IO[bytes]) -> Iterator[str]:
         shown = title is not None and title.text.strip()
         lines = [f"# {' '.join(title.text.split())}"] if shown else []
         others = [shape for shape in slide.shapes if not (shown and shape.shape_id == title.shape_id)]
+        others = [shape for shape in others if not _is_repeated(shape, footers)]
         lines += [text for shape in others for text in _shape_texts(shape, read)]
         if slide.has_notes_slide and _is_new(slide.notes_slide.part, read):
             notes = slide.notes_slide.notes_text_frame
             lines += [] if notes is None else [notes.text]
         yield "\n\n".join(lines)
+
+
+def _is_repeated(shape: Any, footers: set[str]) -> bool:
+    """Whether a shape is the slide's number, or a date or footer among the `footers` of earlier slides: a slide with
+    only a picture has no text of its own. Adds to them."""
+    from pptx.enum.shapes import PP_PLACEHOLDER
+
+    kind = shape.placeholder_format.type if shape.is_placeholder else None
+    if kind not in (PP_PLACEHOLDER.DATE, PP_PLACEHOLDER.FOOTER):
+        return bool(kind == PP_PLACEHOLDER.SLIDE_NUMBER)
+    is_known = shape.text_frame.text in footers
+    footers.add(shape.text_frame.text)
+    return is_known
 
 
 def _mark_powers(tree: Any) -> None:
@@ -66,7 +85,7 @@ def _shape_texts(shape: Any, read: set[str]) -> Iterator[str]:
         if hasattr(shape, "shapes"):
             waiting += reversed(list(shape.shapes))
         elif getattr(shape, "has_table", False) and shape.has_table:
-            yield spreadsheets.table(list(spreadsheets.with_header(_cells(shape.table))))
+            yield spreadsheets.table(list(filter(any, spreadsheets.with_header(_cells(shape.table)))))
         elif getattr(shape, "has_chart", False) and shape.has_chart:
             if _is_new(shape.chart.part, read):
                 title, cells = charts.read(shape.chart._chartSpace)
@@ -111,6 +130,5 @@ def _diagram(shape: Any, read: set[str]) -> Iterator[str]:
     parser = etree.XMLParser(resolve_entities=False)
     for id_ in etree._Element.xpath(shape.element, ".//*[local-name()='relIds']/@r:dm", namespaces=_RELATIONS):
         part = shape.part.related_part(id_)
-        for paragraph in etree.fromstring(part.blob, parser).iter(f"{_DRAWING}p") if _is_new(part, read) else ():
-            if text := "".join(part.text or "" for part in paragraph.iter(f"{_DRAWING}t")):
-                yield text
+        if _is_new(part, read):
+            yield from charts.lines(etree.fromstring(part.blob, parser))

@@ -12,10 +12,12 @@ import zipfile
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, groupby, islice
+from itertools import chain, groupby, islice, zip_longest
+from operator import itemgetter
 from typing import IO, Any
 
 from services.memory.domain import Block, UnreadableFile, is_repeated
+from services.memory.files import charts
 from services.memory.files.markup import MAX_REPEATED_CHARACTERS, joined
 
 # Rows of one block. A large sheet must not be in memory as one text.
@@ -28,7 +30,7 @@ FIRST_ROWS = 10
 _MAX_SIDE_BY_SIDE = 8
 # Of a sheet of Excel. A row may state any number, and the library makes all rows before it.
 MAX_ROWS = 1_048_576
-_WHITE, _DIGIT = re.compile(r"\s+"), re.compile(r"\d")
+_WHITE, _DIGIT, _NAME = re.compile(r"\s+"), re.compile(r"\d"), re.compile(r"[^\W\d_]{2}")
 # Of a table in a text, the first one wins among equals.
 _DELIMITERS = ",;\t|"
 _JUDGED_LINES = 50
@@ -40,7 +42,8 @@ _MAX_MERGED = 10_000
 _MAX_KEY = 200
 _FORMULA = re.compile(rb"<f(?:\s[^<>]{0,300})?(?:/>|>[^<]{0,8192}</f>)(?:<v\s?/>|<v></v>)?</c>")
 _FORMULA_BYTES = 9_000
-_DRAWING = "{http://schemas.openxmlformats.org/drawingml/2006/main}"
+# The kinds of the parts of a drawing that have text.
+_DRAWN = ("chart", "diagramData")
 # Of a number format: quoted and escaped text, a currency, a colour or condition, space of the width of a character.
 _FORMAT = re.compile(
     r'"(?P<quoted>[^"]*)"|\\(?P<escaped>.)|\[\$(?P<currency>[^\]-]*)[^\]]*\]|\[[^\]]*\]|[_*].|'
@@ -67,7 +70,8 @@ def sheets(file: IO[bytes], warnings: list[str]) -> Iterator[Block]:
     are left out. Adds hidden sheets and missing values to `warnings`."""
     from openpyxl import load_workbook  # type: ignore[import-untyped]
 
-    book = load_workbook(file, read_only=True, data_only=True)
+    # Without the values of other workbooks: a link to one may be broken.
+    book = load_workbook(file, read_only=True, data_only=True, keep_links=False)
     # A small workbook could name one part as thousands of sheets, or thousands of times as the drawing of one.
     read: set[str] = set()
     for sheet in book.worksheets:
@@ -116,14 +120,15 @@ def _rows(sheet: Any, columns: list[int], merged: _Merged) -> Iterator[tuple[lis
 
 
 def with_header(rows: Iterable[tuple[list[str], list[range]]]) -> Iterator[list[str]]:
-    """The rows that have text. Of the first ones, two that are one header are one row."""
+    """The rows. Of the first ones that have text, and of those behind an empty row, two that are one header are one."""
     above: tuple[list[str], list[range]] | None = None
-    filled = (row for row in rows if any(row[0]))
-    for n, row in enumerate(filled):
+    n = 0
+    for row in rows:
+        n = n + 1 if any(row[0]) else 0
         header = joined(above[0], row[0], above[1]) if above else None
         if above and not header:
             yield above[0]
-        above = row if row[1] and not header and n < FIRST_ROWS else None
+        above = row if row[1] and not header and n <= FIRST_ROWS else None
         if not above:
             yield header or row[0]
     if above:
@@ -228,13 +233,47 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join([*_titles(rows[:at]), *_head(rows[at]), *map(_line, rows[at + 1 :])]) + "\n"
 
 
-def _blocks(rows: Iterator[list[str]], section: str | None = None) -> Iterator[Block]:
+def _blocks(rows: Iterable[list[str]], section: str | None = None) -> Iterator[Block]:
+    """The tables that stand one below the other, without empty rows."""
+    for _, table_rows in groupby(_numbered(rows), itemgetter(0)):
+        yield from _table_blocks((row for _, row in table_rows), section)
+
+
+def _numbered(rows: Iterable[list[str]]) -> Iterator[tuple[int, list[str]]]:
+    """Each row that has text, with the number of its table. A table may begin behind an empty row."""
+    number = 0
+    # The first rows of the table, and the last one.
+    begin: list[list[str]] = []
+    row: list[str] = []
+    for group in (group for is_filled, group in groupby(rows, any) if is_filled):
+        first = list(islice(group, FIRST_ROWS))
+        if _header([*begin, *first][:FIRST_ROWS]) < len(begin) and _is_table(first, begin, row):
+            number, begin = number + 1, []
+        begin = [*begin, *first][:FIRST_ROWS]
+        for row in chain(first, group):
+            yield number, row
+
+
+def _is_table(first: list[list[str]], begin: list[list[str]], before: list[str]) -> bool:
+    """Whether rows behind an empty one are a table of their own. They repeat the header of the table above, or their
+    header has only words. One of them is then above a number, and below a number or no cell of the row `before`."""
+    at = _header(first)
+    names = list(filter(None, first[at]))
+    if len(names) < 2 or len(first) == at + 1:
+        return False
+    if first[at] == begin[_header(begin)]:
+        return True
+    is_header = all(map(_NAME.search, names)) and not any(map(_DIGIT.search, names))
+    return is_header and any(
+        name and _DIGIT.search(value) and (not above or _DIGIT.search(above))
+        for name, value, above in zip_longest(first[at], first[at + 1], before, fillvalue="")
+    )
+
+
+def _table_blocks(filled: Iterator[list[str]], section: str | None) -> Iterator[Block]:
     """As `table`, in blocks with the header. A table whose header is too long for each passage is read as several ones,
-    each with some of the columns beside the first one. Empty rows are left out."""
-    filled = filter(any, rows)
+    each with some of the columns beside the first one."""
     first = list(islice(filled, FIRST_ROWS))
-    if not first:
-        return
     at = _header(first)
     parts = [(begin, end, _head(_part(first[at], begin, end))) for begin, end in _parts(first[at])]
     lines = _titles(first[:at])
@@ -401,20 +440,18 @@ def _code(text: str, places: list[str]) -> str:
 
 
 def _beside(archive: zipfile.ZipFile, path: str, read: set[str]) -> Iterator[str]:
-    """The comments of a sheet with their cells, and the lines of its text boxes and of the titles of its charts."""
+    """The comments of a sheet with their cells, and the lines of its text boxes, diagrams and titles of charts."""
     for kind, part in _related(archive, path, read):
         if kind == "comments":
             for comment in part.iter("{*}comment"):
                 yield f"{comment.get('ref')}: {''.join(text.text or '' for text in comment.iter('{*}t'))}"
-        elif kind in ("drawing", "chart"):
-            for paragraph in part.iter(f"{_DRAWING}p"):
-                if line := "".join(text.text or "" for text in paragraph.iter(f"{_DRAWING}t")):
-                    yield line
+        else:
+            yield from charts.lines(part)
 
 
 def _related(archive: zipfile.ZipFile, path: str, read: set[str]) -> Iterator[tuple[str, Any]]:
     """The parts to which a part of the workbook refers, with their kinds, unless they are `read` already; of a drawing
-    also its charts."""
+    also its charts and diagrams."""
     from lxml import etree  # type: ignore[import-untyped]
 
     folder, name = posixpath.split(path)
@@ -427,8 +464,8 @@ def _related(archive: zipfile.ZipFile, path: str, read: set[str]) -> Iterator[tu
     for relation in etree.fromstring(archive.read(relations), parser):
         kind = posixpath.basename(relation.get("Type", ""))
         target = posixpath.normpath(posixpath.join("/", folder, relation.get("Target", "")))[1:]
-        if kind in ("comments", "drawing", "chart") and target in names and target not in read:
+        if kind in ("comments", "drawing", *_DRAWN) and target in names and target not in read:
             read.add(target)
             yield kind, etree.fromstring(archive.read(target), parser)
             if kind == "drawing":
-                yield from (found for found in _related(archive, target, read) if found[0] == "chart")
+                yield from (found for found in _related(archive, target, read) if found[0] in _DRAWN)

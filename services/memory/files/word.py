@@ -22,8 +22,9 @@ _W = f"{{{_WORD}}}"
 _M = "{http://schemas.openxmlformats.org/officeDocument/2006/math}"
 _COMPATIBILITY = "{http://schemas.openxmlformats.org/markup-compatibility/2006}"
 _SHAPE = "{urn:schemas-microsoft-com:vml}"
-_RELATION = "{http://schemas.openxmlformats.org/officeDocument/2006/relationships}id"
+_RELATION = "{http://schemas.openxmlformats.org/officeDocument/2006/relationships}"
 _RELATIONS = "word/_rels/document.xml.rels"
+_DIAGRAM = "{http://schemas.openxmlformats.org/drawingml/2006/diagram}relIds"
 _BODY = re.compile(r"word/(?:document|footnotes|endnotes|comments)\d*\.xml")
 _STYLES = "word/styles.xml"
 _NUMBERING = ("word/numbering.xml", _STYLES)
@@ -45,6 +46,10 @@ _ONE = re.compile(r"\d+(?:[.,]\d+)?|\w")
 _BACK = re.compile(r'<a href="#[^"]{0,100}-ref-[^"]{0,20}">↑</a>')
 _REFERENCES = tuple(_W + name for name in ("footnoteReference", "endnoteReference", "commentReference"))
 _OFF = ("0", "false", "off")
+# Paragraphs of code: Word's own style, that of pandoc, and the name that people give. Together they are one block.
+_CODE = "\n".join(
+    f"p[style-name='{name}'] => pre:separator('\\n')" for name in ("HTML Preformatted", "Source Code", "Code")
+)
 # The levels of headings; 9 is that of text.
 _HEADING_LEVELS = ("0", "1", "2", "3", "4", "5")
 # How many styles of a chain are looked at. A style may be based on itself.
@@ -56,7 +61,8 @@ def html(file: IO[bytes]) -> str:
 
     # Pictures are left out: in the text they would be long numbers.
     no_picture = mammoth.images.img_element(lambda image: {})
-    done = mammoth.convert_to_html(_rewritten(file), convert_image=no_picture, style_map="comment-reference => sup")
+    styles = f"comment-reference => sup\n{_CODE}"
+    done = mammoth.convert_to_html(_rewritten(file), convert_image=no_picture, style_map=styles)
     # The links from notes and comments back to their places.
     return _BACK.sub("", str(done.value))
 
@@ -88,7 +94,7 @@ def _rewritten(file: IO[bytes]) -> IO[bytes]:
                 root = _parsed(archive.read(name))
                 _rewrite(root)
                 if name == "word/document.xml":
-                    _show_charts(root, archive)
+                    _show_graphics(root, archive)
                     for paragraph in root.iter(f"{_W}p"):
                         if number := numbers.take(paragraph):
                             _show_number(paragraph, number)
@@ -126,7 +132,9 @@ def _rewrite(root: etree._Element) -> None:
         if hidden is not None and hidden.get(f"{_W}val") not in _OFF:
             _remove(run)
     for equation in list(root.iter(f"{_M}oMath")):
-        _replace(equation, _run(linear(equation)))
+        following = equation.getnext()
+        is_torn = following is not None and following.tag == f"{_M}oMath"
+        _replace(equation, _run(linear(equation) + " " * is_torn))
     for ruby in list(root.iter(f"{_W}ruby")):
         # The characters, and their pronunciation in brackets.
         base, above = ("".join(part.itertext()) for part in (ruby.find(f"{_W}rubyBase"), ruby.find(f"{_W}rt")))
@@ -201,27 +209,32 @@ def _show_boxes(root: etree._Element) -> None:
             _replace(place, picture)
 
 
-def _show_charts(root: etree._Element, archive: zipfile.ZipFile) -> None:
-    """Adds the values of each chart as a table behind its paragraph; each chart once, as notes."""
+def _show_graphics(root: etree._Element, archive: zipfile.ZipFile) -> None:
+    """Adds the values of each chart as a table behind its paragraph, and the lines of each diagram (SmartArt); each
+    once, as notes."""
     related = _parsed(archive.read(_RELATIONS)) if _RELATIONS in archive.NameToInfo else ()
     parts = {
         each.get("Id"): posixpath.normpath(posixpath.join("/word", each.get("Target", "")))[1:] for each in related
     }
-    for chart in list(root.iter(f"{charts.CHART}chart")):
-        part = parts.pop(chart.get(_RELATION), None)
-        paragraph = next(chart.iterancestors(f"{_W}p"), None)
+    for graphic in list(root.iter(f"{charts.CHART}chart", _DIAGRAM)):
+        part = parts.pop(graphic.get(f"{_RELATION}{'dm' if graphic.tag == _DIAGRAM else 'id'}"), None)
+        paragraph = next(graphic.iterancestors(f"{_W}p"), None)
         if part not in archive.NameToInfo or paragraph is None:
             continue
-        title, cells = charts.read(_parsed(archive.read(part)))
+        shown = _parsed(archive.read(part))
+        if graphic.tag == _DIAGRAM:
+            for line in reversed(list(charts.lines(shown))):
+                paragraph.addnext(_paragraph(line))
+            continue
+        title, cells = charts.read(shown)
         table = etree.Element(f"{_W}tbl")
         for row in cells:
             line = etree.SubElement(table, f"{_W}tr")
             for cell in row:
-                etree.SubElement(etree.SubElement(line, f"{_W}tc"), f"{_W}p").append(_run(cell))
+                etree.SubElement(line, f"{_W}tc").append(_paragraph(cell))
         paragraph.addnext(table)
-        named = etree.Element(f"{_W}p")
-        named.append(_run(title))
-        paragraph.addnext(named)
+        for named in reversed(title.split("\n")):
+            paragraph.addnext(_paragraph(named))
 
 
 def linear(equation: etree._Element) -> str:
@@ -298,6 +311,12 @@ def _text(text: str) -> etree._Element:
     element.set("{http://www.w3.org/XML/1998/namespace}space", "preserve")
     element.text = text
     return element
+
+
+def _paragraph(text: str) -> etree._Element:
+    paragraph = etree.Element(f"{_W}p")
+    paragraph.append(_run(text))
+    return paragraph
 
 
 def _run(text: str) -> etree._Element:

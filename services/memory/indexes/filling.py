@@ -52,10 +52,10 @@ async def waiting_for(tx: Tx, model: str, names: Sequence[str], tenant_id: str |
     return Unfilled(*counts)
 
 
-async def fill_missing(database: Database, model: str, names: Sequence[str], *, only: str | None = None) -> None:
-    """Enqueues the texts that are missing and not enqueued yet. only: a tenant."""
+async def fill_missing(database: Database, model: str, names: Sequence[str]) -> None:
+    """Enqueues the texts that are missing and not enqueued yet."""
     async with database.begin() as tx:
-        tenants = [only] if only else await tenants_of(tx)
+        tenants = await tenants_of(tx)
     for tenant_id in tenants:
         async with database.begin(tenant_id=tenant_id) as tx:
             await _fill(tx, tenant_id, model, names)

@@ -101,8 +101,8 @@ async def verified(database: Database, index: VectorIndex) -> tuple[int, int, fl
     missing, sampled, recall = await _compared(database, index)
     if missing or recall < MIN_RECALL:
         raise Conflict(
-            f"{index.name}: has not all of {missing} sampled documents, recall {recall:.3f} of at least {MIN_RECALL}; "
-            "nothing is switched"
+            f"{index.name}: {missing} of the sampled documents are incomplete, must be 0; the recall is "
+            f"{recall:.3f}, must be at least {MIN_RECALL}; nothing is switched"
         )
     return missing, sampled, recall
 

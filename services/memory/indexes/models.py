@@ -192,7 +192,7 @@ class EmbeddingModels:
 
 
 def _unused(name: str, keys: dict[str, str]) -> str:
-    """The name, or with a number if vectors of another endpoint have it. Milvus does not tell all signs apart."""
+    """The name, or with a number if vectors of another endpoint have it. Milvus does not distinguish all characters."""
     plain = {_letters(key) for key in keys}
     n, key = 1, name
     while _letters(key) in plain:

@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
+from infra.outgoing.shares import work_for
+
 Key = TypeVar("Key", bound=Hashable)
 Asked = TypeVar("Asked")
 Answer = TypeVar("Answer")
@@ -63,6 +65,8 @@ class _Group(Generic[Key, Asked, Answer]):
         return answer
 
     async def _work(self) -> None:
+        # For many tenants: it must not wait for the share of the one that asked first.
+        work_for("")
         try:
             while self._waiting:
                 taken = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]

@@ -104,7 +104,7 @@ class Indexing:
         try:
             await self._credit.hold_document(tenant_id, id_, document.origin)
         except NoCredit as error:
-            raise DocumentRefused(f"The document cannot be paid: {error}. Upload it again later.") from error
+            raise DocumentRefused(f"The document cannot be paid for: {error}. Upload it again later.") from error
         if document.status in ("stored", "parsed", "failed"):
             await self._parse(document, effects)
         if document.replaces:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from protos.messages.channel import FORWARDED, IN_REPLY
+
 Kind = Literal["fact", "preference", "decision", "promise"]
 
 MAX_FACTS = 10
@@ -119,6 +121,13 @@ _QUOTED = re.compile(
     """,
     re.MULTILINE | re.VERBOSE,
 )
+# Behind such a line, a message has the words of another one, perhaps of another person: as channels and mail programs
+# write it.
+_ANOTHER = re.compile(
+    rf"^[ \t>]*(?:{re.escape(FORWARDED)}|{re.escape(IN_REPLY)}|-+ ?(?:Forwarded|Original) Message ?-+"
+    r"|Begin forwarded message:|On .{5,200} wrote:)[ \t]*$",
+    re.MULTILINE | re.IGNORECASE,
+)
 # Before a fact in its sentence: another person says it of themselves, it is only supposed, or it is to be written.
 _NOT_STATED = re.compile(
     r"""(?ix)
@@ -198,9 +207,10 @@ def is_stated(quote: str, said: str) -> bool:
 
 
 def _statements(text: str) -> Iterator[tuple[int, str]]:
-    """The sentences, with their places, that are neither questions nor wishes to forget; of a statement with a question
-    behind it the statement."""
-    for match in _SENTENCE.finditer(text):
+    """The sentences, with their places, that are neither questions nor wishes to forget, nor words of another message;
+    of a statement with a question behind it the statement."""
+    another = _ANOTHER.search(text)
+    for match in _SENTENCE.finditer(text, 0, another.start() if another else len(text)):
         sentence = match[0].strip()
         if sentence.endswith(("?", "？")):
             asked = _ASKED.fullmatch(sentence) if len(sentence) <= MAX_TEXT else None

@@ -86,7 +86,8 @@ class _Known(NamedTuple):
     """A memory that a fact repeats or contradicts."""
 
     id: UUID
-    said_at: datetime
+    used_at: datetime
+    """When it was said last."""
     whole: UUID | None
     """The memory in force that was made of it and others; None: it is in force itself."""
 
@@ -118,7 +119,7 @@ class Keeping:
             # Its other parts stay true.
             await self._divide(tx, whole, "")
         for other in contradicted:
-            if other.said_at > new.at:
+            if other.used_at > new.at:
                 replaced_by = other.id
             elif await _is_in_force(tx, other.id):
                 await self._write(tx, other.id, MemoryReplaced(by=new.id))
@@ -368,7 +369,7 @@ async def _known(tx: Tx, place: New | State, condition: str, *arguments: Any) ->
     """The memories of the place that fulfil the condition, if they are in force or a part of one in force."""
     rows = await tx.sql(
         f"""
-        SELECT m.id, m.said_at, w.id
+        SELECT m.id, m.used_at, w.id
         FROM memory m
         LEFT JOIN memory w ON w.id = m.replaced_by AND m.id = ANY(w.parts) AND w.replaced_by IS NULL
         WHERE m.tenant_id = $1 AND m.scope = $2 AND m.scope_id = $3 AND {condition}

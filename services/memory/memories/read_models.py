@@ -13,7 +13,7 @@ import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.postgres.db import sql
-from infra.postgres.read_models import Recorded, folded
+from infra.postgres.read_models import Recorded, folded_read_model
 from services.memory.memories.events import State, evolve
 from services.memory.memories.keeping import MEMORY
 
@@ -29,7 +29,7 @@ def memory(memory_id: str, history: Sequence[Recorded]) -> Iterator[Mapping[str,
         yield {"id": memory_id, "tenant_id": history[0].tenant_id} | msgspec.structs.asdict(state)
 
 
-_ALL = folded(
+_ALL = folded_read_model(
     MEMORY,
     memory,
     name="memories",

@@ -72,11 +72,8 @@ class EndpointSecrets:
         return self._cipher.open(sealed, _PURPOSE, str(endpoint_id)).decode()
 
 
-async def queue(tx: Tx, facts: Iterable[TenantEvent]) -> int:
-    """Stores a delivery of each fact for each endpoint that asked for it. A repeated fact changes nothing.
-
-    Returns the number of new deliveries.
-    """
+async def queue(tx: Tx, facts: Iterable[TenantEvent]) -> None:
+    """Stores a delivery of each fact for each endpoint that asked for it. A repeated fact changes nothing."""
     of_tenant: dict[str, list[TenantEvent]] = {}
     for fact in facts:
         of_tenant.setdefault(fact.tenant_id, []).append(fact)
@@ -95,7 +92,7 @@ async def queue(tx: Tx, facts: Iterable[TenantEvent]) -> int:
         if fact.type in events
     ]
     if not wanted:
-        return 0
+        return
     wanted.sort(key=lambda row: row[0])
     rows = await tx.sql(
         """
@@ -114,7 +111,6 @@ async def queue(tx: Tx, facts: Iterable[TenantEvent]) -> int:
     for id_, tenant_id in rows:
         tx.tenant_id = tenant_id
         enqueue(tx, UUID(str(id_)))
-    return len(rows)
 
 
 def enqueue(tx: Tx, delivery_id: UUID) -> None:
@@ -124,12 +120,13 @@ def enqueue(tx: Tx, delivery_id: UUID) -> None:
 async def read(
     tx: Tx, secrets: EndpointSecrets, delivery_id: UUID, now: datetime
 ) -> tuple[WebhookEndpoint, UUID, bytes, int] | None:
-    """The endpoint of a waiting delivery, the event's id and body, and the attempts so far. None if it is over."""
+    """The endpoint of a delivery, the event's id and body, and the attempts so far. None if it was delivered."""
     rows = await tx.sql(
         """
         SELECT e.id, e.url, e.secret, e.old_secret, e.old_until, e.disabled_reason, d.message_id, d.body, d.attempts
         FROM webhook_delivery d JOIN webhook_endpoint e ON e.id = d.endpoint_id
-        WHERE d.id = $1 AND d.state = 'waiting'
+        -- One that has failed has an item only if its dead letter is redriven.
+        WHERE d.id = $1 AND d.state <> 'delivered'
         """,
         delivery_id,
     )
@@ -193,19 +190,22 @@ async def failed(tx: Tx, endpoint_id: UUID, *, gone: bool) -> str | None:
     return reason if disabled else None
 
 
-async def forget(tx: Tx, tenant_ids: Sequence[str], limit: int) -> None:
-    """Deletes up to `limit` old deliveries of the tenants."""
-    await tx.sql(
+async def forget(tx: Tx, limit: int) -> int:
+    """Deletes up to `limit` old deliveries that do not wait. Returns their number."""
+    # Each tenant by the index of its deliveries. A delivery has an endpoint of its tenant.
+    rows = await tx.sql(
         """
         DELETE FROM webhook_delivery WHERE id IN (
             SELECT id FROM webhook_delivery
-            WHERE tenant_id = ANY($1::text[]) AND created_at < clock_timestamp() - $2::interval AND state <> 'waiting'
+            WHERE tenant_id IN (SELECT tenant_id FROM webhook_endpoint)
+                AND created_at < clock_timestamp() - $1::interval AND state <> 'waiting'
             ORDER BY id
-            LIMIT $3
+            LIMIT $2
             FOR UPDATE SKIP LOCKED
         )
+        RETURNING id
         """,
-        tenant_ids,
         KEEP,
         limit,
     )
+    return len(rows)

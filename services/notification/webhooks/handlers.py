@@ -55,8 +55,7 @@ async def _queue(messages: Sequence[Message], tx: Tx) -> None:
         body = msgspec.json.encode({"type": event.type, "timestamp": envelope.time, "data": event.data})
         facts.append(TenantEvent(envelope.tenant_id, envelope.id, event.type, body))
     if facts:
-        queued = await endpoints.queue(tx, facts)
-        await endpoints.forget(tx, sorted({fact.tenant_id for fact in facts}), 1_000 + 2 * queued)
+        await endpoints.queue(tx, facts)
 
 
 @AGENT_EVENTS.batch(group="notification")
@@ -74,7 +73,18 @@ async def queue_platform_events(messages: list[Message], tx: Tx) -> None:
     await _queue(messages, tx)
 
 
-@WEBHOOKS.runner(concurrency=32, per_tenant=8)
+async def give_up(item: QueuedWebhook, error: str, tx: Tx, **_adapters: object) -> None:
+    """The delivery has failed, and the tenant can send it again. The dead letter of the item holds the error."""
+    await tx.sql(
+        """
+        UPDATE webhook_delivery SET state = 'failed', error = 'an internal error', updated_at = clock_timestamp()
+        WHERE id = $1 AND state = 'waiting'
+        """,
+        item.delivery_id,
+    )
+
+
+@WEBHOOKS.runner(concurrency=32, per_tenant=8, dead=give_up)
 async def post_webhook(
     item: QueuedWebhook,
     effects: Effects,

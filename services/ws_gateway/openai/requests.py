@@ -39,6 +39,7 @@ class _Message(BaseModel):
     role: str
     name: Any = None
     content: Any = None
+    refusal: Any = None
     tool_calls: Any = None
     tool_call_id: Any = None
     function_call: Any = None
@@ -98,8 +99,11 @@ class ChatRequest(BaseModel):
                 id_ = ids.get(message.name) if isinstance(message.name, str) else None
                 turns.append(Turn(where, "tool", message.content, answers=id_, answers_field=".name"))
             else:
+                # OpenAI tells of a refusal beside the content, which is null.
+                is_refusal = message.role == "assistant" and not message.content and isinstance(message.refusal, str)
+                content = message.refusal if is_refusal else message.content
                 answers = message.tool_call_id
-                turns.append(Turn(where, message.role, message.content, calls=tuple(calls), answers=answers))
+                turns.append(Turn(where, message.role, content, calls=tuple(calls), answers=answers))
         constraints = Constraints(
             output_schema(self.response_format, "response_format", nested="json_schema"),
             *self._tools(),

@@ -94,7 +94,7 @@ class Chat:
         return b"".join(self._chunk({"tool_calls": [{"index": n} | _tool_call(call)]}) for n, call in enumerate(calls))
 
     def _called(self, calls: Sequence[FunctionCall]) -> dict[str, Any]:
-        """The field of a message that tells of the calls."""
+        """The field of a message that has the calls."""
         told = list(map(_tool_call, calls))
         return {"function_call": told[0]["function"]} if self._old else {"tool_calls": told}
 

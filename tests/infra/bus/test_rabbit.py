@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
@@ -30,6 +31,7 @@ from infra.postgres.tx import Tx
 from infra.service.redrive import request_redrive
 from protos.envelope import Envelope
 from protos.messages.sample import TakeNote
+from protos.topology import Queue
 from tests.infra.bus.conftest import Buses
 from tooling.testing.proxy import FaultProxy
 from tooling.testing.sample.catalog import SAMPLE_WORK
@@ -62,8 +64,8 @@ async def working(buses: Buses, desk: Database, handler: Desk) -> AsyncIterator[
 
 
 @asynccontextmanager
-async def workers(buses: Buses, desk: Database, handler: Desk) -> AsyncIterator[None]:
-    subscription = SAMPLE_WORK.worker(prefetch=5)(handler.take)
+async def workers(buses: Buses, desk: Database, handler: Desk, queue: Queue = SAMPLE_WORK) -> AsyncIterator[None]:
+    subscription = queue.worker(prefetch=5)(handler.take)
     running, publisher = Workers(desk, [subscription], buses.rabbitmq, buses.metrics), buses.rabbit()
     await running.start()
     async with buses.redriver(desk, subscription), buses.relay(desk, publisher):
@@ -145,6 +147,18 @@ async def test_what_is_invalid_is_a_dead_letter_at_once(working: Database, buses
     found = await until(lambda: letter(working, unreadable))
     assert found.error.startswith("InvalidMessage: body: ")
     assert found.payload == "\\xff\x00 no json"
+
+
+async def test_a_message_that_is_older_than_its_queue_allows_is_a_dead_letter(
+    desk: Database, buses: Buses, handler: Desk
+) -> None:
+    async with workers(buses, desk, handler, dataclasses.replace(SAMPLE_WORK, expires=timedelta(hours=1))):
+        old = await send(buses, "old", age=timedelta(minutes=61))
+        await send(buses, "fresh", age=timedelta(minutes=59))
+        found = await until(lambda: letter(desk, old))
+        await until(lambda: effects(desk, "fresh"))
+    assert found.error == "InvalidMessage: header ce_time: must not be older than 1:00:00"
+    assert list(handler.attempts) == ["fresh"]
 
 
 async def test_the_resequencer_knows_a_dead_letter_by_its_key_and_position(

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from infra.observe import metrics
 from infra.observe.metrics import Metrics
+from infra.outgoing import shares
 from infra.postgres import db
 from infra.postgres.database import Database
 from tests.infra.conftest import SampleDatabase
@@ -114,14 +115,54 @@ async def test_a_pool_without_a_free_connection_is_a_transient_error(
 ) -> None:
     monkeypatch.setattr(db, "POOL_TIMEOUT_SECONDS", 0.05)
     engine = db.create_engine(sample.url("desk", "worker"), pool_size=1)
+    registry = Metrics(CollectorRegistry()).registry
+
+    def waited() -> float:
+        return registry.get_sample_value("claw_db_pool_wait_seconds_total") or 0.0
+
+    before = waited()
     async with engine.statements():
+        assert waited() == before
         with pytest.raises(TimeoutError) as full:
             async with engine.statements():
                 raise AssertionError("a second connection of one")
+    # Also of a transaction that got none.
+    assert waited() >= before + 0.04
     async with engine.statements():
         assert engine.used_ratio == 1
     await engine.dispose()
     assert db.is_of_database(full.value)
+
+
+async def test_slow_statements_of_one_tenant_leave_connections_to_others(sample: SampleDatabase) -> None:
+    engine = db.create_engine(sample.url("desk", "request"), pool_size=4)
+    database = Database(engine, "sample_desk", tenanted=True)
+    go_on = asyncio.Event()
+
+    async def slow() -> None:
+        shares.work_for("hoarder")
+        async with database.begin(tenant_id="hoarder") as tx:
+            await tx.sql("SELECT 1")
+            await go_on.wait()
+
+    async def quick(tenant: str) -> None:
+        shares.work_for(tenant)
+        async with database.begin(tenant_id=tenant) as tx:
+            await tx.sql("SELECT 1")
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(6):
+            tasks.create_task(slow())
+        async with asyncio.timeout(5):
+            while engine.taken < 2:
+                await asyncio.sleep(0)
+            # Another tenant, and the platform itself, which may have all that are free.
+            await asyncio.create_task(quick("other"))
+            async with engine.statements(), engine.statements():
+                assert engine.taken == 4
+        go_on.set()
+    assert engine.taken == 0
+    await engine.dispose()
 
 
 async def test_a_connection_that_is_cancelled_in_the_middle_is_not_used_again(engine: db.Pool) -> None:

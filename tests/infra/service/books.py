@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from infra.postgres.db import create_engine
-from infra.postgres.read_models import Recorded, folded
+from infra.postgres.read_models import Recorded, folded_read_model
 from infra.postgres.tx import Tx
 from infra.service.verification import verify
 from tooling.testing.sample.desk.domain import WriteNote
@@ -26,7 +26,7 @@ def fold(name: str, history: Sequence[Recorded]) -> Iterator[Mapping[str, Any]]:
 
 # Small batches, so that a few notebooks are several.
 BOOKS = replace(
-    folded(
+    folded_read_model(
         NOTEBOOK,
         fold,
         name="books",

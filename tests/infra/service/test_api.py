@@ -32,12 +32,12 @@ from infra.service import maintenance, refusals
 from infra.service.api import (
     MAX_A_SECOND,
     Admin,
-    Anyone,
     Operator,
     Paging,
     Rates,
     Reader,
     Runner,
+    Viewer,
     Writer,
     api,
     page,
@@ -125,8 +125,8 @@ async def client(desk: Database, made: Made, stack: Stack) -> AsyncIterator[http
     async def operator(who: Operator) -> str:
         return who.actor
 
-    @router.get("/anyone")
-    async def anyone(who: Anyone) -> str:
+    @router.get("/view")
+    async def view(who: Viewer) -> str:
         return who.actor
 
     @router.get("/numbers")
@@ -205,7 +205,7 @@ async def test_a_tenant_with_many_keys_has_one_limit_and_others_have_theirs(
     monkeypatch.setattr("infra.service.api.MAX_A_SECOND", 0)
     answer = await client.get("/read", headers=identity("t1", "read"))
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
-    assert (await client.get("/anyone", headers=identity(""))).status_code == 200
+    assert (await client.get("/view", headers=identity(""))).status_code == 200
 
 
 def test_requests_are_counted_by_tenant_and_second() -> None:
@@ -226,20 +226,20 @@ async def test_operator_routes_refuse_tenants_and_tenant_routes_refuse_the_opera
     assert (await client.get("/operator")).status_code == 403
     assert (await client.get("/operator", headers=identity(""))).json() == "operator"
     assert (await client.get("/read", headers=identity(""))).status_code == 403
-    assert (await client.get("/anyone", headers=identity(""))).status_code == 200
+    assert (await client.get("/view", headers=identity(""))).status_code == 200
 
 
 async def test_a_missing_or_forged_identity_is_refused(client: httpx.AsyncClient) -> None:
     del client.headers[IDENTITY_HEADER]
-    assert (await client.get("/anyone")).status_code == 401
+    assert (await client.get("/view")).status_code == 401
     who = Identity("api_key:k1", "t1", frozenset(("read",)))
     forged = {IDENTITY_HEADER: keys.identities("user").token(who, "billing")}
-    answer = await client.get("/anyone", headers=forged)
+    answer = await client.get("/view", headers=forged)
     assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
-    assert (await client.get("/anyone", headers={IDENTITY_HEADER: "nonsense"})).status_code == 401
+    assert (await client.get("/view", headers={IDENTITY_HEADER: "nonsense"})).status_code == 401
     who = replace(who, token=keys.identities("user").token(who, "ws_gateway"))
     another = {IDENTITY_HEADER: keys.identities("ws_gateway").on_behalf(who, "agent")}
-    assert (await client.get("/anyone", headers=another)).status_code == 403
+    assert (await client.get("/view", headers=another)).status_code == 403
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from pathlib import Path
 
 import pytest
 
@@ -105,3 +106,13 @@ def test_printed_settings_show_no_secret() -> None:
     text = repr(Settings.load())
     for secret in ("db-pw", "mq-pw", "re-pw"):
         assert secret not in text
+
+
+def test_a_folder_of_secrets_that_is_missing_or_a_file_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (file := tmp_path / "file").touch()
+    for named in (file, tmp_path / "missing"):
+        monkeypatch.setenv("CLAW_SECRETS_FOLDER", str(named))
+        with pytest.raises(SettingsError, match=f"CLAW_SECRETS_FOLDER: {named} is not a folder"):
+            Settings.load()

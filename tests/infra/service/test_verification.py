@@ -264,7 +264,7 @@ async def test_a_paused_verification_goes_on_or_begins_again(desk_of_books: Desk
 
 
 async def test_a_second_verification_of_a_service_is_refused(desk_of_books: Desk) -> None:
-    async with verification.alone(desk_of_books.admin, "sample_desk"):
+    async with verification.one_at_a_time(desk_of_books.admin, "sample_desk"):
         with pytest.raises(Conflict, match="another verification of sample_desk is running"):
             await desk_of_books.verify()
     assert (await desk_of_books.verify()).finished

@@ -350,6 +350,43 @@ async def test_the_run_shows_why_its_reply_ends(world: World, tenant: Tenant, re
     assert listed["finish_reason"] == reason
 
 
+@pytest.mark.parametrize("schema", [None, CITY])
+async def test_a_person_reads_the_refusal_of_a_model(
+    world: World, tenant: Tenant, schema: dict[str, object] | None
+) -> None:
+    usage = {"prompt_tokens": 10, "completion_tokens": 3}
+    chunks = (
+        {"choices": [{"index": 0, "delta": {"refusal": "I cannot do that."}, "finish_reason": None}]},
+        {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "usage": usage},
+    )
+    base = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": MODEL}
+    world.models.script(MODEL, Streams(tuple(base | chunk for chunk in chunks)))
+    before = len(world.models.requests)
+    await tenant.receive(await tenant.agent(output_schema=schema), "Bern?")
+    [item] = await tenant.runs(1)
+    run = await tenant.run(item["id"])
+    error = f"openai/{MODEL}: the model refused to answer"
+    expected = ("failed", error, None) if schema else ("completed", None, "I cannot do that.")
+    assert (run["status"], run["error"], run["reply"]) == expected
+    [send] = await tenant.sent("channel.outbound")
+    assert send["text"] == "I cannot do that."
+    # It is paid once, and is not asked for again.
+    assert (run["usage"]["output_tokens"], len(world.models.requests)) == (3, before + 1)
+
+
+async def test_an_answer_that_the_provider_withheld_is_paid_as_reported(world: World, tenant: Tenant) -> None:
+    chunk = {"choices": [{"index": 0, "delta": {}, "finish_reason": "content_filter"}]}
+    base = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": MODEL}
+    usage = {"usage": {"prompt_tokens": 40, "completion_tokens": 0}}
+    world.models.script(MODEL, Streams((base | chunk | usage,)))
+    run = await tenant.over(await tenant.say(await tenant.agent(), "Hi"))
+    withheld = f"openai/{MODEL}: the provider's content filter withheld the answer"
+    assert (run["status"], run["error"]) == ("failed", withheld)
+    [used] = await tenant.usage()
+    assert (used["usage_id"], used["estimated"]) == (f"{run['id']}/1/1", False)
+    assert used["quantities"]["input_tokens"] == 40
+
+
 async def test_the_offline_model_answers_from_the_documents_and_calculates(world: World, tenant: Tenant) -> None:
     text = "# Returns\nGoods go back within 30 days. Shipping is free."
     world.peers.memory.passages.append((tenant.id, text, "handbook.md"))

@@ -11,6 +11,7 @@ import pytest
 from infra.clock import uuid7
 from services.agent.runs.notices import DELETED
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tests.services.agent.test_approval import waiting
 from tests.services.agent.test_queue_modes import asked, of
 from tooling.testing.model_server import Says
 from tooling.testing.service_fakes import WEATHER
@@ -137,6 +138,17 @@ async def test_a_deleted_message_is_not_answered(world: World, tenant: Tenant) -
         3,
     )
     assert texts == [(True,), (True,), (False,)]
+
+
+async def test_a_run_whose_message_is_deleted_goes_on_after_an_approval(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(system_prompt=tenant.id, tools=[WEATHER], approval=[WEATHER])
+    world.models.script(MODEL, Says(calls=((WEATHER, '{"city":"Bern"}'),)), Says("Wet."))
+    message = await tenant.receive(agent, "Bern?")
+    await waiting(tenant)
+    await handled(tenant, await tenant.change(agent, message, None))
+    await tenant.receive(agent, "yes")
+    [run] = await tenant.runs(1)
+    assert (run["status"], run["reply"]) == ("completed", "Wet.")
 
 
 async def test_a_run_whose_only_message_was_deleted_is_cancelled(world: World, tenant: Tenant) -> None:

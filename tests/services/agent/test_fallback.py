@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tests.services.agent.test_approval import waiting
+from tests.services.agent.test_queue_modes import asked
 from tooling.testing.model_server import KEY, Asked, Fails, Refuses, Says, Streams
 from tooling.testing.service_fakes import WEATHER
 
@@ -24,6 +28,30 @@ async def test_where_a_model_gives_no_answer_another_one_is_asked_once(world: Wo
     ]
     assert [usage["resource"] for usage in await tenant.usage()] == [f"openai/{OTHER}"]
     assert len(await tenant.sent("channel.outbound")) == 1
+
+
+async def test_a_run_with_a_message_from_before_its_fallback_goes_on_after_an_approval(
+    world: World, tenant: Tenant
+) -> None:
+    agent = await tenant.agent(
+        queue_mode="steer",
+        tools=[WEATHER],
+        approval=[WEATHER],
+        system_prompt=tenant.id,
+        fallback={"model": f"openai/{OTHER}"},
+    )
+    go = asyncio.Event()
+    # The message comes during the first call. Both models get it then.
+    world.models.script(MODEL, Says("cut off", waits=go, cut_after=1), *[Fails(400)] * 3)
+    world.models.script(OTHER, Says(calls=((WEATHER, '{"city":"Bern"}'),)), Says("Wet in both."))
+    run_id = await tenant.say(agent, "Bern?")
+    await asked(world, tenant, 1)
+    assert await tenant.say(agent, "And Rome?") == run_id
+    go.set()
+    await waiting(tenant)
+    await tenant.call("POST", f"/api/v1/runs/{run_id}/approval", json={"approved": True})
+    run = await tenant.over(run_id)
+    assert (run["status"], run["reply"]) == ("completed", "Wet in both.")
 
 
 async def test_the_thoughts_of_a_model_are_not_sent_to_its_fallback(world: World, tenant: Tenant) -> None:

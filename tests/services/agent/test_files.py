@@ -9,9 +9,11 @@ import pytest
 
 from infra.stores.objects import Objects
 from protos.plugin.v1 import plugin_pb2
+from services.agent.execution.tools import RESULT_CHARACTERS
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tooling.testing.model_server import Says
 
+OTHER = "gpt-4o"
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(50)
 
 
@@ -65,5 +67,30 @@ async def test_a_run_of_the_api_keeps_the_answer_and_stores_no_file(
     world.models.script(MODEL, Says(calls=(("weather", '{"city": "Bern"}'),)), Says(answer))
     run = await tenant.over(await tenant.say(agent, "weather?"))
     assert run["reply"] == answer
-    [*_, last] = [request for request in world.models.asked(MODEL) if tenant.id in request.system]
+    # The next run of the session has its name and not its base64.
+    await tenant.over(await tenant.say(agent, "Thanks"))
+    asked = [request for request in world.models.asked(MODEL) if tenant.id in request.system]
+    assert [message["content"] for message in asked.pop().body["messages"][1:]] == ["weather?", "[map]", "Thanks"]
+    last = asked[-1]
     assert "not sent to the person: only a chat shows files" in str(last.body["messages"][-1]["content"])
+
+
+async def test_an_image_of_another_agent_is_sent_and_the_model_gets_its_name(
+    world: World, tenant: Tenant, objects: Objects
+) -> None:
+    artist = await tenant.agent(model=f"openai/{OTHER}")
+    colleague = {"agent_id": artist, "name": "artist", "description": "Draws."}
+    agent = await tenant.agent(agents=[colleague], system_prompt=tenant.id)
+    picture = base64.b64encode(PNG).decode()
+    world.models.script(MODEL, Says(calls=(("artist", '{"message":"Draw."}'),)), Says("There it is."))
+    world.models.script(OTHER, Says(f"![map](data:image/png;base64,{picture}) {'x' * RESULT_CHARACTERS}"))
+    await tenant.receive(agent, "A map!")
+    [run] = await tenant.runs(1, agent_id=agent)
+    assert run["status"] == "completed"
+    [*_, last] = [request for request in world.models.asked(MODEL) if tenant.id in request.system]
+    told = last.body["messages"][-1]["content"]
+    assert (told[:11], told[-12:], len(told)) == ("[map.png] x", "x… (cut off)", RESULT_CHARACTERS + 11)
+    [sent] = await tenant.sent("channel.outbound")
+    assert (sent["text"], [file["name"] for file in sent["files"]]) == ("There it is.", ["map.png"])
+    async with objects.fetch(sent["files"][0]["path"]) as stored:
+        assert stored.read() == PNG

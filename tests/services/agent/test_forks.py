@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from io import StringIO
 
+import pytest
 from rich.console import Console
 
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tests.services.agent.test_approval import waiting
 from tooling.cli.run import draw_state
 from tooling.testing.model_server import Fails, Says
 from tooling.testing.service_fakes import WEATHER
@@ -59,6 +61,27 @@ async def test_a_fork_from_the_first_step_calls_the_tool_again(world: World, ten
     made = await tenant.call("POST", f"/api/v1/runs/{run_id}/fork", json={"step": 1})
     assert (await tenant.over(made["id"]))["reply"] == "It rains."
     assert len(set(world.peers.plugin.calls) - before) == 1
+
+
+@pytest.mark.parametrize("approved", [True, False])
+async def test_a_fork_does_not_ask_again_about_a_call_that_a_person_has_decided(
+    world: World, tenant: Tenant, approved: bool
+) -> None:
+    agent = await tenant.agent(tools=[WEATHER], approval=[WEATHER])
+    world.models.script(MODEL, Says(calls=(BERN,)), Fails(400), Says("So it is."))
+    run_id = await tenant.say(agent, "Weather?")
+    await waiting(tenant)
+    await tenant.call("POST", f"/api/v1/runs/{run_id}/approval", json={"approved": approved})
+    assert (await tenant.over(run_id))["status"] == "failed"
+    before = world.models.requests[-1].body["messages"]
+    made = await tenant.call("POST", f"/api/v1/runs/{run_id}/fork", json={})
+
+    async def at_rest() -> str | None:
+        status = str((await tenant.run(made["id"]))["status"])
+        return status if status not in ("queued", "running") else None
+
+    assert await world.platform.until(at_rest) == "completed"
+    assert world.models.requests[-1].body["messages"] == before
 
 
 async def test_what_cannot_be_forked_is_said(world: World, tenant: Tenant) -> None:

@@ -64,6 +64,8 @@ async def test_credit_for_an_unknown_tenant_or_of_zero_or_above_the_limit_is_ref
     assert field_of(await post("/api/v1/billing/credit", json=body(tenant.id, 10**18))) == "amount_nanos"
     grant = {"tenant_id": tenant.id, "nanos": 10**18, "reason": "r"}
     assert field_of(await post("/api/v1/grants", json=grant)) == "nanos"
+    assert (await post("/api/v1/grants", json=grant | {"tenant_id": unlimited.id})).status_code == 201
+    assert field_of(await post("/api/v1/grants", json=grant | {"tenant_id": unlimited.id, "nanos": 1})) == "nanos"
     assert (await post("/api/v1/billing/credit", json=body(str(uuid7()), 1))).status_code == 404
     assert (await post("/api/v1/billing/credit", json=body(unlimited.id, 1))).status_code == 409
     assert (await tenant.http.post("/api/v1/billing/credit", json=body(tenant.id, 1))).status_code == 403

@@ -11,7 +11,7 @@ import pytest
 
 from infra.clock import utcnow, uuid7
 from tests.services.billing.conftest import Billing
-from tests.services.billing.test_invoices import START, draft, field_of, plan, post, subscribed
+from tests.services.billing.invoices.test_invoices import START, draft, field_of, plan, post, subscribed
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,15 @@ from tests.services.billing.test_invoices import START, draft, field_of, plan, p
             "charges[0].tiers[0].up_to",
         ),
         ({"included": [{"meter": "messages", "quantity": 1}]}, "included[0].meter"),
+        (
+            {
+                "charges": [
+                    {"meter": "input_tokens", "by": by, "scheme": "per_unit", "tiers": [{"unit_nanos": 1}]}
+                    for by in ("model", None)
+                ]
+            },
+            "included[0].meter",
+        ),
         ({"usage_markup_percent": "-9999"}, "usage_markup_percent"),
         ({"usage_markup_percent": "1000.000001"}, "usage_markup_percent"),
         ({"usage_markup_percent": 0.5}, "usage_markup_percent"),

@@ -31,7 +31,7 @@ from services.billing.plans import plans, subscriptions
 from services.billing.plans.plans import Plan
 from services.billing.rating import price_book
 from services.billing.rating.currencies import nanos_per_minor, to_minor
-from services.billing.usage import aggregates, rerate, retention
+from services.billing.usage import aggregates, corrections, rerate, retention
 from tests.services.billing.conftest import count
 from tooling.testing.platform import Platform
 
@@ -43,12 +43,25 @@ MODULES = (
     "invoices.closing",
     "rating.price_book",
     "invoices.purchases",
+    "usage.corrections",
     "usage.rerate",
     "plans.subscriptions",
     "usage.records",
     "usage.retention",
 )
 SELLER = Seller(country="DE")
+# Usage and its corrections by the period whose invoice has them.
+DEBITED = """
+    WITH debited AS (
+        SELECT period, quantity AS nanos
+        FROM usage_bucket
+        WHERE tenant_id = $1 AND meter IN ('cost_nanos', 'correction_nanos')
+        UNION ALL
+        SELECT period, -amount_nanos
+        FROM ledger_entry
+        WHERE tenant_id = $1 AND kind = 'correction' AND price_version IS NULL
+    )
+"""
 
 
 @dataclass
@@ -129,7 +142,7 @@ class History:
         subs = await subscriptions.listed(tx, tenant_id, after=None, limit=50)
         known = await invoices.listed(tx, tenant_id, after=None, limit=100)
         paid = await payments.listed(tx, tenant_id, after=None, limit=100)
-        match rng.randrange(19):
+        match rng.randrange(20):
             case 0 | 1 | 2 | 3:
                 await self.use(tx)
             case 4:
@@ -187,6 +200,10 @@ class History:
                 await transfers.receive(tx, tenant_id, one.id, minor, reference=rng.choice("abc"), actor="test")
             case 18 if known:
                 await transfers.reverse(tx, tenant_id, rng.choice(known).id, reference=rng.choice("abc"), actor="test")
+            case 19:
+                usage_id = rng.choice([None, *(item.usage_id for item in self.sent)])
+                nanos = rng.randrange(-(10**11), 10**11)
+                await corrections.correct(tx, tenant_id, nanos, usage_id, reason="r", actor="test")
 
     async def report(self, tx: Tx, payment: Payment, kind: EventKind, minor: int) -> None:
         event = ProviderEvent(
@@ -223,12 +240,13 @@ async def agree(history: History) -> None:
             tenant_id,
         )
         [(not_asked,)] = await tx.sql(
-            """
-            SELECT coalesce(sum(b.quantity), 0)::bigint
-            FROM usage_bucket AS b
-            WHERE b.tenant_id = $1 AND b.meter IN ('cost_nanos', 'correction_nanos') AND b.period <> 0 AND NOT EXISTS (
+            f"""
+            {DEBITED}
+            SELECT coalesce(sum(d.nanos), 0)::bigint
+            FROM debited AS d
+            WHERE d.period <> 0 AND NOT EXISTS (
                 SELECT FROM invoice AS i
-                WHERE i.tenant_id = b.tenant_id AND i.period = b.period AND i.status <> 'draft'
+                WHERE i.tenant_id = $1 AND i.period = d.period AND i.status <> 'draft'
             )
             """,
             tenant_id,
@@ -251,10 +269,10 @@ async def agree(history: History) -> None:
         sums = {
             outside: int(total)
             for outside, total in await tx.sql(
-                """
-                SELECT period = 0, sum(quantity)
-                FROM usage_bucket
-                WHERE tenant_id = $1 AND meter IN ('cost_nanos', 'correction_nanos')
+                f"""
+                {DEBITED}
+                SELECT period = 0, sum(nanos)
+                FROM debited
                 GROUP BY 1
                 """,
                 tenant_id,
@@ -280,13 +298,14 @@ async def agree(history: History) -> None:
             tenant_id,
         )
         [(unclosed,)] = await tx.sql(
-            """
+            f"""
+            {DEBITED}
             SELECT count(*)
-            FROM usage_bucket AS b
-            WHERE b.tenant_id = $1 AND b.period <> 0 AND NOT EXISTS (
-                SELECT FROM invoice AS i WHERE i.tenant_id = b.tenant_id AND i.period = b.period
+            FROM debited AS d
+            WHERE d.period <> 0 AND NOT EXISTS (
+                SELECT FROM invoice AS i WHERE i.tenant_id = $1 AND i.period = d.period
             ) AND NOT EXISTS (
-                SELECT FROM period AS p WHERE p.tenant_id = b.tenant_id AND p.period = b.period AND p.closed_at IS NULL
+                SELECT FROM period AS p WHERE p.tenant_id = $1 AND p.period = d.period AND p.closed_at IS NULL
             )
             """,
             tenant_id,

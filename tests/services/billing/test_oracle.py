@@ -28,7 +28,7 @@ from services.billing.plans.plans import Plan, PlanCharge
 from services.billing.rating import price_book
 from services.billing.rating.schemes import SchemeTier
 from tests.services.billing.conftest import count
-from tests.services.billing.test_invoices import ANCHOR, MIDNIGHT, START
+from tests.services.billing.invoices.test_invoices import ANCHOR, MIDNIGHT, START
 from tooling.testing.platform import Platform
 
 NOW = utcnow()

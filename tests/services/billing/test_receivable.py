@@ -23,7 +23,7 @@ from services.billing.payments.provider import ProviderEvent
 from services.billing.plans import plans, subscriptions
 from services.billing.plans.plans import Plan
 from services.billing.usage.read_models import READ_MODELS
-from tests.services.billing.test_invoices import ANCHOR, START
+from tests.services.billing.invoices.test_invoices import ANCHOR, START
 from tooling.testing.platform import Platform
 
 CENT = 10**7

@@ -18,6 +18,8 @@ from infra.postgres.dead_letters import read_payload
 from protos.catalog import CHANNEL_OUTBOUND
 from protos.envelope import Envelope
 from protos.messages.channel import SendMessage
+from services.channel.deliveries.queueing import DueDelivery
+from services.channel.handlers import expire_delivery
 from tests.services.channel.conftest import Desk
 from tooling.testing.vendors import (
     DingTalkStandIn,
@@ -286,6 +288,41 @@ async def test_an_unanswered_send_with_a_key_that_expires_is_unknown(desk: Desk,
     delivery = await desk.settled(id_)
     assert (delivery["state"], delivery["reason"]) == ("unknown", "expired")
     assert webhook.texts() == ["answer"]
+
+
+@pytest.mark.parametrize(
+    ("effects", "state"),
+    [
+        ({"": {"vendor_message_id": "7"}}, "sent"),
+        ({"": {"vendor_message_id": None, "is_last": True}}, "sent"),
+        ({"/shown": None}, "sent"),
+        ({"/retracted": None}, "failed"),
+        ({"-1": {"vendor_message_id": "7"}, "-2": {"vendor_message_id": "8", "is_last": True}}, "sent"),
+        ({"-1": {"vendor_message_id": "7", "is_last": False}}, "failed"),
+    ],
+)
+async def test_a_delivery_that_expires_after_its_last_part_was_sent_is_sent(
+    desk: Desk, telegram: TelegramStandIn, effects: dict[str, Any], state: str
+) -> None:
+    """The process has died after the call, before the end of the delivery was stored."""
+    channel = await desk.connect("telegram", telegram.credentials, telegram.url)
+    inbound = await receive(desk, channel, telegram)
+    async with desk.client() as http:
+        await http.post(f"/api/v1/channels/{channel['id']}/pause")
+    await desk.queued(id_ := await desk.reply(inbound, "answer"))
+    async with desk.platform.database("channel").begin(tenant_id=desk.tenant_id) as tx:
+        for key, result in effects.items():
+            await tx.sql(
+                """
+                INSERT INTO lane_effect (tenant_id, key, kind, state, attempt, lane_id, epoch, result, started_at)
+                VALUES ($1, $2, 'once', 'succeeded', 1, 1, 1, $3, now())
+                """,
+                desk.tenant_id,
+                f"{id_}{key}",
+                msgspec.json.encode(result),
+            )
+        await expire_delivery(DueDelivery(id_), tx)
+    assert (await desk.delivery(id_))["state"] == state
 
 
 async def test_an_unanswered_send_is_not_repeated_after_the_vendor_has_forgotten_its_key(desk: Desk) -> None:

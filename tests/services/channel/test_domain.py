@@ -136,7 +136,11 @@ def test_each_part_is_sent_once_more_if_it_was_too_late() -> None:
     assert decide(refusals["6"], resumed) == nothing
     assert decide(refusals["7"], resumed) == [DeliveryResumed(1)]
     again = DeliverySent(CHANNEL, "session", RUN, "7", ("8", "7"), again=True)
-    assert decide(MarkSent(("8", "7")), resumed) == [again]
+    assert decide(MarkSent(("8", "7"), (0,)), resumed) == [again]
+    # The item of the other part ends the delivery: otherwise that part would not be sent.
+    both = after(QUEUED, sent, DeliveryResumed(0), DeliveryResumed(1))
+    assert decide(MarkSent(("8", "7"), (0,)), both) == nothing
+    assert len(decide(MarkSent(("8", "9"), (0, 1)), both)) == 1
     assert after(QUEUED, sent, DeliveryResumed(0), again).due == ()
     # A message is not sent a third time.
     refused = DeliveryFailed(CHANNEL, "session", RUN, "131047")

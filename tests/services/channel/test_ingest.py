@@ -27,8 +27,10 @@ from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
 from infra.web.raw import RawRequest
 from services.channel.accounts import store as accounts
+from services.channel.accounts.routing import Route
 from services.channel.accounts.store import Accounts, AccountSecrets, ChannelAccount, new_token
 from services.channel.domain import Pseudonyms, dedupe_hash
+from services.channel.events import Attachment
 from services.channel.intake import drainer
 from services.channel.intake import ingest as module
 from services.channel.intake.drainer import DRAIN_ROWS, Drainer
@@ -371,6 +373,33 @@ async def test_a_part_of_an_album_that_mentions_the_bot_makes_its_other_parts_co
         "the id of an album that is for the bot",
     ]
     assert await intake.accepted() == 0
+
+
+async def test_a_command_in_an_album_names_the_agent_of_all_its_parts(
+    intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ALBUM_WAITS", timedelta(0))
+    sales = uuid7()
+    intake.account = intake.account._replace(routes=(Route(sales, command="sales"),))
+
+    def part(n: int, text: str, album: str = "album/1") -> Inbound:
+        return message(n)._replace(text=text, attachments=(Attachment("image", f"f{n}"),), in_album=True, album=album)
+
+    photos = [part(1, ""), part(2, "/sales which one?"), part(3, ""), part(4, "hello", "album/2")]
+    for one in photos:
+        await intake.accept(one)
+    await intake.drainer.drain()
+    # The vendor repeats a part.
+    await intake.accept(photos[1], part(5, ""))
+    await intake.drainer.drain()
+    facts = await intake.rows(
+        """
+        SELECT convert_from(data, 'UTF8')::jsonb ->> 'agent_id', count(*) FROM event
+        WHERE convert_from(data, 'UTF8')::jsonb ->> 'channel_id' = $1::uuid::text GROUP BY 1
+        """
+    )
+    assert dict(facts) == {str(sales): 4, str(intake.account.agent_id): 1}
+    assert (await intake.ignored(), await intake.accepted()) == (["the agent of an album"], 0)
 
 
 async def test_the_parts_of_an_album_are_drained_as_soon_as_they_have_waited(

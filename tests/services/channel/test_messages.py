@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -9,15 +10,21 @@ from typing import Any
 from uuid import UUID
 
 import httpx
+import msgspec
 import pytest
+from asyncpg import connect
 
 from infra.clock import uuid7
+from infra.postgres.database import Database
+from infra.postgres.db import create_engine
+from infra.postgres.schema import role_url
 from protos.catalog import PLATFORM_EVENTS
 from protos.messages.user import SubjectErased
 from services.channel.events import MessageTaken
-from services.channel.messages_api import _INBOUND
+from services.channel.messages_api import _CHANNELS, _INBOUND_OF_CHANNELS, _INBOUND_OF_SESSION, _SESSION
 from services.channel.publishing import CONVERSATION
 from tests.services.channel.conftest import Desk
+from tooling.testing.platform import PASSWORDS
 from tooling.testing.vendors import Fault, TelegramStandIn, TwilioStandIn, WebhookStandIn, cut
 
 
@@ -114,49 +121,78 @@ async def test_a_page_of_messages_with_long_edits_is_cut(desk: Desk, telegram: T
     assert ([len(one["text"]) for one in page["items"]], page["next"]) == ([700_000], None)
 
 
-async def test_the_list_looks_up_only_conversations_whose_last_message_can_be_on_the_page(desk: Desk) -> None:
-    """Twenty conversations of one message each, an hour apart, and one whose second message is the newest of all."""
-    begin, channel_id = datetime(2026, 1, 1, tzinfo=UTC), uuid7()
-    times = {f"listed-{n}": [begin + timedelta(hours=n)] for n in range(20)}
-    times["listed-5"].append(begin + timedelta(hours=30))
-    async with desk.platform.database("channel").begin(tenant_id=desk.tenant_id) as tx:
-        for session, stored in times.items():
-            await tx.sql(
-                """
-                INSERT INTO conversation (session_key, tenant_id, channel_id, subject_id, position, last_at)
-                VALUES ($1, $2, $3, 's', $5, $4)
-                """,
-                session,
-                desk.tenant_id,
-                channel_id,
-                stored[-1],
-                len(stored),
-            )
-            for version, at in enumerate(stored, 1):
-                fact = MessageTaken(channel_id, "telegram", uuid7(), "s", b"", at)
-                tx.append(CONVERSATION.stream(session), fact, event_id=UUID(int=at.hour + 100 * at.day + version))
-    async with desk.platform.database("channel").begin(tenant_id=desk.tenant_id) as tx:
-        for session, stored in times.items():
-            for version, at in enumerate(stored, 1):
-                await tx.sql(
-                    "UPDATE event SET recorded_at = $3 WHERE stream_id = $1 AND version = $2",
-                    CONVERSATION.stream(session).row,
-                    version,
-                    at,
+async def test_each_page_of_messages_reads_as_few_rows_as_the_first(desk: Desk) -> None:
+    """Of 2,000 messages in one conversation and one in each of 2,000, all in one channel, a second apart."""
+    begin, channel_id, prefix = datetime(2026, 1, 1, tzinfo=UTC), uuid7(), CONVERSATION.stream("").row
+    long, times = f"long-{desk.tenant_id}", [begin + timedelta(seconds=n) for n in range(4_000)]
+    sessions = [long if n % 2 else f"{n}-{desk.tenant_id}" for n in range(4_000)]
+    data = msgspec.json.encode(MessageTaken(channel_id, "telegram", uuid7(), "s", b"", begin))
+    administrator = await connect(desk.platform.database_url, server_settings={"search_path": "channel"})
+    await administrator.execute(
+        """
+        INSERT INTO conversation (session_key, tenant_id, channel_id, subject_id)
+        SELECT DISTINCT session, $2, $3::uuid, 's' FROM unnest($1::text[]) AS s(session) ORDER BY session
+        """,
+        sessions,
+        desk.tenant_id,
+        channel_id,
+    )
+    await administrator.execute(
+        "INSERT INTO stream SELECT DISTINCT $2 || session, 1 FROM unnest($1::text[]) AS s(session) ORDER BY 1",
+        sessions,
+        prefix,
+    )
+    await administrator.execute(
+        """
+        INSERT INTO event (stream_id, version, event_id, type, schema_version, data, headers, recorded_at)
+        SELECT $3 || session, n, gen_random_uuid(), 'MessageTaken', 1, $4, '{}', at
+        FROM unnest($1::text[], $2::timestamptz[]) WITH ORDINALITY AS s(session, at, n) ORDER BY 1, 2
+        """,
+        sessions,
+        times,
+        prefix,
+        data,
+    )
+    await administrator.execute("ANALYZE event, conversation")
+    await administrator.close()
+    url = role_url(desk.platform.database_url, "channel", "request", PASSWORDS.request)
+    engine = create_engine(url, pool_size=1)
+    lists = (_CHANNELS, _INBOUND_OF_CHANNELS, times), (_SESSION, _INBOUND_OF_SESSION, times[1::2])
+    async with Database(engine, "channel", tenanted=True).begin(tenant_id=desk.tenant_id) as tx:
+        for of, inbound, expected in lists:
+            selected = (long, None) if of is _SESSION else ()
+            reads = []
+            for last in (None, expected[1_000], expected[10]):
+                known = [id_ for (id_,) in await tx.sql(of, *selected)]
+                where = prefix, known, last, UUID(int=0), 5
+                found = [at for at, *_ in await tx.sql(inbound, *where)]
+                assert found == [at for at in expected if last is None or at < last][:-6:-1]
+                plans = [await tx.sql(f"EXPLAIN ANALYZE {of}", *selected)]
+                plans += [await tx.sql(f"EXPLAIN ANALYZE {inbound}", *where)]
+                reads.append(
+                    max(map(float, re.findall(r"(?:Removed by \w+: |actual time=\S+ rows=)(\d+)", str(plans))))
                 )
-        listed: list[datetime] = []
-        after: tuple[datetime | None, UUID | None] = None, None
-        looked: list[int] = []
-        for _ in range(7):
-            where = CONVERSATION.stream("").row, None, channel_id, *after, 3
-            rows = await tx.sql(_INBOUND, *where)
-            plan = await tx.sql(f"EXPLAIN ANALYZE {_INBOUND}", *where)
-            looked.append(max(map(int, re.findall(r"loops=(\d+)", str(plan)))))
-            listed += [at for at, *_ in rows]
-            after = rows[-1][0], rows[-1][1]
-    assert listed == sorted((at for stored in times.values() for at in stored), reverse=True)
-    # The first page needs three of the twenty.
-    assert looked[0] <= 4
+            assert reads == [5, 5, 5]
+    await engine.dispose()
+
+
+async def test_slow_lists_of_one_tenant_leave_connections_to_others(desk: Desk) -> None:
+    administrator = await connect(desk.platform.database_url)
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'channel.conversation'::regclass"
+    async with desk.client() as http, Desk(desk.platform, "another").client() as another:
+        async with administrator.transaction():
+            # Each list waits here. A process has ten connections for requests.
+            await administrator.execute("LOCK TABLE channel.conversation")
+            lists = [asyncio.create_task(http.get("/api/v1/messages")) for _ in range(12)]
+
+            async def begun() -> bool:
+                return int(await administrator.fetchval(waiting)) >= 5
+
+            await desk.platform.until(begun)
+            assert (await another.get("/api/v1/channels")).status_code == 200
+            assert await administrator.fetchval(waiting) == 5
+        assert {one.status_code for one in await asyncio.gather(*lists)} == {200}
+    await administrator.close()
 
 
 async def test_an_erased_person_is_not_shown(desk: Desk, telegram: TelegramStandIn) -> None:

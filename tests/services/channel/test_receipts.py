@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any
 from uuid import UUID
 
+import msgspec
+import pytest
+
+from services.channel.deliveries.queueing import DueDelivery
+from services.channel.handlers import expire_delivery
 from tests.services.channel.conftest import Desk
 from tooling.testing.vendors import TwilioStandIn, WhatsAppStandIn
 
@@ -124,6 +129,50 @@ async def test_each_part_that_is_too_late_goes_once_by_template(desk: Desk) -> N
         assert [one.text for one in meta.ledger] == ["first", "second"]
         await desk.call(channel, meta.call(statuses=[{"id": meta.ledger[1].id, "status": "delivered"}]))
         assert (await desk.delivery(sent["id"]))["state"] == "delivered"
+
+
+@pytest.mark.parametrize(
+    ("effects", "state"),
+    [
+        ({"-1/late": "succeeded", "-2/late": "succeeded"}, "sent"),
+        ({"-1/late": "succeeded", "-2/late": "started"}, "unknown"),
+        ({"-1/late": "succeeded"}, "failed"),
+        ({"-1": "succeeded", "-2": "succeeded"}, "failed"),
+    ],
+)
+async def test_a_delivery_that_expires_while_its_parts_go_by_template_tells_what_was_sent(
+    desk: Desk, effects: dict[str, str], state: str
+) -> None:
+    async with WhatsAppStandIn() as meta:
+        channel = await desk.connect("whatsapp", meta.credentials | {"template": "news"}, meta.url)
+        await desk.call(channel, meta.call(meta.message("question", person="491")))
+        [inbound] = await desk.received(channel)
+        sent = await desk.settled(await desk.reply(inbound, f"first{' ' * 5_000}second"))
+        id_ = UUID(sent["id"])
+        async with desk.client() as http:
+            await http.post(f"/api/v1/channels/{channel['id']}/pause")
+        refused = {"status": "failed", "errors": [{"code": 131047, "title": "Refused"}]}
+        await desk.call(channel, meta.call(statuses=[{"id": one.id, **refused} for one in meta.ledger]))
+        async with desk.platform.database("channel").begin(tenant_id=desk.tenant_id) as tx:
+            for key, end in effects.items():
+                await tx.sql(
+                    """
+                    INSERT INTO lane_effect (tenant_id, key, kind, state, attempt, lane_id, epoch, result, started_at)
+                    VALUES ($1, $2, 'once', $3, 1, 1, 1, $4, now())
+                    ON CONFLICT (tenant_id, key) DO NOTHING
+                    """,
+                    desk.tenant_id,
+                    f"{id_}{key}",
+                    end,
+                    msgspec.json.encode({"vendor_message_id": f"wamid{key}", "is_last": key.startswith("-2")})
+                    if end == "succeeded"
+                    else None,
+                )
+            await expire_delivery(DueDelivery(id_), tx)
+        ended = await desk.delivery(sent["id"])
+        assert ended["state"] == state
+        if state == "sent":
+            assert ended["vendor_message_id"] == "wamid-2/late"
 
 
 async def test_a_message_names_the_address_for_its_receipts(desk: Desk) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -20,7 +21,7 @@ from infra.security.crypto import KEY_BYTES, Cipher
 from infra.security.rewrap import rewrap
 from protos.catalog import AUDIT_LOGS
 from protos.messages.audit import ActAudited
-from services.log_aggregator.audit_lines import SEALED, AuditLines
+from services.log_aggregator.audit.lines import SEALED, AuditLines
 from tooling.testing.platform import MASTER_KEY, Platform
 
 
@@ -178,6 +179,22 @@ async def test_each_tenant_sees_its_chain_and_the_operator_the_systems_and_all(
         await aggregator.until(system)
         assert (await verified(operator))["ok"]
         assert (await verified(operator, tenant_id=other))["records"] == 1
+
+
+async def test_a_tenant_verifies_its_chain_once_at_a_time(aggregator: Platform, tenant: str) -> None:
+    administrator = await connect(aggregator.database_url)
+    async with aggregator.client("log_aggregator", tenant) as client, aggregator.client("log_aggregator") as operator:
+        async with administrator.transaction():
+            # No verification ends meanwhile.
+            await administrator.execute("LOCK TABLE log_aggregator.audit_head")
+            calls = {asyncio.create_task(client.get("/api/v1/audit/verify")) for _ in range(3)}
+            calls.add(asyncio.create_task(operator.get("/api/v1/audit/verify", params={"tenant_id": tenant})))
+            ended = asyncio.as_completed(calls)
+            refused = [await next(ended), await next(ended)]
+        assert [(one.status_code, one.headers["retry-after"]) for one in refused] == [(429, "5")] * 2
+        assert sorted(one.status_code for one in await asyncio.gather(*calls)) == [200, 200, 429, 429]
+        assert (await verified(client))["ok"]
+    await administrator.close()
 
 
 async def test_an_empty_chain_is_intact(aggregator: Platform, tenant: str) -> None:

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from infra.clock import uuid7
 from infra.errors import InvalidMessage, TooManyRequests
 from infra.security.auth import Identity
-from infra.stores.objects import BUCKET, MEMORY_BYTES, Objects, listed, once
+from infra.stores.objects import BUCKET, MEMORY_BYTES, Objects, list_objects, once
 from services.memory.knowledge import received
 from services.memory.knowledge.uploads import LARGE_AT_ONCE, UPLOADS, Uploads
 from tests.services.memory import files
@@ -381,7 +381,7 @@ def stored(platform: Platform, name: str) -> list[str]:
     """The ids of the files with this name, read with the client of the object store."""
     s3 = platform.stack.engines["s3"]
     client = Minio(urlsplit(s3["endpoint"]).netloc, s3["access_key"], s3["secret_key"], secure=False)
-    paths = [item.object_name or "" for item in listed(client, BUCKET, "test/documents/")]
+    paths = [item.object_name or "" for item in list_objects(client, BUCKET, "test/documents/")]
     return sorted(path.rpartition("/")[2][:36] for path in paths if path.endswith(name))
 
 

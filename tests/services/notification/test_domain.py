@@ -9,7 +9,15 @@ import pytest
 
 import protos
 from protos.messages.billing import BudgetThresholdPassed
-from services.notification.domain import SendResult, is_address, is_file, is_one_line, masked, refusal, result
+from services.notification.domain import (
+    SendResult,
+    is_address,
+    is_file,
+    is_one_line,
+    masked,
+    refusal_text,
+    result_of_all,
+)
 from services.notification.webhooks.events import event_of
 
 
@@ -61,8 +69,8 @@ def test_an_address_is_masked() -> None:
 
 
 def test_a_refusal_is_told_without_the_servers_words() -> None:
-    assert refusal(550, "5.1.1 <a@example.com> unknown") == "refused by the mail server: 550 5.1.1"
-    assert refusal(554, "<a@example.com> unknown") == "refused by the mail server: 554"
+    assert refusal_text(550, "5.1.1 <a@example.com> unknown") == "refused by the mail server: 550 5.1.1"
+    assert refusal_text(554, "<a@example.com> unknown") == "refused by the mail server: 554"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +84,7 @@ def test_a_refusal_is_told_without_the_servers_words() -> None:
     ],
 )
 def test_a_mail_is_sent_if_one_recipient_has_it(errors: list[str | None], expected: SendResult) -> None:
-    assert result(errors) == expected
+    assert result_of_all(errors) == expected
 
 
 @pytest.mark.parametrize(

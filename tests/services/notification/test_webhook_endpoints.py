@@ -12,13 +12,14 @@ import pytest
 from standardwebhooks import Webhook as Judge
 
 from infra.clock import utcnow, uuid7
+from infra.lanes.processor import MAX_RECOVERIES
 from protos.catalog import AGENT_EVENTS, CHANNEL_EVENTS
-from protos.envelope import Envelope, Message
+from protos.envelope import Message
 from protos.messages.agent import RunCompleted, RunFailed, RunStarted
 from protos.messages.channel import MessageUndelivered
-from services.notification.webhooks.endpoints import RETRIES
+from services.notification.retention import Retention
+from services.notification.webhooks.endpoints import RETRIES, enqueue
 from services.notification.webhooks.events import EVENT_TYPES
-from services.notification.webhooks.handlers import queue_run_events
 from tests.services.notification.conftest import World, address
 from tooling.testing.vendors import answer
 from tooling.testing.vendors.server import Call, Reply, StandIn
@@ -78,6 +79,14 @@ class Tenant:
         """Oldest first."""
         items: list[dict[str, Any]] = (await self.call("GET", f"/{endpoint['id']}/deliveries"))["items"]
         return items[::-1]
+
+    async def tried(self, endpoint: dict[str, Any], attempts: int) -> None:
+        """Waits until the only delivery has had so many attempts."""
+
+        async def ask() -> bool:
+            return [one["attempts"] for one in await self.log(endpoint)] == [attempts]
+
+        await self.world.platform.until(ask)
 
     async def ended(self, endpoint: dict[str, Any], count: int = 1) -> list[dict[str, Any]]:
         async def ask() -> list[dict[str, Any]] | None:
@@ -159,11 +168,7 @@ async def test_a_failed_call_is_repeated_with_the_same_id_until_it_is_accepted(
     receiver.faults += [answer(500), answer(302)]
     await tenant.publish(completed())
     for calls in (1, 2):
-
-        async def failed(calls: int = calls) -> bool:
-            return [one["attempts"] for one in await tenant.log(endpoint)] == [calls]
-
-        await tenant.world.platform.until(failed)
+        await tenant.tried(endpoint, calls)
         [waiting] = await tenant.log(endpoint)
         assert (waiting["state"], waiting["status"]) == ("waiting", (500, 302)[calls - 1])
         assert (await tenant.call("GET", f"/{endpoint['id']}"))["failing_since"]
@@ -184,11 +189,7 @@ async def test_after_the_last_attempt_the_event_has_failed_and_can_be_sent_again
     receiver.faults.append(answer(500))
     before = utcnow()
     await tenant.publish(completed())
-
-    async def tried() -> bool:
-        return [one["attempts"] for one in await tenant.log(endpoint)] == [1]
-
-    await tenant.world.platform.until(tried)
+    await tenant.tried(endpoint, 1)
     await tenant.world.sql("UPDATE webhook_delivery SET attempts = $1 WHERE endpoint_id = $2", 7, UUID(endpoint["id"]))
     receiver.faults.append(answer(500))
     await tenant.hurry()
@@ -202,6 +203,31 @@ async def test_after_the_last_attempt_the_event_has_failed_and_can_be_sent_again
     assert (log["state"], log["attempts"]) == ("delivered", 1)
     [call] = receiver.received
     assert call.headers["webhook-id"] == log["webhook_id"]
+
+
+async def test_a_delivery_whose_item_became_a_dead_letter_has_failed_and_can_be_sent_again(
+    tenant: Tenant, receiver: Receiver
+) -> None:
+    endpoint = await tenant.connect(receiver)
+    receiver.faults.append(answer(500))
+    before = utcnow()
+    await tenant.publish(completed())
+    await tenant.tried(endpoint, 1)
+    await tenant.world.sql("UPDATE lane_item SET recoveries = $1 WHERE tenant_id = $2", MAX_RECOVERIES, tenant.id)
+    await tenant.hurry()
+    [log] = await tenant.ended(endpoint)
+    assert (log["state"], log["attempts"], log["error"]) == ("failed", 1, "an internal error")
+    # As a redrive of the dead letter does it.
+    async with tenant.world.platform.database("notification").begin(tenant_id=tenant.id) as tx:
+        enqueue(tx, UUID(log["id"]))
+
+    async def delivered() -> list[dict[str, Any]]:
+        return [one for one in await tenant.log(endpoint) if one["state"] == "delivered"]
+
+    assert await tenant.world.platform.until(delivered)
+    await tenant.call("POST", f"/{endpoint['id']}/resend", expect=202, json={"since": before.isoformat()})
+    await tenant.ended(endpoint)
+    assert len(receiver.received) == 2
 
 
 async def test_an_answer_410_disables_the_endpoint_and_the_owners_are_told(
@@ -249,34 +275,34 @@ async def test_five_days_of_failures_disable_the_endpoint(world: World, tenant: 
     assert found["disabled_reason"] == "it has accepted nothing for 5 days"
 
 
-async def test_old_deliveries_are_deleted_faster_than_new_ones_are_made(
-    world: World, tenant: Tenant, receiver: Receiver
+async def test_what_is_old_is_deleted_also_of_a_tenant_without_new_events(
+    world: World, tenant: Tenant, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sixty events for each of twenty endpoints, in a transaction that is rolled back."""
-    endpoints = [UUID((await tenant.connect(receiver))["id"]) for _ in range(20)]
-    tx = world.platform.database("notification").begin()
-    with pytest.raises(InterruptedError):
-        async with tx as writing:
-            await writing.sql(
-                """
-                INSERT INTO webhook_delivery (id, endpoint_id, tenant_id, message_id, type, body, state, created_at)
-                SELECT gen_random_uuid(), $1, $2, gen_random_uuid(), 'run.completed', '', 'delivered',
-                    now() - interval '31 days'
-                FROM generate_series(1, 3000)
-                """,
-                endpoints[0],
-                tenant.id,
-            )
-            messages = [completed() for _ in range(60)]
-            for message in messages:
-                sent = Envelope(
-                    id=uuid7(), type="agent.v1.RunCompleted", source="agent", time=utcnow(), tenant_id=tenant.id
-                )
-                writing.origins[id(message)] = sent.headers()
-            await queue_run_events.handler(messages, writing)
-            rows = await writing.sql("SELECT state FROM webhook_delivery WHERE tenant_id = $1", tenant.id)
-            assert [state for (state,) in rows] == ["waiting"] * 1_200
-            raise InterruptedError
+    monkeypatch.setattr("services.notification.retention.BATCH", 2)
+    endpoint = UUID((await tenant.connect(receiver))["id"])
+    await world.sql(
+        """
+        INSERT INTO webhook_delivery (id, endpoint_id, tenant_id, message_id, type, body, state, created_at)
+        SELECT gen_random_uuid(), $1, $2, gen_random_uuid(), 'run.completed', '', state,
+            now() - make_interval(days => days)
+        FROM unnest('{delivered,failed,delivered,failed,waiting,delivered}'::text[], '{31,31,31,32,31,29}'::int[])
+            AS n(state, days)
+        """,
+        endpoint,
+        tenant.id,
+    )
+    await world.sql(
+        """
+        INSERT INTO notification (tenant_id, id, kind, state, finished_at, created_at)
+        SELECT $1, gen_random_uuid(), 'email', 'sent', now(), now() - make_interval(days => days)
+        FROM unnest('{91,92,93,89}'::int[]) AS n(days)
+        """,
+        tenant.id,
+    )
+    await Retention(world.platform.database("notification")).tick()
+    kept = await world.sql("SELECT state FROM webhook_delivery WHERE tenant_id = $1 ORDER BY state", tenant.id)
+    assert [state for (state,) in kept] == ["delivered", "waiting"]
+    assert len((await world.listed(tenant.id))["items"]) == 1
 
 
 async def test_both_secrets_sign_during_a_rotation(world: World, tenant: Tenant, receiver: Receiver) -> None:

@@ -32,8 +32,9 @@ from tests.infra.conftest import desk as desk
 from tests.infra.conftest import ledger_database as ledger_database
 from tests.infra.conftest import sample as sample
 from tooling.cli import app as cli
-from tooling.cli import dlq, logs, outbox, replay, run
+from tooling.cli import dlq, logs, outbox, replay, rerate, run
 from tooling.cli.client import Gateway
+from tooling.cli.output import print_json
 from tooling.stack import operator
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.engines.base import EngineError
@@ -66,7 +67,7 @@ def claw(command: typer.Typer, *arguments: str) -> Result:
 def test_no_text_from_outside_steers_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    operator.print_json({"text": "\x9b31m \x1b]0;title\x07 \u202e"})
+    print_json({"text": "\x9b31m \x1b]0;title\x07 \u202e"})
     printed = capsys.readouterr().out
     assert printed.isascii()
     assert json.loads(printed) == {"text": "\x9b31m \x1b]0;title\x07 \u202e"}
@@ -167,6 +168,10 @@ def test_the_list_shows_every_service_on_80_columns() -> None:
     assert "\x1b" not in text
     assert all(id_ in text for id_ in (failed, waiting, other))
     assert "sample_ledger could not handle a message of kafka:sample.events, key a key" in text
+    # The time is not cut.
+    times = [line for line in text.splitlines() if line.endswith(" UTC")]
+    assert [line.split()[:2] for line in times] == [[failed, "failed"], [waiting, "waiting"], [other, "failed"]]
+    assert "  after 3 attempts: ValueError: will not do" in text
     assert "2 failed, 1 waiting" in text
     assert other not in told(dlq.app, "list", "--service", "sample_ledger")
     assert "There may be more than 1." in told(dlq.app, "list", "--limit", "1")
@@ -233,6 +238,9 @@ def test_dead_letters_are_listed_and_redriven_by_cause() -> None:
     assert (state(first), state(waiting), state(second)) == ("redriving", "waiting", "failed")
     assert audited("sample_ledger", "Late: # s") == [("dead_letter.redrive_all", operator.actor())]
     assert audited("sample_desk", elsewhere) == []
+    assert told(dlq.app, "redrive", "--cause", "Never seen") == (
+        "No failed dead letter matches: see ./claw dlq list --by-cause\n"
+    )
 
 
 def test_the_most_frequent_causes_are_listed_also_if_older_ones_are_rare() -> None:
@@ -488,6 +496,19 @@ def test_the_log_of_a_service_is_searched_by_time(index: list[dict[str, str]]) -
         assert f"{option[0]}: needs a search" in refused(command, "logs", "channel", *option)
 
 
+def test_an_error_of_one_field_is_told_once() -> None:
+    async def ask(*errors: dict[str, str]) -> None:
+        problem = {"detail": "at: must be from 1 to 6", "errors": errors}
+        transport = httpx.MockTransport(lambda _: httpx.Response(422, json=problem))
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            await Gateway(client).get("/state")
+
+    at, of = {"field": "at", "message": "must be from 1 to 6"}, {"field": "of", "message": "is unknown"}
+    with pytest.raises(EngineError) as refusal:
+        asyncio.run(ask(at, of))
+    assert str(refusal.value) == "GET /state was answered 422: at: must be from 1 to 6\n  of: is unknown"
+
+
 def test_the_list_of_runs_has_whole_ids_on_80_columns_however_slow_they_are() -> None:
     """Slow runs are looked for, and their ids are copied to `./claw run show`."""
     rows = [
@@ -511,3 +532,61 @@ def test_the_list_of_runs_has_whole_ids_on_80_columns_however_slow_they_are() ->
     assert lines[1].split()[-2:] == ["0.2", "3.4"]
     assert all(any(row["run_id"] in line for line in lines) for row in rows)
     assert lines[-1].split()[-3:] == ["864000", "86400", "86400"]
+
+
+def test_a_step_without_a_name_is_shown_by_its_kind() -> None:
+    step = {"n": 1, "kind": "retrieve", "name": "", "status": "completed", "attempt": 1, "error": None}
+    state = {"at": 1, "run_id": str(uuid7()), "status": "running", "events": [], "steps": [step]}
+    console = Console(file=StringIO(), width=80, highlight=False)
+    run.draw_state(console, state | {"tokens": 0, "attempts": 1, "fork_step": 1})
+    assert "step 1: retrieve, completed, attempt 1\n" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_differences_of_prices_are_shown_on_80_columns_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = {
+        "tenant_id": str(uuid7()),
+        "records": 1_000_000,
+        "from_version": f"acme/{'long-model-' * 6}[/]@1",
+        "to_version": "acme/model@2",
+        "difference_nanos": -(10**18),
+    }
+    left_out = one | {"invoice_number": "INV-000001", "reason": "a unit was not reported, and the price needs it"}
+    answer = {
+        "dry_run": True,
+        "records": 2,
+        "changed": 1,
+        "difference_nanos": 0,
+        "items": [one],
+        "left_out": [left_out],
+    }
+    asked: list[dict[str, Any]] = []
+
+    @asynccontextmanager
+    async def gateway(*_: object) -> AsyncIterator[Gateway]:
+        def answered(request: httpx.Request) -> httpx.Response:
+            asked.append(json.loads(request.content))
+            return httpx.Response(200, json=answer)
+
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answered), base_url="http://gateway") as client:
+            yield Gateway(client)
+
+    monkeypatch.setattr(rerate, "gateway", gateway)
+    monkeypatch.setattr(operator, "access", lambda: {"base_url": "", "admin_token": ""})
+    command, words = cli.build(("rerate",)), ("rerate", "--from", "2026-11-01", "--to", "2026-12-01")
+    assert json.loads(told(command, *words, "--json")) == answer
+    shown = told(command, *words)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert f"{one['tenant_id']}  1000000 records" in shown.splitlines()
+    together = "".join(shown.split())
+    assert together.count("long-model-[/]@1→acme/model@2") == 2
+    assert "not booked: a unit was not reported" in shown
+    assert "(INV-000001)" in together
+    assert shown.splitlines()[-1] == "2 records, 1 differences found; --book books them"
+    assert [body["dry_run"] for body in asked] == [True, True]
+
+
+@pytest.mark.parametrize("time", ["0001-01-01", "0001-01-01T00:00:00+14:00"])
+def test_a_time_that_no_clock_has_is_an_error_of_the_option(time: str) -> None:
+    result = CliRunner().invoke(cli.build(("run",)), ["run", "list", "--since", time])
+    assert isinstance(result.exception, EngineError), result.output
+    assert str(result.exception).startswith(f"--since: {time[:10]}")

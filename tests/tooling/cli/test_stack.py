@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -39,14 +40,17 @@ def test_a_rolling_restart_needs_a_known_service_that_runs(home: Path) -> None:
 
 
 def test_down_leaves_no_process_and_keeps_the_data(home: Path) -> None:
-    run_claw(home, "up", "--only", "valkey,postgres,rabbitmq,nginx,mailbox")
+    names = ["valkey", "postgres", "rabbitmq", "nginx", "mailbox"]
+    up = ("up", "--only", ",".join(names), "--json")
+    assert json.loads(run_claw(home, *up)) == {"home": str(home), "started": names}
+    assert json.loads(run_claw(home, *up)) == {"home": str(home), "started": []}
     before = (home / "credentials.json").read_text()
     assert len(orphans(home)) > 5
-    run_claw(home, "down")
+    assert json.loads(run_claw(home, "down", "--json")) == {"home": str(home), "data": True}
     assert orphans(home) == []
-    run_claw(home, "up", "--only", "valkey,postgres,rabbitmq,nginx,mailbox")
+    run_claw(home, *up)
     assert (home / "credentials.json").read_text() == before
-    run_claw(home, "down", "--wipe")
+    assert json.loads(run_claw(home, "down", "--wipe", "--json")) == {"home": str(home), "data": False}
     assert orphans(home) == []
     assert list(home.iterdir()) == []
 
@@ -104,6 +108,12 @@ def test_an_engine_that_cannot_start_is_reported_with_its_log(home: Path) -> Non
     (home / "valkey" / "appendonlydir" / "appendonly.aof.manifest").write_text("nonsense\n")
     with pytest.raises(RuntimeError, match=r"valkey ended \d+ times after its start\. Its log"):
         run_claw(home, "up", "--only", "valkey")
+
+
+def test_kafka_writes_why_it_cannot_start(home: Path) -> None:
+    (home / "kafka" / "data").mkdir(parents=True)
+    with pytest.raises(RuntimeError, match=r"kafka ended \d+ times[^✓]*No readable meta\.properties files"):
+        run_claw(home, "up", "--only", "kafka")
 
 
 def test_an_unknown_name_is_refused(home: Path) -> None:

@@ -6,8 +6,9 @@ import pytest
 
 from protos import catalog
 from tooling.stack import machine
-from tooling.stack.engines.base import EngineError, Secrets
-from tooling.stack.home import SERVICE_PORTS, SERVICES, Home, ports_at, usual_ports
+from tooling.stack.backup.keyfile import backup_key
+from tooling.stack.engines.base import EngineError, Secrets, cache_folder
+from tooling.stack.home import SERVICE_PORTS, SERVICES, Home, home_folder, ports_at, usual_ports
 from tooling.stack.provision import permissions
 from tooling.stack.supervisor import Supervisor
 
@@ -52,6 +53,25 @@ def test_a_full_disk_is_reported_before_anything_starts(tmp_path: Path, monkeypa
 def test_a_path_that_is_too_long_for_a_socket_is_refused() -> None:
     with pytest.raises(EngineError, match=r"CLAW_HOME: .* is too long for the path of a socket"):
         Supervisor(Path("/" + "x" * 100))
+
+
+def test_a_state_folder_that_is_a_file_or_in_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file := tmp_path / "file").touch()
+    for named in (file, file / "home"):
+        monkeypatch.setenv("CLAW_HOME", str(named))
+        with pytest.raises(EngineError, match=f"CLAW_HOME: {file} is not a folder"):
+            home_folder()
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EngineError, match="CLAW_HOME: the folder /proc/x cannot be made"):
+        Home(Path("/proc/x")).place()
+    monkeypatch.setenv("CLAW_BACKUP_KEY_FILE", "/proc/x/backup.key")
+    with pytest.raises(EngineError, match="CLAW_BACKUP_KEY_FILE: the folder /proc/x cannot be made"):
+        backup_key()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/x")
+    with pytest.raises(EngineError, match="XDG_CACHE_HOME: the folder /proc/x/clawbus cannot be made"):
+        cache_folder()
 
 
 def test_the_services_are_those_of_the_catalog() -> None:

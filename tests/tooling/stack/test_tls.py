@@ -37,7 +37,7 @@ from infra.connections import TLS_FILES, kafka_options
 from infra.errors import Transient, describe
 from infra.postgres.db import create_engine, sql
 from infra.stores.objects import Objects
-from services.log_aggregator.index import SearchIndex
+from services.log_aggregator.index.search_index import SearchIndex
 from services.memory.indexes.milvus import MilvusIndex
 from tests.conftest import fresh_database
 from tooling.cli.up import up

@@ -61,6 +61,8 @@ async def test_the_client_saves_a_method_pays_and_refunds(server: StripeStandIn,
         assert client.v1.payment_intents.retrieve(made.id).metadata["payment_id"] == "p"
         refund = client.v1.refunds.create({"payment_intent": made.id, "amount": 1000})
         assert (refund.status, refund.amount) == ("succeeded", 1000)
+        listed = client.v1.refunds.list({"payment_intent": made.id, "limit": 100})
+        assert [one.id for one in listed.data] == [refund.id]
         with pytest.raises(stripe.InvalidRequestError, match="greater than unrefunded"):
             client.v1.refunds.create({"payment_intent": made.id, "amount": 2001})
 

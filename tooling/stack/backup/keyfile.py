@@ -9,7 +9,7 @@ import secrets
 from pathlib import Path
 
 from infra.security.crypto import KEY_BYTES, read_key
-from tooling.stack.engines.base import EngineError, write_atomically
+from tooling.stack.engines.base import EngineError, make_folder, write_atomically
 
 _TEXT = """\
 # The key of the backups of Clawbus. Without this file no backup can be read.
@@ -28,7 +28,7 @@ def backup_key() -> bytes:
     """The key for a new backup. Makes the file if it is missing."""
     path = key_path()
     if not path.exists():
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(path.parent, "CLAW_BACKUP_KEY_FILE")
         new = path.with_name(f"{path.name}.{os.getpid()}.new")
         write_atomically(new, f"{_TEXT}{base64.b64encode(secrets.token_bytes(KEY_BYTES)).decode()}\n")
         # Of two first backups at the same time, one makes the key and the other uses it.
@@ -47,6 +47,8 @@ def known_key() -> bytes:
         raise EngineError(
             f"{path}: the key of the backups is missing. Copy it there, or name its file in CLAW_BACKUP_KEY_FILE"
         ) from None
+    except OSError as error:
+        raise EngineError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError:
         lines = []
     try:

@@ -28,7 +28,7 @@ class KeyFile(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         # A backup of a stranger, sealed under a key that they gave, must not write elsewhere: root may restore it.
         if not _PATH.fullmatch(self.path) or ".." in self.path.split("/") or not 0 <= self.mode <= 0o777:
-            raise ValueError(f"the file {self.path!r} with mode {self.mode:o} is none of the keys")
+            raise ValueError(f"the file {self.path!r} with mode {self.mode:o} is not one of the keys")
 
 
 def read(folder: Path, home: Path | None) -> list[KeyFile]:

@@ -14,7 +14,7 @@ from minio import Minio
 from minio.error import S3Error
 
 from infra.connections import HttpTarget
-from infra.stores.objects import listed
+from infra.stores.objects import list_objects
 from tooling.stack.engines.base import EngineError
 
 _PIECE_BYTES = 1024 * 1024
@@ -54,7 +54,7 @@ def export(store: Minio, bucket: str, count: Callable[[], None]) -> Iterator[byt
     """
     if not store.bucket_exists(bucket):
         return
-    for entry in listed(store, bucket):
+    for entry in list_objects(store, bucket):
         name = str(entry.object_name)
         try:
             answer = store.get_object(bucket, name)

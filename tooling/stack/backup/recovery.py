@@ -22,7 +22,7 @@ from typing import IO, Any
 from infra.errors import describe
 from tooling.stack.backup import wal
 from tooling.stack.backup.database import feed
-from tooling.stack.backup.targets import reaching
+from tooling.stack.backup.targets import named_store_errors
 from tooling.stack.backup.wal import Archive
 from tooling.stack.engines import postgres
 from tooling.stack.engines.base import EngineError
@@ -69,7 +69,7 @@ def _unpack(pieces: Iterable[bytes], data: Path, owner: int) -> None:
 def _replay(folder: Path, archive: Archive, at: datetime, owner: int) -> None:
     """Starts a server that reads the WAL until `at`, waits until it has, and stops it."""
     data = folder / _DATA
-    with reaching(archive.to):
+    with named_store_errors(archive.to):
         timeline = wal.timeline(archive, wal.system_of(data), at)
     supply = _Supply(folder, archive, owner)
     (data / "recovery.signal").touch()
@@ -149,7 +149,7 @@ class _Supply:
     def _pull(self, name: str, path: Path) -> int:
         """Writes the file to the path. Returns the exit code of the server's command."""
         try:
-            with reaching(self._archive.to):
+            with named_store_errors(self._archive.to):
                 content = wal.pull(self._archive, wal.system_of(self._data), name)
         except Exception as error:
             # Any error: without an answer the server would wait forever.

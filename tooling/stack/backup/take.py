@@ -12,11 +12,11 @@ import msgspec
 from infra import VERSION
 from infra.clock import utcnow
 from infra.stores.objects import BUCKET as MEDIA
-from services.log_aggregator.stored_heads import BUCKET as AUDIT_HEADS
+from services.log_aggregator.audit.stored_heads import BUCKET as AUDIT_HEADS
 from tooling.stack import operator
 from tooling.stack.backup import database, keys, objects
 from tooling.stack.backup.parts import BASE, FORMAT, KEYS, BackupWriter, Manifest
-from tooling.stack.backup.targets import reaching
+from tooling.stack.backup.targets import named_store_errors
 from tooling.stack.backup.wal import Archive
 from tooling.stack.engines import certificates, postgres
 from tooling.stack.engines.base import EngineError
@@ -108,7 +108,7 @@ async def take(found: Source, writer: BackupWriter, engines: dict[str, str | Non
         def count() -> None:
             counts[name] += 1
 
-        with reaching("the stack's files"):
+        with named_store_errors("the stack's files"):
             _part(writer, part_of(name), objects.export(store, name, count), tell)
 
     bucket(AUDIT_HEADS)

@@ -18,7 +18,7 @@ from minio import Minio
 from minio.error import MinioException, S3Error, ServerError
 
 from infra.clock import utcnow
-from infra.stores.objects import abort_uploads, listed
+from infra.stores.objects import abort_uploads, list_objects
 from tooling.stack.backup import objects
 from tooling.stack.engines.base import EngineError
 
@@ -26,7 +26,9 @@ _NAME = re.compile(r"clawbus-(\d{8}T\d{6}Z)\.backup")
 # An upload keeps one part in memory. 10,000 parts of an object make backups up to 320 GB possible.
 _PART_BYTES = 32 * 1024 * 1024
 _UNFINISHED = ".unfinished"
-_LEFT_SECONDS = 24 * 3600
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+# Less than a day, so that the next daily backup removes the parts that this one left.
+_LEFT_SECONDS = 20 * 3600
 
 
 def file_name(at: datetime) -> str:
@@ -67,6 +69,11 @@ class Folder:
     @contextmanager
     def new(self, name: str) -> Iterator[IO[bytes]]:
         self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Parts of processes that were killed. Before this file is written: they may fill the disk.
+        for left in self._path.glob(f"*{_UNFINISHED}"):
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
+                    left.unlink()
         # Of this process: another one that was killed may have left its file.
         unfinished = self._path / f"{name}.{os.getpid()}{_UNFINISHED}"
         descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -81,11 +88,6 @@ class Folder:
             raise EngineError(f"{self.where(name)}: exists already and is not overwritten") from None
         finally:
             unfinished.unlink(missing_ok=True)
-        # Parts of processes that were killed.
-        for left in self._path.glob(f"*{_UNFINISHED}"):
-            with suppress(OSError):
-                if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
-                    left.unlink()
         # Without this a power loss could take the name away, after PostgreSQL was told that its WAL is archived.
         folder = os.open(self._path, os.O_RDONLY)
         try:
@@ -159,7 +161,7 @@ class Bucket:
             return {}
         names = {
             str(found.object_name).removeprefix(self._prefix): cast(datetime, found.last_modified)
-            for found in listed(self._store, self._bucket, self._prefix)
+            for found in list_objects(self._store, self._bucket, self._prefix)
         }
         return {name: at for name, at in names.items() if "/" not in name}
 
@@ -229,10 +231,10 @@ class _Upload:
 
 def target(to: str, own: dict[str, str]) -> Target:
     """`to`: a folder or ``s3://bucket/prefix``. `own`: the access to the stack's own object store."""
-    return reached(to, store_access(own) if to.startswith("s3://") else {})
+    return target_with_access(to, store_access(own) if to.startswith("s3://") else {})
 
 
-def reached(to: str, access: dict[str, str]) -> Target:
+def target_with_access(to: str, access: dict[str, str]) -> Target:
     """As `target`, with the access to the object store that `to` is in, as `store_access` returns it."""
     if not to.startswith("s3://"):
         if "://" in to:
@@ -243,7 +245,7 @@ def reached(to: str, access: dict[str, str]) -> Target:
 
 
 @contextmanager
-def opened(where: str) -> Iterator[IO[bytes]]:
+def open_backup(where: str) -> Iterator[IO[bytes]]:
     """A backup to read: a file or ``s3://bucket/key``. Raises EngineError if it cannot be read."""
     if not where.startswith("s3://"):
         if not Path(where).is_file():
@@ -252,14 +254,16 @@ def opened(where: str) -> Iterator[IO[bytes]]:
             yield file
         return
     bucket, key = _s3(where)
-    with reaching(where), Bucket(objects.client(**store_access({})), bucket, "").read(key) as answer:
+    if not key:
+        raise EngineError(f"{where}: must name the backup in the bucket")
+    with named_store_errors(where), Bucket(objects.client(**store_access({})), bucket, "").read(key) as answer:
         if answer is None:
             raise EngineError(f"{where}: does not exist")
         yield answer
 
 
 @contextmanager
-def reaching(what: str) -> Iterator[None]:
+def named_store_errors(what: str) -> Iterator[None]:
     """Turns the errors of an object store into an EngineError that names `what`."""
     try:
         yield
@@ -271,8 +275,8 @@ def reaching(what: str) -> Iterator[None]:
 
 def _s3(url: str) -> tuple[str, str]:
     parts = urlsplit(url)
-    if not parts.netloc:
-        raise EngineError(f"{url}: must have the form s3://bucket/prefix")
+    if not _BUCKET.fullmatch(parts.netloc):
+        raise EngineError(f"{url}: must have the form s3://bucket/prefix, with the bucket in small letters and digits")
     return parts.netloc, parts.path.removeprefix("/")
 
 
@@ -280,6 +284,8 @@ def store_access(own: dict[str, str]) -> dict[str, str]:
     """The store that the usual variables of S3 clients name, or else the stack's own one."""
     if access_key := os.environ.get("AWS_ACCESS_KEY_ID"):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        if endpoint and not endpoint.startswith(("http://", "https://")):
+            raise EngineError(f"AWS_ENDPOINT_URL: {endpoint!r} must be http://host:port or https://host:port")
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         secret_key = os.environ.get("AWS_SECRET_ACCESS_KEY", "")
         return {

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from infra.errors import InvalidMessage
 from infra.security.sealed_stream import SealedWriter, read_sealed
 from tooling.stack.backup import keys
-from tooling.stack.backup.targets import Target, reached, reaching
+from tooling.stack.backup.targets import Target, named_store_errors, target_with_access
 from tooling.stack.engines.base import EngineError
 from tooling.stack.services import KEYS_FOLDER
 
@@ -46,7 +46,7 @@ class Archive(msgspec.Struct, frozen=True):
 
     def of(self, system: int) -> Target:
         """The part of one database. `system`: its system identifier."""
-        return reached(f"{self.to.rstrip('/')}/wal-{system}", self.store)
+        return target_with_access(f"{self.to.rstrip('/')}/wal-{system}", self.store)
 
     def key(self) -> bytes:
         return HKDF(SHA256(), 32, salt=None, info=b"clawbus archive of WAL").derive(self.secret.encode())
@@ -148,7 +148,7 @@ def main(archive_file: str, home: str, path: str, name: str) -> int:
     archive = msgspec.json.decode(Path(archive_file).read_bytes(), type=Archive)
     system = system_of(Path())
     try:
-        with reaching(archive.to):
+        with named_store_errors(archive.to):
             # The keys first: values in the segment are sealed under them.
             push_keys(archive, system, Path(home))
             push(archive, system, name, Path(path).read_bytes())

@@ -113,8 +113,16 @@ def cache_path() -> Path:
 def cache_folder() -> Path:
     """The same folder, made if it is missing."""
     path = cache_path()
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path, "XDG_CACHE_HOME", mode=0o777)
     return path
+
+
+def make_folder(path: Path, variable: str, mode: int = 0o700) -> None:
+    """Makes the folder if it is missing. Raises EngineError that names the variable which chose it."""
+    try:
+        path.mkdir(mode, parents=True, exist_ok=True)
+    except OSError as error:
+        raise EngineError(f"{variable}: the folder {path} cannot be made ({error.strerror})") from error
 
 
 def package_folder(name: str) -> Path:

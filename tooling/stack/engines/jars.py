@@ -48,6 +48,14 @@ def install_jars(engine: str) -> Path:
     return folder
 
 
+def console_log(layout: str) -> str:
+    """The settings with which log4j writes warnings and errors to the console, in this layout."""
+    return (
+        "appender.out.type=Console\nappender.out.name=out\nappender.out.layout.type=PatternLayout\n"
+        f"appender.out.layout.pattern={layout}\nrootLogger.level=warn\nrootLogger.appenderRef.out.ref=out\n"
+    )
+
+
 def _download(repository: str, line: str, into: Path) -> None:
     path, digest = line.split()
     name = path.rpartition("/")[2]

@@ -17,7 +17,7 @@ from tooling.stack.engines.base import (
     fresh_folder,
     write_atomically,
 )
-from tooling.stack.engines.jars import JAVA, install_jars
+from tooling.stack.engines.jars import JAVA, console_log, install_jars
 
 NAME = "kafka"
 PORTS = {"kafka": 9092, "kafka_controller": 9093}
@@ -125,7 +125,8 @@ def _secured(place: Place) -> dict[str, str]:
 
 
 def _java(*options: str) -> tuple[str, ...]:
-    return (*JAVA, *options, "-cp", f"{install_jars(NAME)}/*")
+    # Otherwise Java warns at each start of a method that Kafka calls.
+    return (*JAVA, "--sun-misc-unsafe-memory-access=allow", *options, "-cp", f"{install_jars(NAME)}/*")
 
 
 def _configure(place: Place, data: str) -> str:
@@ -160,9 +161,6 @@ def _configure(place: Place, data: str) -> str:
     folder = place.folder(NAME)
     path = folder / "server.properties"
     write_atomically(path, "".join(f"{name}={value}\n" for name, value in settings.items()))
-    logging = (
-        "appender.out.type=Console\nappender.out.name=out\nappender.out.layout.type=PatternLayout\n"
-        "appender.out.layout.pattern=%d %p %c{1} %m%n\nrootLogger.level=WARN\nrootLogger.appenderRef.out.ref=out\n"
-    )
-    write_atomically(folder / "log4j2.properties", logging)
+    # Of an error, its first cause and three lines of the trace. `up` shows the last lines only.
+    write_atomically(folder / "log4j2.properties", console_log("%d %p %c{1} %m %rEx{4}%n"))
     return str(path)

@@ -51,6 +51,8 @@ class Limits:
     webhook_burst: int
     connections: int = 2000
     """At once, for each API key and for each address."""
+    large_webhooks: int = 64
+    """At once, for each address: webhooks of 10,000 bytes or more, which are buffered on the disk."""
 
 
 # Everything on this machine has one address.

@@ -10,7 +10,7 @@ from typing import Any
 
 from tooling.stack.engines import certificates
 from tooling.stack.engines.base import Place, Program, write_atomically
-from tooling.stack.engines.jars import JAVA, install_jars
+from tooling.stack.engines.jars import JAVA, console_log, install_jars
 
 NAME = "opensearch"
 PORTS = {"opensearch": 9200, "opensearch_transport": 9300}
@@ -40,11 +40,7 @@ def prepare(place: Place) -> None:
     }
     text = "".join(f"{name}: {value}\n" for name, value in settings.items())
     write_atomically(folder / "opensearch.yml", text)
-    logging = (
-        "appender.out.type=Console\nappender.out.name=out\nappender.out.layout.type=PatternLayout\n"
-        "appender.out.layout.pattern=%d %p %c{1.} %m%n\nrootLogger.level=warn\nrootLogger.appenderRef.out.ref=out\n"
-    )
-    write_atomically(folder / "log4j2.properties", logging)
+    write_atomically(folder / "log4j2.properties", console_log("%d %p %c{1.} %m%n"))
     arguments = {
         "-basePath": place.folder(NAME),
         "-clusterName": "claw",

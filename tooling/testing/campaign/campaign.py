@@ -13,6 +13,7 @@ import httpx
 import msgspec
 
 from infra.errors import describe
+from protos.catalog import SERVICES
 from tooling.testing.campaign import faults
 from tooling.testing.campaign.collect import Collector
 from tooling.testing.campaign.evidence import Evidence
@@ -57,6 +58,8 @@ class Report(msgspec.Struct, kw_only=True):
 
     seed: int
     faults: list[str]
+    instances: int = 1
+    """Of each service."""
     planned: int
     seconds: float
     injected: list[Injected]
@@ -105,6 +108,7 @@ class Campaign:
         names: Sequence[str],
         *,
         conversations: int = CONVERSATIONS,
+        instances: int = 1,
         rig: Rig | None = None,
         wires: Wires | None = None,
         stall_seconds: float = STALL_SECONDS,
@@ -113,6 +117,7 @@ class Campaign:
         self._stack = rig.stack if rig else Stack(system.home)
         self._seed = seed
         self._names = list(names)
+        self._instances = instances
         self._load = Load(
             system,
             models,
@@ -133,7 +138,7 @@ class Campaign:
         async with self._load.prepared():
             began = time.time()
             sending = asyncio.create_task(self._load.run())
-            planned = faults.plan(self._seed, self._names, count, targets)
+            planned = faults.plan(self._seed, self._names, count, targets, self._instances)
             injecting = asyncio.create_task(injector.run(planned, began))
             # Clients that have failed must end the campaign, which would otherwise wait for more load.
             await asyncio.wait({sending, injecting}, return_when=asyncio.FIRST_COMPLETED)
@@ -209,6 +214,7 @@ class Campaign:
         return Report(
             seed=self._seed,
             faults=self._names,
+            instances=self._instances,
             planned=planned,
             seconds=round(seconds, 1),
             injected=injected,
@@ -235,8 +241,11 @@ class Campaign:
 
 
 @asynccontextmanager
-async def rigged(system: System, names: Sequence[str]) -> AsyncIterator[tuple[Rig, Wires | None]]:
-    """Prepares a system of the campaign's own for these faults. The proxies end with the block."""
+async def rigged(system: System, names: Sequence[str], instances: int = 1) -> AsyncIterator[tuple[Rig, Wires | None]]:
+    """Prepares a system of the campaign's own for these faults. The proxies end with the block.
+
+    `instances`: 1 or 2 of each service, which share their ports.
+    """
     rig = Rig(system.home)
     async with AsyncExitStack() as stack:
         wires = Wires(stack) if "network" in names else None
@@ -245,6 +254,9 @@ async def rigged(system: System, names: Sequence[str]) -> AsyncIterator[tuple[Ri
         if "stop" in names:
             for service in (*TWINS, "billing"):
                 rig.export(service, LEASES)
-            rig.add_twins()
+        if instances > 1:
+            rig.add_twins(SERVICES, share_ports=True)
+        elif "stop" in names:
+            rig.add_twins(TWINS, share_ports=False)
         await rig.restart(sorted({*ROUTED, *TWINS} if wires or "stop" in names else ()))
         yield rig, wires

@@ -24,7 +24,7 @@ from tooling.stack.engines.base import ANSWER_SECONDS
 from tooling.stack.home import Home
 from tooling.stack.services import parts
 from tooling.testing.campaign.evidence import Poison
-from tooling.testing.campaign.rig import STOP_SECONDS, TWINS, Rig
+from tooling.testing.campaign.rig import STOP_SECONDS, TWIN, TWINS, Rig
 from tooling.testing.campaign.wires import Wires
 from tooling.testing.stack import Stack, run_claw
 from tooling.testing.until import until
@@ -117,8 +117,6 @@ FAULTS: dict[str, Kind] = {
     "duplicates": Kind("the vendors send webhooks again, two at once and also late"),
     "reorder": Kind("the vendors send a conversation's messages in another order than they were written"),
 }
-# They change start scripts, so they need a system of the campaign's own.
-NEED_A_RIG = frozenset({"failpoints", "stop", "network", "wipe", "clock"})
 
 
 class Planned(NamedTuple):
@@ -141,10 +139,11 @@ class Injected(msgspec.Struct):
     """Seconds from its beginning until a message that was accepted after it was answered; None if none was."""
 
 
-def plan(seed: int, names: Sequence[str], count: int, targets: Sequence[str] = ()) -> list[Planned]:
+def plan(seed: int, names: Sequence[str], count: int, targets: Sequence[str] = (), instances: int = 1) -> list[Planned]:
     """The schedule of `count` faults of these kinds: the same for the same arguments.
 
-    `targets`: only these. The kinds come in turns, so that a short campaign has as many of them as it can.
+    `targets`: only these. `instances`: of each service; each of them is killed. The kinds come in turns, so that a
+    short campaign has as many of them as it can.
     """
     chance = random.Random(seed)
     kinds = {
@@ -152,6 +151,8 @@ def plan(seed: int, names: Sequence[str], count: int, targets: Sequence[str] = (
         for name in names
         if FAULTS[name].targets
     }
+    if instances > 1 and "kill" in kinds:
+        kinds["kill"] += [service + TWIN for service in kinds["kill"]]
     kinds = {name: found for name, found in kinds.items() if found}
     planned: list[Planned] = []
     turn: list[str] = []
@@ -209,6 +210,9 @@ class Injector:
 
     async def _works(self, target: str) -> bool:
         """The part answers a client."""
+        if self._rig and target in (*SERVICES, *self._rig.twins):
+            # Another instance may answer at the same port.
+            return await self._rig.is_ready(target)
         try:
             await asyncio.wait_for(parts()[target].ready(Home(self._stack.home).place()), ANSWER_SECONDS)
         except Exception:

@@ -13,7 +13,7 @@ import msgspec
 
 from tooling.testing.campaign.campaign import Campaign
 from tooling.testing.campaign.faults import connected
-from tooling.testing.campaign.rig import Change, Rig
+from tooling.testing.campaign.rig import TWIN, Change, Rig
 from tooling.testing.model_server import ModelServer
 from tooling.testing.system import System
 
@@ -180,7 +180,7 @@ async def try_one(
     system: System, models: ModelServer, rig: Rig, seed: int, mutant: Mutant, tell: Callable[[str], None]
 ) -> Result:
     tell(f"without {mutant.guard}: {mutant.removed}")
-    services = [*mutant.services, *(twin for twin in rig.twins if twin.removesuffix("_twin") in mutant.services)]
+    services = [*mutant.services, *(twin for twin in rig.twins if twin.removesuffix(TWIN) in mutant.services)]
     await _execute(rig, mutant.statements)
     rig.use_code(services, mutant.changes)
     try:

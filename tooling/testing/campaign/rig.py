@@ -13,12 +13,14 @@ import shutil
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
 
+from infra.web.http import PROCESS
 from tooling.stack.checkout import CHECKOUT
 from tooling.stack.supervisor import Supervisor
 from tooling.testing.campaign.wires import Wires
@@ -29,8 +31,12 @@ READY_SECONDS = 120.0
 # Shorter than in production, so that a stop of STOP_SECONDS outlasts leases and sessions.
 LEASES = {"CLAW_LEASE_SECONDS": "4", "CLAW_KAFKA_SESSION_MS": "6000"}
 STOP_SECONDS = 8.0
-# These services have a second instance, which takes over while the first one is stopped.
+# With the fault `stop` these have a second instance, which takes over while the first one is stopped.
 TWINS = ("agent", "channel")
+# The second instance has the name of its service with this at the end.
+TWIN = "_twin"
+# Connections that are opened to reach one of two processes that share a port: all reach the other one once in 4,000.
+ASKED = 12
 # These services reach PostgreSQL, Kafka and RabbitMQ through proxies, and the agent reaches the called services.
 ROUTED = ("channel", "agent", "billing")
 CALLED = ("memory", "billing", "plugin")
@@ -82,29 +88,42 @@ class Rig:
         for name in services:
             self.stack.kill(name)
         for name in services:
-            # The second instances have unknown ports.
+            # The second instances have unknown ports, or the ports of the first ones.
             if name in self._ports:
                 await self.ready(name, not_pid=before[name])
 
     async def ready(self, service: str, not_pid: int = 0) -> None:
         """Waits until the service is ready, in another process than `not_pid`. Raises TimeoutError."""
         deadline = time.monotonic() + READY_SECONDS
-        url = f"http://127.0.0.1:{self._ports[service]}/readyz"
-        async with httpx.AsyncClient(trust_env=False, timeout=2) as client:
-            while time.monotonic() < deadline:
-                try:
-                    if self.stack.pid(service) not in (0, not_pid) and (await client.get(url)).status_code == 200:
-                        return
-                except httpx.TransportError:
-                    pass
-                await asyncio.sleep(0.2)
+        while time.monotonic() < deadline:
+            if self.stack.pid(service) != not_pid and await self.is_ready(service):
+                return
+            await asyncio.sleep(0.2)
         raise TimeoutError(f"{service} was not ready within {READY_SECONDS:.0f} s")
 
-    def add_twins(self) -> None:
-        """Starts the second instances, on free ports. They share the work of the first ones."""
+    async def is_ready(self, service: str) -> bool:
+        """The instance answers that it is ready. `service`: its name, or that of its second instance with its ports."""
+        pid = self.stack.pid(service)
+        url = f"http://127.0.0.1:{self._ports[service.removesuffix(TWIN)]}/readyz"
+        # Each connection goes to one of the processes that share the port.
+        for _ in range(ASKED):
+            async with httpx.AsyncClient(trust_env=False, timeout=2) as client:
+                try:
+                    answer = await client.get(url)
+                except httpx.TransportError:
+                    continue
+            if answer.headers.get(PROCESS) == str(pid):
+                return answer.status_code == HTTPStatus.OK
+        return False
+
+    def add_twins(self, services: Sequence[str], *, share_ports: bool) -> None:
+        """Starts second instances, which share the work of the first ones.
+
+        `share_ports`: clients reach them by the ports of the first ones. Otherwise they get no requests.
+        """
         folder = self.home / "programs"
-        for name in TWINS:
-            twin = f"{name}_twin"
+        for name in services:
+            twin = f"{name}{TWIN}"
             script = (folder / f"{name}.sh").read_text()
             self._write(folder / f"{twin}.sh", script.replace(f"programs/{name}.starts", f"programs/{twin}.starts"))
             section = (folder / f"{name}.conf").read_text()
@@ -115,7 +134,8 @@ class Rig:
             ):
                 section = section.replace(old, new)
             self._write(folder / f"{twin}.conf", section)
-            self.export(twin, {"CLAW_HTTP_PORT": "0", "CLAW_GRPC_PORT": "0"})
+            if not share_ports:
+                self.export(twin, {"CLAW_HTTP_PORT": "0", "CLAW_GRPC_PORT": "0"})
             self._supervisor.load(twin)
             self.twins.append(twin)
 

@@ -83,7 +83,7 @@ class WhatsAppStandIn(StandIn):
     """One number. `closed`: people whose last message is more than 24 hours old."""
 
     refuses_later = False
-    """A text to a closed person is accepted, and lost; a status would tell it."""
+    """A text to a closed person is accepted, and lost; a status would report it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -110,8 +110,14 @@ class Model:
     def requeue(self, failed: UUID, new: UUID, count: int, *, can_fail: bool) -> None:
         """A run failed, and another one answers its last `count` messages."""
         labels = self.runs[failed].labels
+        # A message that was sent at the same time may have joined it.
+        joined_later = self.runs.get(new, RunModel())
         # It is queued behind runs of later messages, so its turn is not that of its first message.
-        self.runs[new] = RunModel(labels=labels[-count:], can_fail=can_fail, never_waited=False)
+        self.runs[new] = RunModel(
+            labels=labels[-count:] + joined_later.labels,
+            can_fail=can_fail or joined_later.can_fail,
+            never_waited=False,
+        )
         del labels[-count:]
         joined = [n for n, entry in enumerate(self.accepted) if entry == (failed, False)][-count:]
         for n in joined:

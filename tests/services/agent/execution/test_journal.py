@@ -88,15 +88,15 @@ async def test_the_end_of_a_step_is_one_write_with_the_next_start_unless_that_is
     written.start(Start(lease.lane, uuid7(), 1, utcnow(), 1), "m")
     recorded: list[int] = []
     await written.begin(begin(lease, 1), None, None, 1)
-    await written.end(end(lease, 1), None, estimated=False, recorded=lambda: recorded.append(1))
+    await written.end(end(lease, 1), None, recorded=lambda: recorded.append(1))
     await written.begin(begin(lease, 2), None, None, 1)
-    await written.end(end(lease, 2), None, estimated=False, recorded=lambda: recorded.append(2))
+    await written.end(end(lease, 2), None, recorded=lambda: recorded.append(2))
     with pytest.raises(MessagesArrived):
         await written.begin(begin(lease, 3), None, None, 2)
     assert runs.writer.commits.working
     await runs.writer.commits.working
     await written.begin(begin(lease, 3), None, None, 1)
-    await written.end(end(lease, 3), None, estimated=False, recorded=lambda: recorded.append(3))
+    await written.end(end(lease, 3), None, recorded=lambda: recorded.append(3))
     await asyncio.sleep(0)  # the end of this turn of the event loop
     assert runs.writer.commits.working
     await runs.writer.commits.working

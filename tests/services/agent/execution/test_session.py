@@ -409,6 +409,8 @@ def world(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     # The test controls the look for cancellations and the end of pauses; time does not.
     monkeypatch.setattr("services.agent.execution.watch.POLL_SECONDS", 3600)
     monkeypatch.setattr("services.agent.sessions.domain.DEBOUNCE", timedelta(hours=1))
+    # Otherwise, an item that several processes have lost waits for a second of real time.
+    monkeypatch.setattr("infra.lanes.runner.BETWEEN_SUSPECTS_SECONDS", 0)
     with log_lines():
         world = World(database)
         yield world

@@ -11,7 +11,10 @@ from uuid import UUID
 import pytest
 
 from infra.clock import uuid7
+from infra.outgoing.shares import tenant, work_for
 from infra.postgres.database import Database
+from infra.security.subjects import SubjectKeys
+from services.agent.execution.load import RunLoader
 from services.agent.execution.watch import CancelRequested, Watch
 
 
@@ -72,3 +75,35 @@ async def test_a_task_that_is_cancelled_itself_ends(cancelled: Cancelled, and_th
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_the_look_for_cancelled_runs_takes_the_share_of_no_tenant(
+    cancelled: Cancelled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.agent.execution.watch.POLL_SECONDS", 0)
+    watch, looked, asker = Watch(cast("Database", cancelled)), asyncio.Event(), ""
+
+    async def sql(*_: object) -> list[tuple[UUID]]:
+        nonlocal asker
+        asker = tenant.get()
+        looked.set()
+        return []
+
+    monkeypatch.setattr(cancelled, "sql", sql)
+    work_for("tenant-1")
+    await watch.guard(uuid7(), looked.wait(), 60)
+    assert not asker
+
+
+async def test_runs_of_several_tenants_are_loaded_with_the_share_of_none() -> None:
+    askers = []
+
+    class Recording:
+        def read_only(self, **_: str) -> Any:
+            askers.append(tenant.get())
+            raise ConnectionError
+
+    work_for("tenant-1")
+    with pytest.raises(ConnectionError):
+        await RunLoader(cast("Database", Recording()), cast("SubjectKeys", None)).load(uuid7())
+    assert askers == [""]

@@ -207,20 +207,22 @@ async def test_odd_chunks_are_read(
     assert (await ask(server, providers, streamed=streamed)).text == "".join(streamed) == expected
 
 
-@pytest.mark.parametrize(
-    ("delta", "finish", "transient", "reason"),
-    [
-        ({"content": "Half"}, "error", True, "failed during the answer"),
-        ({"refusal": "I cannot do that."}, "stop", False, "withheld the answer"),
-    ],
-)
-async def test_an_answer_that_ends_with_an_error_or_a_refusal_is_none(
-    server: ModelServer, providers: Providers, delta: dict[str, Any], finish: str, transient: bool, reason: str
-) -> None:
-    server.script(MODEL, Streams((chunk(delta), chunk(finish=finish))))
-    with pytest.raises(ModelFailed, match=reason) as failed:
+async def test_an_answer_that_ends_with_an_error_is_none(server: ModelServer, providers: Providers) -> None:
+    server.script(MODEL, Streams((chunk({"content": "Half"}), chunk(finish="error"))))
+    with pytest.raises(ModelFailed, match="failed during the answer") as failed:
         await ask(server, providers)
-    assert failed.value.transient is transient
+    assert failed.value.transient
+
+
+async def test_a_refusal_is_the_text_of_an_answer_without_another(server: ModelServer, providers: Providers) -> None:
+    refused = chunk({"content": None, "refusal": "I cannot "}), chunk({"refusal": "do that."})
+    streamed: list[str] = []
+    for start in ((), (chunk({"content": "Yes."}),)):
+        server.script(MODEL, Streams((*start, *refused, chunk(finish="stop", usage=total(10, 3)))))
+        answer = await ask(server, providers, streamed=streamed)
+        expected = ("Yes.", "stop") if start else ("I cannot do that.", "refusal")
+        assert (answer.text, answer.finish_reason, answer.usage.output_tokens) == (*expected, 3)
+    assert "".join(streamed) == "I cannot do that.Yes."
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,22 @@ TEXTS: dict[str, Streams] = {
     "tool_calls null and empty": of(
         chunk({"content": "Hi", "tool_calls": None}), chunk({"tool_calls": []}), STOP | {"usage": USAGE}
     ),
+    "snowflake: all fields, with empty values": of(
+        {
+            "choices": [
+                {
+                    "finish_reason": "",
+                    "message": {
+                        "content": "Hi",
+                        "function_call": {"arguments": "", "name": ""},
+                        "refusal": "",
+                        "tool_calls": [{"id": "", "type": "", "function": {"arguments": "", "name": ""}}],
+                    },
+                }
+            ],
+            "usage": USAGE,
+        }
+    ),
     "function_call null": of(chunk({"content": "Hi", "function_call": None, "refusal": None}), STOP | {"usage": USAGE}),
     "usage after the end": of(HI, STOP, b"data: [DONE]\n\n", {"choices": [], "usage": USAGE}, done=False),
     "usage of the output so far, then of the output alone": of(
@@ -206,6 +222,21 @@ async def test_a_text_is_read(server: ModelServer, providers: Providers, shape: 
     assert len(server.requests) == 1
     # As it is stored.
     msgspec.json.decode(msgspec.json.encode(answer), type=ModelAnswer)
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+
+
+@pytest.mark.parametrize(
+    "delta", [{"content": [{"type": "text", "text": "Hi"}, IMAGE]}, {"content": "Hi", "images": [IMAGE]}]
+)
+async def test_an_image_that_a_model_makes_is_a_part_of_its_text(
+    server: ModelServer, providers: Providers, delta: dict[str, Any]
+) -> None:
+    server.script(MODEL, of(chunk(delta), STOP | {"usage": USAGE}))
+    streamed: list[str] = []
+    answer = await ask(server, providers, streamed=streamed)
+    assert answer.text == "".join(streamed) == "Hi\n\n![image](data:image/png;base64,iVBORw0KGgo=)"
 
 
 WHOLE = {"choices": [{"message": {"content": "<think>hm</think>Hi"}, "finish_reason": "stop"}], "usage": USAGE}
@@ -625,6 +656,14 @@ REFUSALS: dict[str, tuple[Refuses, bool]] = {
     "openrouter: upstream": (Refuses(502, {"error": {"code": 502, "message": "Provider returned error"}}), True),
     "cloudflare: a page": (Refuses(520, "<html>Web server is returning an unknown error</html>"), True),
     "a proxy: gone for a while": (Refuses(529, {"type": "error", "error": {"type": "overloaded_error"}}), True),
+    "groq: what the model has written": (
+        Refuses(400, {"error": {"message": "Failed to call a function.", "code": "tool_use_failed"}}),
+        True,
+    ),
+    "groq: no JSON": (
+        Refuses(400, {"error": {"message": "Failed to generate JSON.", "code": "json_validate_failed"}}),
+        True,
+    ),
     "a wrong key": (Refuses(401, {"detail": "Unauthorized"}), False),
     "an empty body": (Refuses(500, ""), True),
     "null": (Refuses(400, None), False),
@@ -677,6 +716,38 @@ async def test_an_error_in_the_middle_is_no_answer(server: ModelServer, provider
     assert failed.value.transient
 
 
+TOO_LONG = {"code": 400, "message": "Token limit reached"}
+
+
+@pytest.mark.parametrize(
+    ("event", "transient", "told"),
+    [
+        ({"error": TOO_LONG, "choices": [{"finish_reason": None, "delta": {}}]}, False, "Token limit reached"),
+        ({"error": TOO_LONG | {"code": "400"}}, False, "Token limit reached"),
+        ([{"error": TOO_LONG | {"status": "INVALID_ARGUMENT"}}], False, "Token limit reached"),
+        ({"object": "error", **TOO_LONG}, False, "Token limit reached"),
+        (b'event: error\ndata: {"message": "Token limit reached", "status": 400}\n\n', False, "Token limit reached"),
+        ({"choices": [{"index": 0, "delta": {}, "error": TOO_LONG}]}, False, "Token limit reached"),
+        ({"error": {"code": 402, "message": "Insufficient credits"}}, False, "Insufficient credits"),
+        ({"error": {"code": 429, "message": "No more", "type": "insufficient_quota"}}, False, "No more"),
+        ({"error": {"code": 429, "message": "Busy", "metadata": {"raw": "try later"}}}, True, "Busy: try later"),
+        ({"error": {"code": "tool_use_failed", "status_code": 400, "message": "No call"}}, True, "No call"),
+        ({"error": {"code": 401, "message": "Incorrect key sk-abc"}}, False, "api_key"),
+        ({"error": "rate limited"}, True, "rate limited"),
+        (b"event: error\n\n", True, "failed during the answer"),
+    ],
+)
+async def test_an_error_in_the_middle_is_told_and_is_transient_by_its_status(
+    server: ModelServer, providers: Providers, event: Any, transient: bool, told: str
+) -> None:
+    server.script(MODEL, of(HI, event if isinstance(event, bytes) else sse(event)))
+    with pytest.raises(ModelFailed, match="the server failed during the answer") as failed:
+        await ask(server, providers)
+    assert failed.value.transient is transient
+    assert told in failed.value.reason
+    assert "sk-abc" not in failed.value.reason
+
+
 @pytest.mark.parametrize(
     ("finish", "reason"),
     [
@@ -711,6 +782,12 @@ TOLD = (UserTurn("one"), UserTurn("two", (Image(url="https://e.example/a.png"),)
     [
         ("System role not supported", False, ["user", "assistant", "user"]),
         ("Developer instruction is not enabled for models/gemma", False, ["user", "assistant", "user"]),
+        (
+            "Unsupported value: 'messages[0].role' does not support 'system' with this model.",
+            False,
+            ["user", "assistant", "user"],
+        ),
+        ("'system' role is not supported", False, ["user", "assistant", "user"]),
         (
             "Conversation roles must alternate user/assistant/user/assistant/...",
             True,

@@ -191,6 +191,18 @@ async def test_a_character_that_anthropics_shape_cuts_in_two_is_whole(
     assert answer.text == "Yes.😀 \ufffd"
 
 
+async def test_a_call_of_claude_without_arguments_has_an_empty_object(
+    server: ModelServer, providers: Providers
+) -> None:
+    block = {"type": "tool_use", "id": "t", "name": "weather_now", "input": {}}
+    begin, start, *rest = _anthropic({}, {"delta": {"stop_reason": "tool_use"}}, block).chunks
+    empty = {"type": "content_block_delta", "index": 0, "delta": {"type": "input_json_delta", "partial_json": ""}}
+    event = b"event: content_block_delta\ndata: " + msgspec.json.encode(empty) + b"\n\n"
+    server.script("claude-haiku-5-5", Streams((begin, start, event, *rest), done=False))
+    answer = await ask(server, providers, ANTHROPIC, Prompt("", (UserTurn("?"),), tools=(WEATHER,)))
+    assert [(call.name, call.arguments) for call in answer.calls] == [("weather.now", "{}")]
+
+
 @pytest.mark.parametrize("chunks", [_anthropic({}, {"delta": None}).chunks, _anthropic({}, {}).chunks[1:]])
 async def test_an_answer_that_is_not_of_anthropics_shape_is_malformed(
     chunks: tuple[bytes, ...], server: ModelServer, providers: Providers
@@ -274,8 +286,10 @@ async def test_the_end_of_an_answer_of_claude_is_told(
         server.script(model, Streams(tuple(event.replace("end_turn", told).encode() for event in events), done=False))
     prompt = Prompt("", (UserTurn("?"),))
     assert (await ask(server, providers, ANTHROPIC, prompt)).finish_reason == reason
-    with pytest.raises(ModelFailed, match="failed during the answer"):
+    with pytest.raises(ModelFailed, match="failed during the answer") as failed:
         await ask(server, providers, ANTHROPIC, prompt)
+    assert failed.value.usage
+    assert (failed.value.usage.input_tokens, failed.value.usage.output_tokens) == (10, 3)
 
 
 async def test_an_endless_answer_is_a_failure(
@@ -320,16 +334,49 @@ async def test_a_private_address_is_a_permanent_failure(name: str, server: Model
     await guarded.close()
 
 
+@BOTH
 @pytest.mark.parametrize("calls", [(), (("weather_now", '{"city":"Bern"}'), ("weather_now", '{"city":"Genf"}'))])
 async def test_an_endpoint_that_ignores_streaming_is_supported(
-    calls: tuple[tuple[str, str], ...], server: ModelServer, providers: Providers
+    name: str, calls: tuple[tuple[str, str], ...], server: ModelServer, providers: Providers
 ) -> None:
-    server.script("gpt-4o-mini", Says("In one piece.", calls=calls, whole=True))
-    answer = await ask(server, providers, OPENAI, Prompt("", (UserTurn("?"),), tools=(WEATHER,)))
+    server.script(name.partition("/")[2], Says("In one piece.", calls=calls, whole=True))
+    answer = await ask(server, providers, name, Prompt("", (UserTurn("?"),), tools=(WEATHER,)))
     assert answer.text == "In one piece."
     assert [call.arguments for call in answer.calls] == [arguments for _, arguments in calls]
-    assert answer.usage == Usage(12, 0, None, 5, 0)
+    assert answer.usage == (Usage(12, 0, None, 5, 0) if name == OPENAI else Usage(12, 0, 0, 5, None))
+    assert answer.finish_reason == ("tool_call" if calls else "stop")
     assert len(server.requests) == 1
+
+
+async def test_an_error_and_thoughts_in_one_json_of_anthropics_shape_are_read(
+    server: ModelServer, providers: Providers
+) -> None:
+    error = {"type": "error", "error": {"type": "invalid_request_error", "message": "too long"}}
+    whole = {
+        "id": "m",
+        "type": "message",
+        "role": "assistant",
+        "content": [
+            {"type": "thinking", "thinking": "Rain?", "signature": "s"},
+            {"type": "tool_use", "id": "t", "name": "weather_now", "input": {"city": "Bern"}},
+        ],
+    }
+    server.script(ANTHROPIC.partition("/")[2], *(Refuses(200, body) for body in (error, whole)))
+    prompt = Prompt("", (UserTurn("?"),), tools=(WEATHER,))
+    with pytest.raises(ModelFailed, match="HTTP 400: too long") as failed:
+        await ask(server, providers, ANTHROPIC, prompt)
+    assert not failed.value.transient
+    answer = await ask(server, providers, ANTHROPIC, prompt)
+    assert [call.arguments for call in answer.calls] == ['{"city":"Bern"}']
+    assert answer.reasoning
+    assert answer.reasoning.details[0]["signature"] == "s"
+    assert answer.usage == Usage()
+
+
+async def test_events_of_anthropics_shape_without_names_are_read(server: ModelServer, providers: Providers) -> None:
+    unnamed = (event.partition(b"\n")[2] for event in _anthropic({}, {}).chunks if isinstance(event, bytes))
+    server.script(ANTHROPIC.partition("/")[2], Streams((b"\xef\xbb\xbf", *unnamed), done=False))
+    assert (await ask(server, providers, ANTHROPIC, Prompt("", (UserTurn("?"),)))).text == "Yes."
 
 
 @BOTH

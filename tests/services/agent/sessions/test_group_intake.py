@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 from uuid import UUID
 
 import pytest
@@ -25,13 +25,14 @@ from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys, destroy
 from services.agent.definitions import store
 from services.agent.definitions.models import NewAgent
-from services.agent.definitions.queue_modes import QUEUE_MODES
+from services.agent.definitions.queue_modes import QueueMode
 from services.agent.handlers import GAPS, _take_one
 from services.agent.sessions import domain
 from services.agent.sessions.arrivals import Arrival, Origin
 from services.agent.sessions.group_intake import Incoming, take_group
 from tests.infra.conftest import PASSWORDS
 
+QUEUE_MODES = get_args(QueueMode)
 SUBJECTS = SubjectKeys(Cipher("A" * 43 + "="))
 # The rows that a group and single messages must leave alike. Runs are numbered in the order of their first message.
 _ROWS = """

@@ -144,6 +144,15 @@ def slack() -> Examples:
             payload(type="block_actions", actions=[{"selected_options": [{"value": "a"}, {"value": "b"}]}]),
             "a, b",
         ),
+        "interaction.interactive_message": (
+            payload(
+                type="interactive_message",
+                actions=[{"name": "game", "type": "select", "selected_options": [{"value": "chess"}]}],
+                message_ts="1.2",
+                original_message={"ts": "1.2", "text": "Which one?"},
+            ),
+            "chess",
+        ),
         "interaction.message_action": (
             payload(type="message_action", callback_id="translate", message={"ts": "1.2", "text": "Bonjour"}),
             "translate\n\n[Forwarded message]\nBonjour",
@@ -227,6 +236,10 @@ def teams() -> Examples:
                 value={"action": {"type": "Action.Execute", "verb": "approve", "data": {"sum": 9}}},
             ),
             '{"sum":9}',
+        ),
+        "invoke.suggestedActions/submit": (
+            fake.activity(None, type="invoke", name="suggestedActions/submit", value={"command": "retry"}),
+            '{"command":"retry"}',
         ),
         "attachment.application/vnd.microsoft.teams.file.download.info": (
             attached("application/vnd.microsoft.teams.file.download.info", downloadUrl="https://x.sharepoint.com/a"),

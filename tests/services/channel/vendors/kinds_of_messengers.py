@@ -115,6 +115,7 @@ def line() -> Examples:
         "location": (of("location", **place), "[Location: Café, Main St. 1, 52.5, 13.4]"),
         "sticker": (of("sticker", **sticker), "[Sticker: hello, wave]"),
         "event.message": (fake.event("hi"), "hi"),
+        "event.messageEdited": (fake.event("hi", type="messageEdited"), Edited),
         "event.postback": (
             fake.event(type="postback", postback={"data": "day", "params": {"date": "2026-12-24"}}),
             "day 2026-12-24",
@@ -158,6 +159,8 @@ def twilio() -> Examples:
         "InteractiveData": (of(InteractiveData='{"day":"Monday"}'), '{"day":"Monday"}'),
         "FlowData": (of(FlowData='{"day":"Monday"}'), '{"day":"Monday"}'),
         "ReferralBody": (of("hi", ReferralBody="Sale"), "hi\n[From the advertisement: Sale]"),
+        "Forwarded": (of("yes", Forwarded="true"), "[Forwarded message]\nyes"),
+        "FrequentlyForwarded": (of("yes", FrequentlyForwarded="true"), "[Forwarded message]\nyes"),
         "OptOutType": (of("STOP", OptOutType="STOP"), None),
         "bodySHA256": (b'{"a":1}', None),
         **{

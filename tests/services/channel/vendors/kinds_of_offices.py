@@ -42,7 +42,7 @@ def feishu() -> Examples:
         "post": (of("post", **post), "Plan\nlook"),
         "image": (of("image", image_key="img_1"), ""),
         "file": (of("file", file_key="f_1", file_name="a.pdf"), ""),
-        "folder": (of("folder", file_key="f_1", file_name="Q3"), "[Folder]"),
+        "folder": (of("folder", file_key="f_1", file_name="Q3"), "[Folder: Q3]"),
         "audio": (of("audio", file_key="f_1"), ""),
         "media": (of("media", file_key="f_1"), ""),
         "sticker": (of("sticker", file_key="f_1"), "[Sticker]"),
@@ -107,6 +107,7 @@ def dingtalk() -> Examples:
             "[Link: News, Today, https://e.example]",
         ),
         "markdown": (of("markdown", title="t", text="# Plan"), "# Plan"),
+        "actionCard": (of("actionCard", title="Leave", text="From Monday"), "Leave\nFrom Monday"),
         **{
             name: (
                 of(name),
@@ -159,6 +160,7 @@ def wecom() -> Examples:
         "chatrecord": (of("chatrecord", record, Content=""), "[Forwarded message]\nAda\nBonjour"),
         "mixed": (of("mixed", record, Content=""), "[Forwarded message]\nAda\nBonjour"),
         "event.click": (event("click", EventKey="menu-1"), "menu-1"),
+        "event.taskcard_click": (event("taskcard_click", EventKey="agree"), "agree"),
         "event.template_card_event": (event("template_card_event", items, EventKey="submit"), "submit, rome"),
         "event.template_card_menu_event": (event("template_card_menu_event", EventKey="more"), "more"),
         "event.scancode_push": (event("scancode_push", scan, EventKey="scan"), "scan, ticket-7"),

@@ -81,6 +81,19 @@ async def test_slack(outgoing: Outgoing, action: dict[str, object], value: str) 
     # A route of the channel counts for its threads.
     assert isinstance(item, Inbound)
     assert item.parent == "C1"
+    # Of a message that only its person sees, Slack tells the place.
+    place = {"type": "message", "channel_id": "C1", "message_ts": "1.000002", "is_ephemeral": True}
+    unseen = press | {"message": None, "container": place | {"thread_ts": "1.000001"}}
+    received = adapter.receive(call({"payload": msgspec.json.encode(unseen).decode()}))
+    assert pressed(received) == ("C1/1.000001", "U1", value)
+    # A button of an attachment.
+    old = {"name": "a", "type": "button"} | {name: of for name, of in action.items() if name != "action_id"}
+    legacy = press | {"type": "interactive_message", "actions": [old], "action_ts": "1.5", "message": None}
+    if "rich_text_value" not in action:
+        legacy["original_message"] = press["message"]
+        received = adapter.receive(call({"payload": msgspec.json.encode(legacy).decode()}))
+        assert pressed(received) == ("C1/1.000001", "U1", value)
+        assert received.items[0].ids == item.ids
     # A form: the button comes with the inputs of its message.
     inputs = {"b1": {"name": {"value": "Ada"}, "day": {"selected_date": "2026-01-01"}, "a": {"value": "no"}, "x": {}}}
     form_of = press | {"state": {"values": inputs}}
@@ -95,6 +108,15 @@ async def test_slack(outgoing: Outgoing, action: dict[str, object], value: str) 
     assert isinstance(item, Inbound)
     assert item.text == "translate\n\n[Forwarded message]\na < b"
     assert item.attachments == (Attachment("image", "https://files.slack.com/a", "a"),)
+    # Two shortcuts without a time are two messages.
+    keys = set()
+    for text in ("one", "two"):
+        untimed = shortcut | {"trigger_id": text, "action_ts": None}
+        payload = msgspec.json.encode({name: value for name, value in untimed.items() if value is not None}).decode()
+        item = adapter.one(call({"payload": payload}))
+        assert isinstance(item, Inbound)
+        keys.add(item.ids)
+    assert len(keys) == 2
     changes: list[dict[str, object]] = [
         {"type": "block_suggestion"},
         {"user": None},
@@ -121,8 +143,12 @@ async def test_teams(outgoing: Outgoing) -> None:
     fake = TeamsStandIn()
     adapter = Adapter("teams", fake, outgoing)
     group = {"id": "19:c", "tenantId": "t1", "conversationType": "groupChat"}
-    for value, text in (({"choice": "yes"}, '{"choice":"yes"}'), ("yes", "yes")):
-        body, headers = fake.signed(fake.activity(None, value=value, conversation=group))
+    for words, value, text in (
+        (None, {"choice": "yes"}, '{"choice":"yes"}'),
+        (None, "yes", "yes"),
+        ("approve", {"reason": "late"}, 'approve\n{"reason":"late"}'),
+    ):
+        body, headers = fake.signed(fake.activity(words, value=value, conversation=group))
         request = Request("POST", "", headers, body, keys=keys_of(fake))
         received = adapter.vendor.receive(request, adapter.credentials, utcnow())
         assert pressed(received) == ("19:c", "29:1", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Callable
@@ -158,6 +159,17 @@ CHECKS: dict[str, tuple[Callable[[str], int], int]] = {
 }
 
 
+DIALECTS = {
+    "telegram": telegram.HTML,
+    "slack": slack.MRKDWN,
+    "discord": discord.DIALECT,
+    "whatsapp": whatsapp.DIALECT,
+    "teams": teams.DIALECT,
+    "feishu": feishu.DIALECT,
+    "dingtalk": dingtalk.DIALECT,
+}
+
+
 @pytest.mark.parametrize(
     ("text", "telegram_html", "slack_marks"),
     [
@@ -243,6 +255,36 @@ def test_dingtalk_and_feishu_get_only_markdown_that_they_show() -> None:
     assert render(table, feishu.DIALECT) == "```\na  b\n-  ---\n1  <x>\n```"
 
 
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        (r"\(a*b*c\) and $\hat{y}_{t} = \hat{x}_{t}$", r"(a*b*c) and $\hat{y}_{t} = \hat{x}_{t}$"),
+        (r"\[ \hat{y}_{t} + \hat{x}_{t} \\ \]", r"[ \hat{y}_{t} + \hat{x}_{t} \\ ]"),
+        ("So:\n$$\na &= b\n- c\n+ d\n=\n$$", "So:\n\n$$\na &= b\n- c\n+ d\n=\n$$"),
+        ("> \\[\n> - a_1\n> \\]\n\n- b", "[\n- a_1\n]\n\n• b"),
+        # Not formulas.
+        (r"\[1\], \[sic *x*\], $5 to **$10**, $A, **$B**, `$x_1*y*$`", "[1], [sic x], $5 to $10, $A, $B, $x_1*y*$"),
+        ("$$a_1$$ b\n- c costs $$", "$$a_1$$ b\n\n• c costs $$"),
+    ],
+)
+def test_signs_of_a_formula_are_no_marks(text: str, plain: str) -> None:
+    assert render(text, PLAIN) == plain
+
+
+def test_a_reader_of_markdown_makes_no_list_or_heading_of_a_formula() -> None:
+    assert render("$$\na\n- c\n+ d\n=\n$$", teams.DIALECT) == "$$  \na  \n\\- c  \n\\+ d  \n\\=  \n$$"
+
+
+def test_discord_hides_no_part_of_an_answer() -> None:
+    assert render("if a || b || c: `a || b`", discord.DIALECT) == r"if a \|\| b \|\| c: `a || b`"
+
+
+def test_teams_gets_line_breaks_and_signs_that_it_does_not_drop() -> None:
+    text = "one\ntwo List<String>\n\n* a\n* b\n  `x<y>`\n\n> q\n> r\n\n| a<b> |\n|---|\n| 1 |"
+    shown = "one  \ntwo List&lt;String>\n\n- a\n- b  \n    `x<y>`\n\n> q  \n> r\n\n```\na<b>\n----\n1\n```"
+    assert render(text, teams.DIALECT) == shown
+
+
 def test_a_fence_without_code_is_text_and_a_language_is_no_mention() -> None:
     for dialect in (discord.DIALECT, teams.DIALECT, dingtalk.DIALECT, feishu.DIALECT, slack.MRKDWN, whatsapp.DIALECT):
         assert "```" not in render("```word ", dialect)
@@ -272,6 +314,31 @@ def test_every_part_is_accepted_and_no_character_is_torn(name: str, text: str) -
     assert set("".join(parts)) >= {sign for sign in text if not sign.isspace()}
 
 
+# Each % becomes a word of its own.
+WORDED = (
+    "% **% *%*** `%` ~~%~~ 中**%**文**“%”**。",
+    "[% (%)](https://e.example/x_(y)) ![%](https://e.example/i.png) [%](/path) <sub>%</sub> %[^1] $%_{1}$ \\[ % \\]",
+    "## % **%**",
+    "\n7) %\n   - [ ] %\n     ~~~c++ x\n     %\n\n       %\n     ~~~\n8) %\n",
+    "\n> %\n> - %\n>\n> > %\n",
+    "\n```py\n" + "    %  # `*%*`\n" * 60 + "```\n",
+    "\n| a | b |\n|---|---|\n| `% | %` | %<br>% |\n| % | % | % |\n" + "| % | [%](https://e.example) |\n" * 20,
+    "\n$$\n%\n- %\n$$\n",
+)
+
+
+@given(st.lists(st.sampled_from(WORDED), min_size=1, max_size=12))
+@settings(max_examples=10, deadline=None)
+def test_each_vendor_shows_each_word_once(pieces: list[str]) -> None:
+    number = itertools.count(10_000)
+    text = re.sub("%", lambda _: f"w{next(number)}", "\n\n".join(pieces))
+    words = [f"w{n}" for n in range(10_000, next(number))]
+    for name in sorted(set(VENDORS) - {"webhook"}):
+        dialect = DIALECTS.get(name, PLAIN)
+        shown = "\n".join(render(part, dialect) for part in VENDORS[name].split(text))
+        assert re.findall(r"w\d{5}", shown) == words, name
+
+
 @pytest.mark.parametrize("name", sorted(set(CHECKS) - {"webhook", "teams"}))
 async def test_each_piece_is_accepted_by_the_vendor(name: str, outgoing: Outgoing) -> None:
     fake: StandIn = examples()[name].fake
@@ -283,6 +350,17 @@ async def test_each_piece_is_accepted_by_the_vendor(name: str, outgoing: Outgoin
                 answers = f"m{n}" if name == "qq" else None
                 await adapter.send(part, place, f"d{n}-{m}", answers=answers, part=m)
     assert fake.refusals == []
+
+
+def test_no_word_of_a_table_is_lost_and_its_columns_stand_below_each_other() -> None:
+    """A pipe in a code is a part of it, also without a backslash, and a row may have more cells than the head."""
+    text = "| `a|b` | 値段 |\n|---|---|\n| `string | 数` | ``x|y`` |\n| `a \\| b` | 1 |\n| or || any | more |"
+    shown = (
+        "a|b          値段\n-----------  -------------\nstring | 数  x|y\na | b        1\nor            | any | more"
+    )
+    assert render(text, PLAIN) == shown
+    quoted = render("> |a|b|\n> |-|-|\n> |1|2|3|\n\n|" + "`" * 100_000, PLAIN)
+    assert quoted.startswith("a  b\n-  -----\n1  2 | 3\n")
 
 
 def test_a_small_text_does_not_become_a_large_table() -> None:

@@ -104,6 +104,31 @@ async def test_files_are_attachments(fake: DingTalkStandIn, dingtalk: Adapter) -
         assert (item.text, [one.ref for one in item.attachments]) == (text, refs)
 
 
+async def test_a_shared_document_comes_with_its_address(fake: DingTalkStandIn, dingtalk: Adapter) -> None:
+    card = {"title": "Plan", "biz_custom_action_url": "https://alidocs.dingtalk.com/i/nodes/1"}
+    shared = fake.message(None, msgtype="interactiveCard", content=card)
+    text = {"content": "read it", "repliedMsg": {"msgType": "interactiveCard", "content": card}}
+    replied = fake.message() | {"text": text}
+    expected = (
+        "[Link: Plan, https://alidocs.dingtalk.com/i/nodes/1]",
+        "read it\n\n[In reply to this message]\nhttps://alidocs.dingtalk.com/i/nodes/1",
+    )
+    for message, words in zip((shared, replied), expected, strict=True):
+        item = dingtalk.one(fake.signed(message))
+        assert isinstance(item, Inbound)
+        assert item.text == words
+
+
+async def test_content_may_be_json_in_a_text(fake: DingTalkStandIn, dingtalk: Adapter) -> None:
+    replied = {"msgType": "text", "content": '{"text":"May I?"}'}
+    content = msgspec.json.encode({"richText": [{"text": "yes"}], "repliedMsg": replied}).decode()
+    item = dingtalk.one(fake.signed(fake.message(None, msgtype="richText", content=content)))
+    assert isinstance(item, Inbound)
+    assert item.text == "yes\n\n[In reply to this message]\nMay I?"
+    with pytest.raises(UnreadableCall, match="content"):
+        dingtalk.receive(fake.signed(fake.message(None, msgtype="richText", content="{")))
+
+
 @pytest.mark.parametrize(
     ("replied", "text", "refs"),
     [
@@ -125,6 +150,34 @@ async def test_the_files_of_the_message_that_is_replied_to_come_with_the_reply(
     assert item.text.startswith("what is it?")
     assert item.text.endswith(text)
     assert [one.ref for one in item.attachments] == refs
+
+
+@pytest.mark.parametrize("place", ["text", "content"])
+async def test_a_reply_of_any_type_keeps_its_own_content_beside_the_quotation(
+    fake: DingTalkStandIn, dingtalk: Adapter, place: str
+) -> None:
+    """As robots get them: the quotation comes in either field, and an answer of the bot is quoted as a card."""
+    children = [
+        {"elementType": "UNKNOWN", "value": "{}"},
+        {"elementType": "TEXT", "value": "Apples are red. See"},
+        {"elementType": "LINK", "value": "https://example.com/a?x=1"},
+    ]
+    card = [{"elementType": "RICHTEXT", "children": children}, {"elementType": "IMAGE"}]
+    replied = {"msgType": "interactiveCard", "senderId": "$bot", "content": {"cardContent": card}}
+    quoted = "[In reply to this message]\nApples are red. See https://example.com/a?x=1"
+    given: list[tuple[dict[str, Any], str, list[str]]] = [
+        ({"msgtype": "text", "text": {"content": "why?"}}, "why?", []),
+        ({"msgtype": "picture", "content": {"downloadCode": "p"}}, "", ["p"]),
+        ({"msgtype": "richText", "content": {"richText": [{"text": "and "}, {"downloadCode": "p"}]}}, "and", ["p"]),
+        ({"msgtype": "audio", "content": {"recognition": "spoken", "downloadCode": "v"}}, "spoken", []),
+    ]
+    for fields, words, refs in given:
+        message = fake.message(None, chatbotUserId="$bot") | fields
+        message[place] = (message.get(place) or {}) | {"isReplyMsg": True, "repliedMsg": replied}
+        item = dingtalk.one(fake.signed(message))
+        assert isinstance(item, Inbound)
+        assert item.text == f"{words}\n\n{quoted}".lstrip()
+        assert (item.words, [one.ref for one in item.attachments]) == (words, refs)
 
 
 @pytest.mark.parametrize(("sender", "words"), [("$bot", "yes"), (None, "yes"), ("$other", "")])

@@ -161,6 +161,58 @@ async def test_the_bots_own_mention_is_no_part_of_what_a_person_says(
     assert (item.text, item.mentions_bot) == (read, True)
 
 
+@pytest.mark.parametrize(
+    ("kind", "content", "text", "images"),
+    [
+        # In two forms, and in two languages.
+        (
+            "post",
+            {"content": [[{"tag": "text", "text": "a"}]], "content_v2": [[{"tag": "md", "text": "# a"}]]},
+            "# a",
+            [],
+        ),
+        ("post", {"content": [[{"tag": "text", "text": "a"}]], "content_v2": []}, "a", []),
+        ("post", {"content": [[{"tag": "text", "text": "a"}]], "content_v2": "?"}, "a", []),
+        ("post", {name: {"content": [[{"tag": "text", "text": name}]]} for name in ("zh_cn", "en_us")}, "zh_cn", []),
+        (
+            "post",
+            {"content_v2": [[{"tag": "md", "text": "see ![x](img_v3_a) ![y](https://e.example)"}]]},
+            "see  ![y](https://e.example)",
+            ["img_v3_a"],
+        ),
+        ("post", {"content": [[{"tag": "img", "image_key": "k"}], [{"tag": "img", "image_key": "l"}]]}, "", ["k", "l"]),
+        ("post", {"content": [[{"tag": "at", "user_id": "ou_1", "user_name": "Bob"}]]}, "@Bob", []),
+        (
+            "interactive",
+            {
+                "header": {"title": {"tag": "plain_text", "content": "Plan"}},
+                "elements": [
+                    {"tag": "div", "text": {"tag": "lark_md", "content": "**bold**"}},
+                    {"tag": "markdown", "content": "- one"},
+                ],
+            },
+            "Plan\n**bold**\n- one",
+            [],
+        ),
+        ("interactive", {"title": "Plan", "elements": [[{"tag": "text", "text": "one"}]]}, "Plan\none", []),
+    ],
+)
+async def test_rich_texts_and_cards_are_read_once_in_each_of_their_forms(
+    fake: FeishuStandIn, feishu: Adapter, kind: str, content: Any, text: str, images: list[str]
+) -> None:
+    item = feishu.one(fake.call(fake.event(kind=kind, content=content)))
+    assert isinstance(item, Inbound)
+    assert (item.text, [one.ref.partition("/")[2] for one in item.attachments]) == (text, images)
+
+
+async def test_a_mention_of_all_people_is_none_of_the_bot(fake: FeishuStandIn, feishu: Adapter) -> None:
+    for key, expected in (("@_all", False), ("@_user_1", True)):
+        mentions = [{"key": key, "id": {"open_id": ""}, "name": "everyone"}]
+        item = feishu.one(fake.call(fake.event(f"{key} hi", mentions=mentions, chat_type="group")))
+        assert isinstance(item, Inbound)
+        assert item.mentions_bot is expected
+
+
 async def test_a_button_may_have_null_for_the_values_of_other_elements(fake: FeishuStandIn, feishu: Adapter) -> None:
     names = ("name", "option", "options", "input_value", "form_value")
     for value, text in (({"a": 1}, '{"a":1}'), (None, "")):
@@ -170,6 +222,15 @@ async def test_a_button_may_have_null_for_the_values_of_other_elements(fake: Fei
         item = feishu.one(fake.call(press))
         assert isinstance(item, Inbound)
         assert item.text == text
+
+
+async def test_a_button_names_its_chat_in_either_place(fake: FeishuStandIn, feishu: Adapter) -> None:
+    ids = {"open_message_id": "om_1", "open_chat_id": "oc_1"}
+    for place in (ids, {"context": ids}):
+        press = fake.about("card.action.trigger", operator={"open_id": "ou_1"}, action={"value": "yes"}, **place)
+        item = feishu.one(fake.call(press))
+        assert isinstance(item, Inbound)
+        assert (item.conversation, item.message, item.text) == ("oc_1", "om_1", "yes")
 
 
 def test_forwarded_messages_are_read_also_beside_deleted_and_unreadable_ones() -> None:

@@ -13,10 +13,10 @@ from services.channel.events import Attachment
 from services.channel.vendors import base
 from services.channel.vendors import line as module
 from services.channel.vendors.base import AccountRefused, UnreadableCall
-from services.channel.vendors.items import Deleted, Ignored, Inbound
+from services.channel.vendors.items import Deleted, Edited, Ignored, Inbound
 from services.channel.vendors.splitting import utf16_length
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
-from tooling.testing.vendors import Fault, LineStandIn, answer, cut
+from tooling.testing.vendors import Fault, LineStandIn, WebhookStandIn, answer, cut
 
 
 @pytest.fixture
@@ -136,11 +136,46 @@ async def test_an_unsent_message_is_deleted(fake: LineStandIn, line: Adapter) ->
     assert line.one(fake.call(unsend)) == Deleted(("event/01H2",), taken.ids[1])
 
 
+@pytest.mark.parametrize("author", [{"userId": "U2"}, {}])
+async def test_an_edited_message_has_its_author_and_its_new_text(
+    fake: LineStandIn, line: Adapter, author: dict[str, str]
+) -> None:
+    taken, edited = (fake.event(source={"type": "group", "groupId": "C9", **author}) for _ in range(2))
+    message = {"type": "text", "id": "1", "quoteToken": "q", "text": "Hello, edited world"}
+    changed = edited | {"type": "messageEdited", "message": message, "timestamp": 1462629479859}
+    first, edit = line.receive(fake.call(taken, changed)).items
+    assert isinstance(first, Inbound)
+    assert isinstance(edit, Edited)
+    assert (edit.ids, edit.target, edit.order) == (("event/01H2",), first.ids[1], 1462629479859)
+    assert (edit.message.person, edit.message.text) == (first.person, "Hello, edited world")
+
+
 async def test_a_file_is_an_attachment(fake: LineStandIn, line: Adapter) -> None:
     for kind, of_kind in (("image", "image"), ("video", "video"), ("audio", "voice"), ("file", "file")):
         item = line.one(fake.call(fake.event(message={"type": kind, "id": "7", "fileName": "a.pdf"})))
         assert isinstance(item, Inbound)
         assert (item.text, item.attachments) == ("", (Attachment(of_kind, "7", "a.pdf"),))  # type: ignore[arg-type]
+
+
+async def test_a_file_of_an_app_in_line_is_fetched_from_its_address_without_the_token(
+    fake: LineStandIn, line: Adapter
+) -> None:
+    async with WebhookStandIn() as other:
+        other.files["/a.png"] = b"content"
+        handle = Mock(wraps=other.handle)
+        other.handle = handle  # type: ignore[method-assign]
+        for kind in ("image", "video", "audio"):
+            provider = {"type": "external", "originalContentUrl": f"{other.url}/a.png"}
+            item = line.one(fake.call(fake.event(message={"type": kind, "id": "7", "contentProvider": provider})))
+            assert isinstance(item, Inbound)
+            [file] = item.attachments
+            assert await line.vendor.fetch(line.outgoing, fake.url, line.credentials, file.ref, 100) == b"content"
+        assert ["authorization" in call.args[0].headers for call in handle.call_args_list] == [False] * 3
+        provider["originalContentUrl"] = "line://app"
+        item = line.one(fake.call(fake.event(message={"type": "image", "id": "7", "contentProvider": provider})))
+        assert isinstance(item, Inbound)
+        with pytest.raises(InvalidMessage, match="url"):
+            await line.vendor.fetch(line.outgoing, fake.url, line.credentials, item.attachments[0].ref, 100)
 
 
 async def test_an_image_of_a_set_is_a_part_of_an_album(fake: LineStandIn, line: Adapter) -> None:

@@ -31,10 +31,12 @@ def qq(fake: QQStandIn, outgoing: Outgoing) -> Adapter:
 
 async def test_messages_of_people_and_groups_are_read(fake: QQStandIn, qq: Adapter) -> None:
     received = qq.receive(fake.signed(fake.event(" größer 😀 ")))
-    assert received.items == [Inbound(("message/msg1",), "users/u1", "u1", "msg1", "größer 😀")]
+    ids: tuple[str, ...] = ("C2C_MESSAGE_CREATE/msg1", "message/msg1")
+    assert received.items == [Inbound(ids, "users/u1", "u1", "msg1", "größer 😀")]
     assert msgspec.json.decode(received.ack.body) == {"op": 12}
     group = qq.one(fake.signed(fake.event("hi", group="g1")))
-    assert group == Inbound(("message/msg2",), "groups/g1", "m1", "msg2", "hi", in_group=True, mentions_bot=True)
+    ids = ("GROUP_AT_MESSAGE_CREATE/msg2", "message/msg2")
+    assert group == Inbound(ids, "groups/g1", "m1", "msg2", "hi", in_group=True, mentions_bot=True)
     picture = qq.one(fake.signed(fake.event("", attachments=[{"filename": "a.png"}])))
     assert isinstance(picture, Inbound)
     assert "a.png" in picture.text
@@ -156,6 +158,56 @@ async def test_voices_quotations_and_cards_are_read(
     item = qq.one(fake.signed(fake.event("hi", **fields)))
     assert isinstance(item, Inbound)
     assert (item.text, [(one.kind, one.ref) for one in item.attachments]) == (text, files)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ('<faceType=1,faceId="5",ext="eyJ0ZXh0IjoiL3NtaWxlIn0=">', "[Emoji: /smile]"),
+        ('hm <faceType=1,faceId="5">', "hm [Emoji]"),
+        ('look <faceType=6,faceId="0",ext="eyJ0ZXh0IjoiIn0=">', "look"),
+        ('<attachmentType="image/gif",attachmentIndex=0,description="eyJ0ZXh0IjoieCJ9">look', "look"),
+    ],
+)
+async def test_signs_in_place_of_faces_and_files_are_never_shown(
+    fake: QQStandIn, qq: Adapter, content: str, text: str
+) -> None:
+    item = qq.one(fake.signed(fake.event(content)))
+    assert isinstance(item, Inbound)
+    assert item.text == text
+
+
+async def test_people_are_told_by_their_names_and_only_the_bots_mention_is_left_out(
+    fake: QQStandIn, qq: Adapter
+) -> None:
+    mentions = [{"id": "B1", "is_you": True, "username": "Claw"}, {"member_openid": "M2", "username": "Ann"}]
+    item = qq.one(fake.signed(fake.event("<@M2> <@!B1> ask <@X3>", group="g1", mentions=mentions)))
+    assert isinstance(item, Inbound)
+    assert item.text == "@Ann ask <@X3>"
+    # Without an id of the bot among the mentions, it is the one that begins the text.
+    for mention in ({"id": "7", "username": "Claw"}, {"is_you": True}):
+        event = fake.event("<@!7> ask <@!8>", channel_id="c1", mentions=[mention])
+        item = qq.one(fake.signed(event | {"t": "AT_MESSAGE_CREATE"}))
+        assert isinstance(item, Inbound)
+        assert item.text == "ask <@!8>"
+
+
+async def test_the_messages_before_a_mention_are_no_quotation(fake: QQStandIn, qq: Adapter) -> None:
+    item = qq.one(fake.signed(fake.event("why?", group="g1", msg_elements=[{"content": "it rains"}])))
+    assert isinstance(item, Inbound)
+    assert (item.text, item.words) == ("why?\n\n[Messages before it in the group]\nit rains", "why?")
+
+
+async def test_a_mention_that_comes_as_two_events_has_a_common_id(fake: QQStandIn, qq: Adapter) -> None:
+    """The first may not tell it; a channel that answers mentions only ignores that event by its own id."""
+    told = fake.event("why?", group="g1")
+    untold = told | {"t": "GROUP_MESSAGE_CREATE", "id": "e9"}
+    first, second = (qq.one(fake.signed(payload)) for payload in (untold, told))
+    assert isinstance(first, Inbound)
+    assert isinstance(second, Inbound)
+    assert (first.mentions_bot, second.mentions_bot) == (False, True)
+    assert first.ids[0] != second.ids[0]
+    assert first.ids[1] == second.ids[1]
 
 
 @pytest.mark.parametrize(

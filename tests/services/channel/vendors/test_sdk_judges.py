@@ -19,11 +19,11 @@ from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Request
 from tests.services.channel.vendors import kinds_of_apps, kinds_of_messengers, kinds_of_offices
 from tests.services.channel.vendors.conftest import keys_of
-from tooling.stack.own_environment import environment, made
+from tooling.stack.own_environment import environment, python_with_pins
 from tooling.testing.vendors import FeishuStandIn, LineStandIn, TeamsStandIn
 from tooling.testing.vendors.teams import published
 
-PYTHON = made("judges")
+PYTHON = python_with_pins("judges")
 pytestmark = pytest.mark.skipif(PYTHON is None, reason="the SDKs are not installed: see the docstring")
 
 

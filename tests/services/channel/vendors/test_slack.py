@@ -228,7 +228,10 @@ async def test_null_fields_do_not_make_a_message_unreadable(vendor: SlackStandIn
         ("see <https://e.example/a?x=1&amp;y=2>", "see https://e.example/a?x=1&y=2"),
         ("see <http://e.example|e.example> and <mailto:a@e.example|a@e.example>", "see e.example and a@e.example"),
         ("see <https://e.example/a|the page>", "see the page (https://e.example/a)"),
-        ("<@U2> &lt;https://e.example&gt; <!here>", "<@U2> <https://e.example> <!here>"),
+        ("<@U2> &lt;https://e.example&gt; <!here>", "<@U2> <https://e.example> @here"),
+        ("<!channel|@channel> <!subteam^S1|@team> <!subteam^S2>", "@channel @team <!subteam^S2>"),
+        ("in <#C2|general> or <#C3|>, call <tel:+491|+49 1>", "in #general or <#C3>, call +49 1 (tel:+491)"),
+        ("due <!date^1392734382^{date_num} {time}^https://e.example|at 7 &lt; 8>", "due at 7 < 8"),
     ],
 )
 async def test_links_are_read_as_they_were_typed(vendor: SlackStandIn, sent: str, typed: str) -> None:

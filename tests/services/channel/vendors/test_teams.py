@@ -252,6 +252,21 @@ async def test_only_the_tenant_of_the_credentials_is_accepted(fake: TeamsStandIn
         assert isinstance(item, kind)
 
 
+async def test_a_conversation_that_names_no_tenant_is_of_the_tenant_of_its_channel_data(
+    fake: TeamsStandIn, teams: Adapter
+) -> None:
+    teams.credentials = msgspec.structs.replace(teams.credentials, tenant_id="t1")
+    personal = {"conversationType": "personal", "id": "a:17I0kl9EkpE1"}
+    for conversation, tenant, kind in (
+        (personal, "t1", Inbound),
+        (personal, "t2", Ignored),
+        (personal | {"tenantId": "t2"}, "t1", Ignored),
+    ):
+        given = fake.activity(conversation=conversation, channelData={"tenant": {"id": tenant}})
+        [item] = (await receive(teams, fake.signed(given))).items
+        assert isinstance(item, kind)
+
+
 async def test_files_are_named_and_other_shapes_are_told_apart(fake: TeamsStandIn, teams: Adapter) -> None:
     files = [{"contentType": "text/html", "content": "x"}, {"contentType": "image/png", "name": "a.png"}]
     [item] = (await receive(teams, fake.signed(fake.activity("", attachments=files)))).items

@@ -47,8 +47,23 @@ def test_the_vendors_own_handshake_is_answered_with_the_decrypted_echo() -> None
 async def test_a_message_is_read(fake: WeComStandIn, wecom: Adapter) -> None:
     body, query = fake.call(fake.message("größer 😀 <b>&", person="ada"))
     assert wecom.receive((body, {}), query=query).items == [
-        Inbound(("message/1",), "ada", "ada", "1", "größer 😀 <b>&"),
+        Inbound(("message/ada/1",), "ada", "ada", "1", "größer 😀 <b>&"),
     ]
+
+
+async def test_messages_with_one_id_of_two_people_and_buttons_of_two_cards_are_told_apart(
+    fake: WeComStandIn, wecom: Adapter
+) -> None:
+    press = {"MsgType": "event", "Event": "template_card_event", "EventKey": "agree"}
+    given = [
+        *(fake.message(person=person, MsgId="7") for person in ("ada", "bob")),
+        *(fake.message(**press, TaskId=card) for card in ("t1", "t2")),
+    ]
+    ids = []
+    for content in given:
+        body, query = fake.call(content)
+        ids += [id_ for item in wecom.receive((body, {}), query=query).items for id_ in item.ids]
+    assert len(set(ids)) == len(ids) == 4
 
 
 async def test_a_changed_call_is_refused(fake: WeComStandIn, wecom: Adapter) -> None:

@@ -14,7 +14,7 @@ from infra.clock import utcnow
 from infra.errors import EffectFailed, RetryLater, TooLarge, Transient, Unanswered, Unauthenticated
 from infra.outgoing.client import Outgoing
 from services.channel.events import Attachment
-from services.channel.vendors.base import MAX_PARTS, AccountRefused, Request
+from services.channel.vendors.base import MAX_PARTS, AccountRefused, Request, placeholder
 from services.channel.vendors.items import Ignored, Inbound, Reacted, Receipt
 from services.channel.vendors.whatsapp import WhatsApp, WhatsAppCredentials
 from tests.services.channel.vendors.conftest import Adapter, assert_every_change_is_refused
@@ -87,6 +87,24 @@ async def test_a_text_outside_of_the_field_text_is_found(
     item = whatsapp.one(fake.call(fake.message(None, **fields)))
     assert isinstance(item, Inbound)
     assert item.text == text
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"type": "interactive", "context": {"from": "972123456789", "id": "wamid.1"}},
+        {"type": "interactive", "interactive": {"type": "poll_reply", "poll_reply": {}}},
+        {"type": "video", "errors": [{"code": 131052, "title": "Media download error"}]},
+        {"type": "document", "document": {"filename": "a.pdf"}, "errors": [{"code": 131052}]},
+        {"type": "text", "errors": [{"code": 131000}]},
+    ],
+)
+async def test_a_message_that_whatsapp_could_not_read_is_told(
+    fake: WhatsAppStandIn, whatsapp: Adapter, given: dict[str, Any]
+) -> None:
+    item = whatsapp.one(fake.call({"from": "491", "id": "wamid.9", "timestamp": "1700000000", **given}))
+    assert isinstance(item, Inbound)
+    assert (item.text, item.attachments) == (placeholder("a message that WhatsApp does not pass on"), ())
 
 
 async def test_files_are_attachments(fake: WhatsAppStandIn, whatsapp: Adapter) -> None:

@@ -231,7 +231,7 @@ def test_options_given_as_null_and_those_of_other_servers_change_nothing(fields:
             ],
             ["Hi", "a"],
         ),
-        ([HI, {"role": "assistant", "content": None, "refusal": "no"}, HI], ["Hi"]),
+        ([HI, {"role": "assistant", "content": None, "refusal": "no"}, HI], ["Hi", "no"]),
         ([HI, {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, HI], ["Hi", "no"]),
         *(
             (

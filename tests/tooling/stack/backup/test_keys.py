@@ -43,6 +43,12 @@ def test_a_file_that_is_not_a_key_is_named_and_not_shown(key_file: Path, content
         known_key()
 
 
+def test_a_folder_is_no_key(key_file: Path) -> None:
+    key_file.mkdir(parents=True)
+    with pytest.raises(EngineError, match=r"backup\.key: cannot be read \(Is a directory\)"):
+        known_key()
+
+
 def test_keys_and_passwords_are_restored_with_their_modes(tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     for home in (old, new):
@@ -93,5 +99,5 @@ def test_files_of_services_that_are_new_in_the_snapshot_are_kept() -> None:
 )
 def test_a_backup_has_no_file_outside_of_the_two_folders(path: str, mode: int) -> None:
     content = msgspec.json.encode([{"path": path, "mode": mode, "text": "x"}])
-    with pytest.raises(msgspec.ValidationError, match="none of the keys"):
+    with pytest.raises(msgspec.ValidationError, match="not one of the keys"):
         msgspec.json.decode(content, type=list[KeyFile])

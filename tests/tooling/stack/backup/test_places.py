@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -17,12 +18,12 @@ import pytest
 from minio import Minio
 
 from infra.clock import utcnow
-from infra.stores.objects import listed
+from infra.stores.objects import list_objects
 from tests.tooling.stack.backup.conftest import AT
 from tooling.cli import backup
 from tooling.cli.backup import _expire
-from tooling.stack.backup import objects, targets
-from tooling.stack.backup.targets import Folder, Target, file_name, made_at, opened, reaching, target
+from tooling.stack.backup import objects, take, targets
+from tooling.stack.backup.targets import Folder, Target, file_name, made_at, named_store_errors, open_backup, target
 from tooling.stack.engines.base import EngineError
 from tooling.testing.stack import running_stack
 
@@ -69,7 +70,7 @@ def put(place: Target, name: str, content: bytes = b"x") -> None:
 def test_a_backup_is_read_as_it_was_written(place: Target, content: bytes) -> None:
     put(place, "one", content)
     assert list(place.stored()) == ["one"]
-    with opened(place.where("one")) as file:
+    with open_backup(place.where("one")) as file:
         assert hashlib.sha256(file.read()).digest() == hashlib.sha256(content).digest()
 
 
@@ -100,16 +101,36 @@ def test_a_folder_overwrites_no_file(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first"]
 
 
-def test_parts_of_killed_processes_are_no_files_and_are_removed_after_a_day(tmp_path: Path) -> None:
+def test_parts_of_killed_processes_are_no_files_and_the_next_daily_backup_removes_them(tmp_path: Path) -> None:
     place, old, new = Folder(tmp_path), tmp_path / "old.7.unfinished", tmp_path / "new.8.unfinished"
-    for part, hours in ((old, 25), (new, 23)):
+    for part, hours in ((old, 23), (new, 19)):
         part.write_bytes(b"x")
         written = (utcnow() - timedelta(hours=hours)).timestamp()
         os.utime(part, (written, written))
     assert place.stored() == {}
-    put(place, "one")
+    with place.new("one"):
+        # Also if there is no room to finish this one.
+        assert not old.exists()
     assert list(place.stored()) == ["one"]
     assert {path.name for path in tmp_path.iterdir()} == {"one", new.name}
+
+
+def test_a_backup_that_is_ended_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ended(*_: Any) -> None:
+        [part] = (tmp_path / "to").iterdir()
+        assert part.suffix == ".unfinished"
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setenv("CLAW_BACKUP_KEY_FILE", str(tmp_path / "key"))
+    monkeypatch.setattr(take, "source", lambda: SimpleNamespace(s3={}))
+    monkeypatch.setattr(backup, "_take", ended)
+    default = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit):
+            backup.backup(str(tmp_path / "to"))
+    finally:
+        signal.signal(signal.SIGTERM, default)
+    assert list((tmp_path / "to").iterdir()) == []
 
 
 def test_parts_of_killed_uploads_to_a_bucket_are_removed_after_a_day(
@@ -122,7 +143,7 @@ def test_parts_of_killed_uploads_to_a_bucket_are_removed_after_a_day(
         store._upload_part(bucket, name, b"x", {}, upload, 1)
 
     def parts() -> list[str]:
-        return [str(found.object_name) for found in listed(store, bucket, ".mpus-")]
+        return [str(found.object_name) for found in list_objects(store, bucket, ".mpus-")]
 
     every = parts()
     place = target(f"s3://{bucket}/daily", access)
@@ -170,21 +191,32 @@ def test_a_name_tells_the_moment() -> None:
     assert made_at(file_name(AT)) == AT
 
 
-@pytest.mark.parametrize(("where", "reason"), [("/nowhere/x", "is not a file"), ("s3:///x", "s3://bucket/prefix")])
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        ("/nowhere/x", "is not a file"),
+        ("s3:///x", "s3://bucket/prefix"),
+        ("s3://My_Bucket/x", "small letters"),
+        ("s3://bucket/", "must name the backup"),
+    ],
+)
 def test_a_place_that_cannot_be_read_is_named(where: str, reason: str) -> None:
-    with pytest.raises(EngineError, match=reason), opened(where):
+    with pytest.raises(EngineError, match=reason), open_backup(where):
         pass
 
 
 def test_an_object_store_without_access_is_named(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(EngineError, match=f"s3://{bucket}/x: does not exist"), opened(f"s3://{bucket}/x"):
+    with pytest.raises(EngineError, match=f"s3://{bucket}/x: does not exist"), open_backup(f"s3://{bucket}/x"):
         pass
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     refused = pytest.raises(EngineError, match="the object store refused")
-    with refused, reaching("s3"), target(f"s3://{bucket}", {}).new("x") as file:
+    with refused, named_store_errors("s3"), target(f"s3://{bucket}", {}).new("x") as file:
         file.write(b"x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "storage.example")
+    with pytest.raises(EngineError, match=r"AWS_ENDPOINT_URL: 'storage\.example' must be"), open_backup("s3://abc/x"):
+        pass
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    with pytest.raises(EngineError, match="AWS_ACCESS_KEY_ID"), opened(f"s3://{bucket}/x"):
+    with pytest.raises(EngineError, match="AWS_ACCESS_KEY_ID"), open_backup(f"s3://{bucket}/x"):
         pass
 
 

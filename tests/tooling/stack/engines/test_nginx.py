@@ -356,6 +356,8 @@ async def test_the_largest_body_depends_on_the_path(client: httpx.AsyncClient) -
     problem(await post("/api/v1/agents", mib + 1), 413)
     assert (await post("/webhooks/slack/1", 3 * mib)).json()["bytes"] == 3 * mib
     problem(await post("/webhooks/slack/1", 3 * mib + 1), 413)
+    for path in ("/readyz", "/api/health", "/api/health/dependencies", "/docs/user/", "/docs/agent/openapi.json"):
+        problem(await post(path, 1025), 413)
     assert (await post("/v1/body", 20 * mib)).json()["bytes"] == 20 * mib
     problem(await post("/v1/body", 20 * mib + 1), 413)
     # The service is away: that is the error, and not the size of the body.
@@ -477,6 +479,28 @@ async def test_one_key_or_address_cannot_take_all_connections(services: StandIns
         assert [await follow("claw_first", elsewhere), await follow("claw_second", here)] == [429, 429]
         assert await follow("claw_second", elsewhere) == 200
         services.more.set()
+
+
+async def test_one_address_cannot_fill_the_disk_with_bodies_of_webhooks(services: StandIns) -> None:
+    async with running(services, replace(LOCAL_LIMITS, large_webhooks=4)) as client, AsyncExitStack() as all_:
+
+        async def begin(path: str, length: str) -> str:
+            """The first line of the answer to a request whose body does not come."""
+            reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+            all_.callback(writer.close)
+            head = f"POST /webhooks/{path} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n{length}\r\n\r\n"
+            writer.write(head.encode())
+            return (await reader.readline()).decode().strip()
+
+        large, unknown = "Content-Length: 10000", "Transfer-Encoding: chunked"
+        begun = [await begin("slack/1", large), await begin("slack/2", unknown), await begin("payments/stripe", large)]
+        assert {*begun, await begin("slack/1", large)} == {"HTTP/1.1 100 Continue"}
+        for path in ("slack/1", "slack/3", "payments/stripe"):
+            assert "429" in await begin(path, large)
+        assert "429" in await begin("slack/1", unknown)
+        assert "100" in await begin("slack/1", "Content-Length: 9999")
+        async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(local_address="127.0.0.2")) as elsewhere:
+            assert (await elsewhere.post(f"{client.base_url}/webhooks/slack/1", content=bytes(10_000))).is_success
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from contextlib import nullcontext
@@ -11,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from infra.web.http import PROCESS
 from tests.tooling.testing.campaign.made_up import good
 from tooling.stack.checkout import CHECKOUT
-from tooling.testing.campaign import faults, results
+from tooling.testing.campaign import faults, results, rig
 from tooling.testing.campaign.campaign import Availability, Report, Shown
 from tooling.testing.campaign.evidence import DeadLetter
 from tooling.testing.campaign.faults import FAULTS, Injected, Planned, plan
@@ -41,6 +43,28 @@ def test_kills_follow_each_other_faster_than_faults_that_last() -> None:
 def test_each_planned_fault_can_be_injected() -> None:
     for name, kind in FAULTS.items():
         assert not kind.targets or hasattr(faults.Injector, f"_{name}")
+
+
+def test_with_two_instances_of_each_service_both_are_killed() -> None:
+    assert {one.target for one in plan(1, ["kill"], 30, ["agent"], instances=2)} == {"agent", "agent_twin"}
+    assert {one.target for one in plan(1, ["engines"], 30, ["kafka"], instances=2)} == {"kafka"}
+
+
+async def test_an_instance_is_ready_if_it_answers_itself_at_the_port_that_two_share() -> None:
+    pids = [11, 22, 11, 22, 11, *[11] * rig.ASKED]
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 200 OK\r\n{PROCESS}: {pids.pop(0)}\r\ncontent-length: 0\r\n\r\n".encode())
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        ports = {"agent": server.sockets[0].getsockname()[1]}
+        instance: Any = SimpleNamespace(_ports=ports, stack=SimpleNamespace(pid={"agent": 11, "agent_twin": 22}.get))
+        assert await rig.Rig.is_ready(instance, "agent_twin")
+        assert await rig.Rig.is_ready(instance, "agent")
+        assert await rig.Rig.is_ready(instance, "agent_twin")
+        assert not await rig.Rig.is_ready(instance, "agent_twin")
 
 
 async def test_a_fault_that_cannot_be_injected_is_told_and_the_campaign_goes_on(
@@ -123,7 +147,7 @@ def test_the_page_of_results_begins_with_failures_and_keeps_other_reports(tmp_pa
     results.write(results.made("./claw prove --seed 7 --report", "c0ffee", "here", report(fails=True)), page, folder)
     text = page.read_text()
     failures = text[text.index("## Failures") : text.index("## Invariants")]
-    assert "- **I1 failed** 1 times, seed 7" in failures
+    assert "- **I1 failed** once, seed 7" in failures
     assert "its run is failed: x. `./claw prove --seed 7 --report`" in failures
     assert "- **Mutant survived**: without outbox (marks early)" in failures
     assert "**50 dead letters beyond the poison**, seed 7" in failures

@@ -1,0 +1,1 @@
+"""Audit chains: records that are linked by hashes, their heads in the object store, and their verification."""
