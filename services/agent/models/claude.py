@@ -167,22 +167,27 @@ class ProviderModel:
         usage = _usage(response.usage, has_content=bool(response.parts))
         if finish == "interrupted":
             raise ModelFailed(f"{self._name}: the server failed during the answer", transient=True, usage=usage)
-        if finish == "content_filter" and not response.parts:
-            reason = f"{self._name}: the provider's content filter withheld the answer"
-            raise ModelFailed(reason, transient=False, usage=usage)
         calls = tuple(
             ToolCall(part.tool_call_id, names.get(part.tool_name, part.tool_name), without_halves(_arguments(part)))
             for part in response.parts
             if isinstance(part, wire.ToolCallPart)
         )
-        text = "".join(part.content for part in response.parts if isinstance(part, wire.TextPart))
+        text = without_halves("".join(part.content for part in response.parts if isinstance(part, wire.TextPart)))
+        if finish == "content_filter" and not text.strip() and not calls:
+            # ``stop_details.explanation`` of https://platform.claude.com/docs/en/api/messages
+            refusal = details.get("refusal")
+            if not isinstance(refusal, str) or not refusal.strip():
+                reason = f"{self._name}: the provider's content filter withheld the answer"
+                raise ModelFailed(reason, transient=False, usage=usage)
+            text, finish = without_halves(refusal), "refusal"
+            await on_text(text)
         thoughts = tuple(
             {"thinking": without_halves(part.content), "signature": without_halves(part.signature), "id": part.id}
             for part in response.parts
             if isinstance(part, wire.ThinkingPart) and part.signature
         )
         return ModelAnswer(
-            text=without_thoughts(without_halves(text)),
+            text=without_thoughts(text),
             calls=calls,
             usage=usage,
             model=response.model_name or self._name,

@@ -33,7 +33,9 @@ https://platform.openai.com/docs/api-reference. These rules fill gaps of the sta
   goes on without them. A server that refuses it in other words cannot be used with functions of the client: 502.
 - ``tool_choice`` concerns only the client's functions. ``required`` or a name means that the run ends with a call of a
   function, or of the named function. ``none`` means that no function is offered. The agent's own tools are always
-  available. If the model violates the choice or the schema of a ``strict`` function, it is asked again.
+  available. Words and shapes of other APIs are taken (``any``, ``{"type": "tool"}``, a name alone), and functions in
+  the form of the other one of these two APIs. If the model violates the choice or the schema of a ``strict`` function,
+  it is asked again.
 - A format (``response_format``, ``text.format``) is enforced for its run, ``strict`` or not: if an answer does not fit,
   the model is asked again, and if no answer fits, the client gets a 502. A schema replaces the agent's own
   ``output_schema``, because the client knows its own needs. ``json_object`` and ``text`` do not replace it. A schema

@@ -16,6 +16,9 @@ from services.ws_gateway.openai.fields import check, check_name, list_of, string
 MAX_TOOLS = 128
 # The most bytes of all tools' parameters together.
 MAX_PARAMETERS = 128 * 1024
+# Of a choice. ``any`` is Mistral's and Anthropic's word for ``required``. Anthropic's API has the word in an object,
+# and the type ``tool`` for a name; that of TGI has a name alone.
+_MODES = ("auto", "none", "required", "any")
 
 
 def tools_of(
@@ -41,24 +44,29 @@ def tools_of(
         size += len(msgspec.json.encode(tool.parameters))
         check(size <= MAX_PARAMETERS, name, f"must have {MAX_PARAMETERS} bytes of parameters at most")
         found[tool.name] = tool
+    if isinstance(choice, dict) and choice.get("type") in _MODES:
+        choice = choice["type"]
     match choice:
         case None | "auto":
             return tuple(found.values()), False
         case "none":
             return (), False
-        case "required":
+        case "required" | "any":
             check(bool(found), choice_name, "there are no tools")
             return tuple(found.values()), True
         case {"type": "allowed_tools"}:
-            allowed, where = _fields(choice, choice_name, nested and "allowed_tools")
+            allowed, where = _fields(choice, choice_name, "allowed_tools", nested and "allowed_tools")
             check(allowed.get("mode") in ("auto", "required"), f"{where}.mode", "must be auto or required")
             names = list_of(allowed.get("tools"), f"{where}.tools")
             tools = [_chosen(one, f"{where}.tools[{n}]", nested, found) for n, one in enumerate(names)]
             check(bool(tools), f"{where}.tools", "must not be empty")
             return tuple(tools), allowed["mode"] == "required"
+        case str() if choice in found:
+            return (found[choice],), True
         case dict():
             # Only the chosen function is offered, so the model must call it.
-            return (_chosen(choice, choice_name, nested, found),), True
+            given = choice | {"type": "function"} if choice.get("type") == "tool" else choice
+            return (_chosen(given, choice_name, nested, found),), True
     raise invalid_field(choice_name, "must be none, auto, required or a function")
 
 
@@ -95,17 +103,18 @@ def function_of(given: Any, where: str, nested: str) -> tuple[dict[str, Any], st
     check(isinstance(given, dict), where, "must be an object")
     # Some clients omit it, as other servers do.
     check(given.get("type") in (None, "function"), f"{where}.type", "only function is supported")
-    return _fields(given, where, nested)
+    return _fields(given, where, "function", nested)
 
 
-def _fields(given: dict[str, Any], where: str, nested: str) -> tuple[dict[str, Any], str]:
-    """The object in the field `nested`, and its place; the given object itself if that is empty."""
-    if not nested:
-        return given, where
-    fields = given.get(nested)
-    if not isinstance(fields, dict):
+def _fields(given: dict[str, Any], where: str, name: str, nested: str) -> tuple[dict[str, Any], str]:
+    """The fields of the object, and their place: in its field `name`, or beside its type. Clients mix up the forms of
+    the two APIs. `nested`: the field that must have them if neither form is there; may be empty."""
+    fields = given.get(name)
+    if isinstance(fields, dict):
+        return fields, f"{where}.{name}"
+    if nested and "name" not in given and "mode" not in given:
         raise invalid_field(f"{where}.{nested}", "must be an object")
-    return fields, f"{where}.{nested}"
+    return given, where
 
 
 def output_schema(format_: Any, where: str, *, nested: str = "") -> dict[str, Any] | None:

@@ -292,6 +292,42 @@ async def test_the_end_of_an_answer_of_claude_is_told(
     assert (failed.value.usage.input_tokens, failed.value.usage.output_tokens) == (10, 3)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+async def test_the_explanation_of_claudes_refusal_is_the_text_of_an_answer_without_another(
+    server: ModelServer, providers: Providers, *, whole: bool
+) -> None:
+    why = {"type": "refusal", "category": "cyber", "explanation": "I cannot do that."}
+    thought = {"type": "thinking", "thinking": "Hm.", "signature": "s"}
+    usage = {"input_tokens": 10, "output_tokens": 3}
+
+    def refused(details: Any, *blocks: dict[str, Any]) -> Refuses | Streams:
+        message = {"id": "m", "type": "message", "role": "assistant", "content": blocks, "usage": usage}
+        if whole:
+            return Refuses(200, message | {"stop_reason": "refusal", "stop_details": details})
+        events: list[dict[str, Any]] = [{"type": "message_start", "message": message | {"content": []}}]
+        for n, block in enumerate(blocks):
+            events += [{"type": "content_block_start", "index": n, "content_block": block}]
+            events += [{"type": "content_block_stop", "index": n}]
+        delta = {"stop_reason": "refusal", "stop_details": details}
+        events += [{"type": "message_delta", "delta": delta, "usage": usage}, {"type": "message_stop"}]
+        return Streams(tuple(b"data: " + msgspec.json.encode(event) + b"\n\n" for event in events), done=False)
+
+    text = {"type": "text", "text": "Half an answer"}
+    prompt = Prompt("", (UserTurn("?"),))
+    for blocks, expected in (
+        ((), ("I cannot do that.", "refusal")),
+        ((thought,), ("I cannot do that.", "refusal")),
+        ((text,), ("Half an answer", "content_filter")),
+    ):
+        server.script(ANTHROPIC.partition("/")[2], refused(why, *blocks))
+        answer = await ask(server, providers, ANTHROPIC, prompt)
+        assert (answer.text, answer.finish_reason, answer.usage.output_tokens) == (*expected, 3)
+    for details in (None, why | {"explanation": None}, why | {"explanation": " "}, why | {"explanation": 7}):
+        server.script(ANTHROPIC.partition("/")[2], refused(details, thought))
+        with pytest.raises(ModelFailed, match="content filter withheld the answer"):
+            await ask(server, providers, ANTHROPIC, prompt)
+
+
 async def test_an_endless_answer_is_a_failure(
     server: ModelServer, providers: Providers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -457,7 +457,7 @@ def test_images_and_files_in_the_result_of_a_function_are_left_out() -> None:
         ("input", [{"content": "Hi"}], "input[0].role"),
         ("instructions", "x" * 100_001, "instructions"),
         ("tools", [{"type": "web_search"}], "tools[0].type"),
-        ("tools", [TOOL], "tools[0].name"),
+        ("tools", [{"type": "function"}], "tools[0].name"),
         ("tools", [{"type": "function", "name": "f", "parameters": {"type": "array"}}], "tools[0].parameters.type"),
         ("tool_choice", {"type": "function", "name": "f"}, "tool_choice.name"),
         ("reasoning", {"effort": "High\n"}, "reasoning.effort"),
@@ -565,10 +565,28 @@ def test_tools_are_offered_as_the_choice_says() -> None:
         ("none", (), False),
         ("required", both, True),
         ({"type": "function", "function": {"name": "time"}}, (time,), True),
+        # Words and shapes of Mistral, Anthropic, TGI and of the other API.
+        ("any", both, True),
+        ({"type": "auto"}, both, False),
+        ({"type": "none"}, (), False),
+        ({"type": "any", "disable_parallel_tool_use": False}, both, True),
+        ({"type": "tool", "name": "time"}, (time,), True),
+        ("time", (time,), True),
+        ({"type": "function", "name": "time"}, (time,), True),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [TIME]}, (time,), False),
     ):
         for parallel in (None, True, False):
             found = offered(PLACE, TIME, tool_choice=choice, parallel_tool_calls=parallel)
             assert (found.tools, found.must_call, found.parallel) == (tools, must_call, parallel is not False)
+
+
+def test_functions_are_taken_in_the_form_of_the_other_api() -> None:
+    flat, nested = {"type": "function"} | PLACE, {"type": "function", "function": PLACE}
+    assert chat(tools=[flat]) == offered(PLACE) == responses(tools=[nested])
+    chosen = {"type": "function", "function": {"name": "place"}}
+    assert responses(tools=[nested], tool_choice=chosen) == offered(PLACE, tool_choice=chosen)
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [flat]}}
+    assert responses(tools=[flat], tool_choice=allowed) == offered(PLACE, tool_choice="required")
 
 
 def test_calls_and_their_results_are_told_each_with_its_call() -> None:
@@ -637,7 +655,8 @@ def test_the_items_of_a_response_are_the_same_conversation() -> None:
         ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
         ({"tools": ["place"]}, "tools[0]"),
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
-        ({"tools": [{"type": "function", "name": "x"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "name": "x", "parameters": 7}]}, "tools[0].parameters"),
         ({"tools": [function()]}, "tools[0].function.name"),
         ({"tools": [TOOL, function(name="a place")]}, "tools[1].function.name"),
         ({"tools": [function(name="x" * 65)]}, "tools[0].function.name"),
@@ -647,7 +666,12 @@ def test_the_items_of_a_response_are_the_same_conversation() -> None:
         ({"tools": [function(name="x", parameters="{}")]}, "tools[0].function.parameters"),
         ({"tools": [function(name="x", parameters={"type": "array"})]}, "tools[0].function.parameters.type"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+        ({"tool_choice": "any"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": "some"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {}}, "tool_choice.function"),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice.name"),
+        ({"tools": [TOOL], "tool_choice": {"type": ["any"]}}, "tool_choice.type"),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
         ({"tools": [TOOL], "tool_choice": {"type": "custom"}}, "tool_choice.type"),
         ({"tools": [TOOL], "tool_choice": function(name="x")}, "tool_choice.function.name"),
         ({"tools": [TOOL], "tool_choice": function(name=["f"])}, "tool_choice.function.name"),
