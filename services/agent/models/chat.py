@@ -7,8 +7,10 @@ One streaming request and its answer by hand. The provider's library takes sever
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 from uuid import uuid4
@@ -19,7 +21,7 @@ import msgspec
 from infra import VERSION
 from infra.errors import InvalidMessage, TooLarge
 from infra.observe.redaction import redacted
-from infra.outgoing.retry_after import retry_after
+from infra.outgoing.retry_after import delay, retry_after
 from services.agent.models.contract import (
     AssistantTurn,
     Extra,
@@ -53,6 +55,14 @@ FIRST_TOKEN_SECONDS = 120.0
 TRANSIENT_STATUS = (408, 409, 425, 429)
 # Groq refuses calls and JSON that the model has written badly. The next ones may be better.
 _MISWRITTEN = (b"tool_use_failed", b"json_validate_failed")
+# llama.cpp and Ollama answer 500 to a request that they can never take: with images, with tools, or too long.
+_NEVER_TAKEN = re.compile(
+    rb"image input|content.(part|type)|multimodal|mmproj|--jinja|context.(size|length|window)", re.IGNORECASE
+)
+# Gemini names the delay in the body and in no header. It is longer than all pauses of a run without it.
+_DELAY = re.compile(
+    rb'(?:retryDelay"\s*:\s*"|\b(?:retry|try again) (?:in|after) )([0-9]{1,9}(?:\.[0-9]{1,9})?) ?s', re.IGNORECASE
+)
 # The fields around the object that tells of an error.
 _AROUND_ERRORS = ("error", "errors", "base_resp", "choices")
 # Parts of the words in which servers say why an answer ended. The first row that has one counts, because some say it
@@ -208,7 +218,7 @@ class ChatModel:
             told = _error(chunk)
             status = _status(told)
             reason = f"{self._name}: the server failed during the answer{_detail(status, told)}"
-            raise ModelFailed(reason, transient=status is None or _is_transient(status, data))
+            raise ModelFailed(reason, transient=status is None or _is_transient(status, data), after=_delay(data))
         if not isinstance(chunk, dict) or not isinstance(chunk.get("choices"), list | None):
             raise ModelFailed(f"{self._name}: the answer is malformed", transient=True)
         return chunk
@@ -220,7 +230,8 @@ class ChatModel:
         except (msgspec.DecodeError, RecursionError):
             error = {}
         reason = f"{self._name}: HTTP {status}{_detail(status, error)}"
-        return ModelFailed(reason, transient=_is_transient(status, body), after=retry_after(response.headers))
+        after = retry_after(response.headers) or _delay(body)
+        return ModelFailed(reason, transient=_is_transient(status, body), after=after)
 
     def _answer(self, received: _Received, names: Mapping[str, str]) -> ModelAnswer:
         text, calls = "".join(received.text), tuple(received.calls.values())
@@ -454,6 +465,8 @@ def _error(given: Any) -> Mapping[str, Any]:
     while True:
         if isinstance(given, dict):
             inner = next((given[name] for name in _AROUND_ERRORS if given.get(name)), None)
+            if inner is None and isinstance(given.get("message"), dict):
+                inner = given["message"]  # Mistral
             if inner is None:
                 return given
             given = inner
@@ -472,9 +485,17 @@ def _status(error: Mapping[str, Any]) -> int | None:
     return None
 
 
+def _delay(body: bytes) -> timedelta | None:
+    """The delay that an error names in its words."""
+    named = _DELAY.search(body)
+    return delay(float(named[1])) if named else None
+
+
 def _is_transient(status: int, body: bytes) -> bool:
     if status == 429 and (b"insufficient_quota" in body or b"PerDay" in body):
         return False  # it does not pass by itself in the time of a run
+    if status == 500 and _NEVER_TAKEN.search(body):
+        return False
     return status >= 500 or status in TRANSIENT_STATUS or any(code in body for code in _MISWRITTEN)
 
 
@@ -486,5 +507,13 @@ def _detail(status: int | None, error: Mapping[str, Any]) -> str:
     # OpenRouter has the words of its provider beside its own.
     told = [error.get(name) for name in ("message", "detail", "msg", "status_msg")]
     told += [metadata.get("raw")] if isinstance(metadata, dict) else []
-    message = ": ".join(one for one in told if isinstance(one, str) and one)
+    message = ": ".join(filter(None, map(_words, told)))
     return f": {redacted(message)[:300]}" if message else ""
+
+
+def _words(told: object) -> str:
+    """A text, or the fields that FastAPI refuses. Their values are left out: they may be a person's text."""
+    if isinstance(told, list):
+        fields = [(one.get("loc"), one.get("msg")) for one in told if isinstance(one, dict)]
+        return "; ".join(f"{'.'.join(map(str, loc))}: {msg}" for loc, msg in fields if isinstance(loc, list))
+    return told if isinstance(told, str) else ""

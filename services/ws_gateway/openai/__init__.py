@@ -5,7 +5,8 @@ https://platform.openai.com/docs/api-reference. These rules fill gaps of the sta
 
 - A request is stateless: it carries the whole conversation, and its run has its own session. The last message is from
   the user, or has the results of tools for the user's message. It goes to the model verbatim. ``system`` and
-  ``developer`` messages (``instructions``) are added to the agent's own system prompt.
+  ``developer`` messages (``instructions``) are added to the agent's own system prompt; if there are no others, the last
+  of them is answered.
 - A user's images are addresses, or data URLs of at most 5 MB each and 20 MB in a request. In the place of an image or
   a file in a function's result, the model reads that it was left out.
 - A reference to an item of an earlier answer (``item_reference``) is the reply or the call of its run, as long as the

@@ -129,6 +129,9 @@ def conversation(field: str, turns: Iterable[Turn], constraints: Constraints) ->
     check(not open_, field, _unanswered(open_))
     check(sum(len(turn.images) for turn in said) <= MAX_IMAGES, field, f"must have {MAX_IMAGES} images at most")
     check(not empty, empty, "must not be empty")
+    if not said and system and system[-1].strip():
+        # A prompt alone, as workflow tools send it: the model answers it.
+        said.append(Earlier("user", system.pop()))
     asks = [n for n, turn in enumerate(said) if turn.role == "user"]
     check(bool(asks) and said[-1].role != "assistant", field, "the last message must be of the user, or of a tool")
     last = asks[-1]

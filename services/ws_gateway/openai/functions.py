@@ -36,7 +36,9 @@ def tools_of(
         check(function["name"] not in found, f"{where}.name", "is there twice")
         strict = function.get("strict") or False
         check(isinstance(strict, bool), f"{where}.strict", "must be true or false")
-        parameters = _parameters(function.get("parameters"), f"{where}.parameters")
+        # Anthropic's name of the field: clients that take one form for the other send it, too.
+        given_name = "input_schema" if "input_schema" in function else "parameters"
+        parameters = _parameters(function.get(given_name), f"{where}.{given_name}")
         if strict:
             parameters = _schema(parameters, f"{where}.parameters", budget)
         description = string(function.get("description") or "", f"{where}.description")

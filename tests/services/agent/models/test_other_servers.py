@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any
 
 import httpx2
@@ -653,6 +654,22 @@ REFUSALS: dict[str, tuple[Refuses, bool]] = {
     "gemini: overloaded": (Refuses(503, [{"error": {"code": 503, "message": "overloaded"}}]), True),
     "deepseek: no balance": (Refuses(402, {"error": {"message": "Insufficient Balance"}}), False),
     "mistral: fields": (Refuses(422, {"object": "error", "message": {"detail": [{"loc": ["body", "x"]}]}}), False),
+    "llama.cpp: no images": (
+        Refuses(500, {"error": {"code": 500, "message": "image input is not supported - hint: provide the mmproj"}}),
+        False,
+    ),
+    "llama.cpp: no tools": (
+        Refuses(500, {"error": {"code": 500, "message": "tools param requires --jinja flag"}}),
+        False,
+    ),
+    "llama.cpp: too long": (
+        Refuses(500, {"error": {"code": 500, "message": "the request exceeds the available context size."}}),
+        False,
+    ),
+    "ollama: no images": (
+        Refuses(500, {"error": {"message": "this model is missing data required for image input"}}),
+        False,
+    ),
     "openrouter: upstream": (Refuses(502, {"error": {"code": 502, "message": "Provider returned error"}}), True),
     "cloudflare: a page": (Refuses(520, "<html>Web server is returning an unknown error</html>"), True),
     "a proxy: gone for a while": (Refuses(529, {"type": "error", "error": {"type": "overloaded_error"}}), True),
@@ -678,6 +695,55 @@ async def test_a_refusal_is_told_apart(server: ModelServer, providers: Providers
         await ask(server, providers)
     assert failed.value.transient is transient
     assert failed.value.reason
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (
+            {"detail": [{"loc": ["body", "top_k"], "msg": "not permitted", "input": "private"}]},
+            "body.top_k: not permitted",
+        ),
+        (
+            {"object": "error", "message": {"detail": [{"loc": ["body", "n", 0], "msg": "too large"}, 7]}},
+            "body.n.0: too large",
+        ),
+        ({"detail": [{"msg": "bad"}]}, ""),
+    ],
+)
+async def test_the_fields_that_a_server_refuses_are_named_without_their_values(
+    server: ModelServer, providers: Providers, body: Any, told: str
+) -> None:
+    server.script(MODEL, Refuses(422, body))
+    with pytest.raises(ModelFailed) as failed:
+        await ask(server, providers)
+    assert failed.value.reason == f"openai/{MODEL}: HTTP 422" + (f": {told}" if told else "")
+
+
+RETRY_INFO = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "57.238747106s"}
+
+
+@pytest.mark.parametrize(
+    ("error", "seconds"),
+    [
+        ({"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "Quota", "details": [RETRY_INFO]}, 57.238747),
+        ({"code": 429, "message": "You exceeded your quota. Please retry in 31.5s."}, 31.5),
+        ({"code": 429, "message": "Rate limit reached. Please try again in 20s."}, 20),
+        ({"code": 429, "message": "Please retry after 26 seconds."}, 26),
+        ({"code": 429, "message": "Please try again in 6m0s."}, None),
+        ({"code": 429, "message": "Please try again in 20ms."}, None),
+        ({"code": 429, "message": "Please try again later"}, None),
+    ],
+)
+async def test_a_delay_in_the_words_of_an_error_is_kept(
+    server: ModelServer, providers: Providers, error: Any, seconds: float | None
+) -> None:
+    expected = None if seconds is None else timedelta(seconds=seconds)
+    server.script(MODEL, Refuses(429, [{"error": error}]), of(sse({"error": error})))
+    for _ in range(2):
+        with pytest.raises(ModelFailed) as failed:
+            await ask(server, providers)
+        assert (failed.value.transient, failed.value.after) == (True, expected)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,12 @@ def test_the_last_message_is_asked_what_was_before_is_history_and_system_message
     assert chat() == CompletionRequest("Hi", [], None)
 
 
+def test_a_system_message_alone_is_answered() -> None:
+    said = [{"role": "system", "content": "In French."}, {"role": "developer", "content": "Write a poem."}]
+    assert chat(*said) == CompletionRequest("Write a poem.", [], "In French.")
+    assert chat(said[0], {"role": "user", "content": "Hi"}) == CompletionRequest("Hi", [], "In French.")
+
+
 def test_the_input_of_a_response_is_text_or_messages() -> None:
     assert responses("Hi", instructions="Be brief.") == CompletionRequest("Hi", [], "Be brief.")
     answer = {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed"}
@@ -337,7 +343,7 @@ def test_arguments_of_an_earlier_call_may_be_cut_or_an_object(arguments: Any, ex
             "messages[2].name",
         ),
         ([HI, {"role": "assistant", "content": "Well"}], "messages"),
-        ([{"role": "system", "content": "Be brief."}], "messages"),
+        ([{"role": "system", "content": " "}], "messages"),
     ],
 )
 def test_a_message_that_an_agent_cannot_take_is_named(messages: list[Any], param: str) -> None:
@@ -583,6 +589,9 @@ def test_tools_are_offered_as_the_choice_says() -> None:
 def test_functions_are_taken_in_the_form_of_the_other_api() -> None:
     flat, nested = {"type": "function"} | PLACE, {"type": "function", "function": PLACE}
     assert chat(tools=[flat]) == offered(PLACE) == responses(tools=[nested])
+    assert chat(tools=[{"name": "place", "description": "Where.", "input_schema": CITY}]) == offered(
+        {name: value for name, value in PLACE.items() if name != "strict"}
+    )
     chosen = {"type": "function", "function": {"name": "place"}}
     assert responses(tools=[nested], tool_choice=chosen) == offered(PLACE, tool_choice=chosen)
     allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [flat]}}
