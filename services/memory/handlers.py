@@ -30,7 +30,6 @@ from services.memory.lanes import (
 )
 from services.memory.memories.conversations import KEEP, Conversations
 from services.memory.memories.forgetting import erase
-from services.memory.memories.keeping import Keeping
 from services.memory.memories.learning import FinishedRun, Learning
 
 
@@ -56,12 +55,11 @@ async def remember_run(event: RunCompleted, tx: Tx, conversations: Conversations
 
 
 @AGENT_EVENTS.each(RunMessageDeleted, group="memory")
-async def forget_message(event: RunMessageDeleted, tx: Tx, keeping: Keeping, learning: Learning) -> None:
+async def forget_message(event: RunMessageDeleted, tx: Tx, learning: Learning) -> None:
     """The facts that were learned from the run are forgotten. Rules search the words that are left."""
-    await keeping.withdraw(tx, event.subject_id, event.run_id)
     # The time of the deletion would make these facts newer than those that were said since.
     run = FinishedRun(event.run_id, event.subject_id, event.channel_id, None, time_of(event.run_id))
-    for memory_id in await learning.by_rules(tx, run, event.said, after_deletion=True):
+    for memory_id in await learning.after_deletion(tx, run, event.said):
         enqueue_memory(tx, memory_id)
 
 

@@ -117,6 +117,7 @@ TABLES: dict[str, Source | Derived | Work] = {
     "log_aggregator.audit_verification": Work("results of verifications of the chains"),
     "memory.document": Source("made by tenants; its file is in the object store"),
     "memory.embedding_model": Source("the model of the settings, and those before it"),
+    "memory.forgotten_fact": Source("facts that people have forgotten or corrected"),
     "memory.index_engine": Source("made by operators"),
     "memory.index_row": Work("the index in PostgreSQL, filled from the vectors of passages by `./claw memory migrate`"),
     "memory.memory": Derived("memory.memories"),

@@ -93,6 +93,12 @@ class MemoryParted(msgspec.Struct, frozen=True, kw_only=True):
     """The memory that it was a part of is gone: it stands for itself again."""
 
 
+class MemoryWithdrawn(msgspec.Struct, frozen=True, kw_only=True):
+    """The message in which this run said the fact was deleted. The fact was said elsewhere, too."""
+
+    run_id: UUID
+
+
 class MemoryForgotten(msgspec.Struct, frozen=True, kw_only=True):
     """A client deleted the memory, or it was divided into its parts."""
 
@@ -107,6 +113,7 @@ Event = (
     | MemoryArchived
     | MemoryRestored
     | MemoryParted
+    | MemoryWithdrawn
     | MemoryForgotten
 )
 
@@ -178,6 +185,8 @@ def evolve(state: State | None, event: Event) -> State | None:
             return msgspec.structs.replace(state, archived_at=None, topic=topic, replaced_by=None)
         case MemoryParted():
             return msgspec.structs.replace(state, replaced_by=None)
+        case MemoryWithdrawn():
+            return msgspec.structs.replace(state, uses=max(0, state.uses - 1))
         case MemoryForgotten():
             return None
         case _:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -33,6 +35,37 @@ async def is_withdrawn(tx: Tx, subject_id: str, id_: UUID) -> bool:
     )
 
 
+async def mark_forgotten(tx: Tx, subject_id: str, facts: Collection[bytes]) -> None:
+    """Of these facts of the person `is_forgotten` is true if they were said until now. facts: digests of
+    texts, and ids of runs. The place of the person's memories must be locked."""
+    await tx.sql(
+        """
+        INSERT INTO forgotten_fact (tenant_id, subject_id, fact, forgotten_at)
+        SELECT $1, $2, fact, clock_timestamp() FROM unnest($3::bytea[]) AS n(fact)
+        ON CONFLICT (tenant_id, subject_id, fact) DO UPDATE SET forgotten_at = excluded.forgotten_at
+        """,
+        tx.tenant_id,
+        subject_id,
+        sorted(facts),
+    )
+
+
+async def is_forgotten(tx: Tx, subject_id: str, facts: Collection[bytes | None], at: datetime) -> bool:
+    """True if the person has forgotten or corrected one of these facts since `at`."""
+    return bool(
+        await tx.sql(
+            """
+            SELECT FROM forgotten_fact
+            WHERE tenant_id = $1 AND subject_id = $2 AND fact = ANY($3::bytea[]) AND forgotten_at >= $4
+            """,
+            tx.tenant_id,
+            subject_id,
+            list(facts),
+            at,
+        )
+    )
+
+
 async def remove_texts(tx: Tx, memories: Aggregate[Any], id_: UUID) -> None:
     """Removes the texts from the events of a memory that is gone. Its state is the same without them."""
     rows = await tx.sql(
@@ -50,6 +83,7 @@ async def remove_texts(tx: Tx, memories: Aggregate[Any], id_: UUID) -> None:
 async def erase(tx: Tx, tenant_id: str, subject_id: str) -> None:
     """Deletes everything that was learned from an erased person, and the memories that were made of it."""
     await lock(tx, "user", subject_id)
+    await tx.sql("DELETE FROM forgotten_fact WHERE tenant_id = $1 AND subject_id = $2", tx.tenant_id, subject_id)
     await tx.sql(
         """
         DELETE FROM memory

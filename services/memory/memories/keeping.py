@@ -6,7 +6,7 @@ two processes hear at once is one memory, and a contradiction finds the fact tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, get_args
 from uuid import UUID
@@ -29,16 +29,19 @@ from services.memory.memories.events import (
     MemoryRepeated,
     MemoryReplaced,
     MemoryRestored,
+    MemoryWithdrawn,
     Scope,
     State,
     evolve,
 )
 from services.memory.memories.extraction import Kind, normal, topic_of
-from services.memory.memories.forgetting import mark_withdrawn, remove_texts
+from services.memory.memories.forgetting import is_forgotten, mark_forgotten, mark_withdrawn, remove_texts
 from services.memory.memories.store import Memory, lock
 
 # One memory is made of at most so many.
 MAX_PARTS = 20
+RULES = "rules"
+"""`New.learned_by` of a fact that rules found."""
 
 MEMORY: Aggregate[State | None] = Aggregate(
     name="memory",
@@ -76,6 +79,7 @@ class New(NamedTuple):
     expires_at: datetime | None = None
     channel_id: UUID | None = None
     learned_by: str = ""
+    """RULES, or the name of the model that found the fact; empty: a client wrote it."""
     same_as: UUID | None = None
     """A memory that a model takes for the same fact. It has no effect unless it is in force in the same place."""
     replaces: UUID | None = None
@@ -92,12 +96,22 @@ class _Known(NamedTuple):
     """The memory in force that was made of it and others; None: it is in force itself."""
 
 
+class _Said(NamedTuple):
+    """The origins of a memory."""
+
+    runs: set[UUID | None]
+    """Those that have said it, without those whose message was deleted. None: a client wrote it."""
+    digests: set[bytes]
+    """Of its texts."""
+
+
 class Keeping:
     def __init__(self, subjects: SubjectKeys) -> None:
         self._subjects = subjects
 
     async def learn(self, tx: Tx, new: New) -> tuple[UUID, bool]:
-        """The id of the memory with this fact, and whether it is a new one. Raises Erased."""
+        """The id of the memory with this fact, and whether it is a new one. A fact that was found in words from before
+        the person forgot or corrected it gets no memory. Raises Erased."""
         tenant_id = str(tx.tenant_id)
         key = await self._subjects.key(tx, tenant_id, new.subject_id)
         digest = key.digest(normal(new.text))
@@ -106,8 +120,15 @@ class Keeping:
         if await self._state(tx, new.id):
             # A client may have corrected it.
             return new.id, False
+        origins = [digest, new.run_id.bytes if new.run_id else None]
+        if new.learned_by and await is_forgotten(tx, new.scope_id, origins, new.at):
+            return new.id, False
         for same in await _known(tx, new, "(m.digest = $4 OR m.id = $5)", digest, new.same_as):
             id_ = same.whole or same.id
+            said = await _said(tx, [id_, same.id])
+            if new.run_id and any(new.run_id in each.runs for each in said.values()):
+                # After a deletion, the words that are left of a run are searched again.
+                return id_, False
             # Only one memory in force has the topic: the other one.
             taken = topic and await _known(tx, new, "m.topic = $4 AND m.id <> $5", topic, id_)
             repeated = MemoryRepeated(run_id=new.run_id, at=new.at, topic=None if taken else topic)
@@ -182,7 +203,10 @@ class Keeping:
             raise NotFound(f"memory {memory.id}: does not exist")
         if state.replaced_by is None and await _known(tx, state, _SAME_TEXT, digest, memory.id):
             raise Conflict("text: another memory says the same")
-        topic = state.topic if digest == state.digest else await self._new_topic(tx, key, state, memory)
+        topic = state.topic
+        if digest != state.digest:
+            topic = await self._new_topic(tx, key, state, memory)
+            await _mark_forgotten(tx, memory.id, state)
         changed = MemoryChanged(
             by=by,
             text=_seal(key, tenant_id, memory.id, memory.text),
@@ -244,33 +268,50 @@ class Keeping:
             memory.id,
         )
         for (row_id,) in rows:
-            await self._write(tx, row_id, MemoryForgotten(by=by))
+            if state := await self._state(tx, row_id):
+                await _mark_forgotten(tx, row_id, state)
+                await self._forget(tx, row_id, by)
 
-    async def withdraw(self, tx: Tx, subject_id: str, run_id: UUID) -> None:
-        """Forgets the facts that were learned from a run with a deleted message, and removes their texts from the
-        stored events. A fact that the person has said again elsewhere stays. A fact that a forgotten one had replaced
-        is in force again. From now on `is_withdrawn` is true of this run."""
+    async def withdraw(self, tx: Tx, subject_id: str, run_id: UUID, left: Sequence[str]) -> None:
+        """Forgets the facts that only a run with a deleted message has said. A fact that a forgotten one had replaced
+        is in force again. From now on `is_withdrawn` is true of this run.
+
+        left: the facts in the other messages of the run. Their memories stay as they are, also if they were corrected.
+        Raises Erased.
+        """
         await lock(tx, "user", subject_id)
         await mark_withdrawn(tx, run_id)
+        key = await self._subjects.key(tx, str(tx.tenant_id), subject_id)
+        stated = {key.digest(normal(text)) for text in left}
         rows = await tx.sql(
-            "SELECT id FROM memory WHERE tenant_id = $1 AND run_id = $2 ORDER BY id", tx.tenant_id, run_id
+            """
+            SELECT id
+            FROM memory
+            WHERE tenant_id = $1 AND (run_id = $2 OR (scope = 'user' AND scope_id = $3))
+            ORDER BY id
+            """,
+            tx.tenant_id,
+            run_id,
+            subject_id,
         )
-        for (id_,) in rows:
-            state = await self._state(tx, id_)
+        for id_, said in (await _said(tx, [id_ for (id_,) in rows])).items():
+            state = await self._state(tx, id_) if run_id in said.runs else None
             # It is gone if it was divided with another one.
-            if state is None or state.uses:
+            if state is None or stated & {state.digest, *said.digests}:
+                continue
+            if said.runs != {run_id}:
+                await self._write(tx, id_, MemoryWithdrawn(run_id=run_id))
                 continue
             await self._divide_whole_of(tx, id_, "")
             if state.parts:
                 await self._divide(tx, id_, "")
             else:
                 await self._take_back(tx, id_, state)
-            await remove_texts(tx, MEMORY, id_)
 
     async def _take_back(self, tx: Tx, id_: UUID, state: State) -> None:
         """Forgets a memory. The newest one that it had replaced takes its place, and replaces the others."""
         older = await tx.sql("SELECT id FROM memory WHERE replaced_by = $1 ORDER BY said_at DESC, id DESC", id_)
-        await self._write(tx, id_, MemoryForgotten(by=""))
+        await self._forget(tx, id_, "")
         follower = state.replaced_by
         for n, (other,) in enumerate(older):
             if n or follower:
@@ -290,9 +331,13 @@ class Keeping:
     async def _divide(self, tx: Tx, whole: UUID, by: str) -> None:
         parts = await tx.sql("SELECT id FROM memory WHERE replaced_by = $1 ORDER BY id", whole)
         # First: a part may say the same as the whole.
-        await self._write(tx, whole, MemoryForgotten(by=by))
+        await self._forget(tx, whole, by)
         for (id_,) in parts:
             await self._write(tx, id_, MemoryParted())
+
+    async def _forget(self, tx: Tx, id_: UUID, by: str) -> None:
+        await self._write(tx, id_, MemoryForgotten(by=by))
+        await remove_texts(tx, MEMORY, id_)
 
     async def _add(
         self,
@@ -382,6 +427,45 @@ async def _known(tx: Tx, place: New | State, condition: str, *arguments: Any) ->
         *arguments,
     )
     return [_Known(*row) for row in rows]
+
+
+async def _mark_forgotten(tx: Tx, id_: UUID, state: State) -> None:
+    """Words from before now do not bring this fact back."""
+    if state.scope != "user":
+        return
+    facts = {state.digest}
+    if state.learned_by not in ("", RULES):
+        # Rules find the person's own sentence in such a run, which has other words.
+        facts |= {run_id.bytes for said in (await _said(tx, [id_])).values() for run_id in said.runs if run_id}
+    await mark_forgotten(tx, state.scope_id, facts)
+
+
+async def _said(tx: Tx, ids: Sequence[UUID]) -> Mapping[UUID, _Said]:
+    """How each of the memories was said, by its id."""
+    rows = await tx.sql(
+        """
+        SELECT stream_id, type, schema_version, data
+        FROM event
+        WHERE stream_id = ANY($1::text[])
+            AND type IN ('MemoryLearned', 'MemoryChanged', 'MemoryRepeated', 'MemoryWithdrawn')
+        ORDER BY stream_id, version
+        """,
+        [f"{MEMORY.name}:{id_}" for id_ in ids],
+    )
+    found: dict[UUID, _Said] = {}
+    for stream_id, *stored in rows:
+        id_ = UUID(stream_id.removeprefix(f"{MEMORY.name}:"))
+        match MEMORY.events.decode(*stored):
+            case MemoryLearned() as event:
+                # Of one that was forgotten and learned again, only the last beginning counts.
+                found[id_] = _Said({event.run_id}, {event.digest})
+            case MemoryChanged() as event:
+                found[id_].digests.add(event.digest)
+            case MemoryRepeated() as event:
+                found[id_].runs.add(event.run_id)
+            case MemoryWithdrawn() as event:
+                found[id_].runs.discard(event.run_id)
+    return found
 
 
 async def _is_in_force(tx: Tx, id_: UUID) -> bool:

@@ -17,7 +17,7 @@ from services.memory.indexes.embeddings import Embedder
 from services.memory.indexes.models import EmbeddingModels
 from services.memory.memories.extraction import Kind, facts, normal
 from services.memory.memories.forgetting import is_withdrawn
-from services.memory.memories.keeping import Keeping, New
+from services.memory.memories.keeping import RULES, Keeping, New
 from services.memory.memories.store import Memories
 from services.memory.metering.credit import Credit
 from services.memory.metering.usage import of_client
@@ -64,17 +64,23 @@ class Learning:
         self._models = models
         self._credit = credit
 
-    async def by_rules(self, tx: Tx, run: FinishedRun, said: str, *, after_deletion: bool = False) -> list[UUID]:
+    async def by_rules(self, tx: Tx, run: FinishedRun, said: str) -> list[UUID]:
         """Keeps the facts that rules find in the person's message. Returns the ids of the new memories; the same run
-        always gives the same ids. Keeps nothing of an erased person. Of a run with a deleted message, it keeps only
-        the facts that it finds in the others `after_deletion`."""
-        found = [
-            FoundFact(fact.text, fact.kind, fact.topic, fact.importance, RULE_CONFIDENCE, run.message_id, None, None)
-            for fact in (facts(said) if run.subject_id else ())
-        ]
-        if not after_deletion and await _is_withdrawn(tx, run, found):
+        always gives the same ids. Keeps nothing of an erased person, nor of a run with a deleted message."""
+        found = _found(run, said)
+        if await _is_withdrawn(tx, run, found):
             return []
-        return await self._keep(tx, run, "rules", found, ())
+        return await self._keep(tx, run, RULES, found, ())
+
+    async def after_deletion(self, tx: Tx, run: FinishedRun, said: str) -> list[UUID]:
+        """Forgets the facts that were learned from a run with a deleted message, except those that rules find in the
+        others. Keeps these, as `by_rules`."""
+        found = _found(run, said)
+        try:
+            await self._keeping.withdraw(tx, run.subject_id, run.id, [fact.text for fact in found])
+        except Erased:
+            return []
+        return await self._keep(tx, run, RULES, found, ())
 
     async def by_model(
         self, tx: Tx, run: FinishedRun, model: str, found: Sequence[FoundFact], merged: Sequence[Merged]
@@ -141,6 +147,14 @@ class Learning:
         client = memory.subject_id if memory.speaker == "person" else memory.speaker
         origin = of_client(client, channel_id=memory.channel_id)
         await embed_text(effects, self._models, model, "memory", memory_id, memory.text, tenant_id, origin, credit)
+
+
+def _found(run: FinishedRun, said: str) -> list[FoundFact]:
+    """The facts that rules find in the words of the person."""
+    return [
+        FoundFact(fact.text, fact.kind, fact.topic, fact.importance, RULE_CONFIDENCE, run.message_id, None, None)
+        for fact in (facts(said) if run.subject_id else ())
+    ]
 
 
 async def _is_withdrawn(tx: Tx, run: FinishedRun, learned: Sequence[object]) -> bool:

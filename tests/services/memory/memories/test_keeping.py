@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from infra.clock import uuid7
+from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage
 from infra.postgres.database import Database
 from infra.security.crypto import Cipher
@@ -42,6 +42,7 @@ class Person:
         self.id = f"person-{uuid7()}"
         self._database = database
         self._keeping, self._memories = Keeping(SUBJECTS), Memories(SUBJECTS)
+        self._learning = Learning(self._keeping, self._memories, cast(Any, None), CREDIT)
         self._seconds = 0
 
     def new(self, text: str, **fields: Any) -> New:
@@ -66,15 +67,14 @@ class Person:
         async with self._database.begin(tenant_id=TENANT) as tx:
             return (await self._keeping.learn(tx, self.new(text, **fields)))[0]
 
-    async def tells(self, *texts: str, run_id: UUID | None = None, after_deletion: bool = False) -> list[UUID]:
+    async def tells(self, *texts: str) -> list[UUID]:
         """Says this; rules find the facts. Returns the ids of the runs."""
-        learning = Learning(self._keeping, self._memories, cast(Any, None), CREDIT)
         runs = []
         for text in texts:
             self._seconds += 1
-            run = FinishedRun(run_id or uuid7(), self.id, None, None, BEGAN + timedelta(seconds=self._seconds))
+            run = FinishedRun(uuid7(), self.id, None, None, BEGAN + timedelta(seconds=self._seconds))
             async with self._database.begin(tenant_id=TENANT) as tx:
-                await learning.by_rules(tx, run, text, after_deletion=after_deletion)
+                await self._learning.by_rules(tx, run, text)
             runs.append(run.id)
         return runs
 
@@ -88,9 +88,10 @@ class Person:
             target = id_ if act == "archive" else memory._replace(**changed)
             await getattr(self._keeping, act)(tx, target, "client", *arguments)
 
-    async def deletes(self, run_id: UUID) -> None:
+    async def deletes(self, run_id: UUID, left: str = "") -> list[UUID]:
+        """Deletes a message of the run; these words are left."""
         async with self._database.begin(tenant_id=TENANT) as tx:
-            await self._keeping.withdraw(tx, self.id, run_id)
+            return await self._learning.after_deletion(tx, FinishedRun(run_id, self.id, None, None, BEGAN), left)
 
     async def memories(self) -> list[Memory]:
         async with self._database.begin(tenant_id=TENANT) as tx:
@@ -149,7 +150,7 @@ async def test_what_was_learned_from_a_deleted_message_is_forgotten(database: Da
     async with database.begin(tenant_id=TENANT) as tx:
         assert await learning.by_model(tx, about, "m", [found], []) == []
         assert await learning.by_rules(tx, about, "I am allergic to nuts.") == []
-        assert len(await learning.by_rules(tx, about, "I am allergic to nuts.", after_deletion=True)) == 1
+    assert len(await person.deletes(run, "I am allergic to nuts.")) == 1
 
 
 async def test_what_is_learned_again_after_a_deletion_overwrites_no_other_memory(person: Person) -> None:
@@ -158,9 +159,73 @@ async def test_what_is_learned_again_after_a_deletion_overwrites_no_other_memory
     figs = next(memory.id for memory in await person.memories() if "figs" in memory.text)
     await person.does("change", figs, text="I like ripe figs.")
     # "I live in Oslo." was in the deleted message.
-    await person.deletes(run)
-    await person.tells("I like tea. I like figs.", run_id=run, after_deletion=True)
+    await person.deletes(run, "I like tea. I like figs.")
     assert await person.in_force() == {"I live in Oslo.", "I like tea.", "I like ripe figs."}
+
+
+async def test_what_a_person_forgot_or_corrected_does_not_come_back_with_a_deletion(
+    database: Database, person: Person
+) -> None:
+    said = "I like tea. I am allergic to nuts. I live in Oslo. I like figs."
+    runs = await person.tells(said, said, f"{said} My name is Ann.")
+    ids = {memory.text: memory.id for memory in await person.memories()}
+    await person.does("delete", ids["I like tea."])
+    await person.does("change", ids["I am allergic to nuts."], text="I am allergic to eggs.")
+    await person.does("archive", ids["I live in Oslo."], BEGAN)
+    ann, *kept = await person.memories()
+    assert [memory.uses for memory in kept] == [2, 2, 2]
+    for run, expected in zip(runs, ([ann, *kept], [ann, *kept], kept), strict=True):
+        await person.deletes(run, said)
+        assert await person.memories() == expected
+    assert (await verified(database)).different == 0
+    # Said again since.
+    await person.says("I like tea.", learned_by="rules", at=utcnow() + timedelta(minutes=1))
+    assert "I like tea." in await person.in_force()
+
+
+async def test_what_a_model_found_and_a_person_forgot_is_not_found_by_rules(person: Person) -> None:
+    run, again, other = uuid7(), uuid7(), uuid7()
+    nuts = await person.says("Nuts are dangerous.", run_id=run)
+    await person.says("Cannot eat nuts.", same_as=nuts, run_id=again)
+    await person.says("Lives at the harbour.", run_id=other, topic="home")
+    await person.does("delete", nuts)
+    await person.does("change", (await person.memories())[0].id, text="Has a flat at the harbour.")
+    for each in (run, again, other):
+        assert await person.deletes(each, "I am allergic to nuts. I live in Oslo.") == []
+    assert await person.in_force() == set()
+
+
+async def test_a_fact_is_forgotten_with_the_last_message_that_said_it(database: Database, person: Person) -> None:
+    first, second, third = await person.tells("I like tea.", "I like tea!", "i like tea. I live in Oslo.")
+    for run, uses in ((second, 1), (second, 1), (first, 0)):
+        await person.deletes(run)
+        assert [memory.uses for memory in await person.memories() if "tea" in memory.text] == [uses]
+    await person.deletes(third, "I live in Oslo.")
+    assert await person.in_force() == {"I live in Oslo."}
+    assert (await verified(database)).different == 0
+
+
+async def test_the_texts_of_forgotten_memories_are_removed_from_their_events(
+    database: Database, person: Person
+) -> None:
+    tea, figs = await person.says("Likes tea."), await person.says("Likes figs.")
+    oslo = await person.says("Lives in Oslo.")
+    bergen = await person.says("Lives in Bergen.", replaces=oslo)
+    whole = await person.merges("Likes tea and figs.", tea, figs)
+    await person.does("change", figs, text="Likes ripe figs.")
+    await person.does("delete", figs)
+    await person.does("delete", bergen)
+    async with database.begin(tenant_id=TENANT) as tx:
+        rows = await tx.sql(
+            """
+            SELECT substr(stream_id, 8)::uuid, convert_from(data, 'UTF8')::jsonb->>'text' = ''
+            FROM event
+            WHERE type IN ('MemoryLearned', 'MemoryChanged') AND substr(stream_id, 8)::uuid = ANY($1::uuid[])
+            """,
+            [tea, figs, oslo, bergen, whole],
+        )
+    assert sorted(rows) == sorted([(tea, False), *((id_, True) for id_ in (figs, figs, oslo, bergen, whole))])
+    assert (await verified(database)).different == 0
 
 
 async def test_a_forgotten_fact_gives_its_place_to_the_one_before(person: Person) -> None:
