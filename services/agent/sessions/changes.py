@@ -37,6 +37,7 @@ _CORRECTION = "[The person has edited an earlier message. It now reads:]\n"
 
 
 class _Stored(NamedTuple):
+    id: UUID
     run_id: UUID
     subject_id: str
     text: bytes
@@ -49,6 +50,8 @@ class _Run(NamedTuple):
     status: str
     is_new: bool
     """It has never begun. One that goes on after a pause is queued, too."""
+    never_began: bool
+    """It is over, and has never begun: a person had taken the session over, or it was cancelled before."""
 
 
 async def change(tx: Tx, subjects: SubjectKeys, changed: MessageChanged, sequence: str) -> None:
@@ -59,7 +62,7 @@ async def change(tx: Tx, subjects: SubjectKeys, changed: MessageChanged, sequenc
     assert tx.tenant_id
     rows = await tx.sql(
         """
-        SELECT s.run_id, s.run_messages, s.run_waits, q.last
+        SELECT s.run_id, s.run_messages, s.run_waits, q.last, s.taken_over_by IS NOT NULL
         FROM session s JOIN sequence q ON q.tenant_id = s.tenant_id AND q.name = $3 AND q.key = s.session_key
         WHERE s.tenant_id = $1 AND s.session_key = $2
         FOR UPDATE OF s
@@ -70,59 +73,82 @@ async def change(tx: Tx, subjects: SubjectKeys, changed: MessageChanged, sequenc
     )
     if not rows or rows[0][3] < changed.position:
         raise Transient("the message of the change has not been handled yet")
-    session = Session(*rows[0][:3])
-    found = await tx.sql(
+    session, taken_over = Session(*rows[0][:3]), rows[0][4]
+    try:
+        key = await subjects.key(tx, tx.tenant_id, changed.subject_id)
+    except Erased:
+        return
+    messages = await _messages(tx, changed, key)
+    if not messages:
+        return  # It was dropped, because its person was erased.
+    if changed.deleted:
+        for message in messages:
+            await _delete(tx, changed, message, await _lock_run(tx, message.run_id), session, key)
+        return
+    original, message = messages[0], messages[-1]
+    if original.decides or changed.order <= original.changed:
+        return  # A decision was taken by its first text.
+    text = changed.text if message is original else _CORRECTION + changed.text
+    context = tx.tenant_id, message.subject_id, str(message.id), "text"
+    if key.open(message.text, *context) == text:
+        return
+    run = await _lock_run(tx, message.run_id)
+    # A run that ended before it began has answered nothing: later runs are shown the new text.
+    is_unread = run.never_began or await _has_not_begun(tx, changed.session_key, message.run_id, run, session)
+    if is_unread and not (changed.has_files and message is original):
+        await tx.sql(
+            "UPDATE message SET text = $3 WHERE tenant_id = $1 AND message_id = $2",
+            tx.tenant_id,
+            message.id,
+            key.seal(text, *context),
+        )
+    elif is_unread or run.status in projections.STOPPABLE or taken_over:
+        await intake.take_in(tx, _correction(tx, changed), subjects)
+    await tx.sql(
+        "UPDATE message SET changed = $3 WHERE tenant_id = $1 AND message_id = $2",
+        tx.tenant_id,
+        original.id,
+        changed.order,
+    )
+
+
+async def _messages(tx: Tx, changed: MessageChanged, key: DataKey) -> list[_Stored]:
+    """The message, and then the further messages with its edits, in order. Empty if it is not stored."""
+    rows = await tx.sql(
         """
-        SELECT run_id, subject_id, text, decides, changed
-        FROM message
-        WHERE tenant_id = $1 AND message_id = $2
+        SELECT m.message_id, m.run_id, m.subject_id, m.text, m.decides, m.changed
+        FROM message o JOIN message m
+            ON m.tenant_id = o.tenant_id AND m.session_key = o.session_key AND m.subject_id = o.subject_id
+            AND m.seq >= o.seq AND m.vendor_message_id = o.vendor_message_id
+        WHERE o.tenant_id = $1 AND o.message_id = $2
+        ORDER BY m.seq
         """,
         tx.tenant_id,
         changed.message_id,
     )
-    # None: it was dropped, because its person was erased.
-    for row in found:
-        message = _Stored(*row)
-        try:
-            key = await subjects.key(tx, tx.tenant_id, message.subject_id)
-        except Erased:
-            return
-        # Locks the run: a worker that begins it at the same time waits, and then reads the changed message.
-        [run] = await tx.sql(
-            "SELECT status, status = 'queued' AND started_at IS NULL FROM run WHERE id = $1 FOR UPDATE", message.run_id
-        )
-        if changed.deleted:
-            await _delete(tx, changed, message, _Run(*run), session, key)
-        else:
-            await _edit(tx, subjects, changed, message, _Run(*run), session, key)
-
-
-async def _edit(
-    tx: Tx,
-    subjects: SubjectKeys,
-    changed: MessageChanged,
-    message: _Stored,
-    run: _Run,
-    session: Session,
-    key: DataKey,
-) -> None:
+    stored = [_Stored(*row) for row in rows]
     assert tx.tenant_id
-    context = tx.tenant_id, message.subject_id, str(changed.message_id), "text"
-    # A decision was taken by its first text.
-    if message.decides or changed.order <= message.changed or key.open(message.text, *context) == changed.text:
-        return
-    text = message.text
-    if not changed.has_files and await _has_not_begun(tx, changed.session_key, message.run_id, run, session):
-        text = key.seal(changed.text, *context)
-    elif run.status in projections.STOPPABLE:
-        await intake.take_in(tx, _correction(tx, changed), subjects)
-    await tx.sql(
-        "UPDATE message SET text = $3, changed = $4 WHERE tenant_id = $1 AND message_id = $2",
-        tx.tenant_id,
-        changed.message_id,
-        text,
-        changed.order,
+    edits = [
+        one
+        for one in stored[1:]
+        if key.open(one.text, tx.tenant_id, one.subject_id, str(one.id), "text").startswith(_CORRECTION)
+    ]
+    return [*stored[:1], *edits]
+
+
+async def _lock_run(tx: Tx, run_id: UUID) -> _Run:
+    """A worker that begins the run at the same time waits, and then reads the changed message."""
+    [run] = await tx.sql(
+        """
+        SELECT status, status = 'queued' AND started_at IS NULL, status <> ALL($2::text[]) AND started_at IS NULL
+        FROM run
+        WHERE id = $1
+        FOR UPDATE
+        """,
+        run_id,
+        [*projections.STOPPABLE],
     )
+    return _Run(*run)
 
 
 async def _has_not_begun(tx: Tx, session_key: str, run_id: UUID, run: _Run, session: Session) -> bool:
@@ -151,12 +177,12 @@ async def _delete(tx: Tx, changed: MessageChanged, message: _Stored, run: _Run, 
         leaves = others > 0
         if not leaves:
             await cancel(tx, message.run_id, DELETED)
-    withdrawn = MessageWithdrawn(message_id=changed.message_id, run_id=message.run_id, leaves=leaves)
+    withdrawn = MessageWithdrawn(message_id=message.id, run_id=message.run_id, leaves=leaves)
     tx.append(stream(tx.tenant_id, changed.session_key), withdrawn)
-    await _remove_text(tx, changed.message_id)
-    await _forget_summary(tx, changed)
+    await _remove_text(tx, message.id)
+    await _forget_summary(tx, changed.session_key, message.id)
     if leaves:
-        await tx.sql("DELETE FROM message WHERE tenant_id = $1 AND message_id = $2", tx.tenant_id, changed.message_id)
+        await tx.sql("DELETE FROM message WHERE tenant_id = $1 AND message_id = $2", tx.tenant_id, message.id)
         await tx.sql(
             """
             UPDATE session SET run_messages = run_messages - 1
@@ -173,13 +199,13 @@ async def _delete(tx: Tx, changed: MessageChanged, message: _Stored, run: _Run, 
             WHERE tenant_id = $1 AND message_id = $2
             """,
             tx.tenant_id,
-            changed.message_id,
-            key.seal(DELETED_TEXT, tx.tenant_id, message.subject_id, str(changed.message_id), "text"),
+            message.id,
+            key.seal(DELETED_TEXT, tx.tenant_id, message.subject_id, str(message.id), "text"),
         )
         await _publish_deletion(tx, changed, message, key)
 
 
-async def _forget_summary(tx: Tx, changed: MessageChanged) -> None:
+async def _forget_summary(tx: Tx, session_key: str, message_id: UUID) -> None:
     """If the summary covers the message, the next run makes a new one. A run that has begun may have read the message:
     it keeps no summary."""
     await tx.sql(
@@ -189,7 +215,7 @@ async def _forget_summary(tx: Tx, changed: MessageChanged) -> None:
         WHERE tenant_id = $1 AND session_key = $2
         """,
         tx.tenant_id,
-        changed.session_key,
+        session_key,
     )
     await tx.sql(
         """
@@ -199,8 +225,8 @@ async def _forget_summary(tx: Tx, changed: MessageChanged) -> None:
             AND summary_seq >= (SELECT seq FROM message WHERE tenant_id = $1 AND message_id = $3)
         """,
         tx.tenant_id,
-        changed.session_key,
-        changed.message_id,
+        session_key,
+        message_id,
     )
 
 
@@ -223,7 +249,7 @@ async def _publish_deletion(tx: Tx, changed: MessageChanged, message: _Stored, k
     deleted = RunMessageDeleted(
         run_id=message.run_id,
         session_key=changed.session_key,
-        message_id=changed.message_id,
+        message_id=message.id,
         subject_id=message.subject_id,
         channel_id=changed.channel_id,
         said=said,

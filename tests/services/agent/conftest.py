@@ -129,6 +129,7 @@ class Tenant:
         order: int = 1,
         has_files: bool = False,
         person: str = "person-1",
+        vendor_message_id: str = "m1",
     ) -> UUID:
         """The person edits a message of `receive`, or deletes it (None)."""
         changed = MessageChanged(
@@ -137,7 +138,7 @@ class Tenant:
             session_key=f"{self.id}-c",
             conversation_id="c",
             subject_id=person,
-            vendor_message_id="m1",
+            vendor_message_id=vendor_message_id,
             message_id=message_id,
             position=position,
             deleted=text is None,

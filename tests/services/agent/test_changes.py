@@ -81,6 +81,55 @@ async def test_a_run_that_has_begun_gets_the_new_text_as_a_further_message(world
     assert [send["text"] for send in await tenant.sent("channel.outbound")] == ["Rain in Bern.", "Sun in Rome."]
 
 
+async def test_a_second_edit_replaces_the_first_one_that_no_run_has_taken(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(system_prompt=tenant.id)
+    go = asyncio.Event()
+    both = asyncio.Event()
+    world.models.script(MODEL, Says("Rain in Bern.", waits=go), Says("Snow in Oslo.", waits=both), Says("Rain again."))
+    taken = await tenant.receive(agent, "Bern?")
+    await asked(world, tenant, 1)
+    await handled(tenant, await tenant.change(agent, taken, "Rome?", order=5))
+    await handled(tenant, await tenant.change(agent, taken, "Oslo?", order=6))
+    # An older edit that comes late.
+    await handled(tenant, await tenant.change(agent, taken, "Paris?", order=4))
+    go.set()
+    await asked(world, tenant, 2)
+    assert of(world, tenant)[1][2:] == [f"{CORRECTED}Oslo?"]
+    # Back to the first text, while the run of the edit is at work.
+    await handled(tenant, await tenant.change(agent, taken, "Bern?", order=7))
+    both.set()
+    await tenant.runs(3)
+    assert of(world, tenant)[2][4:] == [f"{CORRECTED}Bern?"]
+
+
+async def test_the_edits_of_a_deleted_message_are_removed_with_it(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(system_prompt=tenant.id)
+    go = asyncio.Event()
+    world.models.script(MODEL, Says("One.", waits=go), Says("Two."))
+    taken = await tenant.receive(agent, "first", vendor_message_id="7")
+    await asked(world, tenant, 1)
+    await handled(tenant, await tenant.change(agent, taken, "my password", vendor_message_id="7"))
+    await stored(tenant, 2)
+    await handled(tenant, await tenant.change(agent, taken, None, vendor_message_id="7"))
+    go.set()
+    await tenant.receive(agent, "next", vendor_message_id="8")
+    runs = await tenant.runs(3)
+    # No run answers the edit, and no later run reads it.
+    assert [(run["status"], run["error"]) for run in runs] == [
+        ("completed", None),
+        ("cancelled", DELETED),
+        ("completed", None),
+    ]
+    assert "password" not in str(world.models.asked(MODEL)[-1].body)
+    texts = await rows(
+        tenant,
+        "SELECT convert_from(data, 'UTF8')::jsonb->>'text' = '' FROM event WHERE type = 'MessageAccepted' "
+        "AND stream_id LIKE 'session:' || $1 || '/%' ORDER BY version",
+        3,
+    )
+    assert texts == [(True,), (True,), (False,)]
+
+
 async def test_the_new_text_of_a_message_with_files_does_not_replace_their_texts(world: World, tenant: Tenant) -> None:
     agent = await tenant.agent(system_prompt=tenant.id)
     go = asyncio.Event()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+from services.agent.sessions.changes import DELETED_TEXT
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tests.services.agent.test_changes import CORRECTED, handled
 from tooling.testing.model_server import Says
 
 
@@ -35,6 +37,43 @@ async def test_the_agent_is_silent_between_takeover_and_release_and_knows_what_w
     acts = [body["action"] for body in await tenant.sent("audit.logs") if body["action"].startswith("session.")]
     # The client of the test also reads the run.
     assert [act for act in acts if act != "session.read"] == ["session.takeover", "session.release"]
+
+
+async def test_what_a_person_edits_or_deletes_during_a_takeover_is_known_to_the_agent_as_it_is_then(
+    world: World, tenant: Tenant
+) -> None:
+    agent = await tenant.agent(system_prompt=tenant.id)
+    before = await tenant.receive(agent, "one", position=1, vendor_message_id="1")
+    await tenant.runs(1)
+    session = f"/api/v1/sessions/{tenant.id}-c"
+    await tenant.call("POST", f"{session}/takeover")
+    edited = await tenant.receive(agent, "Bern", position=2, vendor_message_id="2")
+    with_file = await tenant.receive(agent, "see this\n\n[A file]", position=3, vendor_message_id="3")
+    deleted = await tenant.receive(agent, "secret", position=4, vendor_message_id="4")
+    other = await tenant.receive(agent, "Oslo", position=5, vendor_message_id="5", person="person-2")
+    await tenant.runs(5)
+    changes = [
+        await tenant.change(agent, before, "uno", vendor_message_id="1"),
+        await tenant.change(agent, edited, "Rome", position=2, vendor_message_id="2"),
+        await tenant.change(agent, with_file, "see that", position=3, vendor_message_id="3", has_files=True),
+        await tenant.change(agent, deleted, None, position=4, vendor_message_id="4"),
+        await tenant.change(agent, other, "Paris", position=5, vendor_message_id="5", person="person-2"),
+    ]
+    await handled(tenant, *changes)
+    await tenant.runs(7)
+    await tenant.call("POST", f"{session}/release")
+    # After the release, too: the agent answered nothing of it, so it does not answer the edit.
+    await handled(tenant, await tenant.change(agent, edited, "Rom", position=2, order=2, vendor_message_id="2"))
+    world.models.script(MODEL, Says("Welcome back."))
+    await tenant.receive(agent, "last", position=6)
+    await tenant.runs(8)
+    assert [send["text"] for send in await tenant.sent("channel.outbound")] == ["You said: one", "Welcome back."]
+    [*_, last] = [request for request in world.models.asked(MODEL) if tenant.id in request.system]
+    said = [message["content"] for message in last.body["messages"][1:] if message["role"] == "user"]
+    assert said[:5] == ["one", "Rom", "see this\n\n[A file]", DELETED_TEXT, "Paris"]
+    # The two changes are handled at the same time.
+    assert sorted(said[5:7]) == [f"{CORRECTED}see that", f"{CORRECTED}uno"]
+    assert said[7:] == ["last"]
 
 
 async def test_a_takeover_cancels_the_run_that_is_under_way(world: World, tenant: Tenant) -> None:
