@@ -26,7 +26,7 @@ from services.agent.execution.outcome import Reply
 from services.agent.execution.progress import ProgressReporter
 from services.agent.models.contract import UserTurn
 from services.agent.runs import family
-from services.agent.runs.content import SAID_CHARACTERS
+from services.agent.runs.content import SAID_CHARACTERS, StoredFile
 from services.agent.runs.domain import Complete, Run
 from services.agent.runs.family import ChildState, child_id
 from services.agent.runs.limits import Limits
@@ -158,6 +158,18 @@ class RunContext:
         """The run that answers the step; None if there is none yet."""
         async with self.database.read_only(tenant_id=self.tenant_id) as tx:
             return await family.child_state(tx, self.subjects, child_id(self.run_id, step))
+
+    async def files_of_child(self, step: int) -> tuple[StoredFile, ...]:
+        """The files that the run which answers the step has for the person."""
+        async with self.database.read_only(tenant_id=self.tenant_id) as tx:
+            return await family.files_of(tx, self.subjects, child_id(self.run_id, step))
+
+    async def is_in_chat(self) -> bool:
+        """True if a channel shows the answer of this run, or of the run that asked first."""
+        if self.channel_id or not self.depth:
+            return self.channel_id is not None
+        async with self.database.read_only(tenant_id=self.tenant_id) as tx:
+            return await family.is_in_chat(tx, self.run_id)
 
     async def family(self) -> Sequence[UUID]:
         """This run and all runs that it has asked for, directly or not."""

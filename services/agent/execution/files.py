@@ -46,7 +46,7 @@ class RunFiles:
         Raises Transient if the store does not answer.
         """
         context = self.context
-        if self.objects is None or context.channel_id is None:
+        if self.objects is None or not await context.is_in_chat():
             return "only a chat shows files"
         if n > MAX_FILES:
             return f"an answer has at most {MAX_FILES} files"
@@ -82,7 +82,8 @@ class RunFiles:
         return text, tuple(file for file in kept if isinstance(file, StoredFile))
 
     async def of_answer(self, text: str) -> tuple[str, tuple[StoredFile, ...]]:
-        """The text of an answer as by `taken_out`, and all files to send with it, in their order.
+        """The text of an answer as by `taken_out`, and all files to send with it, in their order. The answer to another
+        agent stays as it is: that agent's run takes its data URLs out.
 
         Raises Transient if the store does not answer.
         """

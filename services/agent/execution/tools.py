@@ -147,15 +147,15 @@ class Tools:
 
     async def _with_files(self, step: int, result: ToolResult, files: Sequence[plugin_pb2.File]) -> ToolResult:
         """The result with its files stored, and with a line for the model about each of them."""
-        stored, notes = [], []
+        stored, lost = [], []
         for n, file in enumerate(files, 1):
             kept = await self.files.keep(step, n, file.name, file.content)
             if isinstance(kept, StoredFile):
                 stored.append(kept)
-                notes.append(f"[{file.name} is sent to the person after your answer.]")
             else:
-                notes.append(f"[{file.name} is not sent to the person: {kept}.]")
-        return msgspec.structs.replace(result, result="\n".join([result.result, *notes]), files=tuple(stored))
+                lost.append(f"[{file.name} is not sent to the person: {kept}.]")
+        text = "\n".join([result.result, *_sent_after(stored), *lost])
+        return msgspec.structs.replace(result, result=text, files=tuple(stored))
 
     async def _ask_agent(self, call: ToolCall, other: Colleague, agent_calls: int) -> str:
         context, spec = self.context, _spec(call)
@@ -182,9 +182,10 @@ class Tools:
                 return f"Error: {child.error}"
             # Without images in base64, which would fill the model's window.
             reply, files = await self.files.taken_out(n, child.reply)
-            result = ToolResult(_cut(reply), files=files)
+            of_child = await context.files_of_child(n)
+            result = ToolResult("\n".join([_cut(reply), *_sent_after(of_child)]), files=(*of_child, *files))
             await self.steps.end_for_child(n, result, None)
-            self.files.add(n, files)
+            self.files.add(n, result.files)
             return result.result
         text = f"step {n}: waits for the agent {other.name}"
         suspend = Suspend(context.session_key, "agent", n, other.name, text)
@@ -205,6 +206,11 @@ class Tools:
 
 def _spec(call: ToolCall) -> StepSpec:
     return StepSpec("tool", call.name, digest(call.name, call.arguments), ATTEMPTS)
+
+
+def _sent_after(files: Sequence[StoredFile]) -> list[str]:
+    """For the model, about files that a step has for the person."""
+    return [f"[{file.name} is sent to the person after your answer.]" for file in files]
 
 
 def _result(reply: plugin_pb2.CallReply) -> ToolResult:

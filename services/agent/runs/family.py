@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 from uuid import UUID
 
+import msgspec
+
 from infra.postgres.tx import Tx, derived_id
 from infra.security.subjects import SubjectKeys
 from services.agent.runs import projections
-from services.agent.runs.content import Unsealer
+from services.agent.runs.content import StoredFile, ToolResult, Unsealer
+from services.agent.runs.publishing import stream
 
 
 class ChildState(NamedTuple):
@@ -32,6 +35,35 @@ async def child_state(tx: Tx, subjects: SubjectKeys, id_: UUID) -> ChildState | 
     [(status, subject_id, sealed, error)] = rows
     reply = await Unsealer(tx, subjects).open(sealed, subject_id, str(id_), "reply") if sealed else None
     return ChildState(status not in projections.STOPPABLE, reply, error)
+
+
+async def files_of(tx: Tx, subjects: SubjectKeys, run_id: UUID) -> tuple[StoredFile, ...]:
+    """The files that the tools of the run have made, and the agents that it asked, in order."""
+    [(subject_id,)] = await tx.sql("SELECT subject_id FROM run WHERE id = $1", run_id)
+    unsealer, steps = Unsealer(tx, subjects), (await tx.load(stream(run_id))).steps
+    found: list[StoredFile] = []
+    for n, step in sorted(steps.items()):
+        if step.kind == "tool" and step.content:
+            content = await unsealer.open(step.content, subject_id, f"{run_id}/{n}", "content")
+            found += msgspec.json.decode(content, type=ToolResult).files if content else ()
+    return tuple(found)
+
+
+async def is_in_chat(tx: Tx, run_id: UUID) -> bool:
+    """True if a channel shows the answer of the run, or of the run that asked first."""
+    return bool(
+        await tx.sql(
+            """
+            WITH RECURSIVE asking AS (
+                SELECT channel_id, parent_run_id FROM run WHERE id = $1
+                UNION ALL
+                SELECT r.channel_id, r.parent_run_id FROM run r JOIN asking a ON r.id = a.parent_run_id
+            )
+            SELECT FROM asking WHERE channel_id IS NOT NULL LIMIT 1
+            """,
+            run_id,
+        )
+    )
 
 
 async def family(tx: Tx, run_id: UUID) -> list[UUID]:

@@ -94,3 +94,38 @@ async def test_an_image_of_another_agent_is_sent_and_the_model_gets_its_name(
     assert (sent["text"], [file["name"] for file in sent["files"]]) == ("There it is.", ["map.png"])
     async with objects.fetch(sent["files"][0]["path"]) as stored:
         assert stored.read() == PNG
+
+
+async def test_files_of_agents_that_asked_each_other_are_sent_to_the_person_who_asked_first(
+    world: World, tenant: Tenant, objects: Objects
+) -> None:
+    painter = await tenant.agent(model="openai/gpt-4.1")
+    colleague = {"agent_id": painter, "name": "painter", "description": "Paints."}
+    artist = await tenant.agent(model=f"openai/{OTHER}", agents=[colleague], tools=["weather"])
+    colleague = {"agent_id": artist, "name": "artist", "description": "Draws."}
+    agent = await tenant.agent(agents=[colleague], system_prompt=tenant.id)
+    chart(world, plugin_pb2.File(name="chart-1.png", content=PNG))
+    picture = base64.b64encode(PNG).decode()
+    world.models.script(MODEL, Says(calls=(("artist", '{"message":"Draw."}'),)), Says("There they are."))
+    world.models.script(
+        OTHER,
+        Says(calls=(("painter", '{"message":"Paint."}'), ("weather", '{"city": "Bern"}'))),
+        Says(f"Drawn. ![own](data:image/png;base64,{picture})"),
+    )
+    world.models.script("gpt-4.1", Says(f"![map](data:image/png;base64,{picture})"))
+    await tenant.receive(agent, "A map!")
+    [run] = await tenant.runs(1, agent_id=agent)
+    assert run["status"] == "completed"
+    [*_, last] = [request for request in world.models.asked(MODEL) if tenant.id in request.system]
+    assert last.body["messages"][-1]["content"] == (
+        "Drawn. [own.png]\n[map.png is sent to the person after your answer.]\n"
+        "[chart-1.png is sent to the person after your answer.]"
+    )
+    [sent] = await tenant.sent("channel.outbound")
+    assert (sent["text"], [file["name"] for file in sent["files"]]) == (
+        "There they are.",
+        ["map.png", "chart-1.png", "own.png"],
+    )
+    for file in sent["files"]:
+        async with objects.fetch(file["path"]) as stored:
+            assert stored.read() == PNG
