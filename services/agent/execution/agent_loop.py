@@ -167,11 +167,15 @@ class AgentLoop:
                 if len(msgspec.json.encode((text, calls))) > MAX_ANSWER_BYTES:
                     reason = f"the answer has more than {MAX_ANSWER_BYTES} bytes as JSON"
                     raise Ended("failed", f"{self.agent.model}: {reason}", FAILED)
-                try:
-                    return await self.complete(reply, self._messages)
-                except MessagesArrived:
-                    await self._take_messages(turns)
-                    continue
+                while True:
+                    try:
+                        return await self.complete(reply, self._messages)
+                    except MessagesArrived:
+                        shown = self._messages
+                        # Again at once if the messages were deleted.
+                        if await self._take_messages(turns) or self._messages == shown:
+                            break
+                continue
             misfits += 1
             if misfits == STRUCTURE_ATTEMPTS:
                 raise Ended("failed", f"{self.agent.model}: the answer does not fit: {misfit}", FAILED)
@@ -214,6 +218,9 @@ class AgentLoop:
             taken = (await self.context.later_messages(self._messages))[:known] if known else ()
         self._messages += len(taken)
         self._is_changed = self._is_changed or any(turn.text in ("", DELETED_TEXT) for turn in taken)
+        if not self.steps.next_has_begun():
+            # Deleted before a model was shown it: there is nothing to answer.
+            taken = [turn for turn in taken if turn.text != DELETED_TEXT]
         text = "\n".join(turn.text for turn in taken if turn.text)
         images = tuple(image for turn in taken for image in turn.images)
         if not text and not images:

@@ -59,16 +59,21 @@ async def fail_run(tx: Tx, run_id: UUID, session_key: str, status: Ending, error
 async def requeue_later_messages(tx: Tx, run_id: UUID, first: int) -> UUID | None:
     """Opens and queues a run for the messages of the failed run after its first `first`. Returns the new run's id.
 
-    None if there are no such messages. The session and the failed run are locked.
+    None if there are no such messages that their persons have not deleted. The session and the failed run are locked.
     """
     assert tx.tenant_id
     later = await tx.sql(
         """
         SELECT message_id, subject_id
-        FROM message
-        WHERE run_id = $1 AND NOT decides
+        FROM (
+            SELECT message_id, subject_id, seq, changed
+            FROM message
+            WHERE run_id = $1 AND NOT decides
+            ORDER BY seq
+            OFFSET $2
+        ) later
+        WHERE changed < 9223372036854775807
         ORDER BY seq
-        OFFSET $2
         """,
         run_id,
         first,

@@ -215,6 +215,37 @@ async def test_a_run_whose_only_message_was_deleted_is_cancelled(world: World, t
     assert [send["text"] for send in await tenant.sent("channel.outbound")] == ["One."]
 
 
+async def test_a_message_that_joined_a_run_and_is_deleted_costs_no_model_call(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(system_prompt=tenant.id, queue_mode="steer")
+    go = asyncio.Event()
+    world.models.script(MODEL, Says("One.", waits=go))
+    await tenant.receive(agent, "first")
+    await asked(world, tenant, 1)
+    second = await tenant.receive(agent, "second")
+    await stored(tenant, 2)
+    await handled(tenant, await tenant.change(agent, second, None))
+    go.set()
+    [run] = await tenant.runs(1)
+    assert (run["status"], run["reply"]) == ("completed", "One.")
+    assert of(world, tenant) == [["first"]]
+
+
+async def test_no_run_answers_a_deleted_message_that_had_joined_a_run_that_fails(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(system_prompt=tenant.id, queue_mode="steer", tools=[WEATHER])
+    go = asyncio.Event()
+    world.models.script(MODEL, Says(calls=((WEATHER, '{"city":"Bern"}'),), waits=go), Says(""), Says("Three."))
+    await tenant.receive(agent, "first")
+    await asked(world, tenant, 1)
+    second = await tenant.receive(agent, "second")
+    await tenant.receive(agent, "third")
+    await stored(tenant, 3)
+    await handled(tenant, await tenant.change(agent, second, None))
+    go.set()
+    failed, answered = await tenant.runs(2)
+    assert (failed["status"], answered["reply"]) == ("failed", "Three.")
+    assert [messages[-1] for messages in of(world, tenant)[1:]] == ["third", "third"]
+
+
 @pytest.mark.parametrize("text", ["Rome?", None])
 async def test_a_change_waits_for_its_message(world: World, tenant: Tenant, text: str | None) -> None:
     agent = await tenant.agent(system_prompt=tenant.id)
