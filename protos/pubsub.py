@@ -9,7 +9,8 @@ RUN_DELTAS = "claw:run:"
 
 RUN_PROGRESS = "claw:progress"
 """Agent publishes, while it executes a run that came from a channel for longer than two seconds, that it is at work
-and the text so far, as ``{"run_id", "session_key", "text"}``; channel listens."""
+and the text so far, as ``{"run_id", "session_key", "text"}``, and with ``"over": true`` that it has ended and sends
+nothing; channel listens."""
 
 CONFIG_CHANGED = "openclaw:config:changed"
 """Plugin publishes `PluginChanged` as JSON, for processes that cache tools."""

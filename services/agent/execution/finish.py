@@ -56,6 +56,8 @@ async def finish(
             await _send(tx, row, loaded, outcome.notice)
         case Ended():
             await _fail(tx, row, loaded, outcome)
+            if outcome.notice is None and started and started.context.progress:
+                started.context.progress.tell_end()
 
 
 async def give_up(tx: Tx, subjects: SubjectKeys, run_id: UUID, error: str) -> None:

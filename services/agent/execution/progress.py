@@ -55,5 +55,13 @@ class ProgressReporter:
         if text == self._told and now - self._told_at < WORK_SECONDS:
             return
         self._told, self._told_at = text, now
-        news = {"run_id": self._run_id, "session_key": self._session_key, "text": text}
+        self._tell(text)
+
+    def tell_end(self) -> None:
+        """The run has ended, and sends nothing: the part of its answer that the person was shown is taken back."""
+        if self._told_at:
+            self._tell("", over=True)
+
+    def _tell(self, text: str, *, over: bool = False) -> None:
+        news = {"run_id": self._run_id, "session_key": self._session_key, "text": text, "over": over}
         self._telling = asyncio.create_task(self._cache.publish(RUN_PROGRESS, msgspec.json.encode(news)))

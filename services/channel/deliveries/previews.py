@@ -9,19 +9,22 @@ that ends without a delivery is deleted.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
+from collections.abc import Awaitable
 from contextlib import aclosing
 from datetime import timedelta
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from uuid import UUID
 
 import msgspec
 
-from infra.errors import EffectFailed, InvalidMessage, TooManyRequests, Transient, Unanswered, describe
+from infra.errors import EffectFailed, InvalidMessage, RetryLater, TooManyRequests, Transient, Unanswered, describe
 from infra.observe.logs import get_logger
 from infra.outgoing.client import Outgoing
 from infra.postgres.database import Database
 from infra.postgres.tx import Tx
+from infra.recent import Recent
 from infra.security.subjects import Erased, SubjectKeys
 from infra.service.service import Runtime
 from infra.stores.cache import Cache, cancel_listener
@@ -48,11 +51,29 @@ SWEEP_SECONDS = 30.0
 ABANDONED = timedelta(minutes=3)
 # A delivery expires earlier.
 KEEP = timedelta(days=2)
+# Accounts whose vendor has named a pause; more of them are forgotten.
+MAX_PAUSED = 10_000
 # The newest messages of a conversation that are searched for its place at the vendor.
 LATEST = 10
 
 _REFUSALS = (EffectFailed, Transient, Unanswered, InvalidMessage, TimeoutError)
+T = TypeVar("T")
 _log = get_logger("channel.previews")
+
+_ABANDONED = """
+-- Locks the preview; one that another process deletes is skipped.
+SELECT run_id, session_key, message_id, stopped FROM preview
+WHERE updated_at < clock_timestamp() - $1::interval AND delivery_id IS NULL AND message_id IS NOT NULL
+ORDER BY updated_at
+LIMIT 1
+FOR UPDATE SKIP LOCKED
+"""
+_OF_RUN = """
+-- Waits for an edit that is under way.
+SELECT run_id, session_key, message_id, stopped FROM preview
+WHERE run_id = $1 AND delivery_id IS NULL AND message_id IS NOT NULL
+FOR UPDATE
+"""
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -62,6 +83,8 @@ class Progress(msgspec.Struct, frozen=True):
     session_key: str
     text: str
     """The answer so far; empty before the model writes."""
+    over: bool = False
+    """The run has ended, and sends nothing."""
 
 
 class _Place(NamedTuple):
@@ -85,6 +108,8 @@ class Previews:
         self._showing: set[asyncio.Task[None]] = set()
         self._calls = Counter[str]()
         """The calls of vendors, by tenant."""
+        self._paused: Recent[UUID, float] = Recent(MAX_PAUSED)
+        """The accounts whose vendor has named a pause, and its end."""
         self._stopped = asyncio.Event()
 
     async def run(self) -> None:
@@ -116,6 +141,9 @@ class Previews:
 
     async def _show(self, progress: Progress) -> None:
         try:
+            if progress.over:
+                await self._take_back(_OF_RUN, progress.run_id)
+                return
             # One instance shows it.
             await self._cache.limit(progress.session_key, "progress", times=1, seconds=1)
             await self.show(progress)
@@ -140,6 +168,8 @@ class Previews:
 
     async def _show_at(self, account: ChannelAccount, message: Outbound, progress: Progress) -> None:
         vendor = account.vendor
+        if self._paused.get(account.id, 0.0) > time.monotonic():
+            return
         await self._cache.limit(str(account.id), "progress", times=PER_SECOND, seconds=1)
         # A file in the answer is sent after it.
         so_far = data_urls.replaced(progress.text, lambda *_: PLACEHOLDER)
@@ -151,14 +181,24 @@ class Previews:
                 await self._edit(account, message, progress)
                 return
             try:
-                await vendor.draft(self._outgoing, account.origin, account.credentials, message)
+                draft = vendor.draft(self._outgoing, account.origin, account.credentials, message)
+                await self._answered(account, draft)
                 return
             except EffectFailed as error:
                 _log.info("could not show a draft", run_id=str(progress.run_id), error=str(error))
         if vendor.sign_seconds:
             await self._cache.limit(progress.session_key, "typing", times=1, seconds=vendor.sign_seconds)
+            sign = vendor.show_typing(self._outgoing, account.origin, account.credentials, message)
+            await self._answered(account, sign)
+
+    async def _answered(self, account: ChannelAccount, call: Awaitable[T]) -> T:
+        """The vendor's answer. A refusal that names a pause keeps the news of the account's runs back for this time."""
+        try:
             async with asyncio.timeout(CALL_SECONDS):
-                await vendor.show_typing(self._outgoing, account.origin, account.credentials, message)
+                return await call
+        except RetryLater as error:
+            self._paused[account.id] = time.monotonic() + error.after.total_seconds()
+            raise
 
     async def _edit(self, account: ChannelAccount, message: Outbound, progress: Progress) -> None:
         async with self._database.begin(tenant_id=account.tenant_id) as tx:
@@ -181,20 +221,21 @@ class Previews:
             arguments = self._outgoing, account.origin, account.credentials, message
             error: Exception | None = None
             try:
-                async with asyncio.timeout(CALL_SECONDS):
-                    if shown is None:
-                        # The text comes with the next news, when the id of its message is stored.
-                        shown = await vendor.place(*arguments)
-                    else:
-                        await vendor.edit(*arguments, shown)
+                if shown is None:
+                    # The text comes with the next news, when the id of its message is stored.
+                    shown = await self._answered(account, vendor.place(*arguments))
+                else:
+                    await self._answered(account, vendor.edit(*arguments, shown))
             except _REFUSALS as refused:
                 error = refused
+            # An edit that was not answered may be made again with the next text. A message that was not answered may be
+            # there nevertheless: another attempt could leave a second one.
+            again = (Transient,) if shown is None else (Transient, Unanswered, TimeoutError)
             await tx.sql(
                 "UPDATE preview SET message_id = $2, stopped = $3 WHERE run_id = $1",
                 progress.run_id,
                 shown,
-                # It may have happened nevertheless. The next attempt could leave a second message.
-                error is not None or shown is None,
+                shown is None if error is None else not isinstance(error, again),
             )
         if error:
             raise error
@@ -252,18 +293,11 @@ class Previews:
 
     async def sweep(self, age: timedelta) -> bool:
         """Deletes the message of one run that told nothing for `age`. False if there is none."""
+        return await self._take_back(_ABANDONED, age)
+
+    async def _take_back(self, which: str, argument: timedelta | UUID) -> bool:
         async with self._database.begin() as tx:
-            rows = await tx.sql(
-                # Locks the preview; one that another process deletes is skipped.
-                """
-                SELECT run_id, session_key, message_id, stopped FROM preview
-                WHERE updated_at < clock_timestamp() - $1::interval AND delivery_id IS NULL AND message_id IS NOT NULL
-                ORDER BY updated_at
-                LIMIT 1
-                FOR UPDATE SKIP LOCKED
-                """,
-                age,
-            )
+            rows = await tx.sql(which, argument)
             if not rows:
                 return False
             [(run_id, session_key, shown, tried)] = rows

@@ -14,7 +14,7 @@ import pytest
 from redis.asyncio import Redis
 
 from infra.clock import uuid7
-from infra.errors import TooManyRequests
+from infra.errors import RetryLater, TooManyRequests
 from infra.outgoing.client import Outgoing
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
@@ -39,7 +39,7 @@ from tooling.testing.vendors import (
     answer,
     cut,
 )
-from tooling.testing.vendors.server import StandIn
+from tooling.testing.vendors.server import Fault, StandIn
 
 
 @pytest.fixture
@@ -178,6 +178,36 @@ async def test_a_token_that_is_revoked_while_the_answer_is_written_fails_the_ans
         assert "the answer" not in slack.texts()
 
 
+@pytest.mark.parametrize(
+    "fault", [answer(429, {"ok": False, "error": "ratelimited"}, retry_after="1"), cut(accept=True)]
+)
+async def test_an_edit_that_the_vendor_does_not_take_is_followed_by_the_next_one(
+    desk: Desk, cache: Cache, fault: Fault
+) -> None:
+    async with SlackStandIn() as slack:
+        chat = await Chat.begun(desk, cache, slack)
+        await chat.tell("half", lambda: slack.texts() == ["half"])
+        slack.faults.append(fault)
+        await chat.tell("half of", lambda: not slack.faults)
+        await chat.tell("half of the", lambda: slack.texts() == ["half of the"])
+        assert (await chat.answer("half of the"))["state"] == "sent"
+        assert slack.texts() == ["half of the"]
+
+
+async def test_previews_pause_for_as_long_as_the_vendor_asks(desk: Desk, cache: Cache, in_process: Previews) -> None:
+    async with SlackStandIn() as slack:
+        chat = await Chat.begun(desk, cache, slack)
+        await chat.tell("half", lambda: slack.texts() == ["half"])
+        slack.faults.append(answer(429, {"ok": False, "error": "ratelimited"}, retry_after="600"))
+        with pytest.raises(RetryLater):
+            await chat.show_late(in_process, "half of")
+        calls = slack.calls
+        await chat.show_late(in_process, "half of the")
+        assert (slack.calls, slack.texts()) == (calls, ["half"])
+        assert (await chat.answer("answer"))["state"] == "sent"
+        assert slack.texts() == ["answer"]
+
+
 async def test_an_edit_under_way_ends_before_the_answer_is_sent(desk: Desk, cache: Cache) -> None:
     async with TeamsStandIn() as teams:
         chat = await Chat.begun(desk, cache, teams)
@@ -246,6 +276,22 @@ async def test_the_preview_of_a_run_that_sends_nothing_is_deleted(
         assert (teams.texts(), other.texts()) == ([], ["answer"])
         assert (await chat.answer("late"))["state"] == "sent"
         assert teams.texts() == ["late"]
+
+
+@pytest.mark.parametrize("kind", EDITING)
+async def test_the_preview_of_a_run_that_is_cancelled_is_deleted_at_once(
+    desk: Desk, cache: Cache, kind: type[StandIn]
+) -> None:
+    async with kind() as fake:
+        chat = await Chat.begun(desk, cache, fake)
+        await chat.tell("half", lambda: fake.texts() == ["half"])
+        over = Progress(chat.run_id, chat.inbound["session_key"], "", over=True)
+        await cache.publish(RUN_PROGRESS, msgspec.json.encode(over))
+
+        async def is_gone() -> bool:
+            return fake.texts() == []
+
+        await desk.platform.until(is_gone)
 
 
 async def test_a_deleted_question_keeps_no_preview_from_being_deleted(

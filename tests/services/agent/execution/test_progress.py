@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import aclosing
 
 import msgspec
@@ -62,3 +63,30 @@ async def test_a_run_of_a_channel_tells_what_its_model_writes(world: World, tena
     assert text.startswith(news["text"])
     [run] = await tenant.runs(1)
     assert news["run_id"] == run["id"]
+
+
+async def test_a_run_that_is_cancelled_tells_its_end(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent()
+    go = asyncio.Event()
+    world.models.script(MODEL, Says("too late", waits=go))
+    redis = Redis.from_url(world.platform.stack.redis_url)
+    told: list[bool] = []
+    try:
+        async with aclosing(Cache(redis).listen(RUN_PROGRESS)) as heard:
+            async for message in heard:
+                if message is None:
+                    await tenant.receive(agent, "question")
+                    continue
+                news = msgspec.json.decode(message[1])
+                if news["session_key"] != f"{tenant.id}-c":
+                    continue
+                told.append(news["over"])
+                if told == [False]:
+                    await tenant.call("POST", f"/api/v1/sessions/{tenant.id}-c/takeover")
+                if news["over"]:
+                    break
+    finally:
+        await redis.aclose()
+        go.set()
+    assert told[-1]
+    assert [run["status"] for run in await tenant.runs(1)] == ["cancelled"]
