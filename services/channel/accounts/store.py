@@ -86,6 +86,8 @@ class ChannelAccount(NamedTuple):
     old_until: datetime | None = None
     identity: str = ""
     """The account's name at the vendor, as last known; empty: not known."""
+    sealed_credentials: bytes = b""
+    """As stored. They show whether the credentials were changed meanwhile."""
 
     def receive(self, request: Request, now: datetime) -> Received:
         """As `Vendor.receive`, with the old credentials too during a rotation."""
@@ -140,6 +142,7 @@ class AccountSecrets:
             None if old is None else opened(old),
             old_until,
             identity or "",
+            credentials,
         )
 
 
@@ -264,15 +267,17 @@ async def keep_identity(tx: Tx, secrets_: AccountSecrets, account: ChannelAccoun
 
 
 async def break_account(tx: Tx, account: ChannelAccount, error: str) -> None:
-    """Marks the account as broken. The owners get one e-mail, however many deliveries fail."""
+    """Marks the account as broken, unless it has other credentials meanwhile. The owners get one e-mail, however many
+    deliveries fail."""
     reason = error.removeprefix(AccountRefused.PREFIX)
     if not await tx.sql(
         """
         UPDATE account SET broken_reason = $2, updated_at = clock_timestamp()
-        WHERE id = $1 AND broken_reason IS NULL RETURNING id
+        WHERE id = $1 AND broken_reason IS NULL AND credentials = $3 RETURNING id
         """,
         account.id,
         reason,
+        account.sealed_credentials,
     ):
         return
     type_ = account.vendor.name

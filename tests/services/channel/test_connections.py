@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import httpx
 import pytest
 
 from tests.services.channel.conftest import Desk
-from tooling.testing.vendors import SlackStandIn, TelegramStandIn, answer, cut
+from tooling.testing.vendors import SlackStandIn, TelegramStandIn, answer, cut, hold
 
 
 @pytest.fixture
@@ -92,6 +93,27 @@ async def test_both_credentials_work_during_a_rotation(desk: Desk) -> None:
         # A process may use its cached copy of the account for a few seconds.
         await desk.platform.until(over)
         assert (await desk.call(channel, new.update("in time"))).status_code == 200
+
+
+async def test_a_refusal_of_the_old_credentials_does_not_break_a_channel_that_has_new_ones(desk: Desk) -> None:
+    rotated = asyncio.Event()
+    async with TelegramStandIn() as telegram:
+        channel = await desk.connect("telegram", telegram.credentials, telegram.url)
+        inbound = await question(desk, channel, telegram)
+        telegram.faults.append(hold(rotated))
+        calls = telegram.calls
+        under_way = await desk.reply(inbound, "one")
+
+        async def is_called() -> bool:
+            return telegram.calls > calls
+
+        await desk.platform.until(is_called)
+        await act(desk, channel, "rotate", credentials=telegram.credentials | {"bot_token": "1:new"})
+        telegram.bot_token = "1:new"
+        rotated.set()
+        assert (await desk.settled(under_way))["state"] == "failed"
+        assert (await desk.channel(channel["id"]))["state"] == "ok"
+        assert (await desk.settled(await desk.reply(inbound, "two")))["state"] == "sent"
 
 
 async def test_without_an_overlap_the_old_credentials_end_at_once(desk: Desk) -> None:
