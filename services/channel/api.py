@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.routing import BaseRoute
 
 from infra.clock import uuid7
-from infra.errors import NotFound
+from infra.errors import Conflict, NotFound
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.service.api import Paging, Reader, Writer, api, page
@@ -38,6 +38,9 @@ from services.channel.accounts.store import Accounts, AccountSecrets, new_pseudo
 from services.channel.intake import webhooks
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import Groups, Preview, Vendor
+
+MAX_CHANNELS = 1_000
+"""Of a tenant."""
 
 
 class NewChannel(BaseModel):
@@ -183,6 +186,11 @@ def _router(runtime: Runtime, secrets: AccountSecrets, accounts: Accounts) -> AP
         groups = checked_groups(vendor, body.groups)
 
         async def work(tx: Tx) -> tuple[int, BaseModel]:
+            # Creations at the same time take turns: each counts the channels of those before it.
+            await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"channels of {who.tenant_id}")
+            [(count,)] = await tx.sql("SELECT count(*) FROM account")
+            if count >= MAX_CHANNELS:
+                raise Conflict(f"a tenant may have {MAX_CHANNELS} channels; delete one first")
             id_, token = uuid7(), new_token()
             await tx.sql(
                 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from infra.web.health import Health
 from infra.web.http import create_app
 from infra.web.server import serve_http
 from protos.catalog import CHANNEL_TYPES
+from services.channel.api import MAX_CHANNELS
 from tests.abilities.table import ABILITIES, Proof
 from tests.services.channel.conftest import Desk
 from tooling.testing import keys
@@ -45,6 +47,27 @@ async def test_a_channel_is_created_shown_changed_and_deleted_and_never_shows_it
     assert [act["action"] for act in acts] == ["channel.create", "channel.update", "channel.delete"]
     assert {act["tenant_id"] for act in acts} == {desk.tenant_id}
     assert not any(secret in str(acts) for secret in TELEGRAM.values())
+
+
+async def test_a_tenant_has_so_many_channels_also_if_they_are_made_at_the_same_time(desk: Desk) -> None:
+    await desk.connect("telegram", TELEGRAM, "http://127.0.0.1:9")
+    async with desk.platform.database("channel").begin() as tx:
+        await tx.sql(
+            """
+            INSERT INTO account (id, tenant_id, type, agent_id, token_hash, token, credentials, pseudonyms)
+            SELECT gen_random_uuid(), $1, type, agent_id, uuid_send(gen_random_uuid()), token, credentials, pseudonyms
+            FROM account, generate_series(1, $2)
+            WHERE tenant_id = $1
+            """,
+            desk.tenant_id,
+            MAX_CHANNELS - 2,
+        )
+    body = {"type": "telegram", "agent_id": str(uuid7()), "credentials": TELEGRAM}
+    async with desk.client() as http:
+        answers = await asyncio.gather(*(http.post("/api/v1/channels", json=body) for _ in range(20)))
+    assert sorted(answer.status_code for answer in answers) == [201] + [409] * 19
+    refused = next(answer for answer in answers if answer.status_code == 409)
+    assert f"may have {MAX_CHANNELS} channels" in refused.json()["detail"]
 
 
 @pytest.mark.parametrize(
