@@ -163,6 +163,15 @@ CHANNEL_CHANGES = Queue(
     consumer="agent",
     retries=_SECONDS_TO_MINUTES,
 )
+CHANNEL_ANSWERS = Queue(
+    "channel.answers",
+    exchange=Exchange("channel.answers", "direct"),
+    routing_key="channel.answers",
+    message=channel.AnswerByPerson,
+    producers=("channel",),
+    consumer="agent",
+    retries=_SECONDS_TO_MINUTES,
+)
 CHANNEL_OUTBOUND = Queue(
     "channel.outbound",
     exchange=Exchange("channel.outbound", "direct"),
@@ -226,6 +235,7 @@ CATALOG = Catalog(
     queues=(
         *CHANNEL_INBOUND.values(),
         CHANNEL_CHANGES,
+        CHANNEL_ANSWERS,
         CHANNEL_OUTBOUND,
         NOTIFICATION_EMAIL,
         NOTIFICATION_PUSH,

@@ -73,6 +73,19 @@ class MessageReceived(Message, frozen=True, kw_only=True):
     """It is a part of an album, whose other parts come as messages of their own."""
 
 
+class AnswerByPerson(Message, frozen=True, kw_only=True):
+    """A member or a client of the API has written to a conversation. As work it is kept for the agent if the session is
+    taken over."""
+
+    agent_id: UUID
+    """Of the conversation."""
+    session_key: str
+    subject_id: str
+    """Our id of the person whose content this is."""
+    text: str
+    sent_at: Timestamp
+
+
 class MessageChanged(Message, frozen=True, kw_only=True):
     """A person has edited or deleted a message. As work it changes the message, or tells the run that has taken it."""
 

@@ -19,6 +19,7 @@ service.serve_http(api.routes)
 for subscription in handlers.TAKE_MESSAGES:
     service.consume(subscription, subjects=adapters.subjects)
 service.consume(handlers.change_message, subjects=adapters.subjects)
+service.consume(handlers.keep_answer, subjects=adapters.subjects)
 service.consume(handlers.wake)
 service.consume(handlers.take_learning)
 service.consume(handlers.on_message_delivered)

@@ -12,10 +12,16 @@ from infra.lanes.lane import Lane
 from infra.lanes.resequencer import MissingMessages, Resequencer
 from infra.postgres.tx import Tx, derived_id
 from infra.security.subjects import Erased, SubjectKeys
-from protos.catalog import AGENT_TASKS, CHANNEL_CHANGES, CHANNEL_EVENTS, CHANNEL_INBOUND
+from protos.catalog import AGENT_TASKS, CHANNEL_ANSWERS, CHANNEL_CHANGES, CHANNEL_EVENTS, CHANNEL_INBOUND
 from protos.envelope import read_headers
 from protos.messages.agent import LearningRequested, RunRequested
-from protos.messages.channel import MessageChanged, MessageDelivered, MessageReceived, MessageUndelivered
+from protos.messages.channel import (
+    AnswerByPerson,
+    MessageChanged,
+    MessageDelivered,
+    MessageReceived,
+    MessageUndelivered,
+)
 from protos.topology import Subscription
 from services.agent.definitions import approvers
 from services.agent.execution.executor import Executor
@@ -24,7 +30,7 @@ from services.agent.lanes import LEARNING, RUNS, LearningItem, RunItem
 from services.agent.learning.learner import Learner
 from services.agent.models.contract import Image
 from services.agent.runs import projections
-from services.agent.sessions import changes, sealed_arrivals
+from services.agent.sessions import changes, sealed_arrivals, takeover
 from services.agent.sessions.arrivals import Arrival, Context, Origin
 from services.agent.sessions.group_intake import Incoming, take_group
 
@@ -89,6 +95,11 @@ TAKE_MESSAGES: tuple[Subscription, ...] = tuple(
 @CHANNEL_CHANGES.worker(prefetch=20)
 async def change_message(message: MessageChanged, tx: Tx, subjects: SubjectKeys) -> None:
     await changes.change(tx, subjects, message, GAPS.name)
+
+
+@CHANNEL_ANSWERS.worker(prefetch=20)
+async def keep_answer(message: AnswerByPerson, tx: Tx, subjects: SubjectKeys) -> None:
+    await takeover.keep_answer(tx, subjects, message)
 
 
 @GAPS.runner(concurrency=8)

@@ -22,11 +22,13 @@ from infra.service.api import Admin, Paging, Reader, Writer, of_one_page, page
 from infra.service.idempotency import once
 from infra.service.service import Runtime
 from infra.web import rpc
+from protos.catalog import CHANNEL_ANSWERS
 from protos.memory.v1 import memory_pb2
-from protos.messages.channel import Sender, SendMessage
+from protos.messages.channel import AnswerByPerson, Sender, SendMessage
 from services.channel import history
 from services.channel.accounts import store as stored
 from services.channel.accounts.channels import reachable
+from services.channel.accounts.routing import agent_of
 from services.channel.accounts.store import AccountSecrets, ChannelAccount
 from services.channel.deliveries.queueing import EXPIRES, queue_delivery
 from services.channel.domain import State
@@ -360,6 +362,14 @@ def router(runtime: Runtime, secrets: AccountSecrets) -> APIRouter:
             )
             files = tuple(File(one.url, one.name) for one in body.attachments)
             await queue_delivery(tx, subjects, message, subject_id, utcnow() + EXPIRES, files)
+            answer = AnswerByPerson(
+                agent_id=agent_of(account.routes, account.agent_id, body.conversation_id),
+                session_key=session_key,
+                subject_id=subject_id,
+                text="\n".join([body.text, *(file.link for file in files)]),
+                sent_at=utcnow(),
+            )
+            tx.send(CHANNEL_ANSWERS, answer, key=session_key, message_id=derived_id(message.delivery_id, "answer"))
             audit(tx, who.actor, "message.send", "delivery", str(message.delivery_id), channel_id=str(channel_id))
             return 202, Queued(delivery_id=message.delivery_id)
 

@@ -25,6 +25,7 @@ TOPICS = {
 QUEUES = {
     **{f"channel.inbound.{type_}": ("channel.inbound", "topic", "agent") for type_ in CHANNEL_TYPES},
     "channel.changes": ("channel.changes", "direct", "agent"),
+    "channel.answers": ("channel.answers", "direct", "agent"),
     "channel.outbound": ("channel.outbound", "direct", "channel"),
     "notification.email": ("notification", "topic", "notification"),
     "notification.push": ("notification", "topic", "notification"),

@@ -137,6 +137,8 @@ class ExchangeRow(NamedTuple):
     text: bytes
     reply_subject_id: str
     reply: bytes | None
+    is_answer: bool
+    """A member or a client of the API wrote it to the person, in place of the agent."""
 
 
 class SummaryRow(NamedTuple):
@@ -225,7 +227,7 @@ def _exchange(keys: TenantKeys, rows: Sequence[ExchangeRow]) -> EarlierRun:
     last = rows[-1]
     turns: list[UserTurn | AssistantTurn] = []
     if said := "\n".join(text for text in texts if text is not None):
-        turns.append(UserTurn(said))
+        turns.append(AssistantTurn(said) if last.is_answer else UserTurn(said))
     if last.reply and (reply := keys.open(last.reply, last.reply_subject_id, str(last.run_id), "reply")):
         turns.append(AssistantTurn(data_urls.named(reply)))
     return EarlierRun(tuple(turns), last.seq, frozenset(row.subject_id for row in rows) | {last.reply_subject_id})

@@ -79,13 +79,13 @@ SELECT n.run_id, n.is_parent, h.*
 FROM unnest((SELECT $1::uuid[]), $2::boolean[], $3::text[], $4::text[], $5::bigint[], $6::bigint[], $7::bigint[])
         AS n(run_id, is_parent, tenant_id, session_key, after_seq, before_seq, most)
     CROSS JOIN LATERAL (
-        SELECT m.run_id, m.seq, m.message_id, m.subject_id, m.text, r.subject_id, r.reply
+        SELECT m.run_id, m.seq, m.message_id, m.subject_id, m.text, r.subject_id, r.reply, m.is_answer
         FROM message m JOIN run r ON r.id = m.run_id
         WHERE m.tenant_id = n.tenant_id AND m.session_key = n.session_key AND m.seq > n.after_seq
             AND m.seq < n.before_seq AND NOT m.decides
         ORDER BY m.seq DESC
         LIMIT n.most
-    ) h(run_id, seq, message_id, subject_id, text, reply_subject_id, reply)
+    ) h(run_id, seq, message_id, subject_id, text, reply_subject_id, reply, is_answer)
 ORDER BY n.run_id, n.is_parent, h.seq
 """
 

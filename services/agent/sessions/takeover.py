@@ -1,6 +1,7 @@
 """A person takes a session over: its agent is silent until the session is released.
 
-Messages that come meanwhile are stored with a run that is cancelled at once, so that the agent knows them afterwards.
+Messages that come meanwhile, and the answers to them, are stored with runs that are cancelled at once, so that the
+agent knows them afterwards.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from infra.errors import NotFound
 from infra.postgres.tx import Tx
 from infra.security.audit import audit
 from infra.security.auth import Identity
+from infra.security.subjects import Erased, SubjectKeys
 from infra.service.api import Writer
 from infra.service.service import Runtime
+from protos.messages.channel import AnswerByPerson
 from services.agent.runs.cancelling import cancel
 from services.agent.runs.notices import TAKEN_OVER
-from services.agent.sessions.intake import open_runs
+from services.agent.sessions.arrivals import Arrival
+from services.agent.sessions.intake import open_runs, take_in
 
 _Key = Annotated[str, Path(min_length=1, max_length=200)]
 
@@ -52,12 +56,44 @@ def router(runtime: Runtime) -> APIRouter:
 
     @routes.post("/{session_key}/release")
     async def release(session_key: _Key, who: Writer) -> Takeover:
-        """The agent answers the messages that come from now on, and knows those that came meanwhile."""
+        """The agent answers the messages that come from now on, and knows those of meanwhile in both directions."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             await _set(tx, session_key, who, taken_over_by=None)
         return Takeover(session_key=session_key, taken_over_by=None)
 
     return routes
+
+
+async def keep_answer(tx: Tx, subjects: SubjectKeys, message: AnswerByPerson) -> None:
+    """Stores the answer if the session is taken over. In any other session the agent does not know it."""
+    rows = await tx.sql(
+        # Locks the session, as the intake of a message does.
+        """
+        SELECT taken_over_by IS NOT NULL FROM session
+        WHERE tenant_id = $1 AND session_key = $2
+        FOR UPDATE
+        """,
+        tx.tenant_id,
+        message.session_key,
+    )
+    if rows != [(True,)]:
+        return
+    assert tx.cause
+    arrival = Arrival(
+        message_id=tx.cause.id,
+        agent_id=message.agent_id,
+        session_key=message.session_key,
+        subject_id=message.subject_id,
+        text=message.text,
+        received_at=message.sent_at,
+    )
+    try:
+        await take_in(tx, arrival, subjects)
+    except Erased:
+        return
+    await tx.sql(
+        "UPDATE message SET is_answer = true WHERE tenant_id = $1 AND message_id = $2", tx.tenant_id, arrival.message_id
+    )
 
 
 async def _set(tx: Tx, session_key: str, who: Identity, *, taken_over_by: str | None) -> None:

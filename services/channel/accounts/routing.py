@@ -46,6 +46,13 @@ def routed(routes: Sequence[Route], default: UUID, item: Inbound) -> tuple[UUID,
     return default, item.text
 
 
+def agent_of(routes: Sequence[Route], default: UUID, conversation: str) -> UUID:
+    """The agent of a conversation, for a message without a command."""
+    return next(
+        (route.agent_id for route in routes if route.conversation_id == conversation and not route.command), default
+    )
+
+
 def is_for_the_bot(groups: Groups, item: Inbound) -> bool:
     """False for a message of a group that its channel does not answer. A mention that the vendor does not
     report does not count."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from uuid import UUID
 
+from infra.clock import utcnow
+from protos.catalog import CHANNEL_ANSWERS
+from protos.messages.channel import AnswerByPerson
 from services.agent.sessions.changes import DELETED_TEXT
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tests.services.agent.test_changes import CORRECTED, handled
@@ -37,6 +41,40 @@ async def test_the_agent_is_silent_between_takeover_and_release_and_knows_what_w
     acts = [body["action"] for body in await tenant.sent("audit.logs") if body["action"].startswith("session.")]
     # The client of the test also reads the run.
     assert [act for act in acts if act != "session.read"] == ["session.takeover", "session.release"]
+
+
+async def test_the_agent_knows_the_answers_that_a_person_gave_during_a_takeover(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(system_prompt=tenant.id)
+    await tenant.receive(agent, "one", position=1)
+    await tenant.runs(1)
+    session = f"/api/v1/sessions/{tenant.id}-c"
+
+    async def answer(text: str) -> None:
+        message = AnswerByPerson(
+            agent_id=UUID(agent), session_key=f"{tenant.id}-c", subject_id="person-1", text=text, sent_at=utcnow()
+        )
+        await handled(tenant, await world.platform.send(CHANNEL_ANSWERS, message, tenant_id=tenant.id))
+
+    # Not taken over: a news of another system.
+    await answer("Your parcel has left.")
+    await tenant.call("POST", f"{session}/takeover")
+    await tenant.receive(agent, "May I return it?", position=2)
+    await tenant.runs(2)
+    await answer("Yes, within ten days.")
+    await tenant.call("POST", f"{session}/release")
+    world.models.script(MODEL, Says("Ten days."))
+    await tenant.receive(agent, "How long?", position=3)
+    runs = await tenant.runs(4)
+    assert [run["status"] for run in runs] == ["completed", "cancelled", "cancelled", "completed"]
+    assert [send["text"] for send in await tenant.sent("channel.outbound")] == ["You said: one", "Ten days."]
+    [*_, last] = [request for request in world.models.asked(MODEL) if tenant.id in request.system]
+    assert [(message["role"], message["content"]) for message in last.body["messages"][1:]] == [
+        ("user", "one"),
+        ("assistant", "You said: one"),
+        ("user", "May I return it?"),
+        ("assistant", "Yes, within ten days."),
+        ("user", "How long?"),
+    ]
 
 
 async def test_what_a_person_edits_or_deletes_during_a_takeover_is_known_to_the_agent_as_it_is_then(

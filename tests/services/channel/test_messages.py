@@ -241,6 +241,30 @@ async def test_a_text_is_sent_without_a_run(desk: Desk, telegram: TelegramStandI
     assert [(one["direction"], one["text"]) for one in found] == [("inbound", "thanks"), ("outbound", "Hello **you**")]
 
 
+async def test_the_agent_of_the_conversation_is_told_of_a_message_that_a_member_sends(
+    desk: Desk, telegram: TelegramStandIn
+) -> None:
+    channel, other = await desk.connect("telegram", telegram.credentials, telegram.url), str(uuid7())
+    routes = [{"agent_id": str(uuid7()), "command": "x"}, {"agent_id": other, "conversation_id": "5"}]
+    async with desk.client() as http:
+        assert (await http.patch(f"/api/v1/channels/{channel['id']}", json={"routes": routes})).status_code == 200
+    await desk.call(channel, telegram.update("question", chat=5, person=5))
+    [inbound] = await desk.received(channel)
+    files = [{"url": "http://127.0.0.1:9/label.pdf", "name": "label.pdf"}]
+    await send(desk, channel, {"conversation_id": "5", "text": "Tomorrow.", "attachments": files})
+    await send(desk, channel, {"conversation_id": "6", "text": "Hello"})
+    answers = [
+        body
+        for headers, body in await desk.platform.outbox("channel", "channel.answers")
+        if headers["tenant_id"] == desk.tenant_id
+    ]
+    assert [(one["agent_id"], one["text"]) for one in answers] == [
+        (other, "Tomorrow.\nlabel.pdf: <http://127.0.0.1:9/label.pdf>"),
+        (channel["agent_id"], "Hello"),
+    ]
+    assert (answers[0]["session_key"], answers[0]["subject_id"]) == (inbound["session_key"], inbound["subject_id"])
+
+
 async def test_files_follow_the_text_and_a_lost_answer_is_not_repeated(desk: Desk, telegram: TelegramStandIn) -> None:
     channel = await desk.connect("telegram", telegram.credentials, telegram.url)
     async with WebhookStandIn() as host:
