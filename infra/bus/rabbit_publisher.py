@@ -111,12 +111,21 @@ class RabbitPublisher:
             content_type="application/json",
             delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
         )
-        target = (
-            await self._channel.get_exchange(exchange, ensure=False) if exchange else self._channel.default_exchange
-        )
         async with self._in_flight:
             try:
-                await target.publish(message, routing_key, mandatory=True)
+                if self._channel.is_closed:
+                    raise ChannelInvalidStateError
+                # An exchange of the library would let each message wait until the one before it is written, which takes
+                # three turns of the event loop. If much other work makes a turn long, replies would wait for minutes.
+                channel = await self._channel.get_underlay_channel()
+                await channel.basic_publish(  # type: ignore[call-arg]  # its abstract class lacks `wait`
+                    body,
+                    exchange=exchange,
+                    routing_key=routing_key,
+                    properties=message.properties,
+                    mandatory=True,
+                    wait=False,
+                )
             except ChannelInvalidStateError as error:
                 raise ConnectionError("RabbitMQ: not connected; it is connecting again") from error
             except asyncio.CancelledError as error:

@@ -108,9 +108,9 @@ class Keyring:
 
     def verify(self, token: str, audience: str, *, expired_seconds: float = 0) -> dict[str, Any]:
         """The claims of a token; ``iss`` is the owner of its key. Raises Unauthenticated with the token's fault, and
-        Transient if this machine's clock is behind.
+        Transient for one that is not valid yet or not any more.
 
-        expired_seconds: a token that expired at most this time ago is accepted.
+        expired_seconds: a token that expired at most this time ago is accepted, and an older one is a fault.
         """
         self.public.look()
         try:
@@ -130,7 +130,10 @@ class Keyring:
                 options={"require": ["iss", "aud", "iat", "exp"]},
             )
         except jwt.ExpiredSignatureError as error:
-            raise Unauthenticated("token: expired; check that the clocks of both machines agree") from error
+            if expired_seconds:
+                raise Unauthenticated("token: expired long ago") from error
+            # The signature is good: the client can do nothing about it.
+            raise Transient("token: expired; the request waited too long, or the clocks do not agree") from error
         except jwt.ImmatureSignatureError as error:
             # The signature is good: the client can do nothing about it.
             raise Transient("token: not yet valid; check that the clocks of both machines agree") from error

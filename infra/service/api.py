@@ -114,8 +114,9 @@ def api(
             _check_address(scope)
             with suppress(Unauthenticated):
                 tenant_id = identity(HTTPConnection(scope), runtime.identities).tenant_id
-                rates.count(tenant_id, time.monotonic())
+                # First: the line about a refused request has the tenant, too.
                 shares.work_for(tenant_id)
+                rates.count(tenant_id, time.monotonic())
             if not routes_check_bodies and is_json(Headers(scope=scope)):
                 receive = await _checked(scope, receive)
         try:

@@ -46,6 +46,7 @@ from infra.service.maintenance import Maintenance
 from infra.service.process import Running, freeze_loaded_modules, limit_stop, retry_start
 from infra.service.redrive import Redriver
 from infra.service.settings import Settings, SettingsError
+from infra.service.threads import TenantThreads
 from infra.web import http, rpc
 from infra.web.raw import RawRoute
 from infra.web.rpc_client import Channels
@@ -173,6 +174,7 @@ class Service:
         """Runs until a signal. Returns the exit code: 1 if a part of the process ended with an error."""
         stopping = asyncio.Event()
         loop = asyncio.get_running_loop()
+        loop.set_default_executor(TenantThreads())
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, stopping.set)
         async with AsyncExitStack() as stack:

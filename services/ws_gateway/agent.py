@@ -25,7 +25,8 @@ from services.ws_gateway.protocol import Message
 TIMEOUT_SECONDS = 10.0
 # After a gap in the tail all streams read at the same time. One tenant's get at most a half of them.
 CONCURRENT_READS = 50
-
+# As many connections as the HTTP client has. Requests of a tenant that wait in agent would keep all of them.
+CONCURRENT_CALLS = 100
 
 _RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0)
 _log = get_logger("ws_gateway.agent")
@@ -74,6 +75,7 @@ class Agent:
         self._identities = identities
         self._http = service_client("agent", url, tls, TIMEOUT_SECONDS)
         self._reading = Shares(CONCURRENT_READS)
+        self._calling = Shares(CONCURRENT_CALLS)
 
     async def facts(self, run_id: UUID, after: int, who: Identity) -> list[Fact]:
         """The run's facts with an n above `after`, in order. Raises NotFound, also for another tenant's run, and
@@ -102,7 +104,14 @@ class Agent:
         `template` is the path's template for traces. Raises Transient."""
         # Not the client's own token: it is for this service only and lasts one minute, and a stream may last longer.
         token = self._identities.on_behalf(who, "agent")
-        return await self._ask(method, path, template, {**(headers or {}), IDENTITY_HEADER: token}, body)
+        try:
+            await asyncio.wait_for(self._calling.take(who.tenant_id), TIMEOUT_SECONDS)
+        except TimeoutError:
+            raise Transient("agent: the tenant has too many requests under way") from None
+        try:
+            return await self._ask(method, path, template, {**(headers or {}), IDENTITY_HEADER: token}, body)
+        finally:
+            self._calling.give(who.tenant_id)
 
     async def post_message(self, who: Identity, path: str, headers: Mapping[str, str], body: bytes) -> httpx.Response:
         """Forwards a posted message unchanged. Raises Transient."""

@@ -21,6 +21,7 @@ from infra.clock import utcnow
 from infra.connections import HttpTarget
 from infra.errors import InvalidMessage, Transient, describe
 from infra.observe.logs import get_logger
+from infra.outgoing.shares import Shares, tenant
 from services.log_aggregator.index import mappings
 from services.log_aggregator.index.documents import IndexedDocument
 from services.log_aggregator.index.mappings import KEEP, Engine, Kind
@@ -30,6 +31,8 @@ CONSUMER_GROUP = "log_aggregator_index"
 # Size of one request. OpenSearch accepts 100 MB and is fastest with a few.
 MAX_BULK_BYTES = 5_000_000
 
+SEARCHES_AT_ONCE = 20
+"""Of a process. A tenant alone has a half: the others' searches would wait behind its own, here and in the index."""
 _SEARCH_PAUSES = (0.1, 0.2, 0.5, 0.0)
 
 
@@ -44,6 +47,7 @@ class SearchIndex:
         verify = target.context() or True
         self._http = httpx.AsyncClient(base_url=target.url, verify=verify, trust_env=False, timeout=30)
         self._prefix = f"{prefix}clawbus-"
+        self._searching = Shares(SEARCHES_AT_ONCE)
         self._log = get_logger("log_aggregator.index")
 
     async def aclose(self) -> None:
@@ -93,12 +97,13 @@ class SearchIndex:
         # Before the first document there is no index. That is not an error.
         params = {"ignore_unavailable": "true", "allow_no_indices": "true"}
         path = f"/{self._prefix}{kind}-*/_search"
-        for pause in _SEARCH_PAUSES:
-            answer = await self._send("POST", path, json=body, params=params)
-            if answer.status_code != 503:
-                break
-            # A new index, or every index after a start of OpenSearch, has no shard for a moment.
-            await asyncio.sleep(pause)
+        async with self._searching.place(tenant.get()):
+            for pause in _SEARCH_PAUSES:
+                answer = await self._send("POST", path, json=body, params=params)
+                if answer.status_code != 503:
+                    break
+                # A new index, or every index after a start of OpenSearch, has no shard for a moment.
+                await asyncio.sleep(pause)
         found = _content(answer)
         return [hit["_source"] for hit in found["hits"]["hits"]]
 

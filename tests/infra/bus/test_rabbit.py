@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
@@ -11,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
 
+import aio_pika
 import msgspec
 import pytest
 from aio_pika.exceptions import AMQPError, DeliveryError
@@ -200,6 +202,34 @@ async def test_a_message_that_the_broker_refuses_is_not_overtaken_by_another_one
     outcomes = await Broker("amqp://unused").publish(rows)
     assert sorted(sent) == ["a1", "a2", "b1", "b2"]
     assert [row.body.decode() for row, outcome in zip(rows, outcomes, strict=True) if outcome] == ["a2", "a3", "a4"]
+
+
+async def test_messages_do_not_wait_for_each_other_on_a_busy_event_loop(buses: Buses) -> None:
+    """A turn of the event loop is long while a tenant's many runs are under way. A reply of another tenant took three
+    turns for each message before it."""
+    turns, busy = 0, True
+
+    def turn() -> None:
+        nonlocal turns
+        turns += 1
+        time.sleep(0.01)
+        if busy:
+            asyncio.get_running_loop().call_soon(turn)
+
+    publisher = buses.rabbit()
+    async with await aio_pika.connect(buses.rabbitmq) as own:
+        queue = await (await own.channel()).declare_queue(exclusive=True)
+        rows = [Pending(n, uuid7(), "", queue.name, f"conversation {n}", {}, b"{}") for n in range(200)]
+        await publisher.start()
+        turn()
+        try:
+            outcomes = await publisher.publish(rows)
+        finally:
+            busy = False
+            await publisher.stop()
+    assert outcomes == [None] * len(rows)
+    # Also the turns in which the broker confirms.
+    assert turns < 2 * len(rows)
 
 
 async def test_what_the_broker_gives_up_is_a_dead_letter_too(working: Database, buses: Buses, handler: Desk) -> None:

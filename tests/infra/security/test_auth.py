@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from infra.errors import Forbidden, Unauthenticated
+from infra.errors import Forbidden, Transient, Unauthenticated
 from infra.security import auth
 from infra.security.auth import INTRODUCED_SECONDS, Caller, Callers, Identities, Identity
 from infra.security.keys import LEEWAY_SECONDS, LIFETIME_SECONDS, Keyring
@@ -40,7 +40,7 @@ def test_a_token_names_the_caller_and_its_tenant() -> None:
 
 def test_an_old_token_is_refused(clock: list[float]) -> None:
     clock[0] -= LIFETIME_SECONDS + LEEWAY_SECONDS + 1
-    with pytest.raises(Unauthenticated, match="expired"):
+    with pytest.raises(Transient, match="expired"):
         keys.callers("billing").verify(keys.callers("agent").token("billing"))
 
 

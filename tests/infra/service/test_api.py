@@ -203,8 +203,13 @@ async def test_a_tenant_with_many_keys_has_one_limit_and_others_have_theirs(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("infra.service.api.MAX_A_SECOND", 0)
+    lines: list[dict[str, Any]] = []
+    monkeypatch.setattr(http._log, "info", lambda _, **data: lines.append({**logs._work.get(), **data}), raising=False)
     answer = await client.get("/read", headers=identity("t1", "read"))
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+    assert [(line["status"], line.get("for_tenant")) for line in lines] == [(429, "t1")], (
+        "the operator finds who floods"
+    )
     assert (await client.get("/view", headers=identity(""))).status_code == 200
 
 

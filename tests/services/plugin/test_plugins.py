@@ -16,6 +16,7 @@ from infra.postgres.db import create_engine
 from infra.postgres.schema import role_url
 from infra.stores.cache import Cache
 from protos.pubsub import CONFIG_CHANGED
+from services.plugin.registry import MAX_PLUGINS
 from tests.services.plugin.conftest import CallReply, call, register, tool
 from tests.services.plugin.toolserver import SECRET, ToolServer
 from tooling.testing.platform import PASSWORDS, Platform
@@ -194,6 +195,34 @@ async def test_the_tools_of_a_tenant_have_a_size_together(plugin: Platform) -> N
         assert (await client.get("/api/v1/plugins/" + answers[0].json()["id"])).status_code == 200
         assert (await client.delete("/api/v1/plugins/" + answers[0].json()["id"])).status_code == 204
         assert (await client.post("/api/v1/plugins", json=large(9))).status_code == 201
+
+
+async def test_a_tenant_has_so_many_plugins(plugin: Platform) -> None:
+    """A list of tools reads all of them."""
+    async with plugin.client("plugin", "many") as client:
+        for n in range(MAX_PLUGINS):
+            made = await client.post("/api/v1/plugins", json=shop(name=f"shop{n}", tools=[tool(f"order{n}")]))
+            assert made.status_code == 201, made.text
+        more = shop(name="more", tools=[tool("more")])
+        refused = await client.post("/api/v1/plugins", json=more)
+        assert (refused.status_code, str(MAX_PLUGINS) in refused.json()["detail"]) == (409, True)
+        assert (await client.delete("/api/v1/plugins/" + made.json()["id"])).status_code == 204
+        assert (await client.post("/api/v1/plugins", json=more)).status_code == 201
+
+
+async def test_a_tenants_costly_schemas_leave_threads_to_the_next_tenant(plugin: Platform) -> None:
+    costly = {"$defs": {"a": {"allOf": [True] * 305}}, "allOf": [{"$ref": "#/$defs/a"}] * 200}
+
+    def body(n: int) -> dict[str, Any]:
+        # The results for equal schemas are cached.
+        return shop(tools=[tool(name) | {"schema": costly | {"title": f"{name}{n}"}} for name in "abcd"])
+
+    async with plugin.client("plugin", "costly") as client, plugin.client("plugin", "cheap") as other:
+        checks = [asyncio.create_task(client.post("/api/v1/plugins", json=body(n))) for n in range(90)]
+        await asyncio.wait(checks, return_when=asyncio.FIRST_COMPLETED)
+        assert (await other.post("/api/v1/plugins", json=shop())).status_code == 201
+        assert sum(not check.done() for check in checks) > len(checks) / 2
+        await asyncio.gather(*checks)
 
 
 async def test_a_plugin_of_another_tenant_is_not_found(plugin: Platform, server: ToolServer) -> None:

@@ -53,6 +53,8 @@ class Limits:
     """At once, for each API key and for each address."""
     large_webhooks: int = 64
     """At once, for each address: webhooks of 10,000 bytes or more, which are buffered on the disk."""
+    large_requests: int = 64
+    """At once, for each address: requests of ``/v1`` of 1,000,000 bytes or more, which are buffered on the disk."""
 
 
 # Everything on this machine has one address.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -12,8 +13,9 @@ import msgspec
 import pytest
 
 from infra.errors import TooLarge
+from infra.outgoing import shares
 from infra.outgoing.client import Outgoing
-from services.agent.models import chat
+from services.agent.models import chat, pieces
 from services.agent.models.completions import _Repair, usage
 from services.agent.models.contract import (
     AssistantTurn,
@@ -30,7 +32,7 @@ from services.agent.models.contract import (
     Usage,
     UserTurn,
 )
-from services.agent.models.pieces import MAX_CALLS, MAX_FIELDS, WholeEvents
+from services.agent.models.pieces import LINES_A_SECOND, MAX_CALLS, MAX_FIELDS, WholeEvents
 from services.agent.models.providers import Providers
 from services.agent.models.thoughts import HELD, Thoughts, without_thoughts
 from tooling.testing.model_server import KEY, ModelServer, Refuses, Says, Streams, model_server
@@ -607,6 +609,36 @@ async def test_a_long_stream_takes_linear_time(kind: str) -> None:
         pass
 
 
+async def test_a_tenants_answers_have_so_many_lines_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tenant's servers, which sent without a pause, kept the process busy: no other tenant got an answer."""
+    clock = [100.0]
+
+    async def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(pieces, "sleep", sleep)
+    monkeypatch.setattr(pieces, "monotonic", lambda: clock[0])
+
+    async def read(tenant: str, count: int) -> float:
+        """The seconds that the stream takes."""
+        shares.work_for(tenant)
+        began = clock[0]
+
+        async def stream() -> AsyncIterator[bytes]:
+            for _ in range(count // 100):
+                yield b"data: 1\n\n" * 50
+
+        assert len([line async for line in pieces.lines(stream())]) == count + 1
+        return clock[0] - began
+
+    # The first second's are free.
+    assert await asyncio.create_task(read("hostile", 2 * LINES_A_SECOND)) == pytest.approx(1)
+    assert await asyncio.create_task(read("other", LINES_A_SECOND)) == pytest.approx(0)
+    assert await asyncio.create_task(read("hostile", LINES_A_SECOND)) == pytest.approx(1)
+    clock[0] += 10
+    assert await asyncio.create_task(read("hostile", LINES_A_SECOND)) == pytest.approx(0)
+
+
 class Sends(httpx2.AsyncBaseTransport, httpx2.AsyncByteStream):
     """A server whose stream comes in these pieces."""
 
@@ -661,8 +693,9 @@ LARGE: dict[str, tuple[str, bytes, list[bytes]]] = {
 
 
 @pytest.mark.parametrize("kind", LARGE)
-async def test_a_large_part_of_an_answer_is_not_read(kind: str) -> None:
+async def test_a_large_part_of_an_answer_is_not_read(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As lists it would take more than a gigabyte."""
+    monkeypatch.setattr("services.agent.models.pieces.LINES_A_SECOND", 10**9)
     name, type_, pieces = LARGE[kind]
     providers = Providers(Sends(pieces, type_))
     with pytest.raises(ModelFailed, match="more than 4 MiB") as failed:

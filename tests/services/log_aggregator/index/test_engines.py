@@ -5,6 +5,7 @@ The other tests run against a real OpenSearch without the plugin for policies. E
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,10 @@ import pytest
 
 from infra.clock import utcnow
 from infra.errors import Transient
+from infra.outgoing import shares
 from services.log_aggregator.index.documents import IndexedDocument
-from services.log_aggregator.index.search_index import SearchIndex
+from services.log_aggregator.index.search_index import SEARCHES_AT_ONCE, SearchIndex
+from tooling.testing.until import until
 
 ELASTICSEARCH = {"number": "9.2.0", "build_flavor": "default", "build_type": "docker"}
 OPENSEARCH = {"distribution": "opensearch", "number": "3.2.0"}
@@ -110,3 +113,37 @@ async def test_a_request_has_a_most_of_bytes(monkeypatch: pytest.MonkeyPatch) ->
     with server(ELASTICSEARCH) as (url, asked):
         await SearchIndex(url, "").store("events", documents)
     assert [path for method, path, _ in asked if method == "POST"] == ["/_bulk"] * 3
+
+
+async def test_a_tenants_searches_leave_connections_to_the_next_tenant() -> None:
+    held = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal held
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        body = await reader.readexactly(int(head.partition("content-length: ")[2].split()[0]))
+        if b"hostile" in body:
+            held += 1
+            # Until the client goes away.
+            await reader.read()
+        else:
+            content = b'{"hits": {"hits": []}}'
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content))
+        writer.close()
+
+    async def search(name: str) -> list[dict[str, Any]]:
+        shares.work_for(name)
+        return await index.search("logs", [{"term": {"tenant": name}}], [], 1)
+
+    slow = await asyncio.start_server(serve, "127.0.0.1", 0)
+    index = SearchIndex(f"http://127.0.0.1:{slow.sockets[0].getsockname()[1]}", "")
+    # The client has a hundred connections.
+    searches = [asyncio.create_task(search("hostile")) for _ in range(150)]
+    await until(lambda: asyncio.sleep(0, held >= SEARCHES_AT_ONCE // 2))
+    assert await asyncio.create_task(search("other")) == []
+    assert held == SEARCHES_AT_ONCE // 2
+    for one in searches:
+        one.cancel()
+    await asyncio.gather(*searches, return_exceptions=True)
+    await index.aclose()
+    slow.close()

@@ -503,6 +503,39 @@ async def test_one_address_cannot_fill_the_disk_with_bodies_of_webhooks(services
             assert (await elsewhere.post(f"{client.base_url}/webhooks/slack/1", content=bytes(10_000))).is_success
 
 
+async def test_one_address_cannot_fill_the_disk_with_bodies_of_v1(services: StandIns) -> None:
+    """A key alone does not bound it: a tenant has hundreds."""
+    services.keys |= {"claw_first", "claw_second"}
+    async with running(services, replace(LOCAL_LIMITS, large_requests=3)) as client, AsyncExitStack() as all_:
+
+        async def begin(key: str, length: str) -> str:
+            reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+            all_.callback(writer.close)
+            head = (
+                f"POST /v1/body HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nExpect: 100-continue\r\n{length}"
+            )
+            writer.write(f"{head}\r\n\r\n".encode())
+            return (await reader.readline()).decode().strip()
+
+        large, unknown = "Content-Length: 1000000", "Transfer-Encoding: chunked"
+        begun = [
+            await begin("claw_first", large),
+            await begin("claw_second", large),
+            await begin("claw_first", unknown),
+        ]
+        assert {*begun} == {"HTTP/1.1 100 Continue"}
+        assert "429" in await begin("claw_first", large)
+        assert "429" in await begin("claw_second", unknown)
+        # These have no images, or no body.
+        services.more.set()
+        assert "100" in await begin("claw_first", "Content-Length: 999999")
+        assert (await client.get("/v1/models")).is_success
+        async with httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(local_address="127.0.0.2"), headers=client.headers
+        ) as elsewhere:
+            assert (await elsewhere.post(f"{client.base_url}/v1/body", content=bytes(1_000_000))).is_success
+
+
 @pytest.mark.parametrize(
     ("request_line", "status"),
     [
