@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -121,8 +121,20 @@ class Workers:
         headers = {**message.headers, ATTEMPT: attempt}
         await self._publisher.send("", queue.retry_queue(delay), message.body, headers, str(message.message_id))
         failpoint("after_retry_before_ack")
-        await message.ack()
+        await self.answer(queue, message.ack())
         self._metrics.retries.labels(queue.name).inc()
+
+    async def answer(self, queue: Queue, answer: Awaitable[None]) -> None:
+        """Acknowledges or returns messages. If their channel was closed meanwhile, the broker delivers them again, and
+        the inbox drops those that were handled."""
+        try:
+            await answer
+        except Exception as error:
+            self._log.warning(
+                "could not acknowledge messages, because the connection was closed; the broker delivers them again",
+                queue=queue.name,
+                error=describe(error),
+            )
 
 
 async def _undecoded(message: RabbitMessage) -> RabbitMessage:
@@ -151,7 +163,7 @@ class _Worker:
             await self._failed(message, attempt, error)
             return
         failpoint("after_commit_before_ack")
-        await message.ack()
+        await workers.answer(queue, message.ack())
         workers._metrics.processed.labels(queue.name, "handled").inc()
 
     def _decode(self, body: bytes, headers: Mapping[str, str]) -> tuple[Decoded, Envelope]:
@@ -193,7 +205,7 @@ class _Worker:
             elif isinstance(error, InvalidMessage) or attempt > len(queue.retries):
                 await workers.dead_letter(queue, message, describe(error), attempt)
                 failpoint("after_dead_letter_before_ack")
-                await message.ack()
+                await workers.answer(queue, message.ack())
             else:
                 rung = queue.retries[attempt - 1]
                 if isinstance(error, RetryLater):
@@ -209,7 +221,7 @@ class _Worker:
             )
             # Without this pause the broker would deliver it again at once, and soon reach its delivery limit.
             await asyncio.sleep(1)
-            await message.nack(requeue=True)
+            await workers.answer(queue, message.nack(requeue=True))
 
 
 class _BatchWorker(_Worker):
@@ -272,7 +284,7 @@ class _BatchWorker(_Worker):
             return
         failpoint("after_commit_before_ack")
         # Groups are handled in the order of delivery, so all messages before the last one of this group are settled.
-        await group[-1].ack(multiple=True)
+        await workers.answer(queue, group[-1].ack(multiple=True))
         workers._metrics.processed.labels(queue.name, "handled").inc(len(group))
 
     def _decoded(self, message: RabbitMessage) -> tuple[Decoded, Envelope]:
@@ -307,9 +319,9 @@ class _Collector:
                 "could not store a dead letter; it stays in its queue", queue=self._queue.name, error=describe(error)
             )
             await asyncio.sleep(1)
-            await message.nack(requeue=True)
+            await self._workers.answer(self._queue, message.nack(requeue=True))
             return
-        await message.ack()
+        await self._workers.answer(self._queue, message.ack())
 
 
 def _age(headers: Mapping[str, str]) -> timedelta:

@@ -91,9 +91,11 @@ class Outgoing:
         timeout: float = DEFAULT_TIMEOUT,
         max_bytes: int = DEFAULT_MAX_BYTES,
         template: str | None = None,
+        body_matters: bool = True,
     ) -> Answer:
         """Sends one request and reads its answer, of any status.
 
+        body_matters: if False, an answer whose body is too large, too slow or broken is one with an empty body.
         timeout: seconds, from name resolution to the end of the body. max_bytes: limit of the decompressed body.
         template: the path as a trace may show it, such as ``/bot{token}/sendMessage``.
 
@@ -103,6 +105,7 @@ class Outgoing:
         """
         target = _parse(url)
         progress = _Progress()
+        response = None
         # An httpx2 client would keep cookies, so the transport is called directly.
         defaults = {"user-agent": f"clawbus/{VERSION}", "accept": "*/*", "accept-encoding": "gzip, deflate"}
         extensions = {
@@ -125,7 +128,11 @@ class Outgoing:
         except (httpx2.LocalProtocolError, UnicodeEncodeError):
             # The error's text would show the header, which may be a secret.
             raise InvalidMessage("headers", "a name or value has characters that HTTP does not allow") from None
-        except (httpx2.TransportError, httpx2.DecodingError, TimeoutError) as error:
+        except (httpx2.TransportError, httpx2.DecodingError, TimeoutError, TooLarge) as error:
+            if response is not None and not body_matters:
+                return Answer(response.status_code, response.headers, b"")
+            if isinstance(error, TooLarge):
+                raise
             reason = f"{target.host}: {type(error).__name__}"
             raise (Unanswered if progress.sent else Transient)(reason) from error
         return Answer(response.status_code, response.headers, body)

@@ -9,11 +9,14 @@ from typing import Literal, NamedTuple
 
 # An e-mail that could not be sent for this long is of no use any more.
 LIFE = timedelta(days=1)
+LATE = "could not be sent within a day"
 MAX_SUBJECT = 500
 
 # One address of RFC 5321, without quoted local parts and literal domains. A domain needs no dot: hosts in a company's
-# own network have plain names. No character of an address can end a header or begin another recipient.
-_ADDRESS = re.compile(r"[^\s@<>()\[\]\\,;:\"\x00-\x1f\x7f]{1,64}@(?!-)[^\s@<>()\[\]\\,;:\"\x00-\x1f\x7f]{1,255}")
+# own network have plain names. No character of an address can end a header or begin another recipient; an encoded
+# word (RFC 2047), which begins with =?, could hold such a character.
+_CHARACTER = r"[^\s@<>()\[\]\\,;:\"\x00-\x1f\x7f]"
+_ADDRESS = re.compile(rf"(?!.*=\?){_CHARACTER}{{1,64}}@(?![-.])(?!.*(?:\.\.|\.$)){_CHARACTER}{{1,255}}")
 # An enhanced status code (RFC 3463) at the beginning of a server's answer.
 _STATUS = re.compile(r"[245]\.\d{1,3}\.\d{1,3}")
 

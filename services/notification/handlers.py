@@ -18,9 +18,25 @@ from protos.catalog import NOTIFICATION_EMAIL, NOTIFICATION_PUSH
 from protos.envelope import Envelope
 from protos.messages.notification import SendEmail, SendPush
 from services.notification.adapters import Owners
-from services.notification.domain import LIFE, MAX_SUBJECT, SendResult, is_address, is_file, is_one_line, result_of_all
-from services.notification.mailer import Mailer
-from services.notification.notifications import Email, Notifications, store_failure, store_result
+from services.notification.domain import (
+    LATE,
+    LIFE,
+    MAX_SUBJECT,
+    SendResult,
+    is_address,
+    is_file,
+    is_one_line,
+    result_of_all,
+)
+from services.notification.mailer import Mailer, RecipientBusy
+from services.notification.notifications import (
+    Email,
+    Notifications,
+    reached,
+    store_failure,
+    store_reached,
+    store_result,
+)
 
 
 class QueuedEmail(msgspec.Struct, frozen=True):
@@ -56,7 +72,9 @@ async def queue_email(message: SendEmail, tx: Tx, notifications: Notifications) 
 
 
 async def expire(item: QueuedEmail, tx: Tx) -> None:
-    await store_result(tx, item.id, SendResult("failed", "could not be sent within a day"))
+    recipients = await reached(tx, item.id)
+    result = SendResult("sent", f"to other recipients it {LATE}") if recipients else SendResult("failed", LATE)
+    await store_result(tx, item.id, result, recipients)
 
 
 @EMAILS.runner(concurrency=8, expired=expire)
@@ -67,15 +85,25 @@ async def send_email(
         email = await notifications.read(reading, item.id)
     known = [email.to] if email.to else await owners(tx.tenant_id or "")
     recipients = [address for address in dict.fromkeys(known) if is_address(address)]
-    errors = []
+    errors, have, busy = [], [], None
     for recipient in recipients:
         # One effect per recipient: after a crash, recipients that have the e-mail do not get it again.
-        outcome = await effects.run(
-            f"{item.id}/{hashlib.sha256(recipient.encode()).hexdigest()[:16]}",
-            partial(mailer.send, to=recipient, email=email),
-            kind="keyed",
-        )
+        try:
+            outcome = await effects.run(
+                f"{item.id}/{hashlib.sha256(recipient.encode()).hexdigest()[:16]}",
+                partial(mailer.send, to=recipient, email=email),
+                kind="keyed",
+            )
+        except RecipientBusy as error:
+            busy = error
+            continue
         errors.append(outcome.error)
+        if outcome.error is None:
+            have.append(recipient)
+    if busy:
+        async with effects.begin() as recording:
+            await store_reached(recording, item.id, have)
+        raise busy
     await store_result(tx, item.id, result_of_all(errors), recipients)
 
 

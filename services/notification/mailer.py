@@ -17,6 +17,10 @@ from services.notification.notifications import Email
 TIMEOUT_SECONDS = 30.0
 
 
+class RecipientBusy(Transient):
+    """The mail server refuses an e-mail to this recipient for now. Others may get it."""
+
+
 class Mailer:
     """Sends by the mail server at `url` (``smtp://user:password@host:port``), from the address `sender`."""
 
@@ -28,8 +32,8 @@ class Mailer:
     async def send(self, key: str, to: str, email: Email) -> None:
         """Sends one e-mail. Its Message-ID is made from `key`, so that mailboxes recognise a copy.
 
-        Raises EffectFailed if the server refuses it permanently, Transient if the server refuses it for now or cannot
-        be reached, Unanswered if the server may have accepted it.
+        Raises EffectFailed if the server refuses it permanently, RecipientBusy if it refuses it for now, Transient if
+        it takes no e-mails or cannot be reached, Unanswered if it may have accepted it.
         """
         message = EmailMessage()
         message["From"] = self._sender
@@ -44,17 +48,22 @@ class Mailer:
         if file := email.attachment:
             main, _, sub = file.media_type.partition("/")
             message.add_attachment(file.content, maintype=main, subtype=sub, filename=file.name)
-        host, port = self._url.hostname or "", self._url.port
+        host = self._url.hostname or ""
         attributes: dict[str, telemetry.Value] = {"server.address": host}
         with telemetry.span("send e-mail", SpanKind.CLIENT, attributes=attributes):
             try:
                 await aiosmtplib.send(
                     message,
+                    # Otherwise the library reads both from the headers.
+                    sender=self._sender,
+                    recipients=[to],
                     hostname=host,
-                    port=port,
+                    port=self._url.port or (465 if self._url.scheme == "smtps" else 25),
                     username=unquote(self._url.username) if self._url.username else None,
                     password=unquote(self._url.password) if self._url.password else None,
                     use_tls=self._url.scheme == "smtps",
+                    # A password is not sent in the clear, also if a host on the way hides that the server knows TLS.
+                    start_tls=True if self._url.password and self._url.scheme == "smtp" else None,
                     # The name in our greeting. Without it the library would make a DNS lookup.
                     local_hostname=self._domain,
                     timeout=TIMEOUT_SECONDS,
@@ -69,7 +78,7 @@ def _error(error: Exception) -> Exception:
         return _error(error.recipients[0])
     if isinstance(error, (aiosmtplib.SMTPRecipientRefused, aiosmtplib.SMTPDataError)):
         reason = refusal_text(error.code, error.message)
-        return EffectFailed(reason) if 500 <= error.code < 600 else Transient(reason)
+        return EffectFailed(reason) if 500 <= error.code < 600 else RecipientBusy(reason)
     if isinstance(error, aiosmtplib.SMTPNotSupported):
         return EffectFailed("the mail server does not support this form of address")
     if isinstance(error, aiosmtplib.SMTPResponseException):
@@ -77,4 +86,7 @@ def _error(error: Exception) -> Exception:
         return Transient(refusal_text(error.code, error.message))
     if isinstance(error, (aiosmtplib.SMTPReadTimeoutError, aiosmtplib.SMTPServerDisconnected)):
         return Unanswered(f"mail server: {type(error).__name__}")
+    if type(error) is aiosmtplib.SMTPException:
+        # An extension that the server lacks, such as STARTTLS or AUTH.
+        return Transient(f"mail server: {error}")
     return Transient(f"mail server: {type(error).__name__}")

@@ -50,7 +50,7 @@ class Notification(BaseModel):
     reason: str
     """The error; empty if there was none."""
     to: list[str]
-    """The masked addresses; empty until the e-mail is sent."""
+    """The masked addresses; empty until the e-mail is sent. While others wait, those that have it."""
     created_at: datetime
     finished_at: datetime | None
 
@@ -109,6 +109,24 @@ async def store_failure(tx: Tx, id_: UUID, kind: Literal["email", "push"], reaso
         kind,
         reason,
     )
+
+
+async def store_reached(tx: Tx, id_: UUID, recipients: Sequence[str]) -> None:
+    """Stores the recipients that have an e-mail which others do not have yet."""
+    await tx.sql(
+        "UPDATE notification SET recipients = $3 WHERE tenant_id = $1 AND id = $2",
+        tx.tenant_id,
+        id_,
+        [masked(recipient) for recipient in recipients],
+    )
+
+
+async def reached(tx: Tx, id_: UUID) -> list[str]:
+    """The masked addresses of those that have an e-mail."""
+    [(recipients,)] = await tx.sql(
+        "SELECT recipients FROM notification WHERE tenant_id = $1 AND id = $2", tx.tenant_id, id_
+    )
+    return list(recipients)
 
 
 async def store_result(tx: Tx, id_: UUID, result: SendResult, recipients: Sequence[str] = ()) -> None:

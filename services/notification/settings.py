@@ -32,5 +32,6 @@ class NotificationSettings(Settings):
     user_grpc: str
     """``host:port`` of the user service, which knows the addresses of a tenant's owners."""
     smtp_url: Annotated[SecretStr, AfterValidator(_smtp_url)]
-    """``smtp://``, which uses STARTTLS if the server offers it, or ``smtps://``; with user and password."""
+    """``smtp://``, which uses STARTTLS if the server offers it, or ``smtps://``; with user and password. A password is
+    not sent without TLS."""
     mail_from: Annotated[str, AfterValidator(_address)] = "clawbus@localhost.localdomain"

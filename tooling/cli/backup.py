@@ -19,11 +19,10 @@ from typing import IO, Annotated, Any, cast
 import msgspec
 import typer
 from rich.console import Console
-from rich.progress import DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
 from infra.clock import utcnow
 from infra.security.audit import audit
-from tooling.cli.output import Json, print_json
+from tooling.cli.output import Json, Progress, print_json
 from tooling.stack import operator
 from tooling.stack.backup import take, wal
 from tooling.stack.backup.keyfile import backup_key, key_path
@@ -73,9 +72,9 @@ def backup(
     name = file_name(utcnow())
     where = place.where(name)
     with named_store_errors(where):
-        with progress() as bars, _written(where), place.new(name) as file:
+        with Progress() as progress, _written(where), place.new(name) as file:
             counted = _Counted(file, where)
-            manifest = operator.run(_take(found, BackupWriter(cast(IO[bytes], counted), key), where, bars))
+            manifest = operator.run(_take(found, BackupWriter(cast(IO[bytes], counted), key), where, progress))
         removed = _expire(place, name, keep_days) if keep_days else []
         if keep_days and found.home and found.archive:
             system = wal.system_of(found.home / "postgres" / "data")
@@ -93,14 +92,14 @@ def backup(
         out.print(f"Removed {len(removed)} older backups.")
 
 
-async def _take(found: take.Source, writer: BackupWriter, where: str, bars: Progress) -> Manifest:
+async def _take(found: take.Source, writer: BackupWriter, where: str, progress: Progress) -> Manifest:
     async with operator.database(found.database_url, "log_aggregator") as database, database.begin() as tx:
         audit(tx, operator.actor(), "stack.backup", "backup", where)
     engines = {}
     if found.home:
         parts = json.loads(run_claw("status", "--json", stdout=subprocess.PIPE).stdout or "[]")
         engines = {part["name"]: part["version"] for part in parts if part["kind"] == "engine"}
-    return await take.take(found, writer, engines, progress_report(bars))
+    return await take.take(found, writer, engines, progress.add)
 
 
 def _expire(place: Target, newest: str, keep_days: int) -> list[str]:
@@ -142,24 +141,6 @@ class _Counted:
             self._file.write(content)
         self.size += len(content)
         self.digest.update(content)
-
-
-def progress() -> Progress:
-    """A line on the terminal for each part."""
-    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True))
-
-
-def progress_report(bars: Progress) -> take.Tell:
-    """A function that moves the line of a part forward."""
-    tasks = {}
-
-    def tell(part: str, size: int) -> None:
-        if part not in tasks:
-            tasks[part] = bars.add_task(part, total=None)
-        bars.advance(tasks[part], size)
-
-    return tell
 
 
 def run_claw(*arguments: str, stdout: Any) -> subprocess.CompletedProcess[str]:

@@ -10,13 +10,13 @@ import msgspec
 import typer
 import uvloop
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from infra.observe import logs
 from tooling.bench.protocol import Figure, Latency, Result
 from tooling.bench.record import machine, record
 from tooling.bench.run import BENCHES, ENGINES, ON_DEMAND, run
+from tooling.cli.output import Progress
 from tooling.stack.engines.base import EngineError
 from tooling.testing.stack import running_stack
 
@@ -35,24 +35,14 @@ def bench(
         raise EngineError(f"bench {', '.join(unknown)}: unknown, must be one of {', '.join(BENCHES)}")
     # Stand-ins serve in this process. Otherwise a log line for each of their requests would mix with the results.
     logs.setup("bench", "error")
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
     where = machine()
     found: dict[str, Sequence[Figure]] = {}
-    with progress:
-        starting = progress.add_task("starting engines", total=None)
+    with Progress() as progress:
+        progress.show("start engines")
         with running_stack(ENGINES) as stack:
-            progress.remove_task(starting)
             for name in chosen:
-                task = progress.add_task(f"{name}: preparing", total=None)
-                show = partial(_show, progress, task, name)
-                found[name] = uvloop.run(run(name, stack, show))
-                progress.remove_task(task)
+                progress.show(f"prepare {name}")
+                found[name] = uvloop.run(run(name, stack, partial(progress.count, f"slices of {name}")))
     if write:
         record(found, " ".join(["./claw bench", *(names or []), "--write"]), where)
     results = [figure for figures in found.values() for figure in figures]
@@ -63,10 +53,6 @@ def bench(
         Console(highlight=False).print(render(results))
     if not all(result.met for result in results):
         raise typer.Exit(1)
-
-
-def _show(progress: Progress, task: int, name: str, done: int, total: int) -> None:
-    progress.update(task, description=f"{name}: slice {done} of {total}", completed=done, total=total)  # type: ignore[arg-type]
 
 
 def render(results: list[Figure]) -> Table:

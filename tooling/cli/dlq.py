@@ -101,7 +101,10 @@ def show(id: Id, as_json: Json = False) -> None:
     shown = msgspec.to_builtins(letter)
     width = max(map(len, shown)) + 1
     for name, value in shown.items():
-        lines = [f"{key}: {text}" for key, text in value.items()] if isinstance(value, dict) else str(value).split("\n")
+        if isinstance(value, dict):
+            lines = [f"{key}: {text}" for key, text in value.items()]
+        else:
+            lines = ["–"] if value is None else str(value).split("\n")
         for nth, line in enumerate(lines):
             label = Text("" if nth else name, "bold")
             label.pad_right(width - len(label))

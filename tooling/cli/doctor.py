@@ -63,6 +63,7 @@ def examine(home: Home) -> list[Finding]:
     findings.append(Finding("ok", text))
     supervisor = Supervisor(home.path)
     processes = supervisor.processes()
+    idle = []
     for name, part in parts().items():
         try:
             part.install()
@@ -70,6 +71,7 @@ def examine(home: Home) -> list[Finding]:
             findings.append(Finding("problem", f"{name}: {error}"))
         running = name in processes and processes[name].pid
         if not running:
+            idle.append(name)
             findings += [
                 Finding(
                     "problem",
@@ -87,6 +89,14 @@ def examine(home: Home) -> list[Finding]:
         names = ", ".join(f"{process.name()} ({process.pid})" for process in left)
         text = f"processes of a killed stack still run: {names}"
         findings.append(Finding("problem", text, "Stop them: ./claw down"))
+    elif len(idle) == len(parts()):
+        known = (home.path / "credentials.json").exists()
+        text = f"the stack in {home.path} is stopped" if known else f"no stack was started in {home.path} yet"
+        findings.append(Finding("warning", text, "Start it: ./claw up"))
+    elif idle:
+        findings.append(Finding("warning", f"these parts do not run: {', '.join(idle)}", "Start them: ./claw up"))
+    else:
+        findings.append(Finding("ok", "all parts of the stack run; ./claw status shows whether they answer"))
     return [*findings, *_exposed(place, home)]
 
 

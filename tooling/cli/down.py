@@ -24,6 +24,9 @@ def down(
         console.print(f"Nothing to stop: {home} does not exist.", soft_wrap=True)
     else:
         _stop(home, wipe=wipe)
+        if not as_json:
+            done = f"All data in {home} is deleted." if wipe else f"The data stays in {home}."
+            console.print(f"Stopped. {done}", soft_wrap=True)
     if as_json:
         print_json({"home": str(home), "data": home.exists() and not wipe})
 
@@ -35,5 +38,3 @@ def _stop(home: Path, *, wipe: bool) -> None:
         if wipe:
             for path in home.iterdir():
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    text = f"Stopped. All data in {home} is deleted." if wipe else f"Stopped. The data stays in {home}."
-    console.print(text, soft_wrap=True)

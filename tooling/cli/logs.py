@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 from datetime import datetime
 from typing import Annotated, Any
@@ -34,7 +35,7 @@ def logs(
     run: Annotated[UUID | None, typer.Option(help="Search the index: lines of this run.")] = None,
     channel: Annotated[UUID | None, typer.Option(help="Search the index: lines of this channel.")] = None,
     tenant: Annotated[str, typer.Option(help="Search the index: lines of this tenant.")] = "",
-    saved: Annotated[str, typer.Option(help=f"Search the index: {' or '.join(searches.QUERIES)}.")] = "",
+    saved: Annotated[searches.Name | None, typer.Option(help="Search the index: lines that match this search.")] = None,
     since: Annotated[datetime | None, typer.Option(help="Search the index: the first moment, local time.")] = None,
     until: Annotated[datetime | None, typer.Option(help="Search the index: the end, exclusive, local time.")] = None,
     limit: Annotated[
@@ -51,6 +52,8 @@ def logs(
     }
     params = {key: str(value) for key, value in (wanted | {"search": saved, "service": name} | times).items() if value}
     if params.keys() - {"service"}:
+        if trace and not re.fullmatch("[0-9a-f]{32}", trace):
+            raise EngineError(f"--trace: {trace!r} must be 32 digits from 0 to f, as ./claw run show prints them")
         if follow:
             raise EngineError("--follow: a search shows stored lines; leave it out")
         if name and name not in SERVICES:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from infra.postgres.database import Database
 from services.memory.indexes.filling import refill
@@ -19,7 +19,7 @@ from services.memory.indexes.milvus import MilvusIndex
 from services.memory.indexes.model_change import ModelState, states
 from services.memory.indexes.models import active_key
 from services.memory.indexes.pgvector import PgvectorIndex
-from tooling.cli.output import Json, print_json, printable
+from tooling.cli.output import Json, Progress, print_json, printable
 from tooling.stack import operator
 
 app = typer.Typer(no_args_is_help=True, help="The index of documents' vectors.")
@@ -39,15 +39,15 @@ def migrate(
 ) -> None:
     """Move the index to another engine while the services run. A stopped migration goes on if it is started again."""
     access = operator.engines_access()
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"texts in {to}", total=None)
+    with Progress() as progress:
+        progress.show(f"prepare {to}")
         done = operator.run(
             _migrate(
                 access["postgres"]["url"],
                 access["milvus"]["url"],
                 to,
                 alone,
-                lambda inside, total: progress.update(task, completed=inside, total=total),
+                partial(progress.count, f"texts are in {to}"),
             )
         )
     if as_json:
@@ -73,13 +73,13 @@ def rebuild(
 ) -> None:
     """Fill the index again from PostgreSQL while the services run. They go on if this command is stopped."""
     access = operator.engines_access()
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("texts in the index", total=None)
+    with Progress() as progress:
+        progress.show("mark the texts")
         texts = operator.run(
             _rebuild(
                 access["postgres"]["url"],
                 tenant,
-                lambda inside, total: progress.update(task, completed=inside, total=total),
+                partial(progress.count, "texts are in the index"),
             )
         )
     if as_json:

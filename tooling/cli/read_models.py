@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from infra.postgres.db import sql
@@ -21,7 +20,7 @@ from infra.service.verification import LastVerification, VerificationResult
 from services.log_aggregator.index import reindexing
 from services.log_aggregator.index.reindexing import INDEXED, Indexed
 from services.log_aggregator.index.search_index import SearchIndex
-from tooling.cli.output import print_json, printable
+from tooling.cli.output import Progress, print_json, printable
 from tooling.stack import operator
 
 out = Console(highlight=False)
@@ -142,20 +141,19 @@ def verification_of(access: Access, service: Service, name: str, *, switch: bool
 def verify(access: Access, name: str, work: Verification, *, switch: bool, as_json: bool) -> None:
     """Runs a verification, and shows its progress and its result. Raises Exit with 1 if rows differ and stay."""
     seen = 0
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(name, total=None)
+    try:
+        with Progress() as progress:
+            progress.show(f"verify {name}")
 
-        def tell(done: int, total: int) -> None:
-            nonlocal seen
-            seen = done
-            progress.update(task, completed=done, total=total)
+            def tell(done: int, total: int) -> None:
+                nonlocal seen
+                seen = done
+                progress.count(f"parts of the source of {name}", done, total)
 
-        try:
             verified = operator.run(_audited(access, name, work(tell)))
-        except KeyboardInterrupt:
-            progress.stop()
-            out.print(f"Paused after {seen} parts of the source. The same command goes on.", soft_wrap=True)
-            raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        out.print(f"Paused after {seen} parts of the source. The same command goes on.", soft_wrap=True)
+        raise typer.Exit(130) from None
     if as_json:
         print_json(verified)
     else:

@@ -15,7 +15,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from infra.errors import NotFound
 from infra.security.audit import audit
@@ -26,7 +25,7 @@ from infra.service.service import Service
 from protos.catalog import SERVICES
 from protos.topology import Subscription
 from tooling.cli import read_models
-from tooling.cli.output import Json, print_json, printable
+from tooling.cli.output import Json, Progress, print_json, printable
 from tooling.stack import operator
 
 out = Console(highlight=False)
@@ -71,25 +70,24 @@ def _rebuild(
 ) -> None:
     service, subscription = find(projection)
     owner = load(from_events) if from_events else None
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(projection, total=None)
-        try:
+    try:
+        with Progress() as progress:
+            progress.show(f"rebuild {projection}")
             rebuilt = operator.run(
                 rebuild(
                     access["postgres"]["url"],
                     access["kafka"]["bootstrap_servers"],
                     service.name,
                     subscription,
-                    lambda done, total: progress.update(task, completed=done, total=total),
+                    partial(progress.count, f"records of {projection}"),
                     from_events=owner,
                     switch=switch,
                     restart=restart,
                 )
             )
-        except KeyboardInterrupt:
-            progress.stop()
-            out.print("Interrupted. The same command goes on; with --from-events it begins again.", soft_wrap=True)
-            raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        out.print("Interrupted. The same command goes on; with --from-events it begins again.", soft_wrap=True)
+        raise typer.Exit(130) from None
     if as_json:
         print_json(asdict(rebuilt))
     else:
@@ -129,21 +127,23 @@ def _split(name: str) -> tuple[Service, str, str]:
     """The service of a read model, the service's name or path, and the read model's own name."""
     path, _, own_name = name.rpartition(".")
     if not path:
-        raise NotFound(f"read model {name!r}: must have the form <service>.<name>; --list shows all")
+        shown = f"read model {name!r}: must" if name else "NAME: must"
+        raise NotFound(f"{shown} have the form <service>.<name>, such as agent.runs; --list shows all")
     return load(path), path, own_name
 
 
 def find(projection: str) -> tuple[Service, Subscription]:
-    """The service and the subscription of a projection. Raises NotFound if the service has no such handler."""
+    """The service and the subscription of a projection. Raises NotFound if the service has no such projection."""
     service, name, handler = _split(projection)
     for subscription in service.subscriptions:
-        if subscription.name.endswith(f".{handler}"):
+        if subscription.projection and subscription.name.endswith(f".{handler}"):
             # A replay has no side effects and therefore no adapters: a handler that uses one fails at once.
             nothing = dict.fromkeys(service.adapters[subscription.name])
             return service, replace(subscription, handler=partial(subscription.handler, **nothing))
-    known = [f"{service.name}.{model.name}" for model in service.read_models]
-    known += [subscription.name for subscription in service.subscriptions]
-    raise NotFound(f"{name} has no read model or handler {handler!r} ({', '.join(known)})")
+    known = ", ".join(f"{name}.{model.name}" for model in read_models.declared([service]))
+    raise NotFound(
+        f"{name} has no read model {handler!r}; it has {known or 'none'}. --list shows those of all services"
+    )
 
 
 async def rebuild(

@@ -6,11 +6,13 @@ import asyncio
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -25,8 +27,8 @@ from infra.security.audit import audit
 from services.log_aggregator.audit.stored_heads import BUCKET as AUDIT_HEADS
 from services.memory.indexes.filling import refill
 from services.memory.indexes.models import active_key
-from tooling.cli.backup import progress, progress_report, run_claw
-from tooling.cli.output import Json, print_json
+from tooling.cli.backup import run_claw
+from tooling.cli.output import Json, Progress, print_json
 from tooling.stack import operator
 from tooling.stack.backup import database, keys, objects, take
 from tooling.stack.backup.keyfile import key_path, known_key
@@ -86,10 +88,9 @@ def restore(
     """Restore a backup into this stack, and start it. A stack that has data is refused, unless --wipe is given."""
     began = time.monotonic()
     key = known_key()
-    with progress() as bars, open_backup(file) as stream, named_store_errors(file):
-        task = bars.add_task("verify", total=None)
+    with Progress() as progress, open_backup(file) as stream, named_store_errors(file):
         try:
-            manifest, kept = verify(stream, key, file, lambda size: bars.advance(task, size))
+            manifest, kept = verify(stream, key, file, partial(progress.add, "verify the backup"))
         except EngineError as error:
             raise EngineError(f"{error}. Nothing was changed") from error
     database.check_versions(manifest, file)
@@ -191,11 +192,10 @@ def _recovered(home: Home, backup: _Backup, at: datetime, where: str) -> Iterato
         operator.run(database.archive_now(operator.engines_access()["postgres"]["url"]))
     owner = stack_user(home.path).pw_uid if os.geteuid() == 0 else os.geteuid()
     folder = home.path.with_name(f"{home.path.name}.recovery")
-    with progress() as bars, open_backup(backup.file) as stream, named_store_errors(backup.file):
-        tell = progress_report(bars)
+    with Progress() as progress, open_backup(backup.file) as stream, named_store_errors(backup.file):
         parts = BackupReader(stream, backup.key, backup.file).parts()
         base = next(pieces for name, pieces in parts if name == BASE)
-        with recovered(folder, _told(base, BASE, tell), archive, at, owner) as data:
+        with recovered(folder, _told(base, BASE, progress), archive, at, owner) as data:
             with named_store_errors(to):
                 files = key_files(archive, system_of(data), backup.files)
             yield data, files
@@ -243,8 +243,9 @@ def _make_empty(home: Home, files: list[keys.KeyFile], *, keep_objects: bool) ->
     restored chains may not have their records.
     """
     kept = {UNFINISHED, PORTS, ARCHIVE, "tls", *(["s3"] if keep_objects else [])}
-    if home.path.exists():
-        _claw("down")
+    # With --json it does not print that the data stays.
+    if home.path.exists() and run_claw("down", "--json", stdout=subprocess.DEVNULL).returncode:
+        raise EngineError("./claw down failed; the lines above say why. Nothing was changed")
     make_folder(home.path, "CLAW_HOME")
     keys.restore([keys.KeyFile(UNFINISHED, 0o600, "")], home.path / KEYS_FOLDER, home.path)
     for path in home.path.iterdir():
@@ -289,10 +290,10 @@ async def _parts(found: take.Source, backup: _Backup, at: datetime | None) -> tu
     `at`: the database was recovered to this moment already.
     """
     url, store, counts = found.database_url, objects.client(**found.s3), {}
-    with progress() as bars, open_backup(backup.file) as stream, named_store_errors(backup.file):
-        reader, tell = BackupReader(stream, backup.key, backup.file), progress_report(bars)
+    with Progress() as progress, open_backup(backup.file) as stream, named_store_errors(backup.file):
+        reader = BackupReader(stream, backup.key, backup.file)
         for name, pieces in reader.parts():
-            told = _told(pieces, name, tell)
+            told = _told(pieces, name, progress)
             if name == take.DATABASE and not at:
                 database.restore(url, told, found.socket)
             elif name.startswith(take.OBJECTS):
@@ -307,9 +308,9 @@ async def _parts(found: take.Source, backup: _Backup, at: datetime | None) -> tu
     return counts, messages
 
 
-def _told(pieces: Iterator[bytes], name: str, tell: take.Tell) -> Iterator[bytes]:
+def _told(pieces: Iterator[bytes], name: str, progress: Progress) -> Iterator[bytes]:
     for piece in pieces:
-        tell(name, len(piece))
+        progress.add(name, len(piece))
         yield piece
 
 

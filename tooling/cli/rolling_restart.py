@@ -31,8 +31,8 @@ def rolling_restart(
 ) -> None:
     """Restart services without a refused request: a second process serves while the first one is replaced.
 
-    Migrates the database first, so that after a change of the code the services run the new code. The gateway reads its
-    new configuration and does not restart.
+    Migrates the database first, so that after a change of the code the services run the new code.
+    The gateway reads its new configuration and does not restart.
     """
     if service and service not in _NAMES:
         raise EngineError(f"SERVICE: {service!r} must be one of {', '.join(_NAMES)}")

@@ -98,6 +98,9 @@ async def _list(first: UUID, end: UUID, tenant: str | None, slowest: bool, limit
 
 def draw_list(console: Console, rows: list[dict[str, Any]]) -> None:
     """Prints one line for each run; 80 columns. Ids are whole, because they are copied."""
+    if not rows:
+        console.print("No runs in this period.")
+        return
     table = Table(box=None, width=80, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     for name in ("UTC", "run", "status"):
         # The only column that gives room.

@@ -56,6 +56,8 @@ def status(as_json: Json = False) -> None:
         for status in statuses:
             if status.problem:
                 console.print(f"[red]{status.name}:[/] {status.problem}", soft_wrap=True)
+        if all(status.state == "stopped" for status in statuses):
+            console.print("The stack does not run. Start it with ./claw up")
     if any(status.state != "ready" or status.problem for status in statuses):
         raise typer.Exit(1)
 

@@ -32,7 +32,7 @@ from services.notification.webhooks.endpoints import (
 from services.notification.webhooks.events import event_of
 
 TIMEOUT_SECONDS = 20.0
-# The answer's body is not used.
+# The answer's body is not used. A body up to this size is read, so that the connection can be used again.
 MAX_ANSWER_BYTES = 65_536
 JITTER = 0.2
 
@@ -141,6 +141,7 @@ async def _post(outgoing: Outgoing, endpoint: WebhookEndpoint, message_id: UUID,
             content=body,
             timeout=TIMEOUT_SECONDS,
             max_bytes=MAX_ANSWER_BYTES,
+            body_matters=False,
         )
     except (Transient, Unanswered, InvalidMessage, TooLarge) as error:
         return Attempt(None, str(error)[:200])

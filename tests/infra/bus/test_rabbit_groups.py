@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import quote, urlsplit
 
+import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from infra.bus.rabbit import Workers
 from infra.clock import uuid7
@@ -17,6 +22,7 @@ from protos.messages.sample import TakeNote
 from tests.infra.bus.conftest import Buses
 from tests.infra.bus.test_rabbit import effects, letter, send
 from tooling.testing.sample.catalog import SAMPLE_WORK
+from tooling.testing.stack import Stack
 from tooling.testing.until import until
 
 
@@ -133,3 +139,47 @@ async def test_a_repeat_in_one_group_has_one_effect(buses: Buses, desk: Database
 
 async def _nonempty(handler: Desk) -> bool:
     return bool(handler.groups)
+
+
+async def test_a_worker_goes_on_after_its_connection_was_closed_while_it_handled_a_group(
+    buses: Buses, desk: Database, handler: Desk, stack: Stack
+) -> None:
+    """As after a pause of the process beyond the heartbeat. The broker delivers the messages again."""
+    texts = [f"closed {n}" for n in range(5)]
+    lost: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: lost.append(context))
+    with capture_logs() as lines:
+        async with working(buses, desk, handler):
+            handler.gate.clear()
+            await send(buses, "kept")
+            await until(lambda: _nonempty(handler))
+            for text in texts:
+                await send(buses, text)
+            async with asyncio.timeout(30):
+                while await ready(buses):
+                    await asyncio.sleep(0.05)
+            await close_connections(buses, stack)
+            handler.gate.set()
+            await until(lambda: effects(desk, texts[-1]))
+            await send(buses, "after the close")
+            await until(lambda: effects(desk, "after the close"))
+    gc.collect()
+    assert lost == []
+    assert "the broker delivers them again" in " ".join(line["event"] for line in lines)
+    assert [await effects(desk, text) for text in ["kept", *texts]] == [1] * 6
+
+
+async def close_connections(buses: Buses, stack: Stack) -> None:
+    """Closes all connections of the virtual host by the broker's management, as an operator does."""
+    url = httpx.URL(stack.rabbitmq_management_url)
+    vhost = urlsplit(buses.rabbitmq).path[1:]
+    base = f"{url.scheme}://{url.host}:{url.port}/api"
+    async with httpx.AsyncClient(auth=(url.username, url.password), trust_env=False) as client:
+
+        async def names() -> list[str]:
+            # A new connection is in this list some seconds after it was opened.
+            found = (await client.get(f"{base}/vhosts/{vhost}/connections")).raise_for_status().json()
+            return [one["name"] for one in found if one.get("channels")]
+
+        for name in await until(names):
+            (await client.delete(f"{base}/connections/{quote(name, safe='')}")).raise_for_status()

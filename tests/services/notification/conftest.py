@@ -26,7 +26,8 @@ from tooling.testing.stack import free_port
 
 
 class Inbox:
-    """A mail server: refuses ``gone-…`` permanently and ``busy-…`` the first time, and keeps the rest.
+    """A mail server: refuses ``gone-…`` permanently, ``full-…`` always for now and ``busy-…`` the first time, and keeps
+    the rest.
 
     `refused` has the Message-ID of each refused e-mail, by recipient.
     """
@@ -48,6 +49,8 @@ class Inbox:
     async def handle_RCPT(self, server: SMTP, session: Session, mail: Mail, address: str, options: list[str]) -> str:
         if address.startswith("gone-"):
             return f"550 5.1.1 <{address}> no such user"
+        if address.startswith("full-"):
+            return f"452 4.2.2 <{address}> mailbox full"
         mail.rcpt_tos.append(address)
         return "250 OK"
 

@@ -46,6 +46,10 @@ def test_an_address_is_accepted(text: str) -> None:
         "a@-oOption",
         "a\u2028@example.com",
         "a" * 65 + "@example.com",
+        "=?utf-8?b?eEB5LnosIGFAYi5j?=@example.com",
+        "a@example..com",
+        "a@.example.com",
+        "a@example.com.",
     ],
 )
 def test_what_is_not_one_address_is_refused(text: str) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import timedelta
 from typing import Any, cast
 from uuid import uuid4
 
 import pytest
+from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import SMTP, AuthResult, LoginPassword, Session
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from infra.clock import utcnow, uuid7
-from infra.errors import EffectFailed
+from infra.errors import EffectFailed, Transient
 from infra.observe import telemetry
 from infra.observe.spans import encode
 from infra.security.crypto import Cipher
@@ -29,8 +32,9 @@ from services.notification.notifications import (
     Email,
     Notifications,
 )
-from tests.services.notification.conftest import World, address, tenant
+from tests.services.notification.conftest import Inbox, World, address, tenant
 from tooling.testing.platform import MASTER_KEY
+from tooling.testing.stack import free_port
 
 
 async def test_a_mail_arrives_as_it_was_asked_for_and_leaves_no_address_behind(world: World) -> None:
@@ -102,6 +106,43 @@ async def test_what_the_server_refuses_for_now_is_sent_later(world: World) -> No
     [mail] = world.inbox.of(to)
     assert mail["Message-ID"] == world.inbox.refused[to]
     assert to not in world.platform.log("notification")
+
+
+async def test_a_recipient_who_is_refused_for_now_keeps_no_other_one_waiting(world: World) -> None:
+    tenant_id, full, other = tenant(), address("full"), address()
+    world.directory.owners[tenant_id] = [full, other]
+    id_ = await world.send(tenant_id, "")
+    await world.platform.until(lambda: asyncio.sleep(0, world.inbox.of(other)))
+
+    async def recorded() -> bool:
+        [item] = (await world.listed(tenant_id))["items"]
+        return bool(item["to"]) and item["state"] == "queued"
+
+    await world.platform.until(recorded)
+    await world.sql("UPDATE lane_item SET expires_at = now(), not_before = now() WHERE item_id = $1", id_)
+    await world.sql("UPDATE lane SET ready_at = now() WHERE kind = 'emails' AND ready_at IS NOT NULL")
+    ended = await world.ended(tenant_id, id_)
+    assert (ended["state"], ended["reason"]) == ("sent", "to other recipients it could not be sent within a day")
+    assert ended["to"] == ["o***@example.com"]
+    assert len(world.inbox.of(other)) == 1
+
+
+async def test_a_password_is_not_sent_without_tls() -> None:
+    sent = []
+
+    def login(server: SMTP, session: Session, mail: object, mechanism: str, data: LoginPassword) -> AuthResult:
+        sent.append(data.password)
+        return AuthResult(success=True)
+
+    server = Controller(Inbox(), hostname="127.0.0.1", port=free_port(), auth_require_tls=False, authenticator=login)
+    server.start()
+    try:
+        mailer = Mailer(f"smtp://user:secret@127.0.0.1:{server.port}", "from@example.com")
+        with pytest.raises(Transient, match="mail server: SMTP STARTTLS extension not supported"):
+            await mailer.send("key", "a@example.com", Email("", "Hello", "Text", utcnow()))
+    finally:
+        server.stop()
+    assert sent == []
 
 
 async def test_while_the_mail_server_is_away_mails_wait(world: World) -> None:

@@ -178,6 +178,27 @@ async def test_a_failed_call_is_repeated_with_the_same_id_until_it_is_accepted(
     assert (await tenant.call("GET", f"/{endpoint['id']}"))["failing_since"] is None
 
 
+@pytest.mark.parametrize(("path", "state"), [("/200", "delivered"), ("/302", "failed")])
+async def test_the_body_of_an_answer_does_not_matter(world: World, tenant: Tenant, path: str, state: str) -> None:
+    """A page larger than the limit: only the status says if the event was accepted. Redirects are not followed."""
+
+    class Pages(Receiver):
+        def handle(self, call: Call) -> Reply:
+            self.received.append(call)
+            return Reply(int(call.path[-3:]), {"page": "x" * 100_000}, {"location": f"{self.url}/200"})
+
+    async with Pages() as pages:
+        made = await tenant.call("POST", expect=201, json={"url": pages.url + path, "events": ["run.completed"]})
+        await tenant.publish(completed())
+        if state == "failed":
+            await tenant.tried(made, 1)
+        else:
+            await tenant.ended(made)
+        [delivery] = await tenant.log(made)
+        assert (delivery["status"], delivery["error"]) == (int(path[1:]), None if state == "delivered" else "HTTP 302")
+        assert [call.path for call in pages.received] == [path]
+
+
 def test_the_retries_are_those_of_standard_webhooks() -> None:
     assert [delay.total_seconds() for delay in RETRIES] == [5, 300, 1_800, 7_200, 18_000, 36_000, 36_000]
 

@@ -195,6 +195,7 @@ def test_a_dead_letter_is_shown_whole_with_control_characters_escaped() -> None:
     assert "long end" in text
     assert "ce_type: sample.v1.NoteTaken" in text
     assert '"text": "\\x1b[2J"}' in text
+    assert "None" not in text
 
 
 def test_a_redrive_is_requested_and_audited() -> None:
@@ -398,10 +399,12 @@ def test_a_projection_is_rebuilt_compared_and_switched() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ([], "NAME: must have the form <service>.<name>, such as agent.runs; --list shows all"),
         (["count_notes"], "must have the form <service>.<name>"),
         (["unknown.count"], "service unknown: does not exist; must be one of user, agent"),
-        ([f"{LEDGER}.count"], "has no read model or handler 'count' (sample_ledger.count_notes)"),
-        ([f"{DESK}.take_note"], "sample_desk.take_note is not a projection"),
+        ([f"{LEDGER}.count"], f"has no read model 'count'; it has {LEDGER}.count_notes. --list"),
+        ([f"{DESK}.take_note"], "has no read model 'take_note'; it has none. --list"),
+        (["log_aggregator.nosuch"], "it has log_aggregator.index_lines, log_aggregator.index_agent_events, "),
         (
             [f"{LEDGER}.count_notes", "--from-events", "unknown"],
             "service unknown: does not exist; must be one of user, agent",
@@ -479,6 +482,10 @@ def test_a_search_of_logs_tells_that_there_are_more_lines(index: list[dict[str, 
         result = claw(command, "logs", "--saved", "errors", "--json", *options)
         assert [line["data"]["n"] for line in json.loads(result.stdout)] == list(range(count))
         assert ("Older lines match too" in result.stderr) is more
+    assert "--trace: 'run' must be 32 digits from 0 to f" in refused(command, "logs", "--trace", "run")
+    unknown = claw(command, "logs", "--saved", "warnings")
+    assert unknown.exit_code == 2
+    assert "is not one of 'errors', 'dead_letters'" in " ".join(unknown.stderr.replace("│", "").split())
 
 
 def test_the_log_of_a_service_is_searched_by_time(index: list[dict[str, str]]) -> None:
@@ -532,6 +539,9 @@ def test_the_list_of_runs_has_whole_ids_on_80_columns_however_slow_they_are() ->
     assert lines[1].split()[-2:] == ["0.2", "3.4"]
     assert all(any(row["run_id"] in line for line in lines) for row in rows)
     assert lines[-1].split()[-3:] == ["864000", "86400", "86400"]
+    none = Console(file=StringIO(), width=80)
+    run.draw_list(none, [])
+    assert none.file.getvalue() == "No runs in this period.\n"  # type: ignore[attr-defined]
 
 
 def test_a_step_without_a_name_is_shown_by_its_kind() -> None:

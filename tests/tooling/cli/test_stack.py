@@ -46,13 +46,27 @@ def test_down_leaves_no_process_and_keeps_the_data(home: Path) -> None:
     assert json.loads(run_claw(home, *up)) == {"home": str(home), "started": []}
     before = (home / "credentials.json").read_text()
     assert len(orphans(home)) > 5
-    assert json.loads(run_claw(home, "down", "--json")) == {"home": str(home), "data": True}
+    down = [sys.executable, "-m", "tooling.cli", "down", "--json"]
+    done = subprocess.run(down, env={**os.environ, "CLAW_HOME": str(home)}, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"home": str(home), "data": True}
+    # A restore stops the stack in this way, and then deletes the data.
+    assert "The data stays" not in done.stderr
     assert orphans(home) == []
     run_claw(home, *up)
     assert (home / "credentials.json").read_text() == before
     assert json.loads(run_claw(home, "down", "--wipe", "--json")) == {"home": str(home), "data": False}
     assert orphans(home) == []
     assert list(home.iterdir()) == []
+
+
+def test_doctor_and_status_name_the_parts_that_do_not_run(home: Path) -> None:
+    assert f"no stack was started in {home} yet" in run_claw(home, "doctor")
+    run_claw(home, "up", "--only", "valkey,nginx")
+    assert "these parts do not run: postgres, kafka, rabbitmq" in run_claw(home, "doctor")
+    run_claw(home, "down")
+    assert f"the stack in {home} is stopped\n  → Start it: ./claw up" in run_claw(home, "doctor")
+    with pytest.raises(RuntimeError, match=r"The stack does not run\. Start it with \./claw up"):
+        run_claw(home, "status")
 
 
 def test_a_half_written_state_folder_is_completed(home: Path) -> None:
