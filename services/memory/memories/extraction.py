@@ -139,6 +139,52 @@ _NOT_STATED = re.compile(
     | (?:如果|假如|要是|假设|翻译|是否)[^，]*$
     """
 )
+_UNIT = r"""
+    (?:day|week|weekend|month|year|term|semester|spring|summer|autumn|fall|winter|Jan(?:uary)?|Feb(?:ruary)?|March|April
+    |May|June|July|August|Sept(?:ember)?|October|November|December|(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day)\b
+"""
+_LATER = rf"""
+    (?:next[ ]{_UNIT} | the[ ]coming[ ]{_UNIT} | tomorrow
+    | (?:from|starting|beginning|as[ ]of)[ ](?:on[ ]|in[ ])?{_UNIT})
+"""
+_LATER_ZH = r"""
+    (?:下个?(?:星期|礼拜|月|周|年|学期)[一二三四五六日天]?|[明后][天年]|将来|未来|不久|很快|再?过[\d一二两三四五六七八九十几]+个?[天周月年]
+    |以后)(?:起|开始|以后|之后|后|的时候)?
+"""
+# Directly before a fact, or behind it: it is not true yet, is true for a time, or is doubted.
+_NOT_SURE = re.compile(
+    rf"""(?ix)
+    (?:
+        \b(?:{_LATER}|(?:from|starting|as[ ]of)[ ]{_LATER}|soon|(?:one|some)[ ]?day
+        |in[ ](?:an?|one|two|three|four|five|six|ten|\d+|a[ ]few|some)[ ](?:day|week|month|year)s?
+        |(?:until|till)[ ](?!now\b|today\b)[^,;:]*
+        |maybe|perhaps|possibly|probably|presumably|hopefully
+        |I[ ](?:guess|suspect|doubt|wish|hope|(?:do[ ]not|don['’]?t)[ ](?:think|believe))(?:[ ]that)?
+        |(?:not|un)[ ]?(?:sure|certain)(?:[ ]that)?)
+        | {_LATER_ZH} | 为止 | 也许 | 或许 | 可能 | 大概 | 说不定 | 恐怕 | 好像 | 不确定 | 怀疑 | 希望 | 但愿
+    )[,，]?\s*$
+    """
+)
+_NOT_SURE_BEHIND = re.compile(
+    rf"""(?ix)
+    ^I(?:[ ]now)?[ ](?:live|work)\b[^,;]*[ ](?:(?:from|starting|as[ ]of)[ ])?{_LATER}[ ,.!]*$
+    | ,[ ]*(?:maybe|perhaps|possibly|probably|I[ ](?:think|guess|suppose))[ .!]*$
+    | ,[ ]*(?:but[ ])?I(?:['’]?m[ ]not[ ]sure|[ ]am[ ]not[ ]sure|[ ]do[ ]not[ ]know|[ ]don['’]?t[ ]know)[ .!]*$
+    | [，,](?:可能|也许|大概|或许|应该)吧?[ 。！]*$
+    """
+)
+# Directly before a fact that is not a move: it was true.
+_FORMERLY = re.compile(
+    rf"""(?ix)
+    (?:
+        \b(?:(?<!since[ ])(?<!from[ ])last[ ]{_UNIT}|before[ ]\d{{4}}|back[ ]then|in[ ]the[ ]past|formerly|previously
+        |as[ ]a[ ](?:child|kid|boy|girl|teenager)|when[ ]I[ ]was[ ](?:\w+[ ]?){{1,4}})
+        | (?:^|[\d年月，])(?:以前|之前) | 从前 | 过去 | 曾经 | 当时 | 那时候? | 小时候 | 年轻时
+        | (?<!从)(?<!自)(?:上个?(?:星期|礼拜|月|周|年|学期)|[去前]年|[昨前]天)
+    )[,，]?\s*$
+    """
+)
+_MOVE = re.compile(r"(?i)\bmoved\b|搬到")
 # A question behind a statement. One that asks whether the statement is true belongs to it.
 _ASKED = re.compile(
     r"""(?ix)
@@ -187,11 +233,22 @@ def facts(said: str) -> list[LearnedFact]:
             continue
         for rule in _RULES:
             if part := rule.pattern.search(sentence):
-                if own[begin + part.start()] != "\0" and not _NOT_STATED.search(sentence[: part.start()]):
+                if own[begin + part.start()] != "\0" and _is_stated_of_today(sentence, part, rule.kind):
                     fact = LearnedFact(sentence, rule.kind, rule.importance, _topic(rule, part))
                     found.setdefault(normal(sentence), fact)
                 break
     return list(found.values())[:MAX_FACTS]
+
+
+def _is_stated_of_today(sentence: str, part: re.Match[str], kind: Kind) -> bool:
+    before = sentence[: part.start()]
+    if _NOT_STATED.search(before):
+        return False
+    # A decision of last week and a promise for tomorrow are ones of today.
+    if kind not in ("fact", "preference"):
+        return True
+    was = _FORMERLY.search(before) and not _MOVE.search(part[0])
+    return not was and not _NOT_SURE.search(before) and not _NOT_SURE_BEHIND.search(sentence[part.start() :])
 
 
 def topic_of(text: str) -> str | None:
