@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from infra.errors import NotFound
 from infra.postgres.database import Database
 from services.memory.indexes.filling import refill
 from services.memory.indexes.index import VectorIndex
@@ -89,6 +90,10 @@ def rebuild(
 
 
 async def _rebuild(database_url: str, tenant: str | None, progress: Callable[[int, int], None]) -> int:
+    if tenant is not None:
+        async with operator.database(database_url, "user") as users, users.begin() as tx:
+            if not await tx.sql("SELECT FROM tenant WHERE tenant_id = $1 AND erased_at IS NULL", tenant):
+                raise NotFound(f"--tenant {tenant}: does not exist in this stack")
     async with operator.database(database_url, "memory") as database:
         return await build_again(database, tenant, progress)
 

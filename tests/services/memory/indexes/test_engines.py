@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from uuid import UUID, uuid4
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner, Result
 
-from infra.errors import Conflict
+from infra.errors import Conflict, NotFound
 from services.memory.indexes import engines, pgvector
 from services.memory.indexes.embeddings import LocalEmbedder
 from services.memory.indexes.engines import Choice
@@ -19,6 +22,7 @@ from services.memory.indexes.milvus import MilvusIndex
 from services.memory.indexes.pgvector import PgvectorIndex
 from services.memory.rights import Owners
 from tests.services.memory.conftest import Client, Vectors
+from tooling.cli import memory as cli
 from tooling.testing.platform import Platform
 
 DIMENSION = 16
@@ -140,6 +144,25 @@ async def client(memory: Platform) -> AsyncIterator[Client]:
     client = Client(memory, "tenant-of-migration")
     yield client
     await client.http.aclose()
+
+
+async def test_an_unknown_tenants_index_is_not_rebuilt(
+    memory: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await memory.prepare("user")
+    engines = {"postgres": {"url": memory.database_url}}
+    (tmp_path / "credentials.json").write_text(json.dumps({"engines": engines}))
+    monkeypatch.setenv("CLAW_HOME", str(tmp_path))
+
+    async def rebuild() -> Result:
+        return await asyncio.to_thread(CliRunner().invoke, cli.app, ["rebuild", "--tenant", "acme"])
+
+    refused = (await rebuild()).exception
+    assert isinstance(refused, NotFound)
+    assert str(refused) == "--tenant acme: does not exist in this stack"
+    async with memory.database("user").begin() as tx:
+        await tx.sql("INSERT INTO tenant (tenant_id, name, currency) VALUES ('acme', 'Acme', 'EUR')")
+    assert (await rebuild()).exit_code == 0
 
 
 async def test_the_index_moves_to_the_other_engine_and_back_while_the_service_runs(
