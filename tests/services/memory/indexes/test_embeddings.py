@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import pytest
@@ -196,7 +197,8 @@ async def test_a_count_of_tokens_that_cannot_be_is_replaced_by_an_estimate(
     outgoing = Outgoing(allow_private=True)
     embedder = RemoteEmbedder(outgoing, endpoint.url, "words-8", "a key")
     data = [{"index": 0, "embedding": [1.0, 2.0]}]
-    for usage in ({"prompt_tokens": reported}, [], None):
+    usages: list[Any] = [{"prompt_tokens": reported}, [], None]
+    for usage in usages:
         endpoint.answers = [JSONResponse({"data": data, "usage": usage})]
         assert (await embedder.passages(["one two three"])).tokens == 3
     endpoint.answers = [JSONResponse({"data": data, "usage": {"prompt_tokens": 7}})]
@@ -209,7 +211,7 @@ async def test_a_reranking_endpoint_is_believed_only_if_its_answer_fits(endpoint
     reranker = Reranker(outgoing, endpoint.url, "ranks-1", "a key")
     assert await reranker.order("which?", ["a", "b", "c"]) == ([2, 1, 0], {"calls": 1})
     scored = {"results": [{"index": 1, "relevance_score": -3.5}]}
-    for reported, quantities in (
+    cases: list[tuple[dict[str, Any], dict[str, int]]] = [
         ({"meta": {"billed_units": {"search_units": 2}}}, {"calls": 2}),
         ({"usage": {"total_tokens": 7}}, {"calls": 1, "input_tokens": 7}),
         ({"usage": None, "meta": {"billed_units": None}}, {"calls": 1}),
@@ -217,7 +219,8 @@ async def test_a_reranking_endpoint_is_believed_only_if_its_answer_fits(endpoint
             ({"usage": {"total_tokens": wrong}, "meta": {"billed_units": {"search_units": wrong}}}, {"calls": 1})
             for wrong in (-1, 0, 10**12, 1e300, "many", True, None)
         ),
-    ):
+    ]
+    for reported, quantities in cases:
         endpoint.rerank_answers = [JSONResponse(scored | reported)]
         assert await reranker.order("which?", ["a", "b", "c"]) == ([1, 0, 2], quantities)
     for answer in (
