@@ -9,7 +9,7 @@ from uuid import UUID
 from fastapi import APIRouter, Header, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.routing import BaseRoute, WebSocketRoute
+from starlette.routing import BaseRoute, Mount, Router, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from infra.errors import Forbidden, InvalidMessage
@@ -43,10 +43,8 @@ def routes(hub: Callable[[Runtime], Hub]) -> Callable[[Runtime], Sequence[BaseRo
         refusals = Refusals(runtime)
         sockets = websocket(shared, agent, runtime.identities, refusals)
         routers = (_router(shared, agent), openai.router(shared, agent, runtime.identities, refusals))
-        return [
-            sockets,
-            *api("ws_gateway", runtime, *routers, max_body=openai.MAX_BODY_BYTES, routes_check_bodies=True),
-        ]
+        http = api("ws_gateway", runtime, *routers, max_body=openai.MAX_BODY_BYTES, routes_check_bodies=True)
+        return [sockets, Mount("", openai.in_shape(Router(http)))]
 
     return build
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import httpx2
@@ -13,13 +13,15 @@ import mcp_types
 import msgspec
 from mcp import Client, ClientSession, MCPError
 from mcp.client.streamable_http import streamable_http_client
-from pydantic import ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from infra import VERSION
-from infra.errors import EffectFailed, InvalidMessage, TooLarge, Transient, Unanswered
+from infra.errors import EffectFailed, InvalidMessage, RetryLater, TooLarge, Transient, Unanswered
 from infra.outgoing.client import Outgoing
+from infra.outgoing.retry_after import retry_after
 from services.plugin.domain import McpTool, ToolRequest
 from services.plugin.files import ResultFiles
+from services.plugin.tools.remote import DEFAULT_RETRY
 
 # A picture of some megabytes is left out of the result, and the text beside it is kept.
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
@@ -48,7 +50,8 @@ async def discover(outgoing: Outgoing, url: str, headers: Mapping[str, str]) -> 
                 if time.monotonic() > deadline:
                     # A server could answer with one empty page after the other.
                     raise Transient(f"the MCP server did not list its tools within {DISCOVERY_SECONDS:g} s")
-                listed = await _list_tools(client.session, cursor)
+                page: dict[str, Any] = {"cursor": cursor} if cursor else {}
+                listed = await _send(client.session, "tools/list", page, DISCOVERY_SECONDS)
                 size += len(msgspec.json.encode(listed))
                 if size > MAX_ANSWER_BYTES:
                     raise InvalidMessage("url", f"its MCP server lists more than {MAX_ANSWER_BYTES} bytes of tools")
@@ -62,12 +65,13 @@ async def discover(outgoing: Outgoing, url: str, headers: Mapping[str, str]) -> 
     return tools[:MAX_TOOLS]
 
 
-async def _list_tools(session: ClientSession, cursor: str | None) -> dict[str, Any]:
-    """Lists tools without the library's check, which refuses the whole list if one tool is malformed."""
-    request: dict[str, Any] = {"method": "tools/list", "params": {"cursor": cursor} if cursor else {}}
-    options: Any = {"timeout": DISCOVERY_SECONDS}
+async def _send(session: ClientSession, method: str, params: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Sends a request without the library's check of the answer: it refuses the whole list if one tool is malformed,
+    and the whole result if one block is."""
+    request: dict[str, Any] = {"method": method, "params": params}
+    options: Any = {"timeout": seconds}
     session._stamp(request, options)
-    return await session._dispatcher.send_raw_request("tools/list", request["params"], options)
+    return await session._dispatcher.send_raw_request(method, request["params"], options)
 
 
 def _mcp_tool(raw: Any) -> McpTool:
@@ -85,35 +89,83 @@ def _mcp_tool(raw: Any) -> McpTool:
 async def call(
     outgoing: Outgoing, url: str, headers: Mapping[str, str], name: str, call: ToolRequest, files: ResultFiles
 ) -> Any:
-    """Calls the server's tool `name`. Returns its structured content, else its text, else its blocks.
+    """Calls the server's tool `name`. Returns its structured content, else its text, else its blocks. Words that the
+    structured content does not repeat are beside it: ``{"result", "more"}``.
 
     Pictures, sounds and files go to `files`.
 
-    Raises EffectFailed with the tool's own message, Transient if the request was not sent, Unanswered if the server
+    Raises EffectFailed with the tool's own message, Transient if the server has not made the call, Unanswered if it
     did not answer, and TooLarge if the answer is too large.
     """
     async with _connected(outgoing, url, headers, call.seconds) as (client, progress):
         progress.sent = True
-        meta: Any = {KEY_META: call.key}
-        params = mcp_types.CallToolRequestParams(name=name, arguments=call.arguments, _meta=meta)
+        params = {"name": name, "arguments": call.arguments, "_meta": {KEY_META: call.key}}
         # Not by `call_tool`: it lists all tools after each call, and applies the server's schema for the result on the
         # event loop, which may take any time.
-        result = await client.session.send_request(mcp_types.CallToolRequest(params=params), mcp_types.CallToolResult)
+        raw = await _send(client.session, "tools/call", params, call.seconds)
+        result = Result.model_validate(raw, by_name=False)
+        if not result.model_fields_set & {"content", "structured_content"}:
+            raise EffectFailed("the answer of the MCP server does not follow the protocol: it has no content")
         return result_value(result, files)
+
+
+class Result(mcp_types.CallToolResult):
+    """A result that may have structured content alone, and blocks that are malformed or of an unknown kind: a note
+    takes their place, and the other blocks are kept."""
+
+    content: list[Any] = Field(default_factory=list)
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _known(cls, blocks: Any) -> Any:
+        return [_known(block) for block in blocks] if isinstance(blocks, list) else (blocks or [])
+
+
+_BLOCK: TypeAdapter[mcp_types.ContentBlock] = TypeAdapter(mcp_types.ContentBlock)
+
+
+def _known(block: Any) -> mcp_types.ContentBlock:
+    try:
+        return _BLOCK.validate_python(block)
+    except ValidationError:
+        kind = block.get("type") if isinstance(block, dict) else None
+        return mcp_types.TextContent(text=f"[{kind if isinstance(kind, str) else 'block'} left out]"[:100])
 
 
 def result_value(result: mcp_types.CallToolResult, files: ResultFiles) -> Any:
     """Returns the content of a result for the model, without binary data. Raises EffectFailed for a failed call."""
     texts = [_block_text(block, files) for block in result.content]
+    structured = result.structured_content
     if result.is_error:
+        if not any(texts) and structured:
+            texts = [msgspec.json.encode(structured).decode()]
         raise EffectFailed("\n".join(texts)[:2000] or "the tool failed without a message")
-    if result.structured_content is None:
+    if structured is None:
         return "\n".join(texts)
-    # The protocol repeats the structured content as text. Blocks of other kinds are only in the list.
-    notes = [
-        text for block, text in zip(result.content, texts, strict=True) if not isinstance(block, mcp_types.TextContent)
+    known = _parts(structured)
+    more = [
+        text
+        for block, text in zip(result.content, texts, strict=True)
+        if not isinstance(block, mcp_types.TextContent) or (text.strip() and not _canonical(text) & known)
     ]
-    return {"result": result.structured_content, "more": notes} if notes else result.structured_content
+    return {"result": structured, "more": more} if more else structured
+
+
+def _parts(structured: Any) -> set[bytes]:
+    """The structured content and its parts. The protocol wants a text that repeats it, and packages for servers write
+    one text for each item. Other texts are words for the model beside it."""
+    # An object, or any JSON from 2026-07-28 on.
+    values = list(structured.values()) if isinstance(structured, dict) else [structured]
+    items = [item for value in values if isinstance(value, list) for item in value]
+    return {msgspec.json.encode(part, order="sorted") for part in (structured, *values, *items)}
+
+
+def _canonical(text: str) -> set[bytes]:
+    """The text as JSON, and the JSON that it has."""
+    found = {msgspec.json.encode(text)}
+    with suppress(msgspec.DecodeError, RecursionError):
+        found.add(msgspec.json.encode(msgspec.json.decode(text), order="sorted"))
+    return found
 
 
 def _block_text(block: Any, files: ResultFiles) -> str:
@@ -142,12 +194,15 @@ class _Progress(httpx2.AsyncBaseTransport):
         """The tool may have received the call."""
         self.status = 0
         """HTTP status of the last answer to a message. 0 before the first one."""
+        self.after = DEFAULT_RETRY
+        """The delay that this answer names."""
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         request.extensions["max_bytes"] = MAX_ANSWER_BYTES
         response = await self._transport.handle_async_request(request)
         if request.method == "POST":  # not the end of the session
             self.status = response.status_code
+            self.after = retry_after(response.headers) or DEFAULT_RETRY
         response.stream = _Counted(response.stream)
         return response
 
@@ -200,12 +255,13 @@ def _converted(error: BaseException, progress: _Progress) -> Exception:
             return error
         case httpx2.ConnectError() | httpx2.ConnectTimeout():
             return Transient(f"the MCP server cannot be reached ({type(error).__name__})")
-        case MCPError() if error.code not in (mcp_types.REQUEST_TIMEOUT, mcp_types.CONNECTION_CLOSED):
-            if progress.sent and progress.status == 404:
-                # The server has lost the session, and has not made the call: the next attempt opens another one.
-                # https://modelcontextprotocol.io/specification/2025-06-18/basic/transports#session-management
-                return Transient("the MCP server does not know its session any more (HTTP 404)")
+        case MCPError() if progress.status in (429, 503):
+            return RetryLater(progress.after, f"HTTP {progress.status}")
+        case MCPError() if not (_is_unanswered(error) or progress.status in (502, 504)):
             status = f" (HTTP {progress.status})" if progress.status >= 400 else ""
+            if progress.sent and _has_lost_session(error, progress.status):
+                # The server has not made the call: the next attempt opens another session.
+                return Transient(f"the MCP server does not know its session any more{status}")
             return EffectFailed(f"{error.message[:500]}{status}")
         case ValidationError() as invalid:
             fields = ", ".join(".".join(map(str, e["loc"])) or e["msg"] for e in invalid.errors()[:3])
@@ -220,3 +276,18 @@ def _converted(error: BaseException, progress: _Progress) -> Exception:
             return error
         case _:
             raise error
+
+
+def _is_unanswered(error: MCPError) -> bool:
+    """Whether the library says so, by its words: servers use the same codes for errors of their own."""
+    return error.code in (mcp_types.CONNECTION_CLOSED, mcp_types.REQUEST_TIMEOUT) and (
+        error.message.startswith(("Connection closed", "SSE stream ")) or error.message.endswith("timed out")
+    )
+
+
+def _has_lost_session(error: MCPError, status: int) -> bool:
+    """https://modelcontextprotocol.io/specification/2025-06-18/basic/transports#session-management
+
+    Servers by the example of the official TypeScript package answer 400 instead of 404.
+    """
+    return status == 404 or (status == 400 and "session" in error.message.lower())

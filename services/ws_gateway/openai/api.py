@@ -11,10 +11,12 @@ from uuid import UUID
 
 from fastapi import APIRouter, Header, Request
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from infra.errors import Forbidden, TooLarge
+from infra.errors import Forbidden, TooLarge, TooManyRequests
 from infra.observe.logs import get_logger
 from infra.outgoing.shares import Shares
 from infra.security.auth import Identities, Identity
@@ -139,6 +141,21 @@ def router(hub: Hub, agent: Agent, identities: Identities, refusals: Refusals) -
         )
 
     return routes
+
+
+def in_shape(app: ASGIApp) -> ASGIApp:
+    """The application with OpenAI's shape also for errors that no route of this package answers: an unknown path or
+    method, and more requests than a tenant may send."""
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except (HTTPException, TooManyRequests) as error:
+            if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+                raise
+            await errors.of(error).response()(scope, receive, send)
+
+    return serve
 
 
 def _model(view: ListedAgent, who: Identity) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def of(error: Exception) -> CompletionError:
 def of_problem(status: int, headers: Mapping[str, str], body: bytes) -> CompletionError:
     """An RFC 9457 problem in OpenAI's shape. The first named field becomes the `param`."""
     found = msgspec.json.decode(body, type=_Problem)
-    kept = {name: headers[name] for name in ("retry-after", "www-authenticate") if name in headers}
+    kept = {name: headers[name] for name in ("retry-after", "www-authenticate", "allow") if name in headers}
     if found.errors:
         field = found.errors[0].field
         return CompletionError(status, f"{field}: {found.errors[0].message}", param=field, headers=kept)

@@ -30,6 +30,10 @@ class RawMcp:
         self.methods: list[str] = []
         self.restarts = 0
         """How many calls still come just after a restart, which has lost the session."""
+        self.lost: tuple[int, int, str] = (404, -32600, "Session not found")
+        """Status, code and message of these answers."""
+        self.answers: list[Response] = []
+        """Of the next calls."""
         self._session = 0
 
     async def handle(self, request: Request) -> Response:
@@ -49,8 +53,11 @@ class RawMcp:
                 result = {"tools": self.tools} | ({"nextCursor": "more"} if self.endless else {})
             case "tools/call" if self.restarts:
                 self.restarts -= 1
-                error = {"code": -32600, "message": "Session not found"}
-                return JSONResponse({"jsonrpc": "2.0", "id": message["id"], "error": error}, 404)
+                status, code, text = self.lost
+                error = {"code": code, "message": text}
+                return JSONResponse({"jsonrpc": "2.0", "id": None, "error": error}, status)
+            case "tools/call" if self.answers:
+                return self.answers.pop(0)
             case "tools/call":
                 result = self.results[message["params"]["name"]]
             case _ if "id" not in message:

@@ -9,11 +9,14 @@ import os
 from collections.abc import AsyncIterator
 from typing import Any
 
+import mcp_types
 import pytest
+from starlette.responses import JSONResponse, Response
 
-from infra.errors import InvalidMessage, TooLarge, Transient
+from infra.errors import EffectFailed, InvalidMessage, TooLarge, Transient
 from infra.outgoing.client import Outgoing
 from services.plugin.domain import MAX_FILES_BYTES
+from services.plugin.files import ResultFiles
 from services.plugin.tools import mcp
 from tests.services.plugin.conftest import CallReply, call
 from tests.services.plugin.raw_mcp import RawMcp, raw_mcp_server
@@ -126,12 +129,23 @@ async def test_pictures_are_files_beside_the_result_with_a_note_in_it_and_large_
 
 
 @pytest.mark.parametrize("hints", [{"readOnlyHint": True}, {}])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        (404, -32600, "Session not found"),
+        # The official TypeScript package, and its examples. The Python package has these codes for no answer.
+        (404, -32001, "Session not found"),
+        (400, -32000, "Bad Request: No valid session ID provided"),
+    ],
+    ids=str,
+)
 async def test_a_call_whose_session_the_server_has_lost_is_made_in_a_new_one(
-    plugin: Platform, raw: RawMcp, hints: dict[str, bool]
+    plugin: Platform, raw: RawMcp, lost: tuple[int, int, str], hints: dict[str, bool]
 ) -> None:
+    raw.lost = lost
     raw.tools = [{"name": "look", "inputSchema": {"type": "object"}, "annotations": hints}]
     raw.results["look"] = {"content": [{"type": "text", "text": "seen"}]}
-    tenant = f"restarts-{len(hints)}"
+    tenant = f"restarts-{len(hints)}{lost[1]}"
     await register(plugin, tenant, raw)
     raw.methods.clear()
     raw.restarts = 1
@@ -140,7 +154,81 @@ async def test_a_call_whose_session_the_server_has_lost_is_made_in_a_new_one(
     assert [raw.methods.count(name) for name in ("initialize", "tools/call")] == [2, 2]
     raw.restarts = 100
     reply = await call(plugin, tenant, "look", key=f"{tenant}-2")
-    assert (reply.outcome, "HTTP 404" in reply.error) == (CallReply.OUTCOME_FAILED, True)
+    assert (reply.outcome, f"HTTP {lost[0]}" in reply.error) == (CallReply.OUTCOME_FAILED, True)
+
+
+async def test_an_error_of_a_server_is_told_apart_from_no_answer(plugin: Platform, raw: RawMcp) -> None:
+    raw.tools = [{"name": "pay", "inputSchema": {"type": "object"}}]
+    raw.results["pay"] = {"content": [{"type": "text", "text": "paid"}]}
+    await register(plugin, "payer", raw)
+    for code in (-32000, -32001):
+        raw.answers = [JSONResponse({"jsonrpc": "2.0", "id": 1, "error": {"code": code, "message": "no money"}}, 400)]
+        reply = await call(plugin, "payer", "pay", key=f"pay{code}")
+        assert (reply.outcome, reply.error) == (CallReply.OUTCOME_FAILED, "no money (HTTP 400)")
+    for status in (429, 503):
+        raw.answers = [Response(status_code=status, headers={"retry-after": "0.5"})]
+        reply = await call(plugin, "payer", "pay", key=f"pay-{status}")
+        assert (reply.outcome, reply.result_json) == (CallReply.OUTCOME_SUCCEEDED, '"paid"')
+    for event in ("", "id: 1\nretry: 1\ndata:\n\n"):
+        # The stream ends without an answer.
+        raw.answers = [Response(event, media_type="text/event-stream")]
+        reply = await call(plugin, "payer", "pay", key=f"pay-cut-{len(event)}")
+        assert reply.outcome == CallReply.OUTCOME_UNKNOWN, reply.error
+    for status in (502, 504):
+        # They come from a gateway. The tool behind it may have done its work.
+        raw.answers = [Response("<html>", status_code=status)]
+        reply = await call(plugin, "payer", "pay", key=f"pay-{status}")
+        assert reply.outcome == CallReply.OUTCOME_UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("structured", "texts", "expected"),
+    [
+        ({"a": 1}, ['{\n "a": 1\n}'], {"a": 1}),
+        ({"result": [1, {"b": 2}]}, ["1", '{"b": 2}'], {"result": [1, {"b": 2}]}),
+        ({"result": "Sunny"}, ["Sunny"], {"result": "Sunny"}),
+        ([1, {"b": 2}], ['[1,{"b":2}]', "1", '{"b": 2}'], [1, {"b": 2}]),
+        ("Sunny", ["Sunny"], "Sunny"),
+        ({"a": 1}, [" ", ""], {"a": 1}),
+        ({"a": 1}, ['{"a":1}', "Tell the person that it is late."], "Tell the person that it is late."),
+        ({}, ["The only words"], "The only words"),
+    ],
+)
+async def test_words_beside_structured_content_reach_the_model(
+    structured: Any, texts: list[str], expected: Any
+) -> None:
+    blocks = [{"type": "text", "text": text} for text in texts]
+    result = mcp_types.CallToolResult.model_validate({"content": blocks, "structuredContent": structured})
+    if isinstance(expected, str) and expected != structured:
+        expected = {"result": structured, "more": [expected]}
+    assert mcp.result_value(result, ResultFiles()) == expected
+
+
+async def test_the_readable_parts_of_a_result_are_kept(plugin: Platform, raw: RawMcp) -> None:
+    raw.tools = [{"name": "show", "inputSchema": {"type": "object"}}]
+    await register(plugin, "shower", raw)
+    text = {"type": "text", "text": "Sunny."}
+    for n, (result, expected) in enumerate(
+        (
+            ({"structuredContent": {"a": 1}}, {"a": 1}),
+            ({"content": None, "structuredContent": {"a": 1}}, {"a": 1}),
+            ({"content": [text, {"type": "video", "data": "x"}, 7]}, "Sunny.\n[video left out]\n[block left out]"),
+            ({"content": [{"type": "image", "data": "AAAA"}, text]}, "[image left out]\nSunny."),
+            ({"content": []}, ""),
+        )
+    ):
+        raw.results["show"] = result
+        reply = await call(plugin, "shower", "show", key=f"show-{n}")
+        assert (reply.error, json.loads(reply.result_json)) == ("", expected)
+    raw.results["show"] = {"task": {"taskId": "1"}}
+    reply = await call(plugin, "shower", "show", key="show-none")
+    assert (reply.outcome, reply.error[-14:]) == (CallReply.OUTCOME_FAILED, "has no content")
+
+
+async def test_the_structured_content_of_a_failed_call_is_its_reason() -> None:
+    failed = {"content": [], "structuredContent": {"error": "no such city"}, "isError": True}
+    with pytest.raises(EffectFailed, match="no such city"):
+        mcp.result_value(mcp_types.CallToolResult.model_validate(failed), ResultFiles())
 
 
 async def test_an_answer_that_does_not_follow_the_protocol_is_a_failure_with_a_reason(

@@ -495,6 +495,25 @@ async def test_who_may_not_gets_the_clients_own_errors(world: World, model: str,
         assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
 
 
+async def test_an_unknown_path_or_method_is_an_error_of_the_clients_shape(
+    world: World, client: AsyncOpenAI, model: str
+) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        await client.embeddings.create(model=model, input="Hi")
+    assert missing.value.body == {
+        "message": "Not Found",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": None,
+    }
+    async with world.platform.client("ws_gateway", "acme") as plain:
+        wrong = await plain.get(PATH)
+        assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+        assert wrong.json()["error"]["type"] == "invalid_request_error"
+        # Other paths have the errors of the platform.
+        assert (await plain.get("/v2/models")).headers["content-type"] == "application/problem+json"
+
+
 async def test_an_agent_that_is_away_is_a_503(world: World, model: str) -> None:
     world.agent.away = True
     async with world.platform.client("ws_gateway", "acme") as client:
