@@ -111,12 +111,7 @@ async def place(tx: Tx, records: Sequence[tuple[str, datetime]]) -> list[Place]:
     tenants = sorted({tenant_id for tenant_id, _ in records})
     # A held record may be old when it is resolved.
     since = min((at for _, at in records), default=now)
-    found = await _periods(tx, tenants, since)
-    for tenant_id, periods in found.items():
-        ends = [period.ends for period in periods if period.is_open]
-        if ends and now >= max(ends):
-            await extend(tx, tenant_id, now)
-            found |= await _periods(tx, [tenant_id], since)
+    found = await _extended(tx, tenants, now, since, ())
     places = []
     for tenant_id, at in records:
         if tenant_id not in found:
@@ -125,10 +120,36 @@ async def place(tx: Tx, records: Sequence[tuple[str, datetime]]) -> list[Place]:
         place, closed = _place(found[tenant_id], min(at, now))
         if closed:
             await _add_supplement(tx, tenant_id, closed, now)
-            found |= await _periods(tx, [tenant_id], since)
+            found |= await _periods(tx, [tenant_id], since, ())
             place, _ = _place(found[tenant_id], min(at, now))
         places.append(place)
     return places
+
+
+async def place_corrections(tx: Tx, tenant_id: str, numbers: Sequence[int]) -> list[int]:
+    """Returns the open period for a correction of a record of each of these periods: that period or, if it is closed,
+    the oldest open one with its plan. The time of use does not decide: a period that was cut has records from after its
+    end. The caller has locked the account."""
+    now = utcnow()
+    found = await _extended(tx, [tenant_id], now, now, numbers)
+    places = []
+    for number in numbers:
+        place = _open_like(found.get(tenant_id, ()), number) if number else 0
+        if place is None:
+            await _add_supplement(tx, tenant_id, number, now)
+            found = await _periods(tx, [tenant_id], now, numbers)
+            place = _open_like(found[tenant_id], number)
+            assert place
+        places.append(place)
+    return places
+
+
+def _open_like(periods: Sequence[_Known], number: int) -> int | None:
+    """Returns a period if it is open, or the oldest open one with its plan."""
+    own = next(period for period in periods if period.period == number)
+    if own.is_open:
+        return number
+    return next((period.period for period in periods if period.is_open and period.terms == own.terms), None)
 
 
 def _place(periods: Sequence[_Known], at: datetime) -> tuple[Place, int | None]:
@@ -145,17 +166,32 @@ def _place(periods: Sequence[_Known], at: datetime) -> tuple[Place, int | None]:
     return NOWHERE, None
 
 
-async def _periods(tx: Tx, tenants: Iterable[str], since: datetime) -> dict[str, list[_Known]]:
-    """Returns the open periods, and the closed ones that contain a time from `since` on, in the order of their time."""
+async def _extended(
+    tx: Tx, tenants: Iterable[str], now: datetime, since: datetime, numbers: Sequence[int]
+) -> dict[str, list[_Known]]:
+    """Returns the periods as `_periods` does, with those that have begun since the last call."""
+    found = await _periods(tx, tenants, since, numbers)
+    for tenant_id, periods in found.items():
+        ends = [period.ends for period in periods if period.is_open]
+        if ends and now >= max(ends):
+            await extend(tx, tenant_id, now)
+            found |= await _periods(tx, [tenant_id], since, numbers)
+    return found
+
+
+async def _periods(tx: Tx, tenants: Iterable[str], since: datetime, numbers: Sequence[int]) -> dict[str, list[_Known]]:
+    """Returns the open periods, the closed ones that contain a time from `since` on, and those with these numbers, in
+    the order of their time."""
     rows = await tx.sql(
         """
         SELECT tenant_id, subscription_id, plan_id, plan_version, period, begins, ends, closed_at IS NULL
         FROM period
-        WHERE tenant_id = ANY($1::text[]) AND (closed_at IS NULL OR ends > $2)
+        WHERE tenant_id = ANY($1::text[]) AND (closed_at IS NULL OR ends > $2 OR period = ANY($3::bigint[]))
         ORDER BY tenant_id, begins
         """,
         list(tenants),
         since,
+        list(numbers),
     )
     found: dict[str, list[_Known]] = {}
     for tenant_id, *period in rows:

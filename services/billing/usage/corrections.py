@@ -23,9 +23,21 @@ async def correct(tx: Tx, tenant_id: str, nanos: int, usage_id: str | None, *, r
     """
     await accounts.lock_one(tx, tenant_id)
     at = utcnow()
+    counted: list[int] = []
     if usage_id is not None:
         at = (await reports.verdict(tx, tenant_id, usage_id)).occurred_at
+        counted = [
+            period
+            for (period,) in await tx.sql(
+                "SELECT period FROM usage WHERE tenant_id = $1 AND usage_id = $2 AND verdict = 'counted'",
+                tenant_id,
+                usage_id,
+            )
+        ]
         await budgets.correct(tx, tenant_id, [(usage_id, -nanos)])
-    [place] = await subscriptions.place(tx, [(tenant_id, at)])
-    entry = Entry(tenant_id, "correction", nanos, usage_id, reason=reason, actor=actor, period=place.period)
+    if counted:
+        [period] = await subscriptions.place_corrections(tx, tenant_id, counted)
+    else:
+        [(period, _)] = await subscriptions.place(tx, [(tenant_id, at)])
+    entry = Entry(tenant_id, "correction", nanos, usage_id, reason=reason, actor=actor, period=period)
     await accounts.debit(tx, [entry])

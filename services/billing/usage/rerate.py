@@ -241,10 +241,7 @@ def _cost(price: Price, use: _Use) -> tuple[int, _Obstacle | None]:
 
 
 async def _book(tx: Tx, tenant_id: str, changes: Sequence[_Change], actor: str) -> None:
-    # As the usage itself, if it came now: also after the end of its subscription, and never on the invoice of one that
-    # began later.
-    places = await subscriptions.place(tx, [(tenant_id, change.use.occurred_at) for change in changes])
-    periods = [place.period for place in places]
+    periods = await subscriptions.place_corrections(tx, tenant_id, [change.use.period for change in changes])
     await tx.sql(
         """
         INSERT INTO usage_correction (tenant_id, usage_id, price_version, nanos, period)

@@ -549,6 +549,53 @@ async def test_corrections_are_on_the_invoice_of_the_subscription_that_had_the_u
     assert [line["amount_nanos"] for line in await lines(tenant, supplement["id"])] == [1650]
 
 
+@pytest.mark.parametrize("act", ["cancelled", "another plan"])
+async def test_corrections_of_usage_that_was_counted_before_its_period_was_cut_are_on_an_invoice(
+    billing: Billing, act: str
+) -> None:
+    """The period ends at a full second, and so before the usage of that second. By hand: 10 tokens at 100 plus 10 %
+    are 1,100, at 150 they are 1,650, and 40 are given back by hand."""
+    tenant, subscription = await subscribed(billing, base_nanos=0, charges=[], included=[])
+    model = f"acme/{uuid7()}"
+    await price(billing, model, "100")
+    # The clock of its service is a minute fast: at any time of day the period ends before the usage.
+    await tenant.use("a", model, occurred_at=utcnow() + timedelta(minutes=1), input_tokens=10, output_tokens=0)
+    await tenant.verdict("a")
+    path = f"/api/v1/subscriptions/{subscription['id']}"
+    if act == "cancelled":
+        answer = await billing.operator.delete(path, params={"when": "now"})
+    else:
+        other = await post(billing, "plans", plan(base_nanos=0, charges=[], included=[], usage_markup_percent=20))
+        answer = await billing.operator.patch(path, json={"plan_id": other["id"], "when": "now"})
+    assert answer.status_code == 200, answer.text
+    closed = (await post(billing, "billing/periods/close", {"tenant_id": tenant.id}, status=200))["items"]
+    assert [one["subtotal_nanos"] for one in closed] == [0, 1100]
+    body = {"tenant_id": tenant.id, "amount_nanos": 40, "reason": "r", "usage_id": "a"}
+    await price(billing, model, "150")
+    assert (await rerate(billing, tenant))["difference_nanos"] == 500
+    await post(billing, "billing/corrections", body)
+    supplement = await draft(billing, tenant)
+    assert [line["amount_nanos"] for line in await lines(tenant, supplement["id"])] == [550, -40]
+
+
+async def test_corrections_of_usage_in_the_second_before_its_subscription_are_paid_as_the_usage(
+    billing: Billing,
+) -> None:
+    """A subscription begins at a full second, and so before usage of that second that grants have paid."""
+    tenant = await billing.tenant(credit_nanos=10_000)
+    model = f"acme/{uuid7()}"
+    await price(billing, model, "100")
+    await tenant.use("a", model, occurred_at=utcnow() + timedelta(minutes=1), input_tokens=10, output_tokens=0)
+    await tenant.verdict("a")
+    made = await post(billing, "plans", plan(base_nanos=0, charges=[], included=[]))
+    await post(billing, "subscriptions", {"tenant_id": tenant.id, "plan_id": made["id"]})
+    await price(billing, model, "60")
+    body = {"tenant_id": tenant.id, "amount_nanos": 100, "reason": "r", "usage_id": "a"}
+    assert (await rerate(billing, tenant))["difference_nanos"] == -400
+    await post(billing, "billing/corrections", body)
+    assert await left(tenant) == await balance(tenant) == 9_500
+
+
 async def test_an_invoice_below_zero_raises_the_limit_once(billing: Billing) -> None:
     tenant, subscription, model = await limited(billing, 100 * UNIT, base_nanos=0)
     await tenant.use("a", model, occurred_at=AT, input_tokens=400)
