@@ -46,7 +46,10 @@ async def preview(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller) -> t
         return invoice, []
     await grants.settle(tx, tenant_id)
     buyer = await tax.buyer(tx, tenant_id)
-    invoice, lines, _ = await _corrected(tx, tenant_id, invoice, buyer, seller)
+    before: list[_Given] = []
+    for older in await _drafts_before(tx, tenant_id, invoice):
+        before += await _given_by_notes(tx, tenant_id, await _corrections(tx, tenant_id, older), before)
+    invoice, lines, _ = await _corrected(tx, tenant_id, invoice, buyer, seller, before)
     free = await grants.left(tx, tenant_id, only="purchased") - await _taken_before(tx, tenant_id, invoice)
     purchased = max(0, min(_payable_before_tax(invoice), free))
     if purchased:
@@ -54,13 +57,33 @@ async def preview(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller) -> t
     return await _priced(tx, invoice, purchased, buyer, seller), lines
 
 
+async def _drafts_before(tx: Tx, tenant_id: str, draft: Invoice) -> list[UUID]:
+    """Returns the tenant's drafts that were made before this one and correct the usage of another invoice, in the order
+    in which they are finalised."""
+    rows = await tx.sql(
+        """
+        SELECT i.invoice_id
+        FROM invoice AS i
+        WHERE i.tenant_id = $1 AND i.status = 'draft' AND (i.made_at, i.invoice_id) < ($2, $3) AND EXISTS (
+            SELECT FROM period_correction AS c
+            WHERE c.tenant_id = i.tenant_id AND c.period = i.period AND c.usage_period <> i.period
+        )
+        ORDER BY i.made_at, i.invoice_id
+        """,
+        tenant_id,
+        draft.made_at,
+        draft.id,
+    )
+    return [invoice_id for (invoice_id,) in rows]
+
+
 async def _corrected(
-    tx: Tx, tenant_id: str, draft: Invoice, buyer: Buyer, seller: Seller
+    tx: Tx, tenant_id: str, draft: Invoice, buyer: Buyer, seller: Seller, before: Sequence[_Given] = ()
 ) -> tuple[Invoice, list[InvoiceLine], list[_Given]]:
     """Returns a draft with the lines that its corrections add, these lines, and the corrections that credit notes give
-    instead."""
-    corrections = await _corrections(tx, tenant_id, draft)
-    given = await _given_by_notes(tx, tenant_id, corrections)
+    instead. `before`: the corrections that drafts give which are finalised earlier."""
+    corrections = await _corrections(tx, tenant_id, draft.id)
+    given = await _given_by_notes(tx, tenant_id, corrections, before)
     lines = [_given_elsewhere(draft, one) for one in given]
     draft, more = await _with_taxes(tx, _with_lines(draft, lines), corrections, given, buyer, seller)
     return draft, lines + more, given
@@ -95,7 +118,7 @@ class _Correction(NamedTuple):
     """The change of the commitment."""
 
 
-async def _corrections(tx: Tx, tenant_id: str, draft: Invoice) -> list[_Correction]:
+async def _corrections(tx: Tx, tenant_id: str, draft_id: UUID) -> list[_Correction]:
     rows = await tx.sql(
         """
         SELECT old.invoice_id, c.nanos, p.plan_id, p.plan_version, (
@@ -112,7 +135,7 @@ async def _corrections(tx: Tx, tenant_id: str, draft: Invoice) -> list[_Correcti
         ORDER BY old.invoice_id
         """,
         tenant_id,
-        draft.id,
+        draft_id,
     )
     found = []
     for invoice_id, nanos, plan_id, plan_version, committed in rows:
@@ -135,16 +158,22 @@ class _Given(NamedTuple):
     """At the price book's prices."""
 
 
-async def _given_by_notes(tx: Tx, tenant_id: str, corrections: Sequence[_Correction]) -> list[_Given]:
-    """Returns the corrections that `finalise` gives by credit notes on invoices that are not paid. On this draft they
-    would be credit for money that may never come. A note on an invoice with several taxes would take a part of each
-    back, so corrections of its usage stay on this draft."""
+async def _given_by_notes(
+    tx: Tx, tenant_id: str, corrections: Sequence[_Correction], before: Sequence[_Given]
+) -> list[_Given]:
+    """Returns the corrections that `finalise` gives by credit notes on invoices that are not paid, after those
+    that were given `before`. On this draft they would be credit for money that may never come. A note on an invoice
+    with several taxes would take a part of each back, so corrections of its usage stay on this draft."""
     found = []
     for invoice, usage_nanos, nanos, _ in corrections:
         if nanos >= 0 or invoice.status not in ("finalised", "uncollectible") or invoice.other_taxes:
             continue
+        earlier = [one for one in before if one.invoice.id == invoice.id]
+        credited = invoice.credited_minor + sum(one.minor for one in earlier)
+        invoice = invoice.model_copy(update={"credited_minor": credited})
+        elsewhere = await _corrected_elsewhere(tx, tenant_id, invoice.id) + sum(one.nanos for one in earlier)
         # Other corrections of that usage, or its commitment, may have charged a part of it again.
-        most = -max(nanos, await _corrected_elsewhere(tx, tenant_id, invoice.id))
+        most = -max(nanos, elsewhere)
         minor = min(invoice.open_minor, most_creditable(invoice, most)) if most > 0 and invoice.open_minor else 0
         if minor:
             net = share(invoice, invoice.subtotal_nanos, minor)
@@ -177,8 +206,10 @@ async def _with_taxes(
             continue
         sums[found] = sums.get(found, 0) + nanos
         name = f"invoice {old.number}" if old.number else f"the period from {old.local_period.begins.isoformat()} on"
-        lines.append(invoices.line_of(draft, f"Corrections of {name}, which keep its tax", -nanos))
-        lines.append(invoices.line_of(draft, f"Corrections of {name}: {found.note}", nanos, found.note))
+        # Two drafts without a number may have begun in one second.
+        about = str(old.id)
+        lines.append(invoices.line_of(draft, f"Corrections of {name}, which keep its tax", -nanos, about=about))
+        lines.append(invoices.line_of(draft, f"Corrections of {name}: {found.note}", nanos, found.note, about=about))
     parts = [
         TaxPart(note=found.note, subtotal_nanos=nanos, tax_nanos=tax.on(nanos, found.percent))
         for found, nanos in sums.items()
@@ -506,7 +537,7 @@ async def _corrected_elsewhere(tx: Tx, tenant_id: str, invoice_id: UUID) -> int:
     Below zero: given back."""
     rows = await tx.sql(
         """
-        SELECT c.usage_period, c.nanos, p.closed_at IS NOT NULL
+        SELECT c.usage_period, c.nanos, c.by_hand_nanos, p.closed_at IS NOT NULL
         FROM invoice AS i
         JOIN period_correction AS c ON c.tenant_id = i.tenant_id AND c.usage_period = i.period
         LEFT JOIN period AS p ON p.tenant_id = c.tenant_id AND p.period = c.period
@@ -517,12 +548,13 @@ async def _corrected_elsewhere(tx: Tx, tenant_id: str, invoice_id: UUID) -> int:
     )
     if not rows:
         return 0
+    by_hand = sum(int(nanos) for _, _, nanos, _ in rows)
     period = await subscriptions.by_number(tx, tenant_id, rows[0][0])
     plan = await plans.version(tx, period.plan_id, period.plan_version)
     if plan.usage_markup_percent is None:
         # The plan charges by its own prices only, and corrections of the price book do not concern it.
-        return 0
-    amounts = [(plans.with_markup(nanos, plan.usage_markup_percent), is_counted) for _, nanos, is_counted in rows]
+        return by_hand
+    amounts = [(plans.with_markup(nanos, plan.usage_markup_percent), is_counted) for _, nanos, _, is_counted in rows]
     corrected = sum(nanos for nanos, _ in amounts)
     committed = 0
     if period.counted_nanos is not None:
@@ -536,7 +568,7 @@ async def _corrected_elsewhere(tx: Tx, tenant_id: str, invoice_id: UUID) -> int:
         tenant_id,
         invoice_id,
     )
-    return corrected + committed + int(given)
+    return corrected + committed + by_hand + int(given)
 
 
 async def credit(

@@ -40,7 +40,10 @@ async def order(tx: Tx, tenant_id: str, nanos: int, reason: str, seller: Seller)
     unit = nanos_per_minor(currency)
     if nanos % unit:
         raise InvalidMessage("nanos", f"must be a multiple of {unit}, a minor unit of {currency}")
-    most = min(MAX_ORDER_NANOS, MAX_CREDIT_NANOS - (account.credit_nanos or 0))
+    await grants.settle(tx, tenant_id)
+    # As `accounts.add_credit`: an account without a limit has grants, too.
+    held = max(account.credit_nanos or 0, await grants.left(tx, tenant_id))
+    most = min(MAX_ORDER_NANOS, MAX_CREDIT_NANOS - held)
     if nanos > most:
         raise InvalidMessage("nanos", f"must be at most {most}")
     [(unpaid,)] = await tx.sql(

@@ -63,7 +63,7 @@ class Invoice(BaseModel):
     due_at: datetime | None
     """Null for a draft."""
     overdue: bool
-    """It is finalised, not paid, and past `due_at`."""
+    """It is finalised and not paid, and the day of `due_at` is over in `time_zone`."""
     buyer: Buyer
     """As it was when the invoice was finalised, or when the payment of prepaid credit began. Empty for a draft of
     usage."""
@@ -200,13 +200,15 @@ async def listed(tx: Tx, tenant_id: str | None, *, after: UUID | None, limit: in
 
 def _invoice(row: tuple[Any, ...]) -> Invoice:
     columns = dict(zip([name.strip() for name in _INVOICE.split(",")], row, strict=True))
+    zone = ZoneInfo(columns["time_zone"])
+    due = columns["due_at"]
     return Invoice(
         id=columns.pop("invoice_id"),
         buyer=Buyer.model_validate_json(columns.pop("buyer")),
         seller=Seller.model_validate_json(columns.pop("seller")),
         period=InvoicePeriod(begins=columns.pop("begins"), ends=columns.pop("ends")),
         other_taxes=_TAXES.validate_json(columns.pop("other_taxes")),
-        overdue=columns["status"] == "finalised" and columns["due_at"] < utcnow(),
+        overdue=columns["status"] == "finalised" and due.astimezone(zone).date() < utcnow().astimezone(zone).date(),
         **columns,
     )
 
@@ -256,11 +258,13 @@ async def last_line(tx: Tx, tenant_id: str, invoice_id: UUID) -> int:
     return int(number)
 
 
-def line_of(invoice: Invoice, description: str, nanos: int, tax_note: str | None = None) -> InvoiceLine:
-    """A line about an amount. Its id follows from the invoice and the description, so a line that is only shown yet has
-    the id with which it is stored."""
+def line_of(
+    invoice: Invoice, description: str, nanos: int, tax_note: str | None = None, *, about: str = ""
+) -> InvoiceLine:
+    """A line about an amount. Its id follows from the invoice, the description and `about`, so a line that is only
+    shown yet has the id with which it is stored. `about`: names the subject if two lines may have one description."""
     return InvoiceLine(
-        id=uuid5(invoice.id, description),
+        id=uuid5(invoice.id, about + description),
         description=description,
         quantity=1,
         unit_nanos=None,

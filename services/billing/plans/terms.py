@@ -26,7 +26,8 @@ class Terms(BaseModel):
     def steps(self, since: datetime) -> list[datetime]:
         """Returns the times of the reminders and, as the last one, of the write-off if there is one. `since`: the due
         date or, if it is later, the time at which the paid invoice was open again."""
-        days = self.reminder_days if self.write_off_days is None else [*self.reminder_days, self.write_off_days]
+        # Nothing is written off before its due day is over.
+        days = self.reminder_days if self.write_off_days is None else [*self.reminder_days, max(1, self.write_off_days)]
         return [since + timedelta(days=n) for n in days]
 
     def check(self) -> None:

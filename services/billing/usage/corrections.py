@@ -6,7 +6,10 @@ is covered by grants.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from infra.clock import utcnow
+from infra.errors import Conflict
 from infra.postgres.tx import Tx
 from services.billing.credit import accounts, budgets
 from services.billing.credit.accounts import Entry
@@ -19,24 +22,43 @@ async def correct(tx: Tx, tenant_id: str, nanos: int, usage_id: str | None, *, r
     the subscription and the budgets of the record, as its use. Any other one belongs to the subscription of now, and to
     no budget.
 
-    Raises NotFound for an unknown record, and for a tenant without an account.
+    Raises NotFound for an unknown record, and for a tenant without an account, and Conflict for an amount that is given
+    back of a record whose invoice is void.
     """
     await accounts.lock_one(tx, tenant_id)
     at = utcnow()
-    counted: list[int] = []
+    counted: Sequence[tuple[int, str | None]] = []
     if usage_id is not None:
         at = (await reports.verdict(tx, tenant_id, usage_id)).occurred_at
-        counted = [
-            period
-            for (period,) in await tx.sql(
-                "SELECT period FROM usage WHERE tenant_id = $1 AND usage_id = $2 AND verdict = 'counted'",
-                tenant_id,
-                usage_id,
-            )
-        ]
+        counted = await tx.sql(
+            """
+            SELECT u.period, i.number
+            FROM usage AS u
+            LEFT JOIN invoice AS i ON i.tenant_id = u.tenant_id AND i.period = u.period AND i.status = 'void'
+            WHERE u.tenant_id = $1 AND u.usage_id = $2 AND u.verdict = 'counted'
+            """,
+            tenant_id,
+            usage_id,
+        )
         await budgets.correct(tx, tenant_id, [(usage_id, -nanos)])
     if counted:
-        [period] = await subscriptions.place_corrections(tx, tenant_id, counted)
+        [(of_usage, void)] = counted
+        if void and nanos > 0:
+            raise Conflict(f"invoice {void} of the record is void; it has been given back")
+        [period] = await subscriptions.place_corrections(tx, tenant_id, [of_usage])
+        await tx.sql(
+            """
+            INSERT INTO period_correction AS c (tenant_id, period, usage_period, nanos, by_hand_nanos)
+            SELECT $1, $2, $3::bigint, 0, $4
+            WHERE $3 <> 0
+            ON CONFLICT (tenant_id, period, usage_period) DO UPDATE
+            SET by_hand_nanos = c.by_hand_nanos + excluded.by_hand_nanos
+            """,
+            tenant_id,
+            period,
+            of_usage,
+            -nanos,
+        )
     else:
         [(period, _)] = await subscriptions.place(tx, [(tenant_id, at)])
     entry = Entry(tenant_id, "correction", nanos, usage_id, reason=reason, actor=actor, period=period)

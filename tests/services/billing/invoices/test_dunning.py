@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -116,12 +116,33 @@ async def test_a_credit_note_is_mailed_once_with_its_document(billing: Billing) 
 
 async def test_a_paid_invoice_is_not_reminded_of(billing: Billing) -> None:
     tenant, invoice = await finalised(billing, due_days=0, reminder_days=[1])
-    assert (await shown(tenant, invoice))["overdue"] is True
     await step(tenant, invoice)
     await post(billing, f"invoices/{invoice['id']}/received", {"amount_minor": 3000, "reference": "SEPA 1"}, status=200)
     assert (await shown(tenant, invoice))["overdue"] is False
     await step(tenant, invoice, days=2)
     assert len(await mails(tenant)) == 1
+
+
+@pytest.mark.parametrize("zone", ["America/New_York", "UTC", "Pacific/Kiritimati"])
+async def test_an_invoice_is_overdue_after_its_due_day_in_its_time_zone(
+    billing: Billing, monkeypatch: pytest.MonkeyPatch, zone: str
+) -> None:
+    tenant, invoice = await finalised(billing, zone, due_days=3)
+    due = datetime.fromisoformat(invoice["due_at"]).astimezone(ZoneInfo(zone))
+    over = (due + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
+    found = []
+    for now in (over - timedelta(microseconds=1), over):
+        monkeypatch.setattr(invoices, "utcnow", lambda now=now: now.astimezone(UTC))
+        async with tenant.platform.database("billing").begin(tenant_id=tenant.id) as tx:
+            found.append((await invoices.get(tx, tenant.id, UUID(invoice["id"]))).overdue)
+    assert found == [False, True]
+
+
+async def test_an_invoice_is_not_written_off_on_its_due_day(billing: Billing) -> None:
+    tenant, invoice = await finalised(billing, due_days=0, reminder_days=[], write_off_days=0)
+    for days, status in ((0, "finalised"), (0, "finalised"), (1, "uncollectible")):
+        await step(tenant, invoice, days=days)
+        assert (await shown(tenant, invoice))["status"] == status
 
 
 @pytest.mark.parametrize("during", ["a payment", "an abandoned payment", "a dispute"])

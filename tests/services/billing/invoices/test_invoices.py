@@ -851,6 +851,14 @@ async def credited(billing: Billing, nanos: int) -> Tenant:
     return tenant
 
 
+async def test_a_tenant_without_a_limit_may_order_up_to_the_largest_sum_of_its_grants(billing: Billing) -> None:
+    tenant = await billing.tenant()
+    await post(billing, "grants", {"tenant_id": tenant.id, "nanos": accounts.MAX_CREDIT_NANOS - UNIT, "reason": "r"})
+    too_much = await tenant.http.post("/api/v1/grants", json={"nanos": 2 * UNIT})
+    assert (field_of(too_much), f"at most {UNIT}" in too_much.text) == ("nanos", True)
+    assert (await tenant.http.post("/api/v1/grants", json={"nanos": UNIT})).status_code == 201
+
+
 async def test_credit_that_was_bought_is_shown_by_one_draft_only(billing: Billing) -> None:
     tenant = await credited(billing, 40 * UNIT)
     made = await post(billing, "plans", plan(charges=[], included=[], usage_markup_percent=None))

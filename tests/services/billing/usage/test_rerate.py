@@ -284,6 +284,79 @@ async def test_a_credit_note_cannot_take_back_what_corrections_on_another_invoic
     await post(billing, path, {"amount_minor": 560, "reason": "r"})
 
 
+async def test_what_a_correction_by_hand_gave_back_is_not_given_back_again(billing: Billing) -> None:
+    """By hand: 11.00 are invoiced. 3.00 are given back on the next invoice, so 8.00 are left."""
+    tenant, _, _, first = await invoiced(billing)
+    by_hand = {"tenant_id": tenant.id, "amount_nanos": 3 * UNIT, "reason": "r", "usage_id": "a"}
+    await post(billing, "billing/corrections", by_hand)
+    void = await billing.operator.post(f"/api/v1/invoices/{first['id']}/void")
+    assert (void.status_code, "corrections of its usage" in void.text) == (409, True)
+    path = f"invoices/{first['id']}/credit-notes"
+    too_much = await billing.operator.post(f"/api/v1/{path}", json=credit_of(801))
+    assert (too_much.status_code, "at most 800: corrections" in too_much.text) == (422, True)
+    await post(billing, path, credit_of(800))
+
+
+async def test_usage_of_a_void_invoice_is_not_given_back_by_hand(billing: Billing) -> None:
+    tenant, _, _, first = await invoiced(billing)
+    await post(billing, f"invoices/{first['id']}/void", status=200)
+    by_hand = {"tenant_id": tenant.id, "amount_nanos": 1, "reason": "r", "usage_id": "a"}
+    refused = await billing.operator.post("/api/v1/billing/corrections", json=by_hand)
+    assert (refused.status_code, f"invoice {first['number']} of the record is void" in refused.text) == (409, True)
+    # Its use may be charged again, such as by another amount.
+    await post(billing, "billing/corrections", by_hand | {"amount_nanos": -1})
+
+
+async def test_two_drafts_that_correct_one_unpaid_invoice_show_what_each_of_them_gives(billing: Billing) -> None:
+    """By hand: 5.00 of 11.00 are paid. The first draft has -4.40, which a credit note gives. The second one has -5.50,
+    and a note can give 1.60 of it, the rest of the unpaid amount."""
+    tenant, subscription, model, first = await invoiced(billing)
+    await post(billing, f"invoices/{first['id']}/received", {"amount_minor": 500, "reference": "r"}, status=200)
+    await price(billing, model, str(UNIT * 6 // 10))
+    await rerate(billing, tenant)
+    await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
+    second = await draft(billing, tenant)
+    await price(billing, model, str(UNIT // 10))
+    await rerate(billing, tenant)
+    third = await draft(billing, tenant)
+    for made in (second, third):
+        shown = (await tenant.http.get(f"/api/v1/invoices/{made['id']}")).json()
+        assert shown["total_minor"] == made["total_minor"] == (0 if made is second else -390)
+    for made in (second, third):
+        drawn = await lines(tenant, made["id"])
+        done = await post(billing, f"invoices/{made['id']}/finalise", status=200)
+        assert (done["total_minor"], await lines(tenant, made["id"])) == (made["total_minor"], drawn)
+    notes = (await tenant.http.get(f"/api/v1/invoices/{first['id']}/credit-notes")).json()["items"]
+    assert [note["amount_minor"] for note in notes] == [440, 160]
+
+
+async def test_an_invoice_corrects_two_drafts_that_have_begun_in_one_second(billing: Billing) -> None:
+    """By hand: each has 10 tokens at 1.00 plus 10 %, and at 2.00 it is 11.00 more. Both are of a time with 20 %, and
+    the new invoice is of one with 22 %."""
+    for percent, valid_from in (("20", START), ("22", MIDNIGHT)):
+        rate = {"country": "EE", "percent": percent, "valid_from": valid_from.isoformat()}
+        assert (await billing.operator.post("/api/v1/tax-rates", json=rate)).status_code in (201, 409)
+    tenant, subscription = await subscribed(billing, base_nanos=0, charges=[], included=[])
+    assert (await tenant.http.put("/api/v1/billing/buyer", json={"country": "EE"})).status_code == 200
+    model = f"acme/{uuid7()}"
+    await price(billing, model, str(UNIT))
+    for usage_id, at in (("a", AT), ("b", MIDNIGHT)):
+        await tenant.use(usage_id, model, occurred_at=at, input_tokens=10, output_tokens=0)
+        await tenant.verdict(usage_id)
+    await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
+    assert len((await post(billing, "billing/periods/close", {"tenant_id": tenant.id}, status=200))["items"]) == 2
+    await tenant.sql("UPDATE invoice SET begins = $2, ends = $3 WHERE tenant_id = $1", tenant.id, START, MIDNIGHT)
+    await price(billing, model, str(2 * UNIT))
+    assert (await rerate(billing, tenant))["difference_nanos"] == 20 * UNIT
+    made = await finalised(billing, tenant)
+    assert [(part["note"], part["subtotal_nanos"]) for part in made["taxes"]] == [
+        ("22 % EE", 0),
+        ("20 % EE", 22 * UNIT),
+    ]
+    ids = [line["id"] for line in await lines(tenant, made["id"])]
+    assert len(ids) == len(set(ids))
+
+
 async def test_a_credit_note_takes_back_what_a_commitment_has_charged_again(billing: Billing) -> None:
     """By hand: 20.00 are committed. 10 tokens at 1.00 plus 10 % are 11.00, and 9.00 are missing. At 0.60 they are 6.60:
     the next invoice has -4.40, and 4.40 more of the commitment. It gives nothing back."""
