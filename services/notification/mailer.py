@@ -7,6 +7,7 @@ from email.utils import format_datetime
 from urllib.parse import unquote, urlsplit
 
 import aiosmtplib
+import idna
 from opentelemetry.trace import SpanKind
 
 from infra.errors import EffectFailed, Transient, Unanswered
@@ -35,6 +36,7 @@ class Mailer:
         Raises EffectFailed if the server refuses it permanently, RecipientBusy if it refuses it for now, Transient if
         it takes no e-mails or cannot be reached, Unanswered if it may have accepted it.
         """
+        to = _routable(to)
         message = EmailMessage()
         message["From"] = self._sender
         message["To"] = to
@@ -71,6 +73,17 @@ class Mailer:
             except (aiosmtplib.SMTPException, OSError) as error:
                 # Without the cause, because its text contains the address.
                 raise _error(error) from None
+
+
+def _routable(address: str) -> str:
+    """The address with its domain in the form of DNS (RFC 5891), which every mail server takes. Raises EffectFailed."""
+    name, _, domain = address.rpartition("@")
+    if domain.isascii():
+        return address
+    try:
+        return f"{name}@{idna.encode(domain, uts46=True).decode()}"
+    except idna.IDNAError:
+        raise EffectFailed("the domain of the address cannot exist") from None
 
 
 def _error(error: Exception) -> Exception:

@@ -197,7 +197,7 @@ def router(runtime: Runtime) -> APIRouter:
                 UPDATE webhook_endpoint
                 SET url = coalesce($2, url), events = coalesce($3, events),
                     disabled_reason = CASE WHEN $4 THEN NULL WHEN NOT $4 THEN 'on request' ELSE disabled_reason END,
-                    failing_since = CASE WHEN $4 THEN NULL ELSE failing_since END,
+                    failing_since = CASE WHEN $4 OR $2 <> url THEN NULL ELSE failing_since END,
                     updated_at = clock_timestamp()
                 WHERE id = $1
                 """,

@@ -156,36 +156,46 @@ async def settle(
     )
 
 
-async def succeeded(tx: Tx, endpoint_id: UUID) -> None:
+async def succeeded(tx: Tx, endpoint: WebhookEndpoint) -> None:
+    """Records that the endpoint took a delivery. An answer of an address that it had before changes nothing."""
     # Without a change no row is locked: many deliveries of an endpoint may end at once.
     await tx.sql(
-        "UPDATE webhook_endpoint SET failing_since = NULL WHERE id = $1 AND failing_since IS NOT NULL", endpoint_id
+        """
+        UPDATE webhook_endpoint SET failing_since = NULL
+        WHERE id = $1 AND url = $2 AND failing_since IS NOT NULL
+        """,
+        endpoint.id,
+        endpoint.url,
     )
 
 
-async def failed(tx: Tx, endpoint_id: UUID, *, gone: bool) -> str | None:
-    """Records that the endpoint refused a delivery. The reason if it is disabled by this one.
+async def failed(tx: Tx, endpoint: WebhookEndpoint, *, gone: bool) -> str | None:
+    """Records that the endpoint refused a delivery. The reason if it is disabled by this one. An answer of an address
+    that it had before changes nothing.
 
     gone: it asked for no more.
     """
     await tx.sql(
         """
         UPDATE webhook_endpoint SET failing_since = clock_timestamp()
-        WHERE id = $1 AND failing_since IS NULL
+        WHERE id = $1 AND url = $2 AND failing_since IS NULL
         """,
-        endpoint_id,
+        endpoint.id,
+        endpoint.url,
     )
     reason = "it answered 410" if gone else f"it has accepted nothing for {DISABLED_AFTER.days} days"
     disabled = await tx.sql(
         """
         UPDATE webhook_endpoint SET disabled_reason = $2, updated_at = clock_timestamp()
         WHERE id = $1 AND disabled_reason IS NULL AND ($3 OR failing_since < clock_timestamp() - $4::interval)
+            AND url = $5
         RETURNING url
         """,
-        endpoint_id,
+        endpoint.id,
         reason,
         gone,
         DISABLED_AFTER,
+        endpoint.url,
     )
     return reason if disabled else None
 

@@ -115,7 +115,7 @@ async def post_webhook(
     record = partial(endpoints.settle, delivery_id=item.delivery_id, attempts=attempts, status=status, error=error_)
     if error_ is None:
         await record(tx, state="delivered")
-        await endpoints.succeeded(tx, endpoint.id)
+        await endpoints.succeeded(tx, endpoint)
         return
     if status != 410 and attempts <= len(RETRIES):
         async with effects.begin() as recording:
@@ -150,7 +150,7 @@ async def _post(outgoing: Outgoing, endpoint: WebhookEndpoint, message_id: UUID,
 
 async def _count_failure(tx: Tx, notifications: Notifications, endpoint: WebhookEndpoint, *, gone: bool) -> None:
     """The tenant's owners get one e-mail if this failure disables the endpoint."""
-    reason = await endpoints.failed(tx, endpoint.id, gone=gone)
+    reason = await endpoints.failed(tx, endpoint, gone=gone)
     if reason is None:
         return
     text = (

@@ -40,7 +40,8 @@ logging.getLogger("mcp").setLevel(logging.WARNING)
 async def discover(outgoing: Outgoing, url: str, headers: Mapping[str, str]) -> list[McpTool]:
     """Returns the tools that the server at `url` offers, at most 200.
 
-    Raises InvalidMessage (field ``url``) if it is too large or not of an MCP server, Transient if there is none.
+    Raises InvalidMessage (field ``url``) if it is too large or not of an MCP server, and (field ``headers``) if the
+    server refuses access; Transient if there is none.
     """
     tools: list[McpTool] = []
     try:
@@ -60,6 +61,8 @@ async def discover(outgoing: Outgoing, url: str, headers: Mapping[str, str]) -> 
                 cursor = listed.get("nextCursor")
                 if not isinstance(cursor, str) or not cursor:
                     break
+    except _NoAccess as error:
+        raise InvalidMessage("headers", error.reason) from error
     except EffectFailed as error:
         raise InvalidMessage("url", f"must be the address of an MCP server; it answered: {error.reason}") from error
     return tools[:MAX_TOOLS]
@@ -225,6 +228,10 @@ class _Counted(httpx2.AsyncByteStream):
         await self._stream.aclose()
 
 
+class _NoAccess(EffectFailed):
+    """The server wants credentials, or others."""
+
+
 @asynccontextmanager
 async def _connected(
     outgoing: Outgoing, url: str, headers: Mapping[str, str], seconds: float
@@ -259,6 +266,8 @@ def _converted(error: BaseException, progress: _Progress) -> Exception:
             return RetryLater(progress.after, f"HTTP {progress.status}")
         case MCPError() if not (_is_unanswered(error) or progress.status in (502, 504)):
             status = f" (HTTP {progress.status})" if progress.status >= 400 else ""
+            if progress.status in (401, 403):
+                return _NoAccess(f"the MCP server refuses access{status}; the headers must have its credentials")
             if progress.sent and _has_lost_session(error, progress.status):
                 # The server has not made the call: the next attempt opens another session.
                 return Transient(f"the MCP server does not know its session any more{status}")

@@ -85,6 +85,15 @@ async def test_what_the_server_refuses_for_good_failed(world: World) -> None:
     assert to not in world.platform.log("notification")
 
 
+async def test_a_domain_with_other_letters_than_ascii_has_its_form_of_dns(world: World) -> None:
+    tenant_id, name = tenant(), uuid4().hex
+    sent = await world.send(tenant_id, f"{name}@Bücher.example")
+    assert (await world.ended(tenant_id, sent))["state"] == "sent"
+    assert len(world.inbox.of(f"{name}@xn--bcher-kva.example")) == 1
+    wrong = await world.ended(tenant_id, await world.send(tenant_id, f"{name}@☃️.example"))
+    assert (wrong["state"], wrong["reason"]) == ("failed", "the domain of the address cannot exist")
+
+
 async def test_a_refusal_puts_no_address_into_the_trace(world: World) -> None:
     spans = InMemorySpanExporter()
     running = telemetry.setup("notification", "1", None, processor=SimpleSpanProcessor(spans))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
@@ -22,7 +23,7 @@ from services.notification.webhooks.endpoints import RETRIES, enqueue
 from services.notification.webhooks.events import EVENT_TYPES
 from tests.services.notification.conftest import World, address
 from tooling.testing.vendors import answer
-from tooling.testing.vendors.server import Call, Reply, StandIn
+from tooling.testing.vendors.server import Call, Fault, Reply, StandIn
 
 PATH = "/api/v1/webhook-endpoints"
 
@@ -272,6 +273,30 @@ async def test_an_answer_410_disables_the_endpoint_and_the_owners_are_told(
     assert (await tenant.call("PATCH", f"/{endpoint['id']}", json={"enabled": True}))["enabled"]
     await tenant.publish(completed())
     assert [one["state"] for one in await tenant.ended(endpoint, 2)] == ["failed", "delivered"]
+
+
+async def test_answers_of_the_former_address_do_not_count_after_a_change(
+    world: World, tenant: Tenant, receiver: Receiver
+) -> None:
+    endpoint = await tenant.connect(receiver)
+    receiver.faults.append(answer(500))
+    await tenant.publish(completed())
+    await tenant.tried(endpoint, 1)
+    asked = asyncio.Event()
+    receiver.faults.append(Fault(Reply(410, None), wait=asked))
+    await tenant.hurry()
+
+    async def called() -> bool:
+        return receiver.calls == 2
+
+    await world.platform.until(called)
+    changed = await tenant.call("PATCH", f"/{endpoint['id']}", json={"url": f"{receiver.url}/new"})
+    assert changed["failing_since"] is None
+    asked.set()
+    [log] = await tenant.ended(endpoint)
+    assert (log["state"], log["status"]) == ("failed", 410)
+    found = await tenant.call("GET", f"/{endpoint['id']}")
+    assert (found["enabled"], found["failing_since"]) == (True, None)
 
 
 async def test_five_days_of_failures_disable_the_endpoint(world: World, tenant: Tenant, receiver: Receiver) -> None:

@@ -34,12 +34,16 @@ class RawMcp:
         """Status, code and message of these answers."""
         self.answers: list[Response] = []
         """Of the next calls."""
+        self.refuses = 0
+        """Status of all answers, if it is not 0."""
         self._session = 0
 
     async def handle(self, request: Request) -> Response:
         message = json.loads(await request.body())
         self.methods.append(message["method"])
         match message["method"]:
+            case _ if self.refuses:
+                return JSONResponse({"error": "invalid_token"}, self.refuses, {"www-authenticate": "Bearer"})
             case method if method in self.said:
                 result: Any = self.said[method]
             case "initialize":

@@ -294,6 +294,16 @@ async def test_a_handshake_that_is_none_is_refused_with_the_field(raw: RawMcp, s
     await outgoing.close()
 
 
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_server_that_refuses_access_is_told_apart_from_none(raw: RawMcp, status: int) -> None:
+    raw.refuses = status
+    outgoing = Outgoing(allow_private=True)
+    with pytest.raises(InvalidMessage, match=rf"refuses access \(HTTP {status}\)") as caught:
+        await mcp.discover(outgoing, raw.url, {})
+    assert caught.value.field == "headers"
+    await outgoing.close()
+
+
 async def test_an_empty_cursor_is_the_end_of_the_list(raw: RawMcp) -> None:
     raw.said["tools/list"] = {"tools": [{"name": "a", "inputSchema": {}}], "nextCursor": ""}
     outgoing = Outgoing(allow_private=True)
