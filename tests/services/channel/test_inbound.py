@@ -528,6 +528,8 @@ async def test_a_database_outage_is_answered_503_and_no_secret_is_logged(
         """
 
         async def is_blocked() -> bool:
+            # Otherwise a transaction sees the sessions of its first look, with their queries.
+            await tx.sql("SELECT pg_stat_clear_snapshot()")
             return bool(await tx.sql(f"SELECT pid {blocked}", own))
 
         [(own,)] = await tx.sql("SELECT pg_backend_pid()")
