@@ -159,7 +159,7 @@ async def test_an_invalid_field_is_named(plugin: Platform, body: dict[str, Any],
 
 
 async def test_a_server_that_does_not_speak_mcp_is_refused(plugin: Platform, server: ToolServer) -> None:
-    body = {"name": "office", "kind": "mcp", "url": server.url}
+    body = {"name": "office", "kind": "mcp", "url": f"{server.url}/unknown"}
     async with plugin.client("plugin", "clumsy") as client:
         answer = await client.post("/api/v1/plugins", json=body)
     assert answer.status_code == 422
