@@ -135,6 +135,11 @@ class Tx:
         """Runs one statement with ``$1`` parameters and returns its rows."""
         return await db.sql(await self.connection(), statement, *arguments)
 
+    async def take_turn(self, name: str) -> None:
+        """Waits while another transaction of this database has taken a turn by this name. Others wait until this one
+        ends."""
+        await self.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", name)
+
     async def load(self, stream: Stream[State]) -> State:
         """The stream's state, including the events that this transaction has appended."""
         if stream.row not in self._loaded:

@@ -187,7 +187,7 @@ def _router(runtime: Runtime, secrets: AccountSecrets, accounts: Accounts) -> AP
 
         async def work(tx: Tx) -> tuple[int, BaseModel]:
             # Creations at the same time take turns: each counts the channels of those before it.
-            await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"channels of {who.tenant_id}")
+            await tx.take_turn(f"channels of {who.tenant_id}")
             [(count,)] = await tx.sql("SELECT count(*) FROM account")
             if count >= MAX_CHANNELS:
                 raise Conflict(f"a tenant may have {MAX_CHANNELS} channels; delete one first")

@@ -104,7 +104,7 @@ async def offered(tx: Tx, names: Iterable[str] | None = None) -> list[Offered]:
 
 async def lock_names(tx: Tx) -> None:
     """Locks the names of the tenant's plugins and tools until the transaction ends."""
-    await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"plugins of {tx.tenant_id}")
+    await tx.take_turn(f"plugins of {tx.tenant_id}")
 
 
 async def add_plugin(tx: Tx, new: StoredPlugin) -> None:

@@ -123,7 +123,7 @@ async def create(tx: Tx, tenant_id: str, new: NewApiKey, who: Identity) -> Creat
     scopes = allowed if new.scopes is None else set(new.scopes)
     if beyond := scopes - allowed:
         raise Forbidden(f"scopes: the creator or the member does not have {', '.join(sorted(beyond))}")
-    await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"API keys of {tenant_id}")
+    await tx.take_turn(f"API keys of {tenant_id}")
     [(count,)] = await tx.sql(
         "SELECT count(*) FROM api_key WHERE tenant_id = $1 AND (expires_at IS NULL OR expires_at > now())", tenant_id
     )

@@ -111,7 +111,7 @@ def seal_key(cipher: Cipher, tenant_id: str, agent_id: UUID, key: str) -> bytes:
 async def insert(tx: Tx, agent_id: UUID, definition: NewAgent, keys: ProviderKeys, created_by: str) -> StoredAgent:
     """Raises Conflict if the tenant has MAX_AGENTS agents."""
     # Creations at the same time take turns: each counts the agents of those before it.
-    await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"agents of {tx.tenant_id}")
+    await tx.take_turn(f"agents of {tx.tenant_id}")
     [(count,)] = await tx.sql("SELECT count(*) FROM agent WHERE tenant_id = $1", tx.tenant_id)
     if count >= MAX_AGENTS:
         raise Conflict(f"a tenant may have {MAX_AGENTS} agents; delete one first")

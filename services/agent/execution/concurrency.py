@@ -33,7 +33,7 @@ async def take_place(tx: Tx, run_id: UUID, agent_id: UUID, definition: NewAgent)
         if most is None:
             continue
         # One transaction counts at a time, so that two runs cannot take the same place.
-        await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"run {tx.tenant_id} {column} {value}")
+        await tx.take_turn(f"run {tx.tenant_id} {column} {value}")
         [(under_way,)] = await tx.sql(
             f"SELECT count(*) FROM run WHERE tenant_id = $1 AND status = 'running' AND {column}::text = $2",
             tx.tenant_id,

@@ -72,7 +72,7 @@ async def currency(tx: Tx, tenant_id: str) -> str | None:
 
 
 async def _lock_opening(tx: Tx, tenant_id: str) -> None:
-    await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"billing account {tenant_id}")
+    await tx.take_turn(f"billing account {tenant_id}")
 
 
 async def open_account(tx: Tx, tenant_id: str, code: str, credit_nanos: int | None) -> bool:

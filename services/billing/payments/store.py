@@ -270,7 +270,7 @@ async def handle(tx: Tx, provider: str, event: ProviderEvent) -> str:
 
 async def _lock_reference(tx: Tx, provider: str, reference: str) -> None:
     """The id of a payment does not become known while an event about it is handled as unknown."""
-    await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"billing payment {provider} {reference}")
+    await tx.take_turn(f"billing payment {provider} {reference}")
 
 
 async def _keep_reference(tx: Tx, payment_id: UUID, reference: str) -> None:

@@ -166,7 +166,7 @@ def _late(items: Sequence[MeteredQuantity]) -> str:
 async def add(tx: Tx, plan: Plan, *, made_by: str) -> StoredPlan:
     """Adds a version of the plan with this name."""
     # Two calls at once must not make the same version.
-    await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"billing plan {plan.name}")
+    await tx.take_turn(f"billing plan {plan.name}")
     rows = await tx.sql("SELECT plan_id, version FROM plan WHERE name = $1 ORDER BY version DESC LIMIT 1", plan.name)
     plan_id, latest = rows[0] if rows else (uuid7(), 0)
     await tx.sql(

@@ -129,7 +129,7 @@ async def add(
     valid_from None: from now on; but since 1970 if the resource has no price in the currency yet, under any of its
     names: its usage was held, and can be rated now.
     """
-    await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"billing price {resource}")
+    await tx.take_turn(f"billing price {resource}")
     [(latest,)] = await tx.sql("SELECT coalesce(max(version), 0) FROM price WHERE resource = $1", resource)
     now = utcnow()
     priced = price_at((await versions(tx, [resource])).get(resource, ()), currency, now)

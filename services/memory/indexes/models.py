@@ -152,7 +152,7 @@ class EmbeddingModels:
 
     async def _register(self, tx: Tx) -> None:
         """Records the model of the settings: it is active, or it is the target from now on."""
-        await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended('embedding models', 0))")
+        await tx.take_turn("embedding models")
         rows = await tx.sql("SELECT key, name, base_url, state FROM embedding_model")
         keys = {key: state for key, *_, state in rows}
         same = [key for key, *place, state in rows if state != "former" and place == list(self._wanted[:2])]

@@ -217,7 +217,7 @@ async def lock(tx: Tx, scope: Scope, scope_id: str) -> None:
     """One transaction at a time writes the memories of a place: another one that has the same fact, or one that
     contradicts it, waits here and then finds it."""
     place = " ".join((str(tx.tenant_id), scope, scope_id))
-    await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"memory {place}")
+    await tx.take_turn(f"memory {place}")
 
 
 def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:

@@ -147,7 +147,7 @@ def router(runtime: Runtime) -> APIRouter:
 
         async def work(tx: Tx) -> tuple[int, BaseModel]:
             # Two calls at once must not both become the last that is allowed.
-            await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended('webhook endpoints ' || $1, 0))", who.tenant_id)
+            await tx.take_turn(f"webhook endpoints {who.tenant_id}")
             [(count,)] = await tx.sql("SELECT count(*) FROM webhook_endpoint")
             if count >= MAX_ENDPOINTS:
                 raise Conflict(f"the tenant has {MAX_ENDPOINTS} endpoints, the most that it may have")

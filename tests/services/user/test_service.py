@@ -228,7 +228,7 @@ async def test_a_tenant_has_a_limited_number_of_keys(user: Platform, tenant: htt
     # One place is left, and another transaction is about to take it.
     tenant_id = (await tenant.get("/api/v1/tenant")).json()["id"]
     async with user.database("user").begin() as tx:
-        await tx.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"API keys of {tenant_id}")
+        await tx.take_turn(f"API keys of {tenant_id}")
         await tx.sql(
             """
             INSERT INTO api_key (id, tenant_id, name, prefix, hash, scopes, created_by)
