@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import Any, ParamSpec, TypeVar
 
-from infra.outgoing.shares import tenant
+from infra.outgoing.shares import Shares, tenant
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -22,15 +22,14 @@ THREADS = 2 * min(32, (os.cpu_count() or 1) + 4)
 class TenantThreads(ThreadPoolExecutor):
     """The executor of `asyncio.to_thread`: checks of schemas and large bodies, calls of the object store.
 
-    A tenant may take a thread while it has fewer than are free, as with `Shares`. Otherwise each costly check of one
-    tenant would come before the next check of another one. A thread cannot be cancelled: a call counts until it ends.
+    By `Shares`: otherwise each costly check of one tenant would come before the next check of another one. A thread
+    cannot be cancelled: a call counts until it ends.
     """
 
     def __init__(self, threads: int = THREADS) -> None:
         super().__init__(threads, "beside")
         self._guard = threading.Lock()
-        self._free = threads
-        self._held: Counter[str] = Counter()
+        self._shares = Shares(threads)
         self._waiting: defaultdict[str, deque[tuple[Future[Any], Callable[[], Any]]]] = defaultdict(deque)
         # Each piece of the platform's own work asks for itself, so it gets any thread that is free.
         self._of_platform = count()
@@ -55,9 +54,7 @@ class TenantThreads(ThreadPoolExecutor):
     def _start(self) -> None:
         """Starts the calls that may start. The caller has the guard."""
         for asker, queue in list(self._waiting.items()):
-            while queue and self._held[asker] < self._free:
-                self._free -= 1
-                self._held[asker] += 1
+            while queue and self._shares.take_now(asker):
                 super().submit(self._work, asker, *queue.popleft())
                 # The others come first next time.
                 self._waiting[asker] = self._waiting.pop(asker)
@@ -73,8 +70,5 @@ class TenantThreads(ThreadPoolExecutor):
                     future.set_exception(error)
         finally:
             with self._guard:
-                self._free += 1
-                self._held[asker] -= 1
-                if not self._held[asker]:
-                    del self._held[asker]
+                self._shares.give(asker)
                 self._start()
