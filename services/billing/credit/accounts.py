@@ -159,8 +159,7 @@ async def add_credit(
     """
     _, account = await lock_one(tx, tenant_id)
     await grants.settle(tx, tenant_id)
-    # An account without a limit has grants, too: the sum of them is stored and compared as one number.
-    if max(account.credit_nanos or 0, await grants.left(tx, tenant_id)) + amount_nanos > MAX_CREDIT_NANOS:
+    if amount_nanos > await room(tx, tenant_id, account):
         raise InvalidMessage(field, f"the credit would exceed {MAX_CREDIT_NANOS}")
     await change_limit(tx, tenant_id, amount_nanos, reason=reason, actor=actor)
     return await grants.add(
@@ -176,6 +175,12 @@ async def add_credit(
         rollover_nanos=rollover_nanos,
         source=source,
     )
+
+
+async def room(tx: Tx, tenant_id: str, account: Account) -> int:
+    """Returns how much credit may be added. The caller has locked the account and settled its grants."""
+    # An account without a limit has grants, too: the sum of them is stored and compared as one number.
+    return MAX_CREDIT_NANOS - max(account.credit_nanos or 0, await grants.left(tx, tenant_id))
 
 
 async def change_limit(tx: Tx, tenant_id: str, nanos: int, *, reason: str, actor: str) -> None:

@@ -15,7 +15,6 @@ from infra.clock import utcnow, uuid7
 from infra.errors import Conflict, InvalidMessage
 from infra.postgres.tx import Tx
 from services.billing.credit import accounts, grants, journal
-from services.billing.credit.accounts import MAX_CREDIT_NANOS
 from services.billing.credit.grants import PurchasedCredit
 from services.billing.invoices import booking, tax
 from services.billing.invoices import store as invoices
@@ -41,9 +40,7 @@ async def order(tx: Tx, tenant_id: str, nanos: int, reason: str, seller: Seller)
     if nanos % unit:
         raise InvalidMessage("nanos", f"must be a multiple of {unit}, a minor unit of {currency}")
     await grants.settle(tx, tenant_id)
-    # As `accounts.add_credit`: an account without a limit has grants, too.
-    held = max(account.credit_nanos or 0, await grants.left(tx, tenant_id))
-    most = min(MAX_ORDER_NANOS, MAX_CREDIT_NANOS - held)
+    most = min(MAX_ORDER_NANOS, await accounts.room(tx, tenant_id, account))
     if nanos > most:
         raise InvalidMessage("nanos", f"must be at most {most}")
     [(unpaid,)] = await tx.sql(
@@ -143,7 +140,7 @@ async def issue(tx: Tx, tenant_id: str, invoice_id: UUID, actor: str) -> None:
     )
     await grants.settle(tx, tenant_id)
     reason = f"invoice {number}"
-    # Not refused above MAX_CREDIT_NANOS: the money is here.
+    # Not refused above `accounts.room`: the money is here.
     await accounts.change_limit(tx, tenant_id, nanos, reason=reason, actor=actor)
     await grants.add(
         tx,
