@@ -167,19 +167,25 @@ class AgentLoop:
                 if len(msgspec.json.encode((text, calls))) > MAX_ANSWER_BYTES:
                     reason = f"the answer has more than {MAX_ANSWER_BYTES} bytes as JSON"
                     raise Ended("failed", f"{self.agent.model}: {reason}", FAILED)
-                while True:
-                    try:
-                        return await self.complete(reply, self._messages)
-                    except MessagesArrived:
-                        shown = self._messages
-                        # Again at once if the messages were deleted.
-                        if await self._take_messages(turns) or self._messages == shown:
-                            break
+                completed = await self._complete(reply, turns)
+                if completed is not None:
+                    return completed
                 continue
             misfits += 1
             if misfits == STRUCTURE_ATTEMPTS:
                 raise Ended("failed", f"{self.agent.model}: the answer does not fit: {misfit}", FAILED)
             system = f"{instructions}\n\nYour last answer was refused: {misfit}."
+
+    async def _complete(self, reply: Reply, turns: list[Turn]) -> ItemEnded | Reply | None:
+        """Returns the result of `complete`, or None if messages came that the reply does not cover."""
+        while True:
+            try:
+                return await self.complete(reply, self._messages)
+            except MessagesArrived:
+                shown = self._messages
+                # Again at once if the messages were deleted.
+                if await self._take_messages(turns) or self._messages == shown:
+                    return None
 
     async def _summary(self, conversation: Conversation) -> SessionSummary | None:
         """A summary of the part that is too old to be shown; None if there is no such part or the model failed."""
