@@ -200,8 +200,9 @@ async def test_a_run_whose_message_is_deleted_goes_on_after_an_approval(world: W
     assert (run["status"], run["reply"]) == ("completed", "Wet.")
 
 
-async def test_a_run_whose_only_message_was_deleted_is_cancelled(world: World, tenant: Tenant) -> None:
-    agent = await tenant.agent(system_prompt=tenant.id, queue_mode="followup")
+async def answered_beside_a_deleted_message(world: World, tenant: Tenant, queue_mode: str) -> None:
+    """A second message comes during a run and is deleted before the run's answer."""
+    agent = await tenant.agent(system_prompt=tenant.id, queue_mode=queue_mode)
     go = asyncio.Event()
     world.models.script(MODEL, Says("One.", waits=go))
     await tenant.receive(agent, "first")
@@ -210,21 +211,17 @@ async def test_a_run_whose_only_message_was_deleted_is_cancelled(world: World, t
     await stored(tenant, 2)
     await handled(tenant, await tenant.change(agent, second, None))
     go.set()
+
+
+async def test_a_run_whose_only_message_was_deleted_is_cancelled(world: World, tenant: Tenant) -> None:
+    await answered_beside_a_deleted_message(world, tenant, "followup")
     runs = await tenant.runs(2)
     assert [(run["status"], run["error"]) for run in runs] == [("completed", None), ("cancelled", DELETED)]
     assert [send["text"] for send in await tenant.sent("channel.outbound")] == ["One."]
 
 
 async def test_a_message_that_joined_a_run_and_is_deleted_costs_no_model_call(world: World, tenant: Tenant) -> None:
-    agent = await tenant.agent(system_prompt=tenant.id, queue_mode="steer")
-    go = asyncio.Event()
-    world.models.script(MODEL, Says("One.", waits=go))
-    await tenant.receive(agent, "first")
-    await asked(world, tenant, 1)
-    second = await tenant.receive(agent, "second")
-    await stored(tenant, 2)
-    await handled(tenant, await tenant.change(agent, second, None))
-    go.set()
+    await answered_beside_a_deleted_message(world, tenant, "steer")
     [run] = await tenant.runs(1)
     assert (run["status"], run["reply"]) == ("completed", "One.")
     assert of(world, tenant) == [["first"]]

@@ -20,6 +20,7 @@ from infra.web import rpc
 from protos.billing.v1 import billing_pb2, billing_pb2_grpc
 from protos.catalog import PLATFORM_EVENTS, USAGE_RECORDS
 from protos.messages.billing import UsageRecorded
+from protos.messages.channel import MessageReceived
 from protos.messages.user import TenantCreated
 from services.billing import handlers
 from tooling.testing.platform import Platform
@@ -149,6 +150,21 @@ async def billing(platform: Platform) -> AsyncIterator[Billing]:
     found = Billing(platform)
     yield found
     await found.close()
+
+
+def received(channel_id: UUID) -> MessageReceived:
+    """A message of a channel of Telegram."""
+    return MessageReceived(
+        channel_id=channel_id,
+        channel_type="telegram",
+        agent_id=uuid7(),
+        session_key="s",
+        conversation_id="c",
+        subject_id="p",
+        vendor_message_id="1",
+        text="hello",
+        received_at=utcnow(),
+    )
 
 
 def pdf_pages(content: bytes) -> list[str]:

@@ -11,7 +11,15 @@ import pytest
 
 from infra.clock import utcnow, uuid7
 from tests.services.billing.conftest import Billing
-from tests.services.billing.invoices.test_invoices import START, draft, field_of, plan, post, subscribed
+from tests.services.billing.invoices.test_invoices import (
+    START,
+    draft,
+    field_of,
+    plan,
+    post,
+    subscribed,
+    with_two_invoices,
+)
 
 
 @pytest.mark.parametrize(
@@ -119,13 +127,7 @@ async def test_a_subscription_that_is_cancelled_before_it_begins_is_never_invoic
 
 
 async def test_a_bank_reference_pays_one_invoice_and_is_not_taken_for_another(billing: Billing) -> None:
-    tenant, subscription = await subscribed(billing, charges=[], included=[], usage_markup_percent=None)
-    first = await draft(billing, tenant)
-    ended = await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
-    assert ended.status_code == 200, ended.text
-    second = await draft(billing, tenant)
-    for made in (first, second):
-        await post(billing, f"invoices/{made['id']}/finalise", status=200)
+    tenant, first, second = await with_two_invoices(billing)
     body = {"amount_minor": 100, "reference": "SEPA 7"}
     for _ in range(2):
         paid = await post(billing, f"invoices/{first['id']}/received", body, status=200)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 import msgspec
 from redis.asyncio import Redis
@@ -43,10 +45,9 @@ async def test_a_run_tells_that_it_is_at_work_and_what_it_has_written(stack: Sta
         await other.aclose()
 
 
-async def test_a_run_of_a_channel_tells_what_its_model_writes(world: World, tenant: Tenant) -> None:
+async def news_of_a_run(world: World, tenant: Tenant) -> AsyncGenerator[dict[str, Any], None]:
+    """The news of a run, which begins when the caller listens."""
     agent = await tenant.agent()
-    text = "An answer of several pieces. " * 40
-    world.models.script(MODEL, Says(text, stalls_after=200))
     redis = Redis.from_url(world.platform.stack.redis_url)
     try:
         async with aclosing(Cache(redis).listen(RUN_PROGRESS)) as heard:
@@ -55,10 +56,21 @@ async def test_a_run_of_a_channel_tells_what_its_model_writes(world: World, tena
                     await tenant.receive(agent, "question")
                     continue
                 news = msgspec.json.decode(message[1])
-                if news["session_key"] == f"{tenant.id}-c" and news["text"]:
-                    break
+                if news["session_key"] == f"{tenant.id}-c":
+                    yield news
     finally:
         await redis.aclose()
+
+
+async def test_a_run_of_a_channel_tells_what_its_model_writes(world: World, tenant: Tenant) -> None:
+    text = "An answer of several pieces. " * 40
+    world.models.script(MODEL, Says(text, stalls_after=200))
+    try:
+        async with aclosing(news_of_a_run(world, tenant)) as told:
+            async for news in told:
+                if news["text"]:
+                    break
+    finally:
         world.models.release()
     assert text.startswith(news["text"])
     [run] = await tenant.runs(1)
@@ -66,27 +78,18 @@ async def test_a_run_of_a_channel_tells_what_its_model_writes(world: World, tena
 
 
 async def test_a_run_that_is_cancelled_tells_its_end(world: World, tenant: Tenant) -> None:
-    agent = await tenant.agent()
     go = asyncio.Event()
     world.models.script(MODEL, Says("too late", waits=go))
-    redis = Redis.from_url(world.platform.stack.redis_url)
     told: list[bool] = []
     try:
-        async with aclosing(Cache(redis).listen(RUN_PROGRESS)) as heard:
-            async for message in heard:
-                if message is None:
-                    await tenant.receive(agent, "question")
-                    continue
-                news = msgspec.json.decode(message[1])
-                if news["session_key"] != f"{tenant.id}-c":
-                    continue
+        async with aclosing(news_of_a_run(world, tenant)) as heard:
+            async for news in heard:
                 told.append(news["over"])
                 if told == [False]:
                     await tenant.call("POST", f"/api/v1/sessions/{tenant.id}-c/takeover")
                 if news["over"]:
                     break
     finally:
-        await redis.aclose()
         go.set()
     assert told[-1]
     assert [run["status"] for run in await tenant.runs(1)] == ["cancelled"]

@@ -20,13 +20,13 @@ from infra.postgres.schema import prepare_database
 from infra.postgres.tx import Tx
 from protos.envelope import Message
 from protos.messages.billing import UsageRecorded
-from protos.messages.channel import MessageDelivered, MessageReceived
+from protos.messages.channel import MessageDelivered
 from protos.messages.user import TenantCreated
 from protos.topology import Handler
 from services.billing import handlers
 from services.billing.credit import budgets
 from services.billing.credit.holds import HoldRequest, Holds
-from tests.services.billing.conftest import METRICS, count
+from tests.services.billing.conftest import METRICS, count, received
 from tooling.testing.platform import PASSWORDS, Platform
 
 
@@ -94,20 +94,6 @@ async def test_two_batches_with_one_usage_id_at_once_charge_it_once(store: Datab
     async with store.begin() as tx:
         assert await tx.sql("SELECT debited_nanos FROM account WHERE tenant_id = $1", tenant_id) == [(150,)]
         assert await tx.sql("SELECT count(*) FROM duplicate WHERE tenant_id = $1", tenant_id) == [(1,)]
-
-
-def received(key: UUID) -> Message:
-    return MessageReceived(
-        channel_id=key,
-        channel_type="telegram",
-        agent_id=uuid7(),
-        session_key="s",
-        conversation_id="c",
-        subject_id="p",
-        vendor_message_id="1",
-        text="hello",
-        received_at=utcnow(),
-    )
 
 
 def delivered(key: UUID) -> Message:

@@ -68,6 +68,18 @@ async def subscribed(billing: Billing, **changes: Any) -> tuple[Tenant, dict[str
     return tenant, await post(billing, "subscriptions", body)
 
 
+async def with_two_invoices(billing: Billing) -> tuple[Tenant, dict[str, Any], dict[str, Any]]:
+    """A tenant, and the drafts of its two unpaid invoices."""
+    tenant, subscription = await subscribed(billing, charges=[], included=[], usage_markup_percent=None)
+    first = await draft(billing, tenant)
+    ended = await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
+    assert ended.status_code == 200, ended.text
+    second = await draft(billing, tenant)
+    for made in (first, second):
+        await post(billing, f"invoices/{made['id']}/finalise", status=200)
+    return tenant, first, second
+
+
 async def draft(billing: Billing, tenant: Tenant) -> dict[str, Any]:
     [made] = (await post(billing, "billing/periods/close", {"tenant_id": tenant.id}, status=200))["items"]
     return dict(made)
@@ -412,13 +424,7 @@ async def test_a_transfer_of_any_amount_is_booked_and_what_is_above_the_amount_d
 async def test_a_transfer_that_came_back_is_reversed_once_and_its_reference_is_free_for_another_invoice(
     billing: Billing,
 ) -> None:
-    tenant, subscription = await subscribed(billing, charges=[], included=[], usage_markup_percent=None)
-    first = await draft(billing, tenant)
-    ended = await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
-    assert ended.status_code == 200, ended.text
-    second = await draft(billing, tenant)
-    for made in (first, second):
-        await post(billing, f"invoices/{made['id']}/finalise", status=200)
+    tenant, first, second = await with_two_invoices(billing)
     before = await journal(tenant)
     body = {"amount_minor": 3500, "reference": "SEPA 9"}
     paid = await post(billing, f"invoices/{first['id']}/received", body, status=200)

@@ -8,8 +8,8 @@ from uuid import UUID
 
 from infra.clock import utcnow, uuid7
 from protos.catalog import CHANNEL_EVENTS
-from protos.messages.channel import MessageDelivered, MessageReceived
-from tests.services.billing.conftest import Billing
+from protos.messages.channel import MessageDelivered
+from tests.services.billing.conftest import Billing, received
 
 
 async def test_a_record_is_counted_debited_and_written_into_the_ledger(billing: Billing) -> None:
@@ -266,19 +266,8 @@ async def test_each_threshold_of_the_credit_is_notified_once(billing: Billing) -
 async def test_delivered_messages_are_counted_per_type_of_channel_and_cost_nothing(billing: Billing) -> None:
     tenant = await billing.tenant(credit_nanos=10)
     channel_id = uuid7()
-    received = MessageReceived(
-        channel_id=channel_id,
-        channel_type="telegram",
-        agent_id=uuid7(),
-        session_key="s",
-        conversation_id="c",
-        subject_id="p",
-        vendor_message_id="1",
-        text="hello",
-        received_at=utcnow(),
-    )
     produce = tenant.platform.produce
-    await produce(CHANNEL_EVENTS, received, key="s", tenant_id=tenant.id)
+    await produce(CHANNEL_EVENTS, received(channel_id), key="s", tenant_id=tenant.id)
     for channel in (channel_id, channel_id, uuid7()):
         delivered = MessageDelivered(
             delivery_id=uuid7(), channel_id=channel, session_key="s", run_id=None, vendor_message_id=None
