@@ -269,8 +269,11 @@ async def test_exhausted_credit_and_budgets_are_told_on_redis_once(billing: Bill
         await listens.wait()
         tenant, last = await billing.tenant(credit_nanos=30 * TOKEN), await billing.tenant(credit_nanos=TOKEN)
         budget = await limit(tenant, "tenant", "", 10 * TOKEN, soft_percent=[50])
-        for usage_id, tokens in (("a", 6), ("b", 6), ("b", 6), ("c", 20)):
+        for usage_id, tokens in (("a", 6), ("b", 6), ("b", 6)):
             await use(tenant, usage_id, tokens)
+        # One batch with all records would pass the limits of the budget and of the credit with the same sum.
+        await tenant.verdict("b")
+        await use(tenant, "c", 20)
         await tenant.verdict("c")
         await use(last, "a", 2)
 

@@ -197,8 +197,8 @@ async def test_the_old_model_answers_until_the_new_one_has_everything(change: Ch
     await change.platform.until(change.finds_the_reply)
     await change.forgotten("words-9")
     assert (await change.nearest())[0] == "The ferry leaves at nine."
-    # Each text was billed once for the new model.
-    of_texts = (await change.billed("words-9"))[len(billed) :]
+    # Each text was billed once for the new model. The deleted document may have been on its way to the endpoint.
+    of_texts = [id_ for id_ in (await change.billed("words-9"))[len(billed) :] if not id_.startswith(gone)]
     assert len(of_texts) == len(set(of_texts)) == texts
     assert sum(id_.startswith(bridge) for id_ in of_texts) == 1
 
