@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,10 @@ def test(context: typer.Context) -> None:
     if context.args:
         os.chdir(CHECKOUT)
         os.execv(sys.executable, [sys.executable, "-m", "pytest", *context.args])
+    # Ctrl-C reaches pytest too, which stops its engines and returns. Without the handler pytest would be killed first.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    # Ends pytest, too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     raise typer.Exit(run_suite(CHECKOUT))
 
 
