@@ -271,7 +271,7 @@ async def test_exhausted_credit_and_budgets_are_told_on_redis_once(billing: Bill
         budget = await limit(tenant, "tenant", "", 10 * TOKEN, soft_percent=[50])
         for usage_id, tokens in (("a", 6), ("b", 6), ("b", 6)):
             await use(tenant, usage_id, tokens)
-        # One batch with all records would pass the limits of the budget and of the credit with the same sum.
+        # In one batch with the last record, the budget would be passed with the sum of all.
         await tenant.verdict("b")
         await use(tenant, "c", 20)
         await tenant.verdict("c")
