@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
+from aio_pika.exceptions import AMQPError, ChannelInvalidStateError
 from faststream import AckPolicy
 from faststream.rabbit import Channel, RabbitBroker, RabbitMessage, RabbitQueue
 
@@ -129,7 +130,7 @@ class Workers:
         the inbox drops those that were handled."""
         try:
             await answer
-        except Exception as error:
+        except (AMQPError, ChannelInvalidStateError, OSError) as error:
             self._log.warning(
                 "could not acknowledge messages, because the connection was closed; the broker delivers them again",
                 queue=queue.name,

@@ -338,6 +338,9 @@ def is_of_database(error: BaseException) -> bool:
         if error.connection_invalidated:
             return True
         error = error.orig.__cause__ or error.orig if error.orig else error
+    if isinstance(error, (asyncpg.InvalidCachedStatementError, asyncpg.OutdatedSchemaCacheError)):
+        # A migration has changed a table meanwhile. The driver has forgotten the statement, and prepares it again.
+        return True
     if isinstance(error, asyncpg.PostgresError):
         return str(getattr(error, "sqlstate", "")).startswith(_TRANSIENT_STATES)
     return isinstance(error, (OSError, TimeoutError, asyncpg.InterfaceError))

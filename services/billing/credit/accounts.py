@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 from uuid import UUID
 
 from infra.errors import InvalidMessage, NotFound
@@ -20,7 +21,7 @@ from services.billing.credit import grants
 from services.billing.credit.journal import JournalAccount
 from services.billing.rating.domain import Account
 
-# 10¹⁸ nano-units are one thousand million units. Larger sums would overflow the database's bigint.
+# 10¹⁸ nano-units are one thousand million units. A grant is stored as a bigint, which would overflow at nine times that.
 MAX_CREDIT_NANOS = 10**18
 
 
@@ -96,6 +97,11 @@ async def open_account(tx: Tx, tenant_id: str, code: str, credit_nanos: int | No
     return True
 
 
+def as_account(credit: Decimal | None, debited: Decimal) -> Account:
+    """The account of its columns, which are whole numbers without an upper limit."""
+    return Account(None if credit is None else int(credit), int(debited))
+
+
 async def lock(tx: Tx, tenant_ids: Iterable[str]) -> dict[str, tuple[str, Account]]:
     """Locks the accounts of these tenants until the transaction ends.
 
@@ -112,7 +118,7 @@ async def lock(tx: Tx, tenant_ids: Iterable[str]) -> dict[str, tuple[str, Accoun
         """,
         sorted(set(tenant_ids)),
     )
-    return {tenant_id: (code, Account(credit, debited)) for tenant_id, code, credit, debited in rows}
+    return {tenant_id: (code, as_account(credit, debited)) for tenant_id, code, credit, debited in rows}
 
 
 async def lock_one(tx: Tx, tenant_id: str) -> tuple[str, Account]:
@@ -129,11 +135,12 @@ async def lock_one(tx: Tx, tenant_id: str) -> tuple[str, Account]:
     if not rows:
         raise NotFound(f"tenant {tenant_id} has no account")
     [(code, credit, debited, expired)] = rows
+    before = as_account(credit, debited)
     if not expired:
-        return code, Account(credit, debited)
+        return code, before
     await grants.settle(tx, tenant_id)
     _, after = (await lock(tx, [tenant_id]))[tenant_id]
-    notify(tx, tenant_id, code, Account(credit, debited), after)
+    notify(tx, tenant_id, code, before, after)
     return code, after
 
 
@@ -179,8 +186,8 @@ async def add_credit(
 
 async def room(tx: Tx, tenant_id: str, account: Account) -> int:
     """Returns how much credit may be added. The caller has locked the account and settled its grants."""
-    # An account without a limit has grants, too: the sum of them is stored and compared as one number.
-    return MAX_CREDIT_NANOS - max(account.credit_nanos or 0, await grants.left(tx, tenant_id))
+    # The spent part does not count: the credit of a whole life may be larger. An account without a limit has grants, too.
+    return MAX_CREDIT_NANOS - max(account.balance_nanos or 0, await grants.left(tx, tenant_id))
 
 
 async def change_limit(tx: Tx, tenant_id: str, nanos: int, *, reason: str, actor: str) -> None:
@@ -199,7 +206,7 @@ async def change_limit(tx: Tx, tenant_id: str, nanos: int, *, reason: str, actor
     )
     for code, credit, debited in rows:
         await write_entries(tx, [Entry(tenant_id, "credit", nanos, reason=reason, actor=actor)])
-        notify(tx, tenant_id, code, Account(credit - nanos, debited), Account(credit, debited))
+        notify(tx, tenant_id, code, as_account(credit - nanos, debited), as_account(credit, debited))
 
 
 async def debit(tx: Tx, entries: Sequence[Entry]) -> None:

@@ -136,9 +136,9 @@ def scopes_of(uses: Iterable[Use]) -> tuple[list[str], list[str]]:
     return [scope for scope, _ in scopes], [scope_id for _, scope_id in scopes]
 
 
-# The rests of the budgets of tenant $1 that concern a use. The account is locked.
+# The rests of the budgets of tenant $1 that concern a use. The account is locked. A hold stores a rest as a bigint.
 RESTS = f"""
-SELECT ROW(b.nanos - {_SPENT} - {_HELD}, b.nanos, b.scope, b.scope_id, b.period)
+SELECT ROW(greatest(b.nanos - {_SPENT} - {_HELD}, -4e18)::bigint, b.nanos, b.scope, b.scope_id, b.period)
 FROM unnest($2::text[], $3::text[]) AS n(scope, scope_id)
 JOIN budget AS b USING (scope, scope_id)
 WHERE b.tenant_id = $1
@@ -217,7 +217,7 @@ async def notify(tx: Tx, rows: Iterable[tuple[Any, ...]]) -> None:
                 period=period,
                 percent=percent,
                 nanos=nanos,
-                spent_nanos=spent,
+                spent_nanos=int(spent),
             )
             accounts.publish(tx, passed)
 
@@ -263,11 +263,11 @@ async def set_budget(
             ), 0))
             FROM usage AS u
             WHERE {_concerns("u")} AND u.verdict = 'counted' AND u.rated_at >= {_WINDOW}
-        ), 0)::bigint + coalesce((
+        ), 0) + coalesce((
             SELECT sum(d.quantity)
             FROM (SELECT *, NULL AS session_key, NULL AS api_key_id FROM deleted_usage) AS d
             WHERE {_concerns("d")} AND d.meter IN ('cost_nanos', 'correction_nanos') AND b.period = 'total'
-        ), 0)::bigint
+        ), 0)
         FROM (SELECT $1::text, $3::text, $4::text, $5::text) AS b(tenant_id, scope, scope_id, period)
         ON CONFLICT (tenant_id, scope, scope_id, period) DO UPDATE
         SET nanos = excluded.nanos, soft_percent = excluded.soft_percent, spent_nanos = {_SPENT},

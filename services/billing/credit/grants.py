@@ -29,7 +29,7 @@ _OWED: dict[str, JournalAccount] = {
     "purchased": "purchased",
 }
 
-# The sum of holds. Nothing bounds those of an account without a limit, and the sum is taken off another bigint.
+# The sum of holds. Nothing bounds those of an account without a limit.
 HELD = "least(coalesce(sum(held_nanos), 0), 4e18)::bigint"
 
 
@@ -240,6 +240,7 @@ async def settle(tx: Tx, tenant_id: str) -> None:
         """,
         tenant_id,
     )
+    due = int(due)
     if covered := await burn(tx, tenant_id, due, for_="revenue", reference="usage"):
         await tx.sql("UPDATE account SET burned_nanos = burned_nanos + $2 WHERE tenant_id = $1", tenant_id, covered)
     elif due < 0:

@@ -18,7 +18,7 @@ from services.billing.credit.accounts import Entry
 from services.billing.plans import subscriptions
 from services.billing.plans.subscriptions import NOWHERE, Place
 from services.billing.rating import price_book
-from services.billing.rating.domain import Account, UsageContent, Verdict, judge, settle
+from services.billing.rating.domain import UsageContent, Verdict, judge, settle
 from services.billing.usage import aggregates, batch_sums
 from services.billing.usage import labels as usage_labels
 from services.billing.usage.batch_sums import Counted
@@ -101,8 +101,8 @@ async def record(
     except IntegrityError as error:
         raise Transient("another transaction recorded one of these usage_ids at the same time") from error
     for tenant_id, currency, credit_nanos, debited_nanos, amount_nanos in debited:
-        before = Account(credit_nanos, debited_nanos - amount_nanos)
-        accounts.notify(tx, tenant_id, currency, before, Account(credit_nanos, debited_nanos))
+        before = accounts.as_account(credit_nanos, debited_nanos - amount_nanos)
+        accounts.notify(tx, tenant_id, currency, before, accounts.as_account(credit_nanos, debited_nanos))
     if counted := [
         Counted(item, session_key, verdict.amount_nanos or 0, verdict.price_version or "", place, labels, arrival)
         for item, session_key, verdict, place, labels, arrival in zip(

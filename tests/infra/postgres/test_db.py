@@ -245,6 +245,26 @@ async def test_a_transaction_that_fails_gives_its_connection_back_without_it(sin
         assert await single.autocommit("SELECT FROM lease_member WHERE kind = 'failed'") == []
 
 
+async def test_a_statement_whose_table_a_migration_has_changed_is_transient(
+    single: Database, sample: SampleDatabase
+) -> None:
+    admin = db.create_engine(sample.admin_url, pool_size=1, schema="sample_desk")
+    async with admin.statements() as connection:
+        await db.sql(connection, "CREATE TABLE widened (n bigint)")
+        await db.sql(connection, "GRANT ALL ON widened TO PUBLIC")
+        for _ in range(2):
+            async with single.begin() as tx:
+                await tx.sql("SELECT n FROM widened")
+        await db.sql(connection, "ALTER TABLE widened ALTER COLUMN n TYPE numeric")
+    with pytest.raises(DBAPIError) as changed:
+        async with single.begin() as tx:
+            await tx.sql("SELECT n FROM widened")
+    assert db.is_transient(changed.value)
+    async with single.begin() as tx:
+        assert await tx.sql("SELECT n FROM widened") == []
+    await admin.dispose()
+
+
 async def test_a_connection_that_is_lost_in_a_transaction_fails_it_and_is_replaced(
     single: Database, sample: SampleDatabase
 ) -> None:

@@ -72,6 +72,39 @@ async def test_credit_for_an_unknown_tenant_or_of_zero_or_above_the_limit_is_ref
     assert (await tenant.get("balance"))["credit_nanos"] == 100
 
 
+async def test_an_account_may_spend_more_in_its_life_than_the_largest_integer_of_the_database(billing: Billing) -> None:
+    tenant = await billing.tenant(credit_nanos=1000)
+    budget = {"scope": "tenant", "nanos": 10**18, "period": "total"}
+    assert (await tenant.http.post("/api/v1/budgets", json=budget)).status_code == 201
+    await tenant.use("first", input_tokens=1, output_tokens=0)
+    first = await tenant.verdict("first")
+    cost, life = first["amount_nanos"], 2**63 - 1
+    await tenant.sql(
+        """
+        UPDATE account
+        SET credit_nanos = credit_nanos + $2::bigint, debited_nanos = debited_nanos + $2::bigint,
+            burned_nanos = burned_nanos + $2::bigint
+        WHERE tenant_id = $1
+        """,
+        tenant.id,
+        life - cost,
+    )
+    await tenant.sql("UPDATE budget SET spent_nanos = $2 WHERE tenant_id = $1", tenant.id, life)
+    await tenant.use("second", input_tokens=1, output_tokens=0)
+    await tenant.verdict("second")
+    credit = {"tenant_id": tenant.id, "amount_nanos": 10**18 - 1000}
+    assert (await billing.operator.post("/api/v1/billing/credit", json=credit)).status_code == 201
+    left = 10**18 - 2 * cost
+    found = await tenant.get("balance")
+    assert (found["credit_nanos"], found["debited_nanos"]) == (life + left + cost, life + cost)
+    assert (found["balance_nanos"], found["available_nanos"]) == (left, left)
+    [limit] = (await tenant.http.get("/api/v1/budgets")).json()["items"]
+    assert limit["spent_nanos"] == life + cost
+    refused = await tenant.reserve(input_tokens=1)
+    assert not refused.granted
+    assert refused.available_nanos < 0
+
+
 async def test_a_wrong_charge_is_corrected_by_a_new_entry(billing: Billing) -> None:
     tenant = await billing.tenant(credit_nanos=1000)
     await tenant.use("run/1/1", input_tokens=2, output_tokens=0)

@@ -353,8 +353,8 @@ async def test_a_credit_note_gives_promotional_credit_back_as_such(billing: Bill
     await post(billing, f"{path}/received", {"amount_minor": 600, "reference": f"bank {made['id']}"}, status=200)
     owed = []
     for _ in range(3):
-        # The limit of the account cannot become larger than the books can hold.
-        await tenant.sql("UPDATE account SET credit_nanos = $2 WHERE tenant_id = $1", tenant.id, 10**18)
+        # The balance of the account cannot become larger than a grant can hold.
+        await tenant.sql("UPDATE account SET credit_nanos = debited_nanos + $2 WHERE tenant_id = $1", tenant.id, 10**18)
         over = await billing.operator.post(f"/api/v1/{path}/credit-notes", json={"amount_minor": 700, "reason": "r"})
         assert field_of(over) == "amount_minor"
         await tenant.sql("UPDATE account SET credit_nanos = NULL WHERE tenant_id = $1", tenant.id)
