@@ -27,6 +27,18 @@ async def complete(tenant: Tenant, agent: str, text: str, *, key: str | None = N
     return str((await tenant.call("POST", path, json={"text": text} | body, headers=headers))["run_id"])
 
 
+async def complete_until_asked(world: World, tenant: Tenant, agent: str, text: str) -> str:
+    """Returns when the model has been asked."""
+    before = len(world.models.asked(MODEL))
+    run_id = await complete(tenant, agent, text)
+
+    async def is_asked() -> bool:
+        return len(world.models.asked(MODEL)) > before
+
+    await world.platform.until(is_asked)
+    return run_id
+
+
 def shown(world: World) -> list[tuple[str, str]]:
     """The messages of the last model call."""
     return [(message["role"], message["content"]) for message in world.models.requests[-1].body["messages"]]
@@ -175,9 +187,22 @@ async def test_tools_that_have_one_name_once_the_run_begins_fail_it(world: World
     agent = await tenant.agent(concurrency=1)
     go = asyncio.Event()
     world.models.script(MODEL, Says("One.", waits=go))
-    first = await complete(tenant, agent, "a")
+    first = await complete_until_asked(world, tenant, agent, "a")
     second = await complete(tenant, agent, "b", tools=[PLACE | {"name": WEATHER}])
     await tenant.call("PATCH", f"/api/v1/agents/{agent}", json={"tools": [WEATHER]})
+
+    async def attempts() -> int:
+        async with world.platform.database("agent").begin() as tx:
+            [(found,)] = await tx.sql("SELECT attempts FROM lane_item WHERE item_id = $1", second)
+        return int(found)
+
+    # An attempt that has read the agent before its change ends before the first run gives its place back.
+    before = await attempts()
+
+    async def tries_again() -> bool:
+        return await attempts() >= before + 2
+
+    await world.platform.until(tries_again)
     go.set()
     assert (await tenant.over(first))["reply"] == "One."
     run = await tenant.over(second)
@@ -212,13 +237,7 @@ async def test_completions_of_one_agent_do_not_wait_for_each_other(world: World,
     agent = await tenant.agent()
     go = asyncio.Event()
     world.models.script(MODEL, Says("One.", waits=go))
-    asked = len(world.models.asked(MODEL))
-    first = await complete(tenant, agent, "a")
-
-    async def is_asked() -> bool:
-        return len(world.models.asked(MODEL)) > asked
-
-    await world.platform.until(is_asked)
+    first = await complete_until_asked(world, tenant, agent, "a")
     assert (await tenant.over(await complete(tenant, agent, "b")))["reply"] == "You said: b"
     go.set()
     assert (await tenant.over(first))["reply"] == "One."
