@@ -21,7 +21,7 @@ from services.billing.credit import grants
 from services.billing.credit.journal import JournalAccount
 from services.billing.rating.domain import Account
 
-# 10¹⁸ nano-units are one thousand million units. A grant is stored as a bigint, which would overflow at nine times that.
+# 10¹⁸ nano-units are one thousand million units. A grant is a bigint, which would overflow at nine times that.
 MAX_CREDIT_NANOS = 10**18
 
 
@@ -186,7 +186,7 @@ async def add_credit(
 
 async def room(tx: Tx, tenant_id: str, account: Account) -> int:
     """Returns how much credit may be added. The caller has locked the account and settled its grants."""
-    # The spent part does not count: the credit of a whole life may be larger. An account without a limit has grants, too.
+    # The spent part does not count: the credit of a whole life may be larger. Without a limit there are grants, too.
     return MAX_CREDIT_NANOS - max(account.balance_nanos or 0, await grants.left(tx, tenant_id))
 
 
