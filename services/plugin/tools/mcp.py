@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -32,6 +33,9 @@ MAX_PARTS = 30_000
 
 # In the request's ``_meta``, for servers that drop repeats. The protocol itself has no field for an idempotency key.
 KEY_META = "clawbus/idempotency-key"
+
+# The first line of a stream of events.
+_EVENT = re.compile(rb"(event|data|id|retry)?:")
 
 # The library logs session ids, and at level DEBUG the contents of messages.
 logging.getLogger("mcp").setLevel(logging.WARNING)
@@ -203,11 +207,26 @@ class _Progress(httpx2.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         request.extensions["max_bytes"] = MAX_ANSWER_BYTES
         response = await self._transport.handle_async_request(request)
+        response.stream = body = _Counted(response.stream)
         if request.method == "POST":  # not the end of the session
             self.status = response.status_code
             self.after = retry_after(response.headers) or DEFAULT_RETRY
-        response.stream = _Counted(response.stream)
+            try:
+                type_ = _type_of(await body.beginning())
+            except BaseException:
+                await body.aclose()
+                raise
+            if type_ and not response.headers.get("content-type", "").lower().startswith(type_):
+                # Proxies and small servers name none, or another one.
+                response.headers["content-type"] = type_
         return response
+
+
+def _type_of(beginning: bytes) -> str | None:
+    """The type of a message of the protocol, by its content. None for anything else, such as a page of a proxy."""
+    if beginning.startswith(b"{"):
+        return "application/json"
+    return "text/event-stream" if _EVENT.match(beginning) else None
 
 
 class _Counted(httpx2.AsyncByteStream):
@@ -215,8 +234,20 @@ class _Counted(httpx2.AsyncByteStream):
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self._pieces = self._counted()
+        self._first = b""
+
+    async def beginning(self) -> bytes:
+        """The first piece without the space before its text; empty if there is none."""
+        self._first = await anext(self._pieces, b"")
+        return self._first.lstrip()
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield self._first
+        async for piece in self._pieces:
+            yield piece
+
+    async def _counted(self) -> AsyncGenerator[bytes]:
         parts = 0
         async for piece in self._stream:
             parts += piece.count(b"{") + piece.count(b"[")
@@ -225,6 +256,7 @@ class _Counted(httpx2.AsyncByteStream):
             yield piece
 
     async def aclose(self) -> None:
+        await self._pieces.aclose()
         await self._stream.aclose()
 
 

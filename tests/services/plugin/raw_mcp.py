@@ -36,6 +36,10 @@ class RawMcp:
         """Of the next calls."""
         self.refuses = 0
         """Status of all answers, if it is not 0."""
+        self.type: str | None = None
+        """Content type of the results; empty: they name none. None: the right one."""
+        self.as_events = False
+        """The results are streams of one event."""
         self._session = 0
 
     async def handle(self, request: Request) -> Response:
@@ -70,7 +74,15 @@ class RawMcp:
                 error = {"code": -32601, "message": f"unknown method {method}"}
                 return JSONResponse({"jsonrpc": "2.0", "id": message["id"], "error": error})
         answer = {"jsonrpc": "2.0", "id": message["id"], "result": result}
-        return JSONResponse(answer, headers={"mcp-session-id": f"s{self._session}"})
+        written = json.dumps(answer)
+        type_ = self.type
+        if self.as_events:
+            written = f"event: message\ndata: {written}\n\n"
+            type_ = "text/event-stream" if type_ is None else type_
+        headers = {"mcp-session-id": f"s{self._session}"}
+        if type_ != "":
+            headers["content-type"] = "application/json" if type_ is None else type_
+        return Response(written, headers=headers)
 
 
 @asynccontextmanager

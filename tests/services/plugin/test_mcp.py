@@ -128,6 +128,26 @@ async def test_pictures_are_files_beside_the_result_with_a_note_in_it_and_large_
     assert len(reply.result_json) < 1_000
 
 
+@pytest.mark.parametrize("as_events", [False, True])
+@pytest.mark.parametrize("type_", ["", "text/plain; charset=utf-8", "application/octet-stream", "application/json"])
+async def test_a_message_with_another_content_type_or_none_is_read(
+    plugin: Platform, raw: RawMcp, type_: str, as_events: bool
+) -> None:
+    raw.type, raw.as_events = type_, as_events
+    raw.tools = [{"name": "look", "inputSchema": {"type": "object"}}]
+    raw.results["look"] = {"content": [{"type": "text", "text": "seen"}]}
+    tenant = f"typed-{as_events}{type_[-4:]}"
+    await register(plugin, tenant, raw)
+    reply = await call(plugin, tenant, "look", key=f"{tenant}-1")
+    assert (reply.outcome, reply.result_json) == (CallReply.OUTCOME_SUCCEEDED, '"seen"')
+    raw.answers = [Response('{"jsonrpc": "2.0", "id": 1, "error": {"code": 1, "message": "no money"}}', 400)]
+    reply = await call(plugin, tenant, "look", key=f"{tenant}-2")
+    assert (reply.outcome, reply.error) == (CallReply.OUTCOME_FAILED, "no money (HTTP 400)")
+    raw.answers = [Response("<html>Sign in</html>", media_type="text/html")]
+    reply = await call(plugin, tenant, "look", key=f"{tenant}-3")
+    assert (reply.outcome, "Unexpected content type: text/html" in reply.error) == (CallReply.OUTCOME_FAILED, True)
+
+
 @pytest.mark.parametrize("hints", [{"readOnlyHint": True}, {}])
 @pytest.mark.parametrize(
     "lost",
