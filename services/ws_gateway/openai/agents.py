@@ -88,10 +88,7 @@ async def start_run(agent: Agent, who: Identity, model: str, conversation: Compl
     if answer.status_code == 404:
         raise unknown_model(model)
     if answer.status_code != 202:
-        failure = of_problem(answer.status_code, answer.headers, answer.content)
-        if failure.error["param"] == "tools":
-            failure.status = 400  # only the agent knows the names of its own tools
-        raise failure
+        raise of_problem(answer.status_code, answer.headers, answer.content)
     return msgspec.json.decode(answer.content, type=_Accepted).run_id
 
 

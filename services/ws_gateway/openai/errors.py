@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import msgspec
-from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
 from infra.web.problems import problem
@@ -90,17 +89,17 @@ def ended_without_reply(event: StreamEvent) -> CompletionError | None:
 
 
 def of(error: Exception) -> CompletionError:
-    """The failure for any error, by its RFC 9457 problem. An invalid field is a 400 here."""
+    """The failure for any error, by its RFC 9457 problem."""
     if isinstance(error, CompletionError):
         return error
     answer = problem(error)
-    status = 400 if isinstance(error, RequestValidationError) else answer.status_code
-    return of_problem(status, answer.headers, bytes(answer.body))
+    return of_problem(answer.status_code, answer.headers, bytes(answer.body))
 
 
 def of_problem(status: int, headers: Mapping[str, str], body: bytes) -> CompletionError:
-    """An RFC 9457 problem in OpenAI's shape. The first named field becomes the `param`."""
+    """An RFC 9457 problem in OpenAI's shape. The first named field becomes the `param`. An invalid request is a 400."""
     found = msgspec.json.decode(body, type=_Problem)
+    status = 400 if status == 422 else status
     kept = {name: headers[name] for name in ("retry-after", "www-authenticate", "allow") if name in headers}
     if found.errors:
         field = found.errors[0].field

@@ -406,9 +406,21 @@ async def test_a_client_that_goes_cancels_the_run_unless_it_can_come_again(
     assert (found.id, found.choices[0].message.content) == (f"chatcmpl-{run.id}", "Good day")
     assert (await world.run()).id == run.id
     other: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Bye"}]
-    with pytest.raises(openai.UnprocessableEntityError) as refused:
+    with pytest.raises(openai.BadRequestError) as refused:
         await client.chat.completions.create(model=model, messages=other, extra_headers=headers)
     assert refused.value.param == "idempotency_key"
+
+
+def assert_invalid(answer: httpx.Response, param: str) -> None:
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param), answer.text
+
+
+def nested(levels: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(levels):
+        found = [found]
+    return found
 
 
 async def test_what_cannot_be_taken_is_named(world: World, client: AsyncOpenAI, model: str) -> None:
@@ -434,6 +446,17 @@ async def test_what_cannot_be_taken_is_named(world: World, client: AsyncOpenAI, 
             error = answer.json()["error"]
             assert (answer.status_code, error["param"], error["code"]) == (400, param, None), answer.text
             assert error["message"]
+        for text, param in ((r"\u0000", "messages[0].content"), (r"\ud800", "messages[0].content")):
+            content = f'{{"model":"{model}","messages":[{{"role":"user","content":"{text}"}}]}}'
+            answer = await plain.post(PATH, headers={"content-type": "application/json"}, content=content)
+            assert_invalid(answer, param)
+        for number in ("NaN", "-Infinity", "1e999"):
+            content = f'{{"model":"{model}","messages":[{{"role":"user","content":"Hi"}}],"temperature":{number}}}'
+            for path in (PATH, "/v1/responses"):
+                answer = await plain.post(path, headers={"content-type": "application/json"}, content=content)
+                assert_invalid(answer, "temperature")
+        deep = {"model": model, "messages": HI, "metadata": nested(101)}
+        assert_invalid(await plain.post(PATH, json=deep), "body")
         for key in ("", "ü", "x" * 256):
             headers = {b"Idempotency-Key": key.encode("latin-1")}
             answer = await plain.post(PATH, headers=headers, json={"model": model, "messages": HI})
