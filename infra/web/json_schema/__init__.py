@@ -74,8 +74,6 @@ def _checked(field: str, encoded: bytes) -> tuple[int, tuple[str, str] | None]:
 
 
 def _check_schema(field: str, schema: Any, work: Check) -> None:
-    if schema.get("type") != "object":
-        raise InvalidMessage(f"{field}.type", "must be object")
     targets = []
     for path, keyword, value in _names(schema, field):
         if keyword in _REFUSED:
@@ -86,12 +84,22 @@ def _check_schema(field: str, schema: Any, work: Check) -> None:
             work.field = path
             targets.append((path, work.resolve(value)))
     work.field = field
+    if not _is_object(schema, work):
+        raise InvalidMessage(f"{field}.type", "must be object")
     check_shape(work, schema, field)
     # A reference makes a schema of any part, also of one in an example or below an unknown keyword.
     for path, target in {id(target): (path, target) for path, target in targets}.values():
         check_shape(work, target, path)
     # The result does not matter; this finds references without an end.
     work.first_failure(schema, {}, ())
+
+
+def _is_object(schema: Any, work: Check) -> bool:
+    """Libraries put the whole schema of a recursive class below ``$defs``, and a reference to it at the root."""
+    while isinstance(schema, Mapping) and "type" not in schema and isinstance(schema.get("$ref"), str):
+        work.spend(1)
+        schema = work.resolve(schema["$ref"])
+    return isinstance(schema, Mapping) and schema.get("type") == "object"
 
 
 def check(field: str, schema: Schema, value: Any) -> None:

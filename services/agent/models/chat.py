@@ -40,7 +40,7 @@ from services.agent.models.contract import (
 )
 from services.agent.models.pieces import CALL_FIELDS, MAX_FIELDS, lines, whole_arguments
 from services.agent.models.thoughts import without_thoughts
-from services.agent.models.tool_schemas import tool_schema
+from services.agent.models.tool_schemas import tool_schema, with_own_root
 from services.agent.models.wording import system_message, valid_arguments, wire_name
 from services.agent.models.written_calls import BeforeCalls, taken
 
@@ -183,7 +183,8 @@ class ChatModel:
             body["tool_choice"] = "required" if prompt.must_call else "auto"
             if not prompt.parallel:
                 body["parallel_tool_calls"] = False
-        if (schema := prompt.output_schema) is not None:
+        if prompt.output_schema is not None:
+            schema = with_own_root(prompt.output_schema)
             # Not every schema can be strict: OpenAI would refuse it, or an object with free fields would have to be
             # closed.
             probe = _transformer(schema, strict=None)

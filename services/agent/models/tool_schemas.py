@@ -27,6 +27,15 @@ def tool_schema(schema: dict[str, Any]) -> dict[str, Any]:
         return schema
 
 
+def with_own_root(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with the part that its root refers to at the root: providers take no reference there."""
+    check, whole = Check("schema", schema, {}), dict(schema)
+    while "$ref" in whole:
+        target = check.resolve(whole.pop("$ref"))
+        whole = {**target, **whole}
+    return whole
+
+
 class _Objects:
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._check = Check("schema", root, {})

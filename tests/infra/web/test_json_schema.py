@@ -45,6 +45,17 @@ def test_a_value_that_does_not_fit_is_named(schema: dict[str, Any], arguments: d
     assert refused.value.field == field
 
 
+def test_the_root_may_refer_to_the_schema_of_an_object() -> None:
+    node = OBJECT | {"properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}}}
+    for definitions in ({"node": node}, {"all": {"$ref": "#/$defs/node"}, "node": node}):
+        schema = {"$ref": f"#/$defs/{next(iter(definitions))}", "$defs": definitions}
+        check_schema("schema", schema)
+        check("answer", schema, {"next": {"next": None}})
+        with pytest.raises(InvalidMessage) as refused:
+            check("answer", schema, {"next": {"next": 5}})
+        assert refused.value.field == "answer.next"
+
+
 def test_the_error_does_not_show_the_value() -> None:
     with pytest.raises(InvalidMessage) as refused:
         check("arguments", OBJECT | {"properties": {"card": {"maxLength": 3}}}, {"card": "4111-1111"})
@@ -62,6 +73,12 @@ def nested(levels: int) -> dict[str, Any]:
     ("schema", "field"),
     [
         ({"type": "string"}, "schema.type"),
+        ({"$ref": "#/$defs/text", "$defs": {"text": {"type": "string"}}}, "schema.type"),
+        ({"$ref": "#/$defs/any", "$defs": {"any": True}}, "schema.type"),
+        ({"$ref": "#/$defs/none", "$defs": {}}, "schema.$ref"),
+        ({"$ref": "http://127.0.0.1/s"}, "schema.$ref"),
+        ({"$ref": "#"}, "schema"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "schema"),
         ({"type": "object", "properties": {"a": {"type": "strin"}}}, "schema.properties.a.type"),
         ({"type": "object", "properties": {"a": {"$ref": "http://127.0.0.1/s"}}}, "schema.properties.a.$ref"),
         ({"type": "object", "properties": {"a": {"$ref": "#/$defs/b"}}}, "schema.properties.a.$ref"),

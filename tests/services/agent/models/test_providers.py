@@ -580,6 +580,22 @@ async def test_an_open_schema_is_sent_unchanged(server: ModelServer, providers: 
         assert (sent["schema"], sent["strict"]) == (schema, strict)
 
 
+@pytest.mark.parametrize("place", ["$defs", "definitions"])
+async def test_the_part_that_the_root_of_a_schema_refers_to_is_sent_at_the_root(
+    server: ModelServer, providers: Providers, place: str
+) -> None:
+    node = f"#/{place}/node"
+    properties = {"name": {"type": "string"}, "parts": {"type": "array", "items": {"$ref": node}}}
+    closed = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    # One that is not strict has the type, too.
+    for type_ in ({}, {"type": "object"}):
+        schema = {"$ref": node, place: {"node": closed}, **type_}
+        await ask(server, providers, OPENAI, Prompt("", (UserTurn("Hi"),), output_schema=schema))
+        sent = server.requests[-1].body["response_format"]["json_schema"]["schema"]
+        assert {name: sent.get(name) for name in ("$ref", *closed)} == {"$ref": None, **closed}
+        assert sent[place]["node"]["properties"]["name"] == {"type": "string"}
+
+
 @BOTH
 async def test_a_required_call_and_single_calls_are_sent_as_options(
     name: str, server: ModelServer, providers: Providers

@@ -497,6 +497,15 @@ def test_a_format_is_what_the_answer_has_to_fit() -> None:
         assert responses(text={"format": {"type": type_} | fields, "verbosity": "low"}) == found
 
 
+def test_the_root_of_a_format_may_be_a_reference() -> None:
+    schema = {"$ref": "#/$defs/city", "$defs": {"city": CITY}}
+    for strict in (True, False):
+        given = {"name": "city", "schema": schema, "strict": strict}
+        found = chat(response_format={"type": "json_schema", "json_schema": given}).output_schema
+        assert found == responses(text={"format": {"type": "json_schema"} | given}).output_schema
+        assert found == (schema if strict else schema | {"type": "object"})
+
+
 @pytest.mark.parametrize(
     ("format_", "where"),
     [
@@ -510,6 +519,10 @@ def test_a_format_is_what_the_answer_has_to_fit() -> None:
         ({"type": "json_schema", "name": "city"}, ".schema"),
         ({"type": "json_schema", "name": "city", "schema": "object"}, ".schema"),
         ({"type": "json_schema", "name": "city", "schema": {"type": "string"}}, ".schema.type"),
+        (
+            {"type": "json_schema", "name": "city", "schema": {"$ref": "#/x", "x": {"type": "string"}}, "strict": True},
+            ".schema.type",
+        ),
         (
             {"type": "json_schema", "name": "city", "schema": CITY | {"properties": {"a": {"type": "text"}}}},
             ".schema.properties.a.type",
