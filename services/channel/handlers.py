@@ -18,7 +18,7 @@ from protos.catalog import CHANNEL_OUTBOUND
 from protos.envelope import read_headers
 from protos.messages.channel import SendMessage
 from services.channel import projections
-from services.channel.accounts.store import ChannelAccount, break_account
+from services.channel.accounts.store import ChannelAccount, break_account, unless_replaced
 from services.channel.deliveries.previews import take_over
 from services.channel.deliveries.queueing import (
     DELIVERIES,
@@ -121,19 +121,24 @@ async def _sent(effects: Effects, sender: Sender, account: ChannelAccount, part:
     vendor = account.vendor
 
     async def call(_: str) -> Sent:
-        return await sender.send(account, part)
+        return await unless_replaced(effects, account, sender.send(account, part))
 
     return await effects.run(part.key, call, kind=vendor.effect_of(part), key_known=vendor.key_known, result=Sent)
 
 
 async def _replaced(effects: Effects, sender: Sender, account: ChannelAccount, part: Outbound, shown: str) -> bool:
     """True if the text is now in the message in which the person saw it being written. Else that message is deleted."""
-    key = f"{part.key}/shown"
-    edited = await effects.run(key, lambda _: sender.edit(account, part, shown), kind="repeatable")
+
+    async def edit(_: str) -> None:
+        await unless_replaced(effects, account, sender.edit(account, part, shown))
+
+    async def retract(_: str) -> None:
+        await unless_replaced(effects, account, sender.retract(account, part, shown))
+
+    edited = await effects.run(f"{part.key}/shown", edit, kind="repeatable")
     if edited.state == "failed":
         # The message is gone, or cannot hold the text. A refusal to delete it changes nothing.
-        key = f"{part.key}/retracted"
-        await effects.run(key, lambda _: sender.retract(account, part, shown), kind="repeatable")
+        await effects.run(f"{part.key}/retracted", retract, kind="repeatable")
     return edited.state == "succeeded"
 
 

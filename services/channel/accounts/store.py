@@ -8,15 +8,16 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from contextvars import Context
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
 import msgspec
 
-from infra.errors import Unauthenticated, describe
+from infra.errors import Transient, Unauthenticated, describe
+from infra.lanes.effects import Effects
 from infra.observe.logs import get_logger
 from infra.outgoing import shares
 from infra.outgoing.client import Outgoing
@@ -34,6 +35,8 @@ from services.channel.domain import Pseudonyms
 from services.channel.vendors import VENDORS
 from services.channel.vendors.base import AccountRefused, Groups, Request, Vendor
 from services.channel.vendors.items import Received
+
+T = TypeVar("T")
 
 WEBHOOKS = "/webhooks"
 WEBHOOK_PATH = WEBHOOKS + "/{type}/{token}"
@@ -163,6 +166,20 @@ async def read(tx: Tx, secrets_: AccountSecrets, account_id: UUID) -> ChannelAcc
     """The current account; None if it was deleted."""
     rows = await tx.sql(f"SELECT {COLUMNS} FROM account WHERE id = $1", account_id)
     return secrets_.account(rows[0]) if rows else None
+
+
+async def unless_replaced(effects: Effects, account: ChannelAccount, call: Awaitable[T]) -> T:
+    """The vendor's answer. Raises Transient if the vendor has refused credentials that were replaced meanwhile: the
+    next attempt has the new ones."""
+    try:
+        return await call
+    except AccountRefused as error:
+        async with effects.reading() as tx:
+            if await tx.sql(
+                "SELECT FROM account WHERE id = $1 AND credentials <> $2", account.id, account.sealed_credentials
+            ):
+                raise Transient("the credentials of the channel were replaced meanwhile") from error
+        raise
 
 
 class Accounts:

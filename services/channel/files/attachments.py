@@ -32,7 +32,7 @@ from protos.memory.v1 import memory_pb2, memory_pb2_grpc
 from protos.messages.channel import Image, MessageReceived
 from protos.messages.user import SubjectErased
 from services.channel.accounts import store as accounts
-from services.channel.accounts.store import AccountSecrets, ChannelAccount
+from services.channel.accounts.store import AccountSecrets, ChannelAccount, unless_replaced
 from services.channel.events import Attachment, InboundContent, MessageTaken
 from services.channel.files.transcription import Transcription
 from services.channel.publishing import CONVERSATION
@@ -149,13 +149,20 @@ class Fetcher:
         return await accounts.read(tx, self._secrets, fact.channel_id)
 
     async def fetch(
-        self, account: ChannelAccount, attachment: Attachment, path: str, owner: str, reading: _Reading, *, last: bool
+        self,
+        effects: Effects,
+        account: ChannelAccount,
+        attachment: Attachment,
+        path: str,
+        owner: str,
+        reading: _Reading,
+        *,
+        last: bool,
     ) -> _Read:
         """Raises Transient unless this is the last attempt."""
         try:
-            content = await account.vendor.fetch(
-                self._outgoing, account.origin, account.credentials, attachment.ref, MAX_BYTES
-            )
+            about = self._outgoing, account.origin, account.credentials
+            content = await unless_replaced(effects, account, account.vendor.fetch(*about, attachment.ref, MAX_BYTES))
             stored = await self.objects.upload(
                 ATTACHMENT, once(content), name=attachment.name, user_id=owner, path=lambda _: path
             )
@@ -255,7 +262,7 @@ async def fetch_attachments(item: FetchAttachments, effects: Effects, tx: Tx, fe
             _: str, account: ChannelAccount = account, attachment: Attachment = attachment, path: str = path, n: int = n
         ) -> FetchedAttachment:
             last = effects.attempt > len(_RETRIES)
-            result = await fetcher.fetch(account, attachment, path, fact.subject_id, reading, last=last)
+            result = await fetcher.fetch(effects, account, attachment, path, fact.subject_id, reading, last=last)
             return FetchedAttachment(
                 key.seal(msgspec.json.encode(result).decode(), str(item.event_id), f"attachment {n}")
             )

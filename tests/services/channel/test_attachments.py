@@ -148,6 +148,29 @@ async def test_the_text_of_a_file_reaches_the_agent_with_the_caption(desk: Desk,
     assert path.endswith("_1_a.txt")
 
 
+async def test_a_file_that_is_fetched_during_a_rotation_is_read_with_the_new_credentials(
+    desk: Desk, telegram: TelegramStandIn
+) -> None:
+    rotated = asyncio.Event()
+    channel = await connected(desk, telegram)
+    telegram.files["f1"] = b"Refunds take five days."
+    telegram.faults.append(hold(rotated))
+    await desk.call(channel, telegram.update(None, document={"file_id": "f1", "file_name": "a.txt"}))
+
+    async def is_called() -> bool:
+        return telegram.calls > 0
+
+    await desk.platform.until(is_called)
+    # Telegram takes the new token only, from now on.
+    telegram.bot_token = "1:new"
+    async with desk.client() as http:
+        path = f"/api/v1/channels/{channel['id']}/rotate"
+        assert (await http.post(path, json={"credentials": telegram.credentials})).status_code == 200
+    rotated.set()
+    [message] = await arrived(desk, channel)
+    assert message["text"].endswith("Its text:]\nRefunds take five days.")
+
+
 async def test_with_a_file_the_own_words_beside_a_quotation_are_not_all_that_is_said(
     desk: Desk, telegram: TelegramStandIn
 ) -> None:

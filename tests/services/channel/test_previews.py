@@ -38,6 +38,7 @@ from tooling.testing.vendors import (
     WhatsAppStandIn,
     answer,
     cut,
+    hold,
 )
 from tooling.testing.vendors.server import Fault, StandIn
 
@@ -176,6 +177,29 @@ async def test_a_token_that_is_revoked_while_the_answer_is_written_fails_the_ans
         assert (delivery["state"], "token_revoked" in delivery["reason"]) == ("failed", True)
         assert (await desk.channel(chat.channel["id"]))["state"] == "broken"
         assert "the answer" not in slack.texts()
+
+
+async def test_an_answer_under_way_during_a_rotation_replaces_its_preview(desk: Desk, cache: Cache) -> None:
+    rotated = asyncio.Event()
+    async with SlackStandIn() as slack:
+        chat = await Chat.begun(desk, cache, slack)
+        await chat.tell("half", lambda: slack.texts() == ["half"])
+        slack.faults.append(hold(rotated))
+        calls = slack.calls
+        id_ = await chat.queue("the answer")
+
+        async def is_called() -> bool:
+            return slack.calls > calls
+
+        await desk.platform.until(is_called)
+        # The vendor takes the new credentials only, from now on.
+        slack.bot_token = "xoxb-new"
+        async with desk.client() as http:
+            path, body = f"/api/v1/channels/{chat.channel['id']}/rotate", {"credentials": slack.credentials}
+            assert (await http.post(path, json=body)).status_code == 200
+        rotated.set()
+        assert (await desk.settled(id_))["state"] == "sent"
+        assert slack.texts() == ["the answer"]
 
 
 @pytest.mark.parametrize(
