@@ -102,6 +102,8 @@ async def change(tx: Tx, subjects: SubjectKeys, changed: MessageChanged, sequenc
             message.id,
             key.seal(text, *context),
         )
+        if run.never_began:
+            await _forget_summary(tx, changed.session_key, message.id)
     elif is_unread or run.status in projections.STOPPABLE or taken_over:
         await intake.take_in(tx, _correction(tx, changed), subjects)
     await tx.sql(
@@ -206,8 +208,8 @@ async def _delete(tx: Tx, changed: MessageChanged, message: _Stored, run: _Run, 
 
 
 async def _forget_summary(tx: Tx, session_key: str, message_id: UUID) -> None:
-    """If the summary covers the message, the next run makes a new one. A run that has begun may have read the message:
-    it keeps no summary."""
+    """The message was changed or deleted. If the summary covers it, the next run makes a new one. A run that has begun
+    may have read its former text: it keeps no summary."""
     await tx.sql(
         """
         UPDATE session

@@ -94,6 +94,35 @@ async def test_a_summary_goes_with_a_deleted_message(world: World, tenant: Tenan
     assert await rows(tenant, "SELECT FROM session WHERE tenant_id = $1 AND summary IS NOT NULL", 1)
 
 
+async def test_a_summary_goes_with_a_message_that_was_edited_after_nothing_answered_it(
+    world: World, tenant: Tenant
+) -> None:
+    agent = await tenant.agent(system_prompt=tenant.id)
+    session = f"/api/v1/sessions/{tenant.id}-c"
+    await tenant.receive(agent, "before", position=1)
+    await tenant.runs(1)
+    await tenant.call("POST", f"{session}/takeover")
+    edited = await tenant.receive(agent, f"Bern {LONG}", position=2)
+    await tenant.runs(2)
+    await tenant.call("POST", f"{session}/release")
+    for n, text in enumerate(("second", "third"), 3):
+        world.models.script(MODEL, Says(f"answer {n}"))
+        await tenant.receive(agent, f"{text} {LONG}", position=n)
+        await tenant.runs(n)
+    world.models.script(MODEL, Says("They live in Bern."))
+    await tenant.receive(agent, "Next", position=5)
+    await tenant.runs(5)
+    assert "They live in Bern." in world.models.requests[-1].system
+    await handled(tenant, await tenant.change(agent, edited, f"Rome {LONG}", position=2))
+    world.models.script(MODEL, Says("They live in Rome."))
+    await tenant.receive(agent, "Where do I live?", position=6)
+    await tenant.runs(6)
+    summarised, answered = world.models.requests[-2:]
+    assert f"Person: Rome {LONG}" in summarised.last_user_text
+    assert "They live in Rome." in answered.system
+    assert "Bern" not in answered.system
+
+
 async def keep(tenant: Tenant, *, began: str) -> None:
     """Keeps a summary for a run that began at another time than the last deletion."""
     async with tenant.world.platform.database("agent").begin(tenant_id=tenant.id) as tx:
