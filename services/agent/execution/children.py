@@ -11,7 +11,7 @@ from infra.postgres.tx import Tx, derived_id
 from infra.security.subjects import SubjectKeys
 from services.agent.execution.outcome import ChildRun
 from services.agent.runs.family import child_id
-from services.agent.sessions.arrivals import Arrival
+from services.agent.sessions.arrivals import Arrival, Context
 from services.agent.sessions.intake import take_in
 
 # An agent asks an agent that asks an agent. A longer chain is most likely a circle.
@@ -32,8 +32,13 @@ QUESTION = {
 }
 
 
-async def open_child(tx: Tx, subjects: SubjectKeys, parent_id: UUID, child: ChildRun) -> None:
-    """Opens the run for the same person, in a session of its own. Does nothing if the run exists."""
+async def open_child(
+    tx: Tx, subjects: SubjectKeys, parent_id: UUID, approvers: tuple[str, ...], child: ChildRun
+) -> None:
+    """Opens the run for the same person, in a session of its own. Does nothing if the run exists.
+
+    `approvers`: of the channel in which the person is asked; empty: those of the agent.
+    """
     id_ = child_id(parent_id, child.step)
     if await tx.sql("SELECT 1 FROM run WHERE id = $1", id_):
         return
@@ -46,6 +51,7 @@ async def open_child(tx: Tx, subjects: SubjectKeys, parent_id: UUID, child: Chil
         text=child.text,
         received_at=utcnow(),
         new_run_id=id_,
+        context=Context((), approvers=approvers, is_complete=False) if approvers else None,
     )
     await take_in(tx, arrival, subjects)
     await tx.sql(

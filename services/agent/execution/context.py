@@ -23,7 +23,6 @@ from protos.messages import agent as public
 from protos.plugin.v1 import plugin_pb2_grpc
 from services.agent.execution import conversation
 from services.agent.execution.outcome import Reply
-from services.agent.execution.progress import ProgressReporter
 from services.agent.models.contract import UserTurn
 from services.agent.runs import family
 from services.agent.runs.content import SAID_CHARACTERS, StoredFile
@@ -31,6 +30,7 @@ from services.agent.runs.domain import Complete, Run
 from services.agent.runs.family import ChildState, child_id
 from services.agent.runs.limits import Limits
 from services.agent.runs.metering import UsageOrigin
+from services.agent.runs.progress import ProgressReporter
 from services.agent.runs.publishing import published
 
 

@@ -28,7 +28,6 @@ from services.agent.execution.group_write import GroupWriter, MessagesArrived, R
 from services.agent.execution.load import RunLoader
 from services.agent.execution.model_calls import ModelCalls
 from services.agent.execution.outcome import Ended, Reply, Suspended
-from services.agent.execution.progress import ProgressReporter
 from services.agent.execution.start import StartedRun, start
 from services.agent.execution.steps import Steps, UnrecordedResults
 from services.agent.execution.tools import Tools
@@ -37,6 +36,7 @@ from services.agent.models.library import Models
 from services.agent.runs.domain import Mismatch
 from services.agent.runs.limits import remaining
 from services.agent.runs.notices import CANCELLED, FAILED
+from services.agent.runs.progress import ProgressReporter
 
 # Pause after an internal error of another service. The run's own time limit ends the attempts.
 SERVICE_ERROR_PAUSE = timedelta(seconds=5)
@@ -102,7 +102,7 @@ class Executor:
             raise
         if started:
             await _settle(started)
-        await finish.finish(tx, self._subjects, run_id, started, outcome)
+        await finish.finish(tx, self._subjects, self._services.cache, run_id, started, outcome)
         return None
 
     async def give_up(self, run_id: UUID, error: str, tx: Tx) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import partial
 from uuid import UUID
 
 import msgspec
 
 from infra.errors import NotYet
 from infra.observe.logs import get_logger
-from infra.postgres.tx import Tx
+from infra.postgres.tx import Tx, derived_id
 from infra.security.subjects import Erased, SubjectKeys
+from infra.stores.cache import Cache
 from services.agent.execution.children import open_child
 from services.agent.execution.context import RunContext
 from services.agent.execution.conversation import Conversation, keep_summary
@@ -21,9 +23,10 @@ from services.agent.runs import projections
 from services.agent.runs.content import StoredFile
 from services.agent.runs.decisions import resume_parent
 from services.agent.runs.domain import Run, messages_at
-from services.agent.runs.family import child_id, child_state
+from services.agent.runs.family import child_id, child_state, first_asker
 from services.agent.runs.metering import record_seconds
 from services.agent.runs.notices import FAILED
+from services.agent.runs.progress import tell_end
 from services.agent.runs.publishing import stream
 from services.agent.runs.replies import send_reply
 from services.agent.sessions.requeue import fail_run, lock_session
@@ -32,7 +35,12 @@ _log = get_logger("agent.runs")
 
 
 async def finish(
-    tx: Tx, subjects: SubjectKeys, run_id: UUID, started: StartedRun | None, outcome: Reply | Ended | Suspended
+    tx: Tx,
+    subjects: SubjectKeys,
+    cache: Cache,
+    run_id: UUID,
+    started: StartedRun | None,
+    outcome: Reply | Ended | Suspended,
 ) -> None:
     """Writes the outcome in the transaction that ends the lane's item. `started`: None if the run did not start.
 
@@ -52,12 +60,16 @@ async def finish(
             await _complete(tx, row, started.context, outcome)
             await _send(tx, row, loaded, outcome.text, outcome.files)
         case Suspended():
-            await _suspend(tx, subjects, row, outcome)
-            await _send(tx, row, loaded, outcome.notice)
+            assert started
+            await _suspend(tx, subjects, row, started.context.approvers, outcome)
+            if row.parent_run_id:
+                await _tell_asker(tx, subjects, row, outcome.notice)
+            else:
+                await _send(tx, row, loaded, outcome.notice)
         case Ended():
             await _fail(tx, row, loaded, outcome)
-            if outcome.notice is None and started and started.context.progress:
-                started.context.progress.tell_end()
+            if outcome.notice is None and row.channel_id:
+                tx.after_commit(partial(tell_end, cache, row.id, row.session_key))
 
 
 async def give_up(tx: Tx, subjects: SubjectKeys, run_id: UUID, error: str) -> None:
@@ -91,7 +103,10 @@ async def _complete(tx: Tx, row: RunRow, context: RunContext, reply: Reply) -> N
     _log.info("run completed", **row.log_fields)
 
 
-async def _suspend(tx: Tx, subjects: SubjectKeys, row: RunRow, suspended: Suspended) -> None:
+async def _suspend(
+    tx: Tx, subjects: SubjectKeys, row: RunRow, approvers: tuple[str, ...], suspended: Suspended
+) -> None:
+    """`approvers`: the channel's; empty: the agent's."""
     command = suspended.command
     if command.reason == "agent":
         child = await child_state(tx, subjects, child_id(row.id, command.step))
@@ -105,7 +120,21 @@ async def _suspend(tx: Tx, subjects: SubjectKeys, row: RunRow, suspended: Suspen
     await projections.suspended(tx, row.id, command.reason, command.text)
     _log.info("run suspended", reason=command.text, **row.log_fields)
     for child_run in suspended.children:
-        await open_child(tx, subjects, row.id, child_run)
+        await open_child(tx, subjects, row.id, approvers, child_run)
+
+
+async def _tell_asker(tx: Tx, subjects: SubjectKeys, row: RunRow, text: str | None) -> None:
+    """Sends the text to the chat of the run that asked first, if it came from a channel."""
+    if not text:
+        return
+    asker = await first_asker(tx, row.id)
+    loaded = (await load_runs(tx, subjects, [asker]))[asker]
+    try:
+        conversation = loaded.conversation(len(loaded.messages))
+    except Erased:
+        return
+    n = (await tx.load(stream(row.id))).n
+    await _send(tx, loaded.row, conversation, text, occasion=derived_id(row.id, "notice", n))
 
 
 async def _fail(tx: Tx, row: RunRow, loaded: Conversation | None, outcome: Ended) -> None:
@@ -116,9 +145,14 @@ async def _fail(tx: Tx, row: RunRow, loaded: Conversation | None, outcome: Ended
 
 
 async def _send(
-    tx: Tx, row: RunRow, loaded: Conversation | None, text: str | None, files: tuple[StoredFile, ...] = ()
+    tx: Tx,
+    row: RunRow,
+    loaded: Conversation | None,
+    text: str | None,
+    files: tuple[StoredFile, ...] = (),
+    occasion: UUID | None = None,
 ) -> None:
-    """Sends the text to the person if the run came from a channel."""
+    """Sends the text to the person if the run came from a channel. `occasion`: as `send_reply`."""
     if text and loaded and row.channel_id and loaded.conversation_id is not None:
         await send_reply(
             tx,
@@ -129,6 +163,7 @@ async def _send(
             channel_id=row.channel_id,
             conversation_id=loaded.conversation_id,
             reply_to=loaded.reply_to,
+            occasion=occasion,
             files=files,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -15,6 +16,7 @@ from infra.security.auth import Identity
 from infra.security.reads import record_reads
 from infra.service.api import Paging, Reader, Runner, Writer, page
 from infra.service.service import Runtime
+from infra.stores.cache import Cache
 from infra.web import rpc
 from protos.billing.v1 import billing_pb2
 from services.agent import adapters
@@ -27,6 +29,7 @@ from services.agent.runs.domain import Suspension
 from services.agent.runs.events import Decision
 from services.agent.runs.forking import fork
 from services.agent.runs.notices import CANCELLED
+from services.agent.runs.progress import tell_end
 from services.agent.runs.state import state_at
 from services.agent.runs.timeline import timeline
 from services.agent.runs.views import Approval, Facts, ForkFrom, RunState, RunView, Status, StepResolution, Timeline
@@ -37,6 +40,7 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
     routes = APIRouter(tags=["runs"])
     subjects = adapters.subjects(runtime)
     billing = adapters.billing(runtime)
+    cache = Cache(runtime.cache)
 
     async def charges(tenant_id: str, run_id: UUID) -> billing_pb2.ChargesReply | None:
         """None if billing does not answer. The run is shown without its cost then."""
@@ -129,6 +133,9 @@ def router(runtime: Runtime, let_fail: Callable[[Tx, UUID], Awaitable[Suspension
         """A queued or waiting run is cancelled at once, a running one within a second."""
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             await cancel(tx, run_id, CANCELLED)
+            run = await queries.load(tx, run_id)
+            if run.channel_id:
+                tx.after_commit(partial(tell_end, cache, run_id, run.session_key))
             audit(tx, who.actor, "run.cancel", "run", str(run_id))
         return await one(who, run_id)
 

@@ -66,6 +66,38 @@ async def is_in_chat(tx: Tx, run_id: UUID) -> bool:
     )
 
 
+async def first_asker(tx: Tx, run_id: UUID) -> UUID:
+    """The run that asked first; the run itself if no other run asked for it."""
+    [(id_,)] = await tx.sql(
+        """
+        WITH RECURSIVE asking AS (
+            SELECT id, parent_run_id FROM run WHERE id = $1
+            UNION ALL
+            SELECT r.id, r.parent_run_id FROM run r JOIN asking a ON r.id = a.parent_run_id
+        )
+        SELECT id FROM asking WHERE parent_run_id IS NULL
+        """,
+        run_id,
+    )
+    return UUID(str(id_))
+
+
+async def asked_runs(tx: Tx, run_id: UUID) -> list[UUID]:
+    """The runs that wait below this one, which waits for them. Locks their rows in the order of ids."""
+    rows = await tx.sql(
+        """
+        WITH RECURSIVE asked AS (
+            SELECT id FROM run WHERE parent_run_id = $1 AND status = 'waiting'
+            UNION ALL
+            SELECT r.id FROM run r JOIN asked a ON r.parent_run_id = a.id WHERE r.status = 'waiting'
+        )
+        SELECT id FROM run WHERE id IN (SELECT id FROM asked) ORDER BY id FOR UPDATE
+        """,
+        run_id,
+    )
+    return [UUID(str(id_)) for (id_,) in rows]
+
+
 async def family(tx: Tx, run_id: UUID) -> list[UUID]:
     """The run, its children, their children, and so on."""
     rows = await tx.sql(

@@ -24,16 +24,16 @@ async def send_reply(
     channel_id: UUID,
     conversation_id: str,
     reply_to: str | None,
-    answers: UUID | None = None,
+    occasion: UUID | None = None,
     files: Sequence[StoredFile] = (),
 ) -> None:
     """Sends `text` once for the present length of the run's journal. A run that waits and goes on sends several.
 
-    `answers`: the message that this text answers, if the journal does not change with it.
+    `occasion`: an id of the purpose of this text, if the journal does not change with it.
     """
     n = (await tx.load(stream(run_id))).n
-    occasion = (n,) if answers is None else (n, answers)
-    delivery_id = derived_id(run_id, "delivery", *occasion)
+    about = (n,) if occasion is None else (n, occasion)
+    delivery_id = derived_id(run_id, "delivery", *about)
     message = SendMessage(
         delivery_id=delivery_id,
         channel_id=channel_id,
@@ -47,7 +47,7 @@ async def send_reply(
         position=await next_position(tx, "sent", session_key),
         sender=(await metering.origin_of(tx, run_id)).sender,
     )
-    message_id = derived_id(run_id, "SendMessage", *occasion)
+    message_id = derived_id(run_id, "SendMessage", *about)
     tx.send(CHANNEL_OUTBOUND, message, key=session_key, position=message.position, message_id=message_id)
     await projections.delivery_asked(tx, run_id, delivery_id)
 

@@ -28,6 +28,7 @@ from services.agent.runs.cancelling import cancel, fail_with_children
 from services.agent.runs.content import Unsealer
 from services.agent.runs.decisions import decision_in, is_unclear, settle, suspension
 from services.agent.runs.domain import Fail, Suspension
+from services.agent.runs.family import asked_runs
 from services.agent.runs.notices import (
     BUSY,
     INTERRUPTED,
@@ -73,7 +74,7 @@ async def take_in(tx: Tx, arrival: Arrival, subjects: SubjectKeys) -> UUID:
         joinable=last == OpenRun("queued", arrival.agent_id, False),
         steerable=last in (OpenRun("running", arrival.agent_id, False), OpenRun("waiting", arrival.agent_id, False)),
         busy=await _is_busy(tx, arrival.session_key),
-        decides=asking.run_id if asking else None,
+        decides=asking.question.asked_by if asking else None,
         in_album=arrival.in_album,
     )
     busy = False
@@ -209,14 +210,21 @@ async def open_runs(tx: Tx, session_key: str, last: UUID | None, *, every_run: b
     }
 
 
-class Asking(NamedTuple):
-    """A run that waits for an approval."""
+class OpenQuestion(NamedTuple):
+    """A run that waits for an approval, and the run of the session that asked it, perhaps by others: often itself."""
 
     run_id: UUID
+    asked_by: UUID
+
+
+class Asking(NamedTuple):
+    """The question that a message answers."""
+
+    question: OpenQuestion
     may_decide: bool
-    """The author of the message may give it."""
-    next_run: UUID | None = None
-    """The run of the author's question before this one."""
+    """The author of the message may give the approval."""
+    next: OpenQuestion | None = None
+    """The author's question before this one."""
 
 
 async def _answered_question(tx: Tx, unfinished: Mapping[UUID, OpenRun], arrival: Arrival) -> Asking | None:
@@ -240,66 +248,70 @@ async def _answered_question(tx: Tx, unfinished: Mapping[UUID, OpenRun], arrival
             # In a room this is an ordinary message.
             return None
         if arrival.origin is None:
-            raise Forbidden(f"run {asking.run_id}: the agent's approvers do not include this client")
+            raise Forbidden(f"run {asking.question.run_id}: the agent's approvers do not include this client")
     return asking
 
 
 async def _settle_question(tx: Tx, arrival: Arrival, subjects: SubjectKeys, asking: Asking) -> None:
     """Applies the decision in the message, or tells its author why it does not count."""
-    decision, run_id = decision_in(arrival.answer), asking.run_id
+    decision, run_id = decision_in(arrival.answer), asking.question.run_id
     waits = await suspension(tx, run_id)
     act = f"subject:{arrival.subject_id}", f"run.{decision}", "run", str(run_id)
     about = {"step": str(waits.step), "tool": waits.name}
     if not asking.may_decide:
         audit_refusal(tx, *act, **about)
-        await _answer(tx, arrival, run_id, NOT_YOURS, arrival.subject_id)
+        await _answer(tx, arrival, asking.question.asked_by, NOT_YOURS, arrival.subject_id)
     elif decision and arrival.origin and arrival.received_at <= waits.at:
         # Meant for an earlier question, or for none: the person has not seen this one.
-        await _ask_again(tx, arrival, subjects, run_id, waits, TOO_EARLY)
+        await _ask_again(tx, arrival, subjects, asking.question, waits, TOO_EARLY)
     elif decision:
         await settle(tx, run_id, waits.step, decision, arrival.subject_id)
         audit(tx, *act, **about)
-        if arrival.origin and asking.next_run:
-            waits = await suspension(tx, asking.next_run)
-            await _ask_again(tx, arrival, subjects, asking.next_run, waits, NEXT)
+        if arrival.origin and asking.next:
+            waits = await suspension(tx, asking.next.run_id)
+            await _ask_again(tx, arrival, subjects, asking.next, waits, NEXT)
     else:
-        await _ask_again(tx, arrival, subjects, run_id, waits, UNCLEAR)
+        await _ask_again(tx, arrival, subjects, asking.question, waits, UNCLEAR)
 
 
 async def _asking(tx: Tx, unfinished: Mapping[UUID, OpenRun], arrival: Arrival) -> Asking | None:
-    """The run whose question was asked last, of those that the message's author may answer, or else of those of other
-    persons. A run that waits for another agent has none."""
-    asked: list[tuple[bool, datetime, UUID]] = []
-    for run_id, run in unfinished.items():
-        if run.status == "waiting":
+    """The question that was asked last, of those that the message's author may answer, or else of those of other
+    persons. A run that waits for another agent has the questions of that agent's run."""
+    asked: list[tuple[bool, datetime, OpenQuestion]] = []
+    for asked_by, run in unfinished.items():
+        if run.status != "waiting":
+            continue
+        for run_id in (asked_by, *await asked_runs(tx, asked_by)):
             waits = (await tx.load(run_stream(run_id))).suspended
             if waits and waits.reason == "approval":
+                agent_id, subject_id = await _agent_and_subject(tx, run_id)
                 # In a channel with a rule of its own the newest form of that rule counts: the answer carries it.
                 rule = arrival.context.approvers if arrival.context else ()
-                approvers = rule or (await load(tx, run.agent_id)).definition.approvers
-                is_asker = arrival.subject_id == await _subject(tx, run_id)
-                asked.append((may_decide(approvers, arrival.names, asked=is_asker), waits.at, run_id))
+                approvers = rule or (await load(tx, agent_id)).definition.approvers
+                is_asker = arrival.subject_id == subject_id
+                mine = may_decide(approvers, arrival.names, asked=is_asker)
+                asked.append((mine, waits.at, OpenQuestion(run_id, asked_by)))
     if not asked:
         return None
-    (mine, _, run_id), *others = sorted(asked, reverse=True)
-    return Asking(run_id, mine, others[0][2] if mine and others and others[0][0] else None)
+    (mine, _, question), *others = sorted(asked, reverse=True)
+    return Asking(question, mine, others[0][2] if mine and others and others[0][0] else None)
 
 
-async def _subject(tx: Tx, run_id: UUID) -> str:
-    [(subject_id,)] = await tx.sql("SELECT subject_id FROM run WHERE id = $1", run_id)
-    return str(subject_id)
+async def _agent_and_subject(tx: Tx, run_id: UUID) -> tuple[UUID, str]:
+    [(agent_id, subject_id)] = await tx.sql("SELECT agent_id, subject_id FROM run WHERE id = $1", run_id)
+    return UUID(str(agent_id)), str(subject_id)
 
 
 async def _ask_again(
-    tx: Tx, arrival: Arrival, subjects: SubjectKeys, run_id: UUID, waits: Suspension, reason: str
+    tx: Tx, arrival: Arrival, subjects: SubjectKeys, question: OpenQuestion, waits: Suspension, reason: str
 ) -> None:
     """The person is asked the same question again, and the run goes on waiting."""
-    subject_id = await _subject(tx, run_id)
+    _, subject_id = await _agent_and_subject(tx, question.run_id)
     arguments = None
     if waits.arguments:
         unsealer = Unsealer(tx, subjects)
-        arguments = await unsealer.open(waits.arguments, subject_id, f"{run_id}/{waits.step}", "arguments")
-    await _answer(tx, arrival, run_id, question_repeated(reason, waits.name, arguments), subject_id)
+        arguments = await unsealer.open(waits.arguments, subject_id, f"{question.run_id}/{waits.step}", "arguments")
+    await _answer(tx, arrival, question.asked_by, question_repeated(reason, waits.name, arguments), subject_id)
 
 
 async def _answer(tx: Tx, arrival: Arrival, run_id: UUID, text: str, subject_id: str) -> None:
@@ -314,7 +326,7 @@ async def _answer(tx: Tx, arrival: Arrival, run_id: UUID, text: str, subject_id:
         channel_id=arrival.origin.channel_id,
         conversation_id=arrival.origin.conversation_id,
         reply_to=arrival.origin.vendor_message_id,
-        answers=arrival.message_id,
+        occasion=arrival.message_id,
     )
 
 

@@ -6,7 +6,9 @@ agent knows them afterwards.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
+from uuid import UUID
 
 from fastapi import APIRouter, Path
 from pydantic import BaseModel, ConfigDict
@@ -18,11 +20,14 @@ from infra.security.auth import Identity
 from infra.security.subjects import Erased, SubjectKeys
 from infra.service.api import Writer
 from infra.service.service import Runtime
+from infra.stores.cache import Cache
 from protos.messages.channel import AnswerByPerson
+from services.agent.runs import projections
 from services.agent.runs.cancelling import cancel
 from services.agent.runs.notices import TAKEN_OVER
+from services.agent.runs.progress import tell_end
 from services.agent.sessions.arrivals import Arrival
-from services.agent.sessions.intake import open_runs, take_in
+from services.agent.sessions.intake import take_in
 
 _Key = Annotated[str, Path(min_length=1, max_length=200)]
 
@@ -41,6 +46,7 @@ class Takeover(BaseModel):
 
 def router(runtime: Runtime) -> APIRouter:
     routes = APIRouter(prefix="/api/v1/sessions", tags=["sessions"])
+    cache = Cache(runtime.cache)
 
     @routes.post("/{session_key}/takeover")
     async def take_over(session_key: _Key, who: Writer) -> Takeover:
@@ -50,8 +56,9 @@ def router(runtime: Runtime) -> APIRouter:
         """
         async with runtime.request.begin(tenant_id=who.tenant_id) as tx:
             await _set(tx, session_key, who, taken_over_by=who.actor)
-            for run_id in await open_runs(tx, session_key, None, every_run=True):
+            for run_id in await _unfinished_runs(tx, session_key):
                 await cancel(tx, run_id, TAKEN_OVER)
+                tx.after_commit(partial(tell_end, cache, run_id, session_key))
         return Takeover(session_key=session_key, taken_over_by=who.actor)
 
     @routes.post("/{session_key}/release")
@@ -65,18 +72,21 @@ def router(runtime: Runtime) -> APIRouter:
 
 
 async def keep_answer(tx: Tx, subjects: SubjectKeys, message: AnswerByPerson) -> None:
-    """Stores the answer if the session is taken over. In any other session the agent does not know it."""
-    rows = await tx.sql(
+    """Stores the answer if the session is taken over. In any other session the agent does not know it.
+
+    The session can be taken over from then on, also if the person has not written yet.
+    """
+    [(is_taken_over,)] = await tx.sql(
         # Locks the session, as the intake of a message does.
         """
-        SELECT taken_over_by IS NOT NULL FROM session
-        WHERE tenant_id = $1 AND session_key = $2
-        FOR UPDATE
+        INSERT INTO session AS s (tenant_id, session_key) VALUES ($1, $2)
+        ON CONFLICT (tenant_id, session_key) DO UPDATE SET messages = s.messages
+        RETURNING taken_over_by IS NOT NULL
         """,
         tx.tenant_id,
         message.session_key,
     )
-    if rows != [(True,)]:
+    if not is_taken_over:
         return
     assert tx.cause
     arrival = Arrival(
@@ -94,6 +104,22 @@ async def keep_answer(tx: Tx, subjects: SubjectKeys, message: AnswerByPerson) ->
     await tx.sql(
         "UPDATE message SET is_answer = true WHERE tenant_id = $1 AND message_id = $2", tx.tenant_id, arrival.message_id
     )
+
+
+async def _unfinished_runs(tx: Tx, session_key: str) -> list[UUID]:
+    """Among them those that wait for an operator. Locks their rows in the order of ids."""
+    rows = await tx.sql(
+        """
+        SELECT id FROM run
+        WHERE tenant_id = $1 AND session_key = $2 AND status = ANY($3::text[])
+        ORDER BY id
+        FOR UPDATE
+        """,
+        tx.tenant_id,
+        session_key,
+        [*projections.STOPPABLE],
+    )
+    return [UUID(str(id_)) for (id_,) in rows]
 
 
 async def _set(tx: Tx, session_key: str, who: Identity, *, taken_over_by: str | None) -> None:

@@ -10,8 +10,18 @@ from protos.catalog import CHANNEL_ANSWERS
 from protos.messages.channel import AnswerByPerson
 from services.agent.sessions.changes import DELETED_TEXT
 from tests.services.agent.conftest import MODEL, Tenant, World
+from tests.services.agent.test_approval import BERN, UNKNOWN
 from tests.services.agent.test_changes import CORRECTED, handled
 from tooling.testing.model_server import Says
+from tooling.testing.service_fakes import WEATHER
+
+
+async def answered(tenant: Tenant, agent: str, text: str) -> None:
+    """A person of the company writes, and the agent has handled it."""
+    message = AnswerByPerson(
+        agent_id=UUID(agent), session_key=f"{tenant.id}-c", subject_id="person-1", text=text, sent_at=utcnow()
+    )
+    await handled(tenant, await tenant.world.platform.send(CHANNEL_ANSWERS, message, tenant_id=tenant.id))
 
 
 async def test_the_agent_is_silent_between_takeover_and_release_and_knows_what_was_said(
@@ -48,19 +58,12 @@ async def test_the_agent_knows_the_answers_that_a_person_gave_during_a_takeover(
     await tenant.receive(agent, "one", position=1)
     await tenant.runs(1)
     session = f"/api/v1/sessions/{tenant.id}-c"
-
-    async def answer(text: str) -> None:
-        message = AnswerByPerson(
-            agent_id=UUID(agent), session_key=f"{tenant.id}-c", subject_id="person-1", text=text, sent_at=utcnow()
-        )
-        await handled(tenant, await world.platform.send(CHANNEL_ANSWERS, message, tenant_id=tenant.id))
-
     # Not taken over: a news of another system.
-    await answer("Your parcel has left.")
+    await answered(tenant, agent, "Your parcel has left.")
     await tenant.call("POST", f"{session}/takeover")
     await tenant.receive(agent, "May I return it?", position=2)
     await tenant.runs(2)
-    await answer("Yes, within ten days.")
+    await answered(tenant, agent, "Yes, within ten days.")
     await tenant.call("POST", f"{session}/release")
     world.models.script(MODEL, Says("Ten days."))
     await tenant.receive(agent, "How long?", position=3)
@@ -129,6 +132,31 @@ async def test_a_takeover_cancels_the_run_that_is_under_way(world: World, tenant
     assert run["status"] == "cancelled"
     assert await tenant.sent("channel.outbound") == []
     go.set()
+
+
+async def test_a_takeover_cancels_a_run_that_waits_for_an_operator(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(tools=[WEATHER])
+    world.peers.plugin.outcomes[WEATHER] = [UNKNOWN]
+    world.models.script(MODEL, Says(calls=(BERN,)))
+    await tenant.receive(agent, "Weather?")
+    [run] = await tenant.runs(1, status="indeterminate")
+    await tenant.call("POST", f"/api/v1/sessions/{tenant.id}-c/takeover")
+    assert [item["status"] for item in await tenant.runs(1)] == ["cancelled"]
+    # The agent would answer beside the person.
+    await tenant.call("POST", f"/api/v1/runs/{run['id']}/resolution", expect=409, json={"action": "retry"})
+
+
+async def test_a_session_in_which_only_the_company_has_written_is_taken_over(world: World, tenant: Tenant) -> None:
+    agent = await tenant.agent(system_prompt=tenant.id)
+    session = f"/api/v1/sessions/{tenant.id}-c"
+    await tenant.call("POST", f"{session}/takeover", expect=404)
+    await answered(tenant, agent, "Your parcel has left.")
+    await tenant.call("POST", f"{session}/takeover")
+    await tenant.receive(agent, "When does it come?", position=1)
+    assert [run["status"] for run in await tenant.runs(1)] == ["cancelled"]
+    await tenant.call("POST", f"{session}/release")
+    await tenant.receive(agent, "And now?", position=2)
+    assert [run["status"] for run in await tenant.runs(2)] == ["cancelled", "completed"]
 
 
 async def test_another_tenants_session_is_404(world: World, tenant: Tenant) -> None:

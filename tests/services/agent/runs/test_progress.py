@@ -13,9 +13,9 @@ from redis.asyncio import Redis
 from infra.clock import uuid7
 from infra.stores.cache import Cache
 from protos.pubsub import RUN_PROGRESS
-from services.agent.execution.progress import MAX_CHARACTERS, ProgressReporter
+from services.agent.runs.progress import MAX_CHARACTERS, ProgressReporter
 from tests.services.agent.conftest import MODEL, Tenant, World
-from tooling.testing.model_server import Says
+from tooling.testing.model_server import Fails, Says
 from tooling.testing.stack import Stack
 
 
@@ -45,9 +45,9 @@ async def test_a_run_tells_that_it_is_at_work_and_what_it_has_written(stack: Sta
         await other.aclose()
 
 
-async def news_of_a_run(world: World, tenant: Tenant) -> AsyncGenerator[dict[str, Any], None]:
-    """The news of a run, which begins when the caller listens."""
-    agent = await tenant.agent()
+async def news_of_a_run(world: World, tenant: Tenant, **fields: Any) -> AsyncGenerator[dict[str, Any], None]:
+    """The news of a run of an agent with these fields, which begins when the caller listens."""
+    agent = await tenant.agent(**fields)
     redis = Redis.from_url(world.platform.stack.redis_url)
     try:
         async with aclosing(Cache(redis).listen(RUN_PROGRESS)) as heard:
@@ -93,3 +93,54 @@ async def test_a_run_that_is_cancelled_tells_its_end(world: World, tenant: Tenan
         go.set()
     assert told[-1]
     assert [run["status"] for run in await tenant.runs(1)] == ["cancelled"]
+
+
+async def test_a_run_that_is_interrupted_before_its_next_attempt_tells_its_end(world: World, tenant: Tenant) -> None:
+    go = asyncio.Event()
+    world.models.script(MODEL, Says("half an answer", cut_after=1, waits=go), Fails(429, retry_after=100))
+
+    async def interrupt(run_id: str) -> None:
+        async def pauses() -> bool:
+            events = (await tenant.call("GET", f"/api/v1/runs/{run_id}/state"))["events"]
+            return [event["type"] for event in events].count("AttemptFailed") == 2
+
+        await world.platform.until(pauses)
+        await tenant.receive((await tenant.run(run_id))["agent_id"], "another question")
+
+    async with aclosing(news_of_a_run(world, tenant, queue_mode="interrupt")) as heard, asyncio.TaskGroup() as tasks:
+        async for news in heard:
+            if news["over"]:
+                break
+            if not go.is_set():
+                go.set()
+                tasks.create_task(interrupt(news["run_id"]))
+    runs = await tenant.runs(2)
+    assert [(run["id"] == news["run_id"], run["status"]) for run in runs] == [(True, "cancelled"), (False, "completed")]
+
+
+async def test_a_run_that_is_cancelled_while_it_waits_for_another_agent_tells_its_end(
+    world: World, tenant: Tenant
+) -> None:
+    other = await tenant.agent()
+    asked = {"agent_id": other, "name": "ask", "description": "Knows."}
+    go, never = asyncio.Event(), asyncio.Event()
+    world.models.script(MODEL, Says(calls=(("ask", '{"message":"Hi"}'),), waits=go), Says("too late", waits=never))
+
+    async def cancel(run_id: str) -> None:
+        async def waits() -> bool:
+            return bool((await tenant.run(run_id))["waiting"])
+
+        await world.platform.until(waits)
+        await tenant.call("POST", f"/api/v1/runs/{run_id}/cancel")
+
+    try:
+        async with aclosing(news_of_a_run(world, tenant, agents=[asked])) as heard, asyncio.TaskGroup() as tasks:
+            async for news in heard:
+                if news["over"]:
+                    break
+                if not go.is_set():
+                    go.set()
+                    tasks.create_task(cancel(news["run_id"]))
+    finally:
+        never.set()
+    assert {run["status"] for run in await tenant.runs(2)} == {"cancelled"}

@@ -57,11 +57,16 @@ class ProgressReporter:
         self._told, self._told_at = text, now
         self._tell(text)
 
-    def tell_end(self) -> None:
-        """The run has ended, and sends nothing: the part of its answer that the person was shown is taken back."""
-        if self._told_at:
-            self._tell("", over=True)
+    def _tell(self, text: str) -> None:
+        self._telling = asyncio.create_task(_publish(self._cache, self._run_id, self._session_key, text, over=False))
 
-    def _tell(self, text: str, *, over: bool = False) -> None:
-        news = {"run_id": self._run_id, "session_key": self._session_key, "text": text, "over": over}
-        self._telling = asyncio.create_task(self._cache.publish(RUN_PROGRESS, msgspec.json.encode(news)))
+
+async def tell_end(cache: Cache, run_id: UUID, session_key: str) -> None:
+    """The run has ended, and sends nothing: the part of its answer that the person was shown, perhaps by another
+    process, is taken back."""
+    await _publish(cache, run_id, session_key, "", over=True)
+
+
+async def _publish(cache: Cache, run_id: UUID, session_key: str, text: str, *, over: bool) -> None:
+    news = {"run_id": run_id, "session_key": session_key, "text": text, "over": over}
+    await cache.publish(RUN_PROGRESS, msgspec.json.encode(news))
