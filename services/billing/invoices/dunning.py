@@ -71,17 +71,18 @@ async def step(tx: Tx, tenant_id: str, invoice_id: UUID, document: bytes | None,
         _send_invoice(tx, tenant_id, invoice, document)
         number = 1
     # Another process may have been faster; the next step is not due then.
-    elif number <= len(times) and times[number - 1] <= now:
+    elif (at := _index(number, reminders)) < len(times) and times[at] <= now:
         if number <= reminders:
             # After an outage of days, one mail stands for the reminders that were missed.
             number = max(n for n in range(number, reminders + 1) if times[n - 1] <= now)
             _remind(tx, tenant_id, invoice, number)
             number += 1
-        elif await _is_being_paid(tx, tenant_id, invoice_id, pending=now < times[number - 1] + PAYMENT_DAYS):
-            times[number - 1] = now + timedelta(days=1)
+        elif await _is_being_paid(tx, tenant_id, invoice_id, pending=now < times[at] + PAYMENT_DAYS):
+            times[at] = now + timedelta(days=1)
         else:
             await booking.end(tx, tenant_id, invoice_id, "uncollectible", "billing")
-    next_at: datetime | None = times[number - 1] if number <= len(times) else None
+    at = _index(number, reminders)
+    next_at: datetime | None = times[at] if at < len(times) else None
     await tx.sql(
         """
         UPDATE invoice
@@ -93,6 +94,12 @@ async def step(tx: Tx, tenant_id: str, invoice_id: UUID, document: bytes | None,
         number,
         next_at,
     )
+
+
+def _index(number: int, reminders: int) -> int:
+    """Returns the index of a step among the times of the terms. After more reminders than the terms have by now, the
+    write-off is next."""
+    return min(number - 1, reminders)
 
 
 async def _is_being_paid(tx: Tx, tenant_id: str, invoice_id: UUID, *, pending: bool) -> bool:

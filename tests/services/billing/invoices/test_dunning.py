@@ -240,6 +240,19 @@ async def test_new_terms_move_the_next_step(billing: Billing) -> None:
     assert [mail["subject"] for mail in await mails(tenant)][1:] == ["Reminder 1: invoice INV-000001"]
 
 
+async def test_new_terms_with_fewer_reminders_than_were_sent_still_write_off(billing: Billing) -> None:
+    tenant, invoice = await finalised(billing, due_days=0, reminder_days=[1, 2, 3])
+    for days in (0, 1, 2, 3):
+        await step(tenant, invoice, days=days)
+    subjects = [mail["subject"] for mail in await mails(tenant)]
+    assert subjects == ["Invoice INV-000001", *(f"Reminder {n}: invoice INV-000001" for n in (1, 2, 3))]
+    await put_terms(billing, tenant, due_days=0, reminder_days=[1], write_off_days=10)
+    for days, status in ((9, "finalised"), (10, "uncollectible")):
+        await step(tenant, invoice, days=days)
+        assert (await shown(tenant, invoice))["status"] == status
+    assert len(await mails(tenant)) == len(subjects)
+
+
 async def test_terms_that_cannot_work_are_refused(billing: Billing) -> None:
     tenant = await billing.tenant()
     for terms, field in (
