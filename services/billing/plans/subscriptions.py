@@ -309,7 +309,11 @@ async def subscribe(
 async def change(
     tx: Tx, tenant_id: str, subscription_id: UUID, plan_id: UUID, when: Literal["now", "period_end"]
 ) -> PlanSubscription:
-    """Moves a subscription to the latest version of a plan. `now` ends the current period and begins another one."""
+    """Moves a subscription to the latest version of a plan. `now` ends the current period and begins another one.
+
+    Raises Conflict for a subscription that has ended, for another currency, if no period could be cut `now`, and for a
+    change at the `period_end` if no period follows.
+    """
     currency, _ = await accounts.lock_one(tx, tenant_id)
     current = await get(tx, tenant_id, subscription_id)
     stored = await plans.latest(tx, plan_id)
@@ -318,6 +322,8 @@ async def change(
     if stored.plan.currency != currency:
         raise Conflict(f"the plan is in {stored.plan.currency}, the account in {currency}")
     await extend(tx, tenant_id, now)
+    if when == "period_end" and current.ends_at == await _reached(tx, tenant_id, subscription_id):
+        raise Conflict(f"the subscription ends at the end of its period, {current.ends_at}; begin another one then")
     await tx.sql(
         "UPDATE subscription SET plan_id = $3, plan_version = $4 WHERE tenant_id = $1 AND subscription_id = $2",
         tenant_id,
@@ -350,16 +356,22 @@ async def cancel(tx: Tx, tenant_id: str, subscription_id: UUID, when: Literal["n
         )
     elif when == "now":
         await _cut(tx, tenant_id, subscription_id, now)
-    [(ends,)] = await tx.sql(
-        "SELECT max(ends) FROM period WHERE tenant_id = $1 AND subscription_id = $2", tenant_id, subscription_id
-    )
     await tx.sql(
         "UPDATE subscription SET ends_at = $3 WHERE tenant_id = $1 AND subscription_id = $2",
         tenant_id,
         subscription_id,
-        ends,
+        await _reached(tx, tenant_id, subscription_id),
     )
     return await get(tx, tenant_id, subscription_id)
+
+
+async def _reached(tx: Tx, tenant_id: str, subscription_id: UUID) -> datetime:
+    """Returns the end of the last period that the subscription has by now."""
+    [(ends,)] = await tx.sql(
+        "SELECT max(ends) FROM period WHERE tenant_id = $1 AND subscription_id = $2", tenant_id, subscription_id
+    )
+    assert isinstance(ends, datetime)
+    return ends
 
 
 def _check_goes_on(current: PlanSubscription, now: datetime) -> None:

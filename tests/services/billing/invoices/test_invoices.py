@@ -189,6 +189,22 @@ async def test_a_change_of_plan_now_splits_the_period_to_the_second(billing: Bil
         assert abs(made["subtotal_nanos"] - 30 * UNIT * share) <= 1
 
 
+async def test_the_plan_of_a_cancelled_subscription_is_changed_only_until_its_end(billing: Billing) -> None:
+    """A change at its end was answered as done, and no period had the other plan."""
+    tenant, subscription = await subscribed(billing)
+    path = f"/api/v1/subscriptions/{subscription['id']}"
+    ended = (await billing.operator.delete(path)).json()
+    assert ended["ends_at"]
+    other = await post(billing, "plans", plan())
+    late = await billing.operator.patch(path, json={"plan_id": other["id"], "when": "period_end"})
+    assert (late.status_code, ended["ends_at"][:10] in late.text) == (409, True)
+    changed = await billing.operator.patch(path, json={"plan_id": other["id"], "when": "now"})
+    assert (changed.json()["plan_id"], changed.json()["ends_at"]) == (other["id"], ended["ends_at"])
+    # From then on it is another subscription.
+    body = {"tenant_id": tenant.id, "plan_id": other["id"], "starts_at": ended["ends_at"]}
+    await post(billing, "subscriptions", body)
+
+
 async def test_32_concurrent_finalisations_with_a_kill_leave_no_gap_and_book_none_twice(billing: Billing) -> None:
     platform = billing.platform
     tenant, _ = await subscribed(billing)
