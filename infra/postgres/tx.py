@@ -8,8 +8,8 @@ holds no connection during the call.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
@@ -139,6 +139,16 @@ class Tx:
         """Waits while another transaction of this database has taken a turn by this name. Others wait until this one
         ends."""
         await self.sql("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", name)
+
+    @asynccontextmanager
+    async def undone(self) -> AsyncIterator[None]:
+        """Undoes the statements of the block at its end, and drops its messages: the block sees what they would change.
+        It must not append events, enqueue items or buffer rows. An error in it must fail the transaction."""
+        kept = len(self._rows)
+        await self.sql("SAVEPOINT undone")
+        yield
+        await self.sql("ROLLBACK TO SAVEPOINT undone")
+        del self._rows[kept:]
 
     async def load(self, stream: Stream[State]) -> State:
         """The stream's state, including the events that this transaction has appended."""

@@ -46,11 +46,11 @@ async def preview(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller) -> t
         return invoice, []
     await grants.settle(tx, tenant_id)
     buyer = await tax.buyer(tx, tenant_id)
-    before: list[_Given] = []
-    for older in await _drafts_before(tx, tenant_id, invoice):
-        before += await _given_by_notes(tx, tenant_id, await _corrections(tx, tenant_id, older), before)
-    invoice, lines, _ = await _corrected(tx, tenant_id, invoice, buyer, seller, before)
-    free = await grants.left(tx, tenant_id, only="purchased") - await _taken_before(tx, tenant_id, invoice)
+    async with tx.undone():
+        for older in await _drafts_before(tx, tenant_id, invoice):
+            await finalise(tx, tenant_id, older, seller, "billing")
+        invoice, lines, _ = await _corrected(tx, tenant_id, invoice, buyer, seller)
+        free = await grants.left(tx, tenant_id, only="purchased")
     purchased = max(0, min(_payable_before_tax(invoice), free))
     if purchased:
         lines.append(_taxed_before(invoice, purchased))
@@ -58,17 +58,13 @@ async def preview(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller) -> t
 
 
 async def _drafts_before(tx: Tx, tenant_id: str, draft: Invoice) -> list[UUID]:
-    """Returns the tenant's drafts that were made before this one and correct the usage of another invoice, in the order
-    in which they are finalised."""
+    """Returns the tenant's drafts of usage that were made before this one, in the order in which they are finalised."""
     rows = await tx.sql(
         """
-        SELECT i.invoice_id
-        FROM invoice AS i
-        WHERE i.tenant_id = $1 AND i.status = 'draft' AND (i.made_at, i.invoice_id) < ($2, $3) AND EXISTS (
-            SELECT FROM period_correction AS c
-            WHERE c.tenant_id = i.tenant_id AND c.period = i.period AND c.usage_period <> i.period
-        )
-        ORDER BY i.made_at, i.invoice_id
+        SELECT invoice_id
+        FROM invoice
+        WHERE tenant_id = $1 AND status = 'draft' AND purpose = 'usage' AND (made_at, invoice_id) < ($2, $3)
+        ORDER BY made_at, invoice_id
         """,
         tenant_id,
         draft.made_at,
@@ -78,32 +74,15 @@ async def _drafts_before(tx: Tx, tenant_id: str, draft: Invoice) -> list[UUID]:
 
 
 async def _corrected(
-    tx: Tx, tenant_id: str, draft: Invoice, buyer: Buyer, seller: Seller, before: Sequence[_Given] = ()
+    tx: Tx, tenant_id: str, draft: Invoice, buyer: Buyer, seller: Seller
 ) -> tuple[Invoice, list[InvoiceLine], list[_Given]]:
     """Returns a draft with the lines that its corrections add, these lines, and the corrections that credit notes give
-    instead. `before`: the corrections that drafts give which are finalised earlier."""
+    instead."""
     corrections = await _corrections(tx, tenant_id, draft.id)
-    given = await _given_by_notes(tx, tenant_id, corrections, before)
+    given = await _given_by_notes(tx, tenant_id, corrections)
     lines = [_given_elsewhere(draft, one) for one in given]
     draft, more = await _with_taxes(tx, _with_lines(draft, lines), corrections, given, buyer, seller)
     return draft, lines + more, given
-
-
-async def _taken_before(tx: Tx, tenant_id: str, draft: Invoice) -> int:
-    """Returns the purchased credit that the tenant's drafts which were made before this one will take, if there is so
-    much."""
-    [(nanos,)] = await tx.sql(
-        """
-        SELECT coalesce(sum(subtotal_nanos), 0)::text
-        FROM invoice
-        WHERE tenant_id = $1 AND status = 'draft' AND purpose = 'usage' AND subtotal_nanos > 0
-          AND (made_at, invoice_id) < ($2, $3)
-        """,
-        tenant_id,
-        draft.made_at,
-        draft.id,
-    )
-    return int(nanos)
 
 
 class _Correction(NamedTuple):
@@ -158,22 +137,16 @@ class _Given(NamedTuple):
     """At the price book's prices."""
 
 
-async def _given_by_notes(
-    tx: Tx, tenant_id: str, corrections: Sequence[_Correction], before: Sequence[_Given]
-) -> list[_Given]:
-    """Returns the corrections that `finalise` gives by credit notes on invoices that are not paid, after those
-    that were given `before`. On this draft they would be credit for money that may never come. A note on an invoice
-    with several taxes would take a part of each back, so corrections of its usage stay on this draft."""
+async def _given_by_notes(tx: Tx, tenant_id: str, corrections: Sequence[_Correction]) -> list[_Given]:
+    """Returns the corrections that `finalise` gives by credit notes on invoices that are not paid. On this draft they
+    would be credit for money that may never come. A note on an invoice with several taxes would take a part of each
+    back, so corrections of its usage stay on this draft."""
     found = []
     for invoice, usage_nanos, nanos, _ in corrections:
         if nanos >= 0 or invoice.status not in ("finalised", "uncollectible") or invoice.other_taxes:
             continue
-        earlier = [one for one in before if one.invoice.id == invoice.id]
-        credited = invoice.credited_minor + sum(one.minor for one in earlier)
-        invoice = invoice.model_copy(update={"credited_minor": credited})
-        elsewhere = await _corrected_elsewhere(tx, tenant_id, invoice.id) + sum(one.nanos for one in earlier)
         # Other corrections of that usage, or its commitment, may have charged a part of it again.
-        most = -max(nanos, elsewhere)
+        most = -max(nanos, await _corrected_elsewhere(tx, tenant_id, invoice.id))
         minor = min(invoice.open_minor, most_creditable(invoice, most)) if most > 0 and invoice.open_minor else 0
         if minor:
             net = share(invoice, invoice.subtotal_nanos, minor)
@@ -268,7 +241,6 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
     unit = nanos_per_minor(draft.currency)
     now = utcnow()
     await grants.settle(tx, tenant_id)
-    await grants.give_kept_back(tx, tenant_id, invoice_id)
     buyer = await tax.buyer(tx, tenant_id)
     draft, lines, given = await _corrected(tx, tenant_id, draft, buyer, seller)
     for one in given:
@@ -282,6 +254,8 @@ async def finalise(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller, act
             refund=False,
             corrections=True,
         )
+    # After the credit notes: each one ends the grants that have expired, and would keep this credit again.
+    await grants.give_kept_back(tx, tenant_id, invoice_id)
     for line in lines:
         await invoices.add_line(tx, tenant_id, invoice_id, line)
     purchased = await grants.burn(
@@ -533,14 +507,15 @@ async def _set_off(tx: Tx, tenant_id: str, invoice: Invoice) -> Invoice:
 
 async def _corrected_elsewhere(tx: Tx, tenant_id: str, invoice_id: UUID) -> int:
     """Returns the nano-units before tax that other invoices have, or will have, as corrections of the usage that this
-    one charges, with the changes of its commitment, and without the part that credit notes on this one have given.
-    Below zero: given back."""
+    one charges, with the changes of its commitment, and without the part that credit notes on this one have given. An
+    invoice that is void gives and charges nothing. Below zero: given back."""
     rows = await tx.sql(
         """
-        SELECT c.usage_period, c.nanos, c.by_hand_nanos, p.closed_at IS NOT NULL
+        SELECT c.usage_period, c.nanos, c.by_hand_nanos, p.closed_at IS NOT NULL, coalesce(o.status = 'void', false)
         FROM invoice AS i
         JOIN period_correction AS c ON c.tenant_id = i.tenant_id AND c.usage_period = i.period
         LEFT JOIN period AS p ON p.tenant_id = c.tenant_id AND p.period = c.period
+        LEFT JOIN invoice AS o ON o.tenant_id = c.tenant_id AND o.period = c.period
         WHERE i.tenant_id = $1 AND i.invoice_id = $2 AND c.period <> i.period
         """,
         tenant_id,
@@ -548,17 +523,20 @@ async def _corrected_elsewhere(tx: Tx, tenant_id: str, invoice_id: UUID) -> int:
     )
     if not rows:
         return 0
-    by_hand = sum(int(nanos) for _, _, nanos, _ in rows)
+    by_hand = sum(int(nanos) for _, _, nanos, _, is_void in rows if not is_void)
     period = await subscriptions.by_number(tx, tenant_id, rows[0][0])
     plan = await plans.version(tx, period.plan_id, period.plan_version)
     if plan.usage_markup_percent is None:
         # The plan charges by its own prices only, and corrections of the price book do not concern it.
         return by_hand
-    amounts = [(plans.with_markup(nanos, plan.usage_markup_percent), is_counted) for _, nanos, _, is_counted in rows]
-    corrected = sum(nanos for nanos, _ in amounts)
+    amounts = [
+        (plans.with_markup(nanos, plan.usage_markup_percent), is_counted, is_void)
+        for _, nanos, _, is_counted, is_void in rows
+    ]
+    corrected = sum(nanos for nanos, _, is_void in amounts if not is_void)
     committed = 0
     if period.counted_nanos is not None:
-        first = period.counted_nanos - sum(nanos for nanos, is_counted in amounts if is_counted)
+        first = period.counted_nanos - sum(nanos for nanos, is_counted, _ in amounts if is_counted)
         was, now = (
             plans.missing(plan, counted, period.seconds, period.full_seconds) for counted in (first, first + corrected)
         )
@@ -569,6 +547,15 @@ async def _corrected_elsewhere(tx: Tx, tenant_id: str, invoice_id: UUID) -> int:
         invoice_id,
     )
     return corrected + committed + by_hand + int(given)
+
+
+async def not_given_back(tx: Tx, tenant_id: str, invoice: Invoice) -> int:
+    """Returns the nano-units before tax of an invoice above zero that neither its credit notes nor corrections of its
+    usage on other invoices have given back."""
+    burned = await grants.burned(tx, tenant_id, str(invoice.id))
+    corrected = await _corrected_elsewhere(tx, tenant_id, invoice.id)
+    credited = schemes.part(invoice.subtotal_nanos, invoice.credited_minor, invoice.total_minor)
+    return max(0, invoice.subtotal_nanos + burned.purchased + corrected - credited)
 
 
 async def credit(
@@ -604,12 +591,9 @@ async def credit(
         raise InvalidMessage("amount_minor", f"must be at most {invoice.total_minor - invoice.credited_minor}")
     net = share(invoice, invoice.subtotal_nanos, minor)
     burned = await grants.burned(tx, tenant_id, str(invoice_id))
-    if not corrections and (corrected := await _corrected_elsewhere(tx, tenant_id, invoice_id)) < 0:
-        credited = schemes.part(invoice.subtotal_nanos, invoice.credited_minor, invoice.total_minor)
-        free = max(0, invoice.subtotal_nanos + burned.purchased + corrected - credited)
-        if net > free:
-            most = most_creditable(invoice, free)
-            raise InvalidMessage("amount_minor", f"must be at most {most}: corrections of its usage gave the rest back")
+    if not corrections and net > (free := await not_given_back(tx, tenant_id, invoice)):
+        most = most_creditable(invoice, free)
+        raise InvalidMessage("amount_minor", f"must be at most {most}: corrections of its usage gave the rest back")
     if invoice.purpose == "credit":
         refund = True
         await _take_back(tx, tenant_id, invoice, net, actor=actor, money_is_gone=money_is_gone)

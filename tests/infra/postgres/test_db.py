@@ -13,12 +13,15 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from infra.clock import uuid7
 from infra.observe import metrics
 from infra.observe.metrics import Metrics
 from infra.outgoing import shares
 from infra.postgres import db
 from infra.postgres.database import Database
+from protos.messages.sample import TakeNote
 from tests.infra.conftest import SampleDatabase
+from tooling.testing.sample.catalog import SAMPLE_WORK
 
 
 @pytest.fixture
@@ -263,6 +266,21 @@ async def test_a_statement_whose_table_a_migration_has_changed_is_transient(
     async with single.begin() as tx:
         assert await tx.sql("SELECT n FROM widened") == []
     await admin.dispose()
+
+
+async def test_a_block_that_is_undone_leaves_no_rows_and_no_messages(desk: Database) -> None:
+    kept, dropped = uuid7(), uuid7()
+    async with desk.begin() as tx:
+        tx.send(SAMPLE_WORK, TakeNote(notebook="n", text="kept"), message_id=kept)
+        for _ in range(2):
+            async with tx.undone():
+                await tx.sql("INSERT INTO lease_member VALUES ('undone', gen_random_uuid(), now())")
+                tx.send(SAMPLE_WORK, TakeNote(notebook="n", text="dropped"), message_id=dropped)
+                assert await tx.sql("SELECT count(*) FROM lease_member WHERE kind = 'undone'") == [(1,)]
+        await tx.sql("INSERT INTO lease_member VALUES ('after', gen_random_uuid(), now())")
+    assert await desk.autocommit("SELECT kind FROM lease_member WHERE kind IN ('undone', 'after')") == [("after",)]
+    found = await desk.autocommit("SELECT message_id FROM outbox WHERE message_id = ANY($1)", [kept, dropped])
+    assert found == [(kept,)]
 
 
 async def test_a_connection_that_is_lost_in_a_transaction_fails_it_and_is_replaced(

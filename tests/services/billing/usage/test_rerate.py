@@ -22,6 +22,8 @@ from tests.services.billing.invoices.test_invoices import (
     UNIT,
     balance,
     draft,
+    expire,
+    field_of,
     finalised,
     journal,
     left,
@@ -305,6 +307,102 @@ async def test_usage_of_a_void_invoice_is_not_given_back_by_hand(billing: Billin
     assert (refused.status_code, f"invoice {first['number']} of the record is void" in refused.text) == (409, True)
     # Its use may be charged again, such as by another amount.
     await post(billing, "billing/corrections", by_hand | {"amount_nanos": -1})
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+async def test_what_a_void_invoice_would_have_given_back_is_left_for_a_credit_note(
+    billing: Billing, by_hand: bool
+) -> None:
+    """By hand: 11.00 are paid. The next invoice has 22.00 and gives 4.40 back, and is made void."""
+    tenant, subscription, model, first = await invoiced(billing)
+    await post(billing, f"invoices/{first['id']}/received", {"amount_minor": 1100, "reference": "r"}, status=200)
+    other = f"acme/{uuid7()}"
+    await price(billing, other, str(UNIT))
+    await tenant.use("b", other, occurred_at=MIDNIGHT, input_tokens=20, output_tokens=0)
+    await tenant.verdict("b")
+    if by_hand:
+        body = {"tenant_id": tenant.id, "amount_nanos": 440 * CENT, "reason": "r", "usage_id": "a"}
+        await post(billing, "billing/corrections", body)
+    else:
+        await price(billing, model, str(UNIT * 6 // 10))
+        await rerate(billing, tenant)
+    await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
+    second = await finalised(billing, tenant)
+    assert second["total_minor"] == 1760
+    path = f"invoices/{first['id']}/credit-notes"
+    too_much = await billing.operator.post(f"/api/v1/{path}", json=credit_of(661))
+    assert field_of(too_much) == "amount_minor"
+    await post(billing, f"invoices/{second['id']}/void", status=200)
+    await post(billing, path, credit_of(1100))
+
+
+async def test_what_credit_notes_gave_back_is_not_given_back_by_hand(billing: Billing) -> None:
+    """By hand: 11.00 are invoiced, and 8.00 are given back by a note, so 3.00 are left."""
+    tenant, _, _, first = await invoiced(billing)
+    by_hand = {"tenant_id": tenant.id, "reason": "r", "usage_id": "a"}
+
+    async def refused(nanos: int) -> str:
+        body = by_hand | {"amount_nanos": nanos}
+        answer = await billing.operator.post("/api/v1/billing/corrections", json=body)
+        assert field_of(answer) == "amount_nanos"
+        return str(answer.json()["errors"][0]["message"])
+
+    path = f"invoices/{first['id']}/credit-notes"
+    await post(billing, path, credit_of(800))
+    assert f"at most {3 * UNIT}: credit notes of invoice {first['number']}" in await refused(3 * UNIT + 1)
+    await post(billing, "billing/corrections", by_hand | {"amount_nanos": 2 * UNIT})
+    await refused(UNIT + 1)
+    await post(billing, path, credit_of(100))
+    await refused(1)
+    await post(billing, "billing/corrections", by_hand | {"amount_nanos": -UNIT})
+
+
+@pytest.mark.parametrize(("granted", "totals"), [(0, (1100, 0)), (900, (1100, -240)), (1100, (1100, -440))])
+async def test_a_draft_that_corrects_an_older_draft_shows_what_it_has_after_that_one(
+    billing: Billing, granted: int, totals: tuple[int, int]
+) -> None:
+    """By hand: the first draft has 11.00. The second one has corrections of -4.40, which a credit note on the first one
+    gives as far as grants do not pay that one: all of it, 2.00 or nothing."""
+    tenant, subscription = await subscribed(billing, base_nanos=0, charges=[], included=[])
+    model = f"acme/{uuid7()}"
+    await price(billing, model, str(UNIT))
+    await tenant.use("a", model, occurred_at=AT, input_tokens=10, output_tokens=0)
+    await tenant.verdict("a")
+    if granted:
+        await post(billing, "grants", {"tenant_id": tenant.id, "nanos": granted * CENT, "reason": "r"})
+    first = await draft(billing, tenant)
+    await price(billing, model, str(UNIT * 6 // 10))
+    await rerate(billing, tenant)
+    await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
+    second = await draft(billing, tenant)
+    drawn = [await lines(tenant, made["id"]) for made in (first, second)]
+    for made, shown in zip((first, second), drawn, strict=True):
+        done = await post(billing, f"invoices/{made['id']}/finalise", status=200)
+        assert (done["total_minor"], await lines(tenant, made["id"])) == (made["total_minor"], shown)
+    assert (first["total_minor"], second["total_minor"]) == totals
+
+
+async def test_credit_that_is_kept_for_an_invoice_pays_it_also_if_a_credit_note_gives_its_corrections(
+    billing: Billing,
+) -> None:
+    """By hand: 10 tokens are invoiced and not paid. The next month has 20, for which the credit of 100 is kept that has
+    expired since. At 0.60 a note gives 4.00 on the first invoice, and the second one has 12.00."""
+    tenant, subscription, model, _ = await invoiced(billing, usage_markup_percent=0)
+    await post(billing, "grants", {"tenant_id": tenant.id, "nanos": 100 * UNIT, "kind": "prepaid", "reason": "r"})
+    await tenant.use("b", model, occurred_at=MIDNIGHT, input_tokens=20, output_tokens=0)
+    await tenant.verdict("b")
+    await expire(tenant, timedelta(0))
+    assert (await left(tenant), await journal(tenant)) == (
+        0,
+        {"cash": 100 * UNIT, "prepaid": -20 * UNIT, "receivable": 10 * UNIT, "revenue": -90 * UNIT},
+    )
+    await price(billing, model, str(UNIT * 6 // 10))
+    await rerate(billing, tenant)
+    await billing.operator.delete(f"/api/v1/subscriptions/{subscription['id']}", params={"when": "now"})
+    done = await finalised(billing, tenant)
+    assert (done["total_minor"], done["applied_minor"], done["status"]) == (1200, 1200, "paid")
+    await left(tenant)
+    assert await journal(tenant) == {"cash": 100 * UNIT, "receivable": 6 * UNIT, "revenue": -106 * UNIT}
 
 
 async def test_two_drafts_that_correct_one_unpaid_invoice_show_what_each_of_them_gives(billing: Billing) -> None:
