@@ -142,8 +142,9 @@ class Tx:
 
     @asynccontextmanager
     async def undone(self) -> AsyncIterator[None]:
-        """Undoes the statements of the block at its end, and drops its messages: the block sees what they would change.
-        It must not append events, enqueue items or buffer rows. An error in it must fail the transaction."""
+        """Undoes the statements of the block at its end, and drops its messages. The block can read the rows that they
+        would change. It must not append events, enqueue items or buffer rows, and an error in it must fail the
+        transaction."""
         kept = len(self._rows)
         await self.sql("SAVEPOINT undone")
         yield

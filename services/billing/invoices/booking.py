@@ -58,16 +58,24 @@ async def preview(tx: Tx, tenant_id: str, invoice_id: UUID, seller: Seller) -> t
 
 
 async def _drafts_before(tx: Tx, tenant_id: str, draft: Invoice) -> list[UUID]:
-    """Returns the tenant's drafts of usage that were made before this one, in the order in which they are finalised."""
+    """Returns the tenant's drafts of usage that were made before this one, in the order in which they are finalised.
+    None if this one does not depend on them: it corrects no other usage, and no credit that was bought is left."""
     rows = await tx.sql(
         """
-        SELECT invoice_id
-        FROM invoice
-        WHERE tenant_id = $1 AND status = 'draft' AND purpose = 'usage' AND (made_at, invoice_id) < ($2, $3)
-        ORDER BY made_at, invoice_id
+        SELECT older.invoice_id
+        FROM invoice AS draft
+        JOIN invoice AS older USING (tenant_id)
+        WHERE tenant_id = $1 AND draft.invoice_id = $2 AND older.status = 'draft' AND older.purpose = 'usage'
+          AND (older.made_at, older.invoice_id) < (draft.made_at, draft.invoice_id) AND (EXISTS (
+            SELECT FROM period_correction AS c
+            WHERE c.tenant_id = $1 AND c.period = draft.period AND c.usage_period <> draft.period
+        ) OR EXISTS (
+            SELECT FROM credit_grant AS g
+            WHERE g.tenant_id = $1 AND g.kind = 'purchased' AND g.left_nanos > 0
+        ))
+        ORDER BY older.made_at, older.invoice_id
         """,
         tenant_id,
-        draft.made_at,
         draft.id,
     )
     return [invoice_id for (invoice_id,) in rows]
