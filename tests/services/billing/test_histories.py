@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import get_args
+from typing import Any, get_args
 from uuid import UUID
 
 import pytest
@@ -158,7 +158,10 @@ class History:
             case 7 | 8:
                 await closing.close(tx, tenant_id, self.clock.now, "DE")
             case 9 if known:
-                await booking.finalise(tx, tenant_id, rng.choice(known).id, SELLER, "test")
+                if rng.random() < 0.5:
+                    await booking.finalise(tx, tenant_id, rng.choice(known).id, SELLER, "test")
+                else:
+                    await self.finalise_as_shown(tx)
             case 10:
                 # The database's clock ends it at the next act, or never.
                 soon = utcnow() + timedelta(milliseconds=rng.choice([1, 10**9]))
@@ -204,6 +207,28 @@ class History:
                 usage_id = rng.choice([None, *(item.usage_id for item in self.sent)])
                 nanos = rng.randrange(-(10**11), 10**11)
                 await corrections.correct(tx, tenant_id, nanos, usage_id, reason="r", actor="test")
+
+    async def finalise_as_shown(self, tx: Tx) -> None:
+        """Finalises all drafts in their order. Each becomes the invoice that was shown before the first one."""
+        rows = await tx.sql(
+            """
+            SELECT invoice_id
+            FROM invoice
+            WHERE tenant_id = $1 AND status = 'draft' AND purpose = 'usage'
+            ORDER BY made_at, invoice_id
+            """,
+            self.tenant_id,
+        )
+        shown = [await self.view(tx, invoice_id) for (invoice_id,) in rows]
+        for (invoice_id,), before in zip(rows, shown, strict=True):
+            await booking.finalise(tx, self.tenant_id, invoice_id, SELLER, "test")
+            assert await self.view(tx, invoice_id) == before
+
+    async def view(self, tx: Tx, invoice_id: UUID) -> tuple[Any, ...]:
+        made, more = await booking.preview(tx, self.tenant_id, invoice_id, SELLER)
+        stored = await invoices.lines(tx, self.tenant_id, invoice_id, after=0, limit=None)
+        lines = [*(line for _, line in stored), *more]
+        return made.subtotal_nanos, made.taxes, made.total_minor, lines
 
     async def report(self, tx: Tx, payment: Payment, kind: EventKind, minor: int) -> None:
         event = ProviderEvent(
@@ -329,6 +354,15 @@ async def agree(history: History) -> None:
             """,
             tenant_id,
         )
+        stuck = await tx.sql(
+            """
+            SELECT k.nanos
+            FROM kept_credit AS k
+            JOIN invoice AS i USING (tenant_id, period)
+            WHERE tenant_id = $1 AND i.status <> 'draft'
+            """,
+            tenant_id,
+        )
         assert (await aggregates.rebuild(tx, tenant_id)).equal
         assert (await payments.reconcile(tx, tenant_id)).difference == 0
 
@@ -348,6 +382,7 @@ async def agree(history: History) -> None:
     assert balances.get("purchased", 0) == -owed.get("purchased", 0) - frozen - kept.get("purchased", 0)
     unpaid = debited - invoiced - burned + not_asked
     assert credit is None or credit - debited <= left + sum(kept.values()) - unpaid, "more can be used than was paid"
+    assert not stuck, "credit is kept for an invoice that will not take it any more"
     # Invoices.
     asked = 0
     for one in known:
