@@ -202,7 +202,7 @@ def _position(text: str) -> tuple[datetime, UUID]:
 
 async def facts(tx: Tx, subjects: SubjectKeys, run_id: UUID, after: int) -> list[Fact]:
     """The run's public events with an `n` above `after`. Raises NotFound."""
-    run = await load(tx, run_id)
+    await load(tx, run_id)
     rows = await tx.sql(
         "SELECT type, schema_version, data, recorded_at FROM event WHERE stream_id = $1 ORDER BY version",
         stream(run_id).row,
@@ -213,6 +213,8 @@ async def facts(tx: Tx, subjects: SubjectKeys, run_id: UUID, after: int) -> list
         if event.n <= after:
             continue
         if isinstance(event, RunCompleted):
+            # After the events: a row that was read before the run has ended has no reply.
+            run = await load(tx, run_id)
             unsealer = Unsealer(tx, subjects)
             message: Any = public.RunCompleted(
                 run_id=run_id,

@@ -8,17 +8,23 @@ import json
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
+from uuid import UUID
 
 import pytest
 from redis.asyncio import Redis
 
 from infra.clock import uuid7
+from infra.postgres.tx import Tx
+from infra.security.crypto import Cipher
+from infra.security.subjects import SubjectKeys
 from infra.stores.cache import Cache
 from protos.catalog import CHANNEL_EVENTS, PLATFORM_EVENTS
 from protos.messages.channel import MessageDelivered, MessageUndelivered
 from protos.messages.user import SubjectErased
+from services.agent.runs import queries
 from tests.services.agent.conftest import MODEL, Tenant, World
 from tooling.testing.model_server import Fails, Says
+from tooling.testing.platform import MASTER_KEY
 from tooling.testing.service_fakes import WEATHER
 
 
@@ -44,6 +50,27 @@ async def test_the_text_can_be_watched_while_it_is_written(world: World, tenant:
     # The first attempt wrote no text.
     assert {(piece["step"], piece["attempt"]) for piece in heard} == {(1, 2)}
     assert len(heard) > 1
+
+
+async def test_the_facts_of_a_run_that_ends_while_they_are_read_have_its_reply(
+    world: World, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = asyncio.Event()
+    world.models.script(MODEL, Says("It rains.", waits=go))
+    run_id = await tenant.say(await tenant.agent(), "Weather?")
+    await world.platform.until(lambda: _is(tenant, run_id, "running"))
+    load = queries.load
+
+    async def loaded_just_before(tx: Tx, id_: UUID) -> queries.StoredRun:
+        row = await load(tx, id_)
+        go.set()
+        await tenant.over(run_id)
+        return row
+
+    monkeypatch.setattr(queries, "load", loaded_just_before)
+    async with world.platform.database("agent").begin(tenant_id=tenant.id) as tx:
+        facts = await queries.facts(tx, SubjectKeys(Cipher(MASTER_KEY)), UUID(run_id), 0)
+    assert (facts[-1].type, facts[-1].data["reply"]) == ("agent.v1.RunCompleted", "It rains.")
 
 
 async def test_a_run_that_waits_its_turn_is_cancelled_at_once(world: World, tenant: Tenant) -> None:
