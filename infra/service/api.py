@@ -8,7 +8,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Annotated, Any, TypeVar
@@ -32,11 +32,12 @@ from starlette.types import Message, Receive, Scope, Send
 from infra import VERSION
 from infra.errors import Forbidden, InvalidMessage, NotFound, TooManyRequests, Unauthenticated, WrongType
 from infra.outgoing import shares
+from infra.outgoing.shares import Shares
 from infra.security.auth import IDENTITY_HEADER, Identities, Identity
 from infra.service.refusals import Refusals
 from infra.service.service import Runtime
 from infra.web.http import MAX_BODY_BYTES, allow_body, is_json
-from infra.web.json_text import check_beside
+from infra.web.json_text import LARGE_BYTES, check_beside
 
 T = TypeVar("T")
 Id = TypeVar("Id")
@@ -44,6 +45,9 @@ Id = TypeVar("Id")
 MAX_PAGE = 200
 PAGE_BYTES = 4 * 1024 * 1024
 """Of the items of a page whose items may be large."""
+MAX_LARGE_BODIES = 16
+"""JSON bodies of more than LARGE_BYTES that a process works on at once: each takes several times its size in memory,
+and as much time of the event loop as a hundred small requests. A tenant alone has a half; the others wait in nginx."""
 MAX_A_SECOND = 1_000
 """Requests of a tenant to a process: as many as the gateway of the local stack allows one key."""
 OPERATOR = "operator"
@@ -104,6 +108,7 @@ def api(
     inner = AsyncExitStackMiddleware(app.router)
     refusals = Refusals(runtime)
     rates = Rates()
+    large = Shares(MAX_LARGE_BODIES)
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         # FastAPI's own layers are left out: they would answer errors before ours, which answers with problems.
@@ -117,20 +122,22 @@ def api(
                 # First: the line about a refused request has the tenant, too.
                 shares.work_for(tenant_id)
                 rates.count(tenant_id, time.monotonic())
-            if not routes_check_bodies and is_json(Headers(scope=scope)):
+        checks = scope["type"] == "http" and not routes_check_bodies and is_json(Headers(scope=scope))
+        async with place_of_body(HTTPConnection(scope), large) if checks else nullcontext():
+            if checks:
                 receive = await _checked(scope, receive)
-        try:
-            await inner(scope, receive, send)
-        except (Forbidden, NotFound) as error:
-            if scope["type"] == "http" and IDENTITY_HEADER in Headers(scope=scope):
-                await refusals.record(scope, identity(HTTPConnection(scope), runtime.identities), error)
-            raise
-        except RequestValidationError as error:
-            if not is_json(Headers(scope=scope)) and any(
-                e["loc"] == ("body",) and e["type"] != "missing" for e in error.errors()
-            ):
-                raise WrongType("content-type", f"must be {JSON}") from error
-            raise
+            try:
+                await inner(scope, receive, send)
+            except (Forbidden, NotFound) as error:
+                if scope["type"] == "http" and IDENTITY_HEADER in Headers(scope=scope):
+                    await refusals.record(scope, identity(HTTPConnection(scope), runtime.identities), error)
+                raise
+            except RequestValidationError as error:
+                if not is_json(Headers(scope=scope)) and any(
+                    e["loc"] == ("body",) and e["type"] != "missing" for e in error.errors()
+                ):
+                    raise WrongType("content-type", f"must be {JSON}") from error
+                raise
 
     return [Mount("", serve)]
 
@@ -188,6 +195,13 @@ def _check_address(scope: Scope) -> None:
             raise InvalidMessage(name if "\0" not in name else "query", "must not contain NUL")
     if "\0" in scope["path"]:
         raise HTTPException(404)
+
+
+def place_of_body(connection: HTTPConnection, places: Shares) -> AbstractAsyncContextManager[None]:
+    """Holds one of the tenant's places while a large body is read and worked on."""
+    # nginx sends the length of each body, also of one that came in chunks.
+    size = int(connection.headers.get("content-length", 0))
+    return places.place(shares.tenant.get()) if size > LARGE_BYTES else nullcontext()
 
 
 async def _checked(scope: Scope, receive: Receive) -> Receive:

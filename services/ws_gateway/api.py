@@ -13,8 +13,9 @@ from starlette.routing import BaseRoute, Mount, Router, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from infra.errors import Forbidden, InvalidMessage
+from infra.outgoing.shares import Shares
 from infra.security.auth import Identities
-from infra.service.api import Reader, Runner, api, identity, of_a_tenant
+from infra.service.api import MAX_LARGE_BODIES, Reader, Runner, api, identity, of_a_tenant, place_of_body
 from infra.service.refusals import Refusals
 from infra.service.service import Runtime
 from infra.web.server import hand_over
@@ -42,7 +43,8 @@ def routes(hub: Callable[[Runtime], Hub]) -> Callable[[Runtime], Sequence[BaseRo
         shared = hub(runtime)
         refusals = Refusals(runtime)
         sockets = websocket(shared, agent, runtime.identities, refusals)
-        routers = (_router(shared, agent), openai.router(shared, agent, runtime.identities, refusals))
+        large = Shares(MAX_LARGE_BODIES)
+        routers = (_router(shared, agent, large), openai.router(shared, agent, runtime.identities, refusals, large))
         http = api("ws_gateway", runtime, *routers, max_body=openai.MAX_BODY_BYTES, routes_check_bodies=True)
         return [sockets, Mount("", openai.in_shape(Router(http)))]
 
@@ -63,7 +65,7 @@ def websocket(hub: Hub, agent: Agent, identities: Identities, refusals: Refusals
     return WebSocketRoute("/ws", serve)
 
 
-def _router(hub: Hub, agent: Agent) -> APIRouter:
+def _router(hub: Hub, agent: Agent, large: Shares) -> APIRouter:
     router = APIRouter()
 
     @router.get("/api/v1/runs/{run_id}/events", response_class=Response, responses=_STREAM)
@@ -76,7 +78,8 @@ def _router(hub: Hub, agent: Agent) -> APIRouter:
         """Sends the message to the agent and streams the events of the run that answers it."""
         headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
         # The raw path: a session's key may contain escaped slashes.
-        answer = await agent.post_message(who, request.scope["raw_path"].decode(), headers, await request.body())
+        async with place_of_body(request, large):
+            answer = await agent.post_message(who, request.scope["raw_path"].decode(), headers, await request.body())
         if answer.status_code != 202:
             back = {name: answer.headers[name] for name in _PASSED_BACK if name in answer.headers}
             return Response(answer.content, answer.status_code, back)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Coroutine
-from contextlib import nullcontext
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -20,7 +19,7 @@ from infra.errors import Forbidden, TooLarge, TooManyRequests
 from infra.observe.logs import get_logger
 from infra.outgoing.shares import Shares
 from infra.security.auth import Identities, Identity
-from infra.service.api import Reader, Runner, identity
+from infra.service.api import Reader, Runner, identity, place_of_body
 from infra.service.refusals import Refusals
 from infra.web import http
 from infra.web.json_text import check_beside, check_json
@@ -43,7 +42,7 @@ _log = get_logger("ws_gateway.openai")
 
 MAX_BODY_BYTES = 20 * 1024 * 1024
 """Of a body with its images."""
-MAX_LARGE_BODIES = 2
+MAX_BODIES_WITH_IMAGES = 2
 """Of bodies that are larger than others may be, as many are in memory at once, each of them several times. The others
 wait, and a tenant alone has one."""
 # JSON may escape the slashes.
@@ -52,6 +51,7 @@ _IMAGE = re.compile(rb"data:image/[a-z]+;base64,[A-Za-z0-9+/=\\]*")
 
 def _route_class(large: Shares, identities: Identities, refusals: Refusals) -> type[APIRoute]:
     """`large`: held while a large body is read and sent to the agent."""
+    with_images = Shares(MAX_BODIES_WITH_IMAGES)
 
     class Route(APIRoute):
         """Answers all errors in OpenAI's shape, including those of the framework."""
@@ -60,10 +60,9 @@ def _route_class(large: Shares, identities: Identities, refusals: Refusals) -> t
             handle = super().get_route_handler()
 
             async def handled(request: Request) -> Response:
-                # nginx sends the length of each body, also of one that came in chunks.
-                is_large = int(request.headers.get("content-length", 0)) > http.MAX_BODY_BYTES
+                has_images = int(request.headers.get("content-length", 0)) > http.MAX_BODY_BYTES
                 try:
-                    async with large.place(identity(request, identities).tenant_id) if is_large else nullcontext():
+                    async with place_of_body(request, with_images if has_images else large):
                         # A request of its own: the server keeps the first one until the answer has ended, and would
                         # keep its body.
                         inner = Request(request.scope, request.receive)
@@ -97,8 +96,9 @@ def _check_body(body: bytes) -> None:
     check_json(body)
 
 
-def router(hub: Hub, agent: Agent, identities: Identities, refusals: Refusals) -> APIRouter:
-    route_class = _route_class(Shares(MAX_LARGE_BODIES), identities, refusals)
+def router(hub: Hub, agent: Agent, identities: Identities, refusals: Refusals, large: Shares) -> APIRouter:
+    """`large`: places for large bodies."""
+    route_class = _route_class(large, identities, refusals)
     routes = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=route_class)
 
     @routes.get("/models")

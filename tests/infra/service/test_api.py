@@ -31,6 +31,7 @@ from infra.security.crypto import Cipher
 from infra.service import maintenance, refusals
 from infra.service.api import (
     MAX_A_SECOND,
+    MAX_LARGE_BODIES,
     Admin,
     Operator,
     Paging,
@@ -47,8 +48,10 @@ from infra.service.maintenance import prune_answers
 from infra.service.service import Runtime
 from infra.web import http
 from infra.web.http import create_app
+from infra.web.json_text import LARGE_BYTES
 from tooling.testing import keys
 from tooling.testing.stack import Stack
+from tooling.testing.until import until
 
 KEY = "bWFkZSB1cCwgMzIgYnl0ZXMgb2Yga2V5IG1hdGVyaWE="
 
@@ -85,6 +88,7 @@ class Made:
     def __init__(self) -> None:
         self.count = 0
         self.fail = False
+        self.may_end = asyncio.Event()
 
 
 @pytest.fixture
@@ -107,6 +111,11 @@ async def client(desk: Database, made: Made, stack: Stack) -> AsyncIterator[http
             return 201, Thing(name=body.name, number=made.count)
 
         return await once(request, parts, who, work)
+
+    @router.post("/slow")
+    async def slow(body: dict[str, str], who: Writer) -> None:
+        made.count += 1
+        await made.may_end.wait()
 
     @router.get("/read")
     async def read(who: Reader) -> str:
@@ -211,6 +220,25 @@ async def test_a_tenant_with_many_keys_has_one_limit_and_others_have_theirs(
         "the operator finds who floods"
     )
     assert (await client.get("/view", headers=identity(""))).status_code == 200
+
+
+async def test_a_tenants_large_bodies_leave_places_to_others_and_small_ones_do_not_wait(
+    client: httpx.AsyncClient, made: Made
+) -> None:
+    large = b'{"name": "a"' + b" " * LARGE_BYTES + b"}"
+
+    async def post(tenant: str, body: bytes) -> int:
+        headers = {**identity(tenant), "content-type": "application/json"}
+        return (await client.post("/slow", headers=headers, content=body)).status_code
+
+    posted = [asyncio.create_task(post("t1", large)) for _ in range(MAX_LARGE_BODIES)]
+    await until(lambda: asyncio.sleep(0, made.count >= MAX_LARGE_BODIES // 2))
+    posted += [asyncio.create_task(post("t1", b"{}")), asyncio.create_task(post("t2", large))]
+    await until(lambda: asyncio.sleep(0, made.count >= MAX_LARGE_BODIES // 2 + 2))
+    assert made.count == MAX_LARGE_BODIES // 2 + 2
+    made.may_end.set()
+    assert {*await asyncio.gather(*posted)} == {200}
+    assert made.count == MAX_LARGE_BODIES + 2
 
 
 def test_requests_are_counted_by_tenant_and_second() -> None:

@@ -18,6 +18,7 @@ from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 from infra.clock import uuid7
+from infra.service.api import MAX_LARGE_BODIES
 from protos.messages.agent import ToolCall
 from tests.services.ws_gateway.openai.conftest import WAIT_SECONDS, Hearing, World
 
@@ -494,6 +495,29 @@ async def test_large_images_reach_the_agent_and_few_are_in_memory_at_once(world:
         for _ in asked[len(runs) :]:
             await (await world.run()).answers("A cat.")
         assert {answer.choices[0].message.content for answer in await asyncio.gather(*asked)} == {"A cat."}
+
+
+async def test_a_tenants_large_bodies_are_worked_on_few_at_a_time(world: World, model: str) -> None:
+    """Each costs as much time of the event loop as a hundred small ones: three hundred at once made the calls of other
+    tenants fail."""
+    long: Any = [{"role": "user", "content": "x" * 90_000}]
+    at_once = MAX_LARGE_BODIES // 2
+    async with world.client() as client:
+
+        def ask(messages: Any) -> asyncio.Task[Any]:
+            return asyncio.create_task(client.chat.completions.create(model=model, messages=messages))
+
+        world.agent.accepting.clear()
+        asked = [ask(long) for _ in range(at_once + 2)]
+        runs = [await world.run() for _ in range(at_once)]
+        asked.append(ask(HI))
+        runs.append(await world.run())
+        assert [len(run.asked.body["text"]) for run in runs] == [90_000] * at_once + [2]
+        world.agent.accepting.set()
+        runs += [await world.run() for _ in range(2)]
+        for run in runs:
+            await run.answers("Yes.")
+        assert {answer.choices[0].message.content for answer in await asyncio.gather(*asked)} == {"Yes."}
 
 
 async def test_who_may_not_gets_the_clients_own_errors(world: World, model: str, nobody: str) -> None:
