@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from asyncio import sleep
+from asyncio import get_running_loop, sleep
+from collections import Counter
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, suppress
 from itertools import pairwise
@@ -27,6 +28,8 @@ MAX_ERROR_BYTES = 64 * 1024
 MAX_EVENT_LINES = 1_000
 LINES_A_SECOND = 10_000
 """Of all answers of a tenant in a process: about 5,000 tokens, which take a quarter of a processor core."""
+LINES_A_TURN = 200
+"""Of all answers of a tenant in one turn of the event loop: about 100 tokens, which take some milliseconds."""
 MAX_CALLS = 200
 """Of one answer. Each call takes twenty times the memory of its piece of the stream."""
 MAX_FIELDS = 100
@@ -40,15 +43,17 @@ _BRACKETS = re.compile(r'["{}\[\]]|\\.?', re.DOTALL)
 
 
 class Pace:
-    """Bounds the lines of all answers of a tenant that this process reads. Each token costs CPU time on the event loop,
-    and a server of the tenant could send them without a pause."""
+    """Bounds the lines of all answers of a tenant that this process reads, by second and by turn of the event loop.
+    Each token costs CPU time there, and a server of the tenant could send them without a pause. The bound by second is
+    too much for a process that gets only a part of a processor core."""
 
     def __init__(self) -> None:
+        self._in_turn: Counter[str] = Counter()
         # Tenant → the time at which its lines until now would have come at the bound, the latest asker last.
         self._due: dict[str, float] = {}
 
     async def count(self, number: int) -> None:
-        """Waits if the tenant's lines have come more than a second too early."""
+        """Waits if the tenant's lines have come more than a second too early, or if it had its share of this turn."""
         whose, now = tenant.get(), monotonic()
         due = max(self._due.pop(whose, now), now) + number / LINES_A_SECOND
         self._due[whose] = due
@@ -56,6 +61,11 @@ class Pace:
             del self._due[first]
         if due > now + 1:
             await sleep(due - now - 1)
+        while self._in_turn[whose] >= LINES_A_TURN:  # noqa: ASYNC110 - a turn has no event
+            await sleep(0)
+        if not self._in_turn:
+            get_running_loop().call_soon(self._in_turn.clear)
+        self._in_turn[whose] += number
 
 
 _pace = Pace()
@@ -71,10 +81,12 @@ async def lines(stream: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
         size += len(first)
         check_size(size)
         if others:
-            await _pace.count(len(others))
-            yield b"".join(rest)
-            for line in others[:-1]:
-                yield line
+            ended = [b"".join(rest), *others[:-1]]
+            for start in range(0, len(ended), LINES_A_TURN):
+                part = ended[start : start + LINES_A_TURN]
+                await _pace.count(len(part))
+                for line in part:
+                    yield line
             rest, size = [others[-1]], len(others[-1])
     yield b"".join(rest)
 

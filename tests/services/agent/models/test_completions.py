@@ -32,7 +32,7 @@ from services.agent.models.contract import (
     Usage,
     UserTurn,
 )
-from services.agent.models.pieces import LINES_A_SECOND, MAX_CALLS, MAX_FIELDS, WholeEvents
+from services.agent.models.pieces import LINES_A_SECOND, LINES_A_TURN, MAX_CALLS, MAX_FIELDS, WholeEvents
 from services.agent.models.providers import Providers
 from services.agent.models.thoughts import HELD, Thoughts, without_thoughts
 from tooling.testing.model_server import KEY, ModelServer, Refuses, Says, Streams, model_server
@@ -613,8 +613,11 @@ async def test_a_tenants_answers_have_so_many_lines_a_second(monkeypatch: pytest
     """One tenant's servers, which sent without a pause, kept the process busy: no other tenant got an answer."""
     clock = [100.0]
 
+    wait = asyncio.sleep
+
     async def sleep(seconds: float) -> None:
         clock[0] += seconds
+        await wait(0)
 
     monkeypatch.setattr(pieces, "sleep", sleep)
     monkeypatch.setattr(pieces, "monotonic", lambda: clock[0])
@@ -637,6 +640,32 @@ async def test_a_tenants_answers_have_so_many_lines_a_second(monkeypatch: pytest
     assert await asyncio.create_task(read("hostile", LINES_A_SECOND)) == pytest.approx(1)
     clock[0] += 10
     assert await asyncio.create_task(read("hostile", LINES_A_SECOND)) == pytest.approx(0)
+
+
+async def test_a_tenants_answers_leave_each_turn_of_the_event_loop_to_others() -> None:
+    """In a process that had a tenth of a processor core, fifty endless answers kept each turn for seconds."""
+    shares.work_for("endless")
+    read = 0
+
+    async def answer() -> None:
+        nonlocal read
+
+        async def endless() -> AsyncIterator[bytes]:
+            while True:
+                yield b"data: 1\n\n" * 5 * LINES_A_TURN
+
+        async for _ in pieces.lines(endless()):
+            read += 1
+
+    answers = [asyncio.create_task(answer()) for _ in range(50)]
+    for _ in range(100):
+        before = read
+        await asyncio.sleep(0)
+        assert read - before <= 2 * LINES_A_TURN
+    assert read > 50 * LINES_A_TURN, "each turn has some"
+    for task in answers:
+        task.cancel()
+    await asyncio.gather(*answers, return_exceptions=True)
 
 
 class Sends(httpx2.AsyncBaseTransport, httpx2.AsyncByteStream):
