@@ -43,7 +43,7 @@ from infra.security.rewrap import KERNEL, SealedColumn
 from infra.security.sealed_letters import SealedLetters
 from infra.service import operations, tenant_erasure
 from infra.service.maintenance import Maintenance
-from infra.service.process import Running, freeze_loaded_modules, limit_stop, retry_start
+from infra.service.process import Running, collect_by_bytes, freeze_loaded_modules, limit_stop, retry_start
 from infra.service.redrive import Redriver
 from infra.service.settings import Settings, SettingsError
 from infra.service.threads import TenantThreads
@@ -175,6 +175,7 @@ class Service:
         stopping = asyncio.Event()
         loop = asyncio.get_running_loop()
         loop.set_default_executor(TenantThreads())
+        collect_by_bytes(loop)
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signum, stopping.set)
         async with AsyncExitStack() as stack:
