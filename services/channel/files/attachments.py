@@ -82,6 +82,10 @@ class FetchAttachments(msgspec.Struct, frozen=True):
     position: int
     parent_session_key: str = ""
     thread_run_id: UUID | None = None
+    in_album: bool = False
+    """As in `InboundContent`."""
+    has_waited: bool = False
+    """For the parts of its album that stood in the lane behind it. Its files are fetched already."""
 
 
 # One lane per conversation.
@@ -272,8 +276,29 @@ async def fetch_attachments(item: FetchAttachments, effects: Effects, tx: Tx, fe
         opened = key.open(outcome.result.sealed, str(item.event_id), f"attachment {n}")
         read.append(msgspec.json.decode(opened, type=_Read))
     read += [_Read(reason=f"only {MAX_ATTACHMENTS} are read")] * (len(content.attachments) - len(read))
+    if item.in_album and not item.has_waited and await _is_followed(tx, effects):
+        # Otherwise the agent would answer it before a slow file of the next part is fetched.
+        again = msgspec.structs.replace(item, has_waited=True)
+        tx.enqueue(FETCHES, lane=item.session_key, item=again, item_id=derived_id(item.event_id, "has waited"))
+        return
     images = tuple(result.image for result in read if result.image)
     publish(tx, item, fact, content, together(content, read), images)
+
+
+async def _is_followed(tx: Tx, effects: Effects) -> bool:
+    """The next item of the lane is a part of an album, too, whose files are not fetched yet."""
+    rows = await tx.sql(
+        """
+        SELECT body FROM lane_item
+        WHERE lane_id = $1 AND seq > $2 AND state = 'waiting'
+        ORDER BY seq
+        LIMIT 1
+        """,
+        effects.lease.lane_id,
+        effects.seq,
+    )
+    following = [msgspec.json.decode(body, type=FetchAttachments) for (body,) in rows]
+    return any(item.in_album and not item.has_waited for item in following)
 
 
 def folder_of(tenant_id: str, subject_id: str) -> str:

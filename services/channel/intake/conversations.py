@@ -245,7 +245,14 @@ def _record(tx: Tx, message: AcceptedMessage, key: DataKey, position: int) -> No
         message.approvers,
     )
     tx.append(CONVERSATION.stream(message.session_key), fact, event_id=event_id)
-    item = FetchAttachments(event_id, message.session_key, position, message.parent_session_key, message.thread_run_id)
+    item = FetchAttachments(
+        event_id,
+        message.session_key,
+        position,
+        message.parent_session_key,
+        message.thread_run_id,
+        message.content.in_album,
+    )
     if message.content.attachments:
         tx.enqueue(FETCHES, lane=message.session_key, item=item, item_id=event_id)
     else:

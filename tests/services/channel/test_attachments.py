@@ -38,7 +38,7 @@ from tests.services.channel.conftest import Desk
 from tooling.testing import keys
 from tooling.testing.platform import Platform
 from tooling.testing.vendors import LineStandIn, SlackStandIn, TelegramStandIn, answer, hold
-from tooling.testing.vendors.server import Call, Reply, StandIn
+from tooling.testing.vendors.server import Call, Fault, Reply, StandIn
 
 
 class Transcriber(StandIn):
@@ -570,3 +570,27 @@ async def test_an_image_reaches_the_agent_as_an_image(desk: Desk, telegram: Tele
     [image] = message["images"]
     assert image["content_type"] == "image/png"
     assert image["path"].startswith(message["subject_id"])
+
+
+async def test_the_parts_of_an_album_reach_the_agent_together_also_if_a_file_is_slow(
+    desk: Desk, telegram: TelegramStandIn
+) -> None:
+    channel = await connected(desk, telegram)
+    gates = [asyncio.Event() for _ in range(3)]
+    # The first call for each file, and the file itself.
+    telegram.faults.extend([hold(gates[0]), Fault(late=True), hold(gates[1]), Fault(late=True), hold(gates[2])])
+    for n in range(3):
+        telegram.files[f"p{n}"] = b"\x89PNG\r\n\x1a\n" + bytes(50)
+        await desk.call(channel, telegram.update(None, photo=[{"file_id": f"p{n}"}], media_group_id="13"))
+    for n, gate in enumerate(gates):
+
+        async def is_fetched(calls: int = 2 * n + 1) -> bool:
+            return telegram.calls == calls
+
+        await desk.platform.until(is_fetched)
+        assert await desk.received(channel) == []
+        gate.set()
+    messages = await arrived(desk, channel, 3)
+    assert sorted(one["position"] for one in messages) == [1, 2, 3]
+    assert all(len(one["images"]) == 1 for one in messages)
+    assert telegram.calls == 6
