@@ -75,7 +75,7 @@ def document(
         invoice, lines = as_credit(invoice, lines)
         terms = "It becomes prepaid credit."
     assert invoice.finalised_at
-    net = to_minor(invoice.subtotal_nanos, invoice.currency)
+    net = net_of(invoice)
     amounts = rounded(lines, net, invoice.currency)
     taxes = [_tax(invoice.tax_note if line.tax_note is None else line.tax_note) for line in lines]
 
@@ -183,6 +183,21 @@ def obstacle(invoice: Invoice, lines: Sequence[InvoiceLine]) -> str:
     if not lines:
         return "the invoice has no lines; EN 16931 wants one"
     return ""
+
+
+def net_of(invoice: Invoice) -> int:
+    """Returns the subtotal in minor units. The tax is the total minus this.
+
+    BR-S-09 wants each tax to be off by less than one unit of the currency. If that is the minor unit, as of JPY, the
+    subtotal is rounded up or down so that the tax is near its exact amount: 0.48 plus 19 % are 1 in total, and not 0
+    plus a tax of 1.
+    """
+    nearest, unit = to_minor(invoice.subtotal_nanos, invoice.currency), nanos_per_minor(invoice.currency)
+    if DIGITS[invoice.currency]:
+        return nearest
+    below, rest = divmod(invoice.subtotal_nanos, unit)
+    found = (nearest, below, below + (rest > 0))
+    return min(found, key=lambda net: abs((invoice.total_minor - net) * unit - invoice.tax_nanos))
 
 
 def rounded(lines: Sequence[InvoiceLine], net: int, currency: str) -> list[int]:

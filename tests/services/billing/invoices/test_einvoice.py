@@ -120,6 +120,9 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"tax_nanos": 0, "tax_note": "no tax: no rate is known for DE"}, "E", "0"),
     ({"tax_nanos": 0, "tax_note": "0 % DE"}, "Z", "0"),
     ({"currency": "JPY"}, "S", "19"),
+    # The total is rounded up, and the subtotal down.
+    ({"currency": "JPY", "lines": [line(475_607_079)]}, "S", "19"),
+    ({"currency": "JPY", "lines": [line(100_490_000_000)]}, "S", "19"),
     # Corrections above the charges, and all usage given back.
     ({"lines": [line(60 * UNIT, 1, 60 * UNIT), line(-70 * UNIT - 4_999_999, 3), line(-1, 0)]}, "S", "19"),
     (REVERSED | {"lines": [line(-UNIT, 3, None)]}, "AE", "0"),
