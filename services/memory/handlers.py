@@ -59,7 +59,7 @@ async def forget_message(event: RunMessageDeleted, tx: Tx, learning: Learning) -
     """The facts that were learned from the run are forgotten. Rules search the words that are left."""
     # The time of the deletion would make these facts newer than those that were said since.
     run = FinishedRun(event.run_id, event.subject_id, event.channel_id, None, time_of(event.run_id))
-    for memory_id in await learning.after_deletion(tx, run, event.said):
+    for memory_id in await learning.after_deletion(tx, run, event.message_id, event.said):
         enqueue_memory(tx, memory_id)
 
 

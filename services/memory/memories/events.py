@@ -97,6 +97,8 @@ class MemoryWithdrawn(msgspec.Struct, frozen=True, kw_only=True):
     """The message in which this run said the fact was deleted. The fact was said elsewhere, too."""
 
     run_id: UUID
+    importance: int | None = None
+    """Without this run; None in older events, which left it as it was."""
 
 
 class MemoryForgotten(msgspec.Struct, frozen=True, kw_only=True):
@@ -186,7 +188,9 @@ def evolve(state: State | None, event: Event) -> State | None:
         case MemoryParted():
             return msgspec.structs.replace(state, replaced_by=None)
         case MemoryWithdrawn():
-            return msgspec.structs.replace(state, uses=max(0, state.uses - 1))
+            return msgspec.structs.replace(
+                state, uses=max(0, state.uses - 1), importance=event.importance or state.importance
+            )
         case MemoryForgotten():
             return None
         case _:

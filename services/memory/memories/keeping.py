@@ -7,6 +7,7 @@ two processes hear at once is one memory, and a contradiction finds the fact tha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple, get_args
 from uuid import UUID
@@ -20,6 +21,8 @@ from infra.postgres.upcasting import EventTypes
 from infra.security.crypto import DataKey
 from infra.security.subjects import SubjectKeys
 from services.memory.memories.events import (
+    MAX_IMPORTANCE,
+    REINFORCEMENT,
     Event,
     MemoryArchived,
     MemoryChanged,
@@ -96,13 +99,27 @@ class _Known(NamedTuple):
     """The memory in force that was made of it and others; None: it is in force itself."""
 
 
-class _Said(NamedTuple):
+@dataclass
+class _Said:
     """The origins of a memory."""
 
     runs: set[UUID | None]
     """Those that have said it, without those whose message was deleted. None: a client wrote it."""
     digests: set[bytes]
     """Of its texts."""
+    given: int
+    """The importance with which it was learned, or that a client gave it later."""
+    counted: list[UUID | None]
+    """The runs that have said it since then. The first stands for `given`."""
+
+    @property
+    def importance(self) -> int:
+        return min(MAX_IMPORTANCE, self.given + REINFORCEMENT * (len(self.counted) - 1))
+
+    def withdraw(self, run_id: UUID) -> None:
+        self.runs.discard(run_id)
+        if run_id in self.counted:
+            self.counted.remove(run_id)
 
 
 class Keeping:
@@ -272,12 +289,14 @@ class Keeping:
                 await _mark_forgotten(tx, row_id, state)
                 await self._forget(tx, row_id, by)
 
-    async def withdraw(self, tx: Tx, subject_id: str, run_id: UUID, left: Sequence[str]) -> None:
+    async def withdraw(
+        self, tx: Tx, subject_id: str, run_id: UUID, message_id: UUID | None, left: Sequence[str]
+    ) -> None:
         """Forgets the facts that only a run with a deleted message has said. A fact that a forgotten one had replaced
         is in force again. From now on `is_withdrawn` is true of this run.
 
-        left: the facts in the other messages of the run. Their memories stay as they are, also if they were corrected.
-        Raises Erased.
+        left: the facts that rules find in the other messages of the run. Their memories stay as they are, also if they
+        were corrected. So does a corrected one that a model found in another message than `message_id`. Raises Erased.
         """
         await lock(tx, "user", subject_id)
         await mark_withdrawn(tx, run_id)
@@ -299,8 +318,13 @@ class Keeping:
             # It is gone if it was divided with another one.
             if state is None or stated & {state.digest, *said.digests}:
                 continue
+            # The person wrote the text. An uncorrected one may have words of all messages.
+            is_corrected = len(said.digests) > 1
+            if is_corrected and state.run_id == run_id and _is_of_other(state, message_id):
+                continue
             if said.runs != {run_id}:
-                await self._write(tx, id_, MemoryWithdrawn(run_id=run_id))
+                said.withdraw(run_id)
+                await self._write(tx, id_, MemoryWithdrawn(run_id=run_id, importance=said.importance))
                 continue
             await self._divide_whole_of(tx, id_, "")
             if state.parts:
@@ -458,14 +482,22 @@ async def _said(tx: Tx, ids: Sequence[UUID]) -> Mapping[UUID, _Said]:
         match MEMORY.events.decode(*stored):
             case MemoryLearned() as event:
                 # Of one that was forgotten and learned again, only the last beginning counts.
-                found[id_] = _Said({event.run_id}, {event.digest})
+                found[id_] = _Said({event.run_id}, {event.digest}, event.importance, [event.run_id])
             case MemoryChanged() as event:
                 found[id_].digests.add(event.digest)
+                if event.importance != found[id_].importance:
+                    found[id_].given, found[id_].counted = event.importance, [None]
             case MemoryRepeated() as event:
                 found[id_].runs.add(event.run_id)
+                found[id_].counted.append(event.run_id)
             case MemoryWithdrawn() as event:
-                found[id_].runs.discard(event.run_id)
+                found[id_].withdraw(event.run_id)
     return found
+
+
+def _is_of_other(state: State, message_id: UUID | None) -> bool:
+    """Whether a model found the memory in another message of its run. Rules do not know the message."""
+    return state.learned_by not in ("", RULES) and state.message_id not in (None, str(message_id))
 
 
 async def _is_in_force(tx: Tx, id_: UUID) -> bool:

@@ -72,12 +72,12 @@ class Learning:
             return []
         return await self._keep(tx, run, RULES, found, ())
 
-    async def after_deletion(self, tx: Tx, run: FinishedRun, said: str) -> list[UUID]:
+    async def after_deletion(self, tx: Tx, run: FinishedRun, message_id: UUID | None, said: str) -> list[UUID]:
         """Forgets the facts that were learned from a run with a deleted message, except those that rules find in the
         others. Keeps these, as `by_rules`."""
         found = _found(run, said)
         try:
-            await self._keeping.withdraw(tx, run.subject_id, run.id, [fact.text for fact in found])
+            await self._keeping.withdraw(tx, run.subject_id, run.id, message_id, [fact.text for fact in found])
         except Erased:
             return []
         return await self._keep(tx, run, RULES, found, ())

@@ -88,10 +88,11 @@ class Person:
             target = id_ if act == "archive" else memory._replace(**changed)
             await getattr(self._keeping, act)(tx, target, "client", *arguments)
 
-    async def deletes(self, run_id: UUID, left: str = "") -> list[UUID]:
+    async def deletes(self, run_id: UUID, left: str = "", message_id: UUID | None = None) -> list[UUID]:
         """Deletes a message of the run; these words are left."""
+        run = FinishedRun(run_id, self.id, None, None, BEGAN)
         async with self._database.begin(tenant_id=TENANT) as tx:
-            return await self._learning.after_deletion(tx, FinishedRun(run_id, self.id, None, None, BEGAN), left)
+            return await self._learning.after_deletion(tx, run, message_id, left)
 
     async def memories(self) -> list[Memory]:
         async with self._database.begin(tenant_id=TENANT) as tx:
@@ -202,6 +203,40 @@ async def test_a_fact_is_forgotten_with_the_last_message_that_said_it(database: 
         assert [memory.uses for memory in await person.memories() if "tea" in memory.text] == [uses]
     await person.deletes(third, "I live in Oslo.")
     assert await person.in_force() == {"I live in Oslo."}
+    assert (await verified(database)).different == 0
+
+
+async def test_a_corrected_fact_of_a_model_is_forgotten_only_with_its_own_message(
+    database: Database, person: Person
+) -> None:
+    run, first, second = uuid7(), uuid7(), uuid7()
+    home = await person.says("Lives at the harbour.", run_id=run, message_id=str(first))
+    await person.says("Owns a boat.", run_id=run, message_id=str(first))
+    await person.does("change", home, text="Has a flat at the harbour.")
+    await person.deletes(run, "My home? At the harbour, with my boat.", message_id=second)
+    assert await person.in_force() == {"Has a flat at the harbour."}
+    await person.deletes(run, message_id=first)
+    assert await person.in_force() == set()
+    assert (await verified(database)).different == 0
+
+
+async def test_the_importance_follows_the_messages_that_still_say_the_fact(database: Database, person: Person) -> None:
+    async def importance() -> int:
+        [memory] = await person.memories()
+        return memory.importance
+
+    # Rules give a taste the importance 5.
+    runs = await person.tells(*["I like tea."] * 8)
+    assert await importance() == 10
+    for run, expected in zip(runs[:5], (10, 10, 9, 8, 7), strict=True):
+        await person.deletes(run)
+        assert await importance() == expected
+    [tea] = await person.memories()
+    await person.does("change", tea.id, importance=3)
+    [later] = await person.tells("I like tea.")
+    for run, expected in ((runs[5], 4), (later, 3)):
+        await person.deletes(run)
+        assert await importance() == expected
     assert (await verified(database)).different == 0
 
 
