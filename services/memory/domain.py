@@ -35,13 +35,22 @@ MAX_HEADING = 200
 _CODE = re.compile(r"[a-z0-9]+(?:[-_.][a-z0-9]+)*")
 # A block of code begins and ends with such a line; in an item of a list it is indented.
 _FENCE = re.compile(r"[ \t]*(`{3,}(?![^`]*`)|~{3,})")
+# Signs that a reader does not see: soft hyphens, spaces without width, and marks of the direction of writing.
+_UNSEEN = (0xAD, 0x61C, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), 0x2060, *range(0x2066, 0x206A), 0xFEFF)
 # Letters, digits and signs of codes in full width, as Chinese and Japanese keyboards write them, the hyphens of Word,
 # the radicals that stand for characters in the text of many PDFs, and Japanese letters of half the width: the usual
-# ones.
+# ones. So are fi as one sign, letters of equations, and Arabic letters as they are beside others.
 _UNUSUAL = (
-    {ord(sign) + 0xFEE0: sign for sign in f"{string.ascii_letters}{string.digits}-._"}
+    dict.fromkeys(_UNSEEN, "")
+    | {ord(sign) + 0xFEE0: sign for sign in f"{string.ascii_letters}{string.digits}-._"}
     | {0x2010: "-", 0x2011: "-"}
-    | {code: unicodedata.normalize("NFKC", chr(code)) for code in (*range(0x2F00, 0x2FD6), *range(0xFF61, 0xFFA0))}
+    | {
+        code: unicodedata.normalize("NFKC", chr(code))
+        for code in (
+            *(*range(0x2F00, 0x2FD6), *range(0xFF61, 0xFFA0), *range(0xFB00, 0xFB07)),
+            *(*range(0xFB50, 0xFBB2), *range(0xFE80, 0xFEFD), *range(0x1D400, 0x1D800)),
+        )
+    }
 )
 
 DAMAGED = "Some characters of the text are damaged, so they are not read."
@@ -347,9 +356,11 @@ def embedded_text(text: str, section: str | None) -> str:
 
 
 def codes(text: str) -> list[str]:
-    """Identifiers with digits: ``e04``, ``7710``, ``nl2-230``. Plain numbers of one or two digits are too common to
-    identify anything."""
+    """Identifiers with digits: ``e04``, ``7710``, ``nl2-230`` and also ``nl2230``.
+
+    Plain numbers of one or two digits are too common to identify anything."""
     found = {code for code in _CODE.findall(text.lower()) if any(letter.isdigit() for letter in code)}
+    found |= {code.replace("-", "").replace("_", "") for code in found}
     return sorted(code for code in found if not code.isdigit() or len(code) > 2)
 
 

@@ -37,7 +37,7 @@ READABLE = """
         AND ($3::text[] IS NULL OR d.tags @> $3)
         AND ($4::timestamptz IS NULL OR d.created_at >= $4)
 """
-# Of so many documents the index is told the ids. With more, it is asked for more hits instead.
+# Of so many documents the index is given the ids. With more, it is asked for more hits instead.
 MAX_OWNERS = 1000
 
 
@@ -92,7 +92,8 @@ async def owners(tx: Tx, scope: Scope) -> Owners:
             list(scope.names),
             MAX_OWNERS + 1,
         )
-        return Owners(without=tuple(id_ for (id_,) in rows) if len(rows) <= MAX_OWNERS else ())
+        if len(rows) <= MAX_OWNERS:
+            return Owners(without=tuple(id_ for (id_,) in rows))
     rows = await tx.sql(
         f"SELECT coalesce(d.index_owner, d.id) FROM document d WHERE {READABLE} AND d.tenant_id = $5 LIMIT $6",
         *scope.parameters,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-import unicodedata
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -53,12 +52,6 @@ _ARCHIVES = (types.DOCX, types.XLSX, types.PPTX, types.EPUB)
 # Programs of Visual Basic, and sheets with those of Excel 4.
 _MACROS = re.compile(r"/(?:vbaProject\.bin$|macrosheets/)")
 _NOT_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
-# Signs that a reader does not see, and forms of letters that no query has: fi as one sign, letters of equations, and
-# Arabic letters as they are beside others.
-_PLAIN = dict.fromkeys((0xAD, 0x200B, 0x2060, 0xFEFF)) | {
-    code: unicodedata.normalize("NFKC", chr(code))
-    for code in (*range(0xFB00, 0xFB07), *range(0xFB50, 0xFBB2), *range(0xFE80, 0xFEFD), *range(0x1D400, 0x1D800))
-}
 _SPACES = re.compile(r"(?<=\S)[^\S\n]{9,}")
 # Before a line. Code is indented far, and no text that far.
 MAX_INDENT = 100
@@ -203,7 +196,7 @@ def _titled(text: str) -> str:
 
 def _clean(text: str) -> str:
     text = data_urls.named(text)
-    text = _NOT_TEXT.sub(" ", folded(text.translate(_PLAIN)).replace("\r\n", "\n").replace("\r", "\n"))
+    text = _NOT_TEXT.sub(" ", folded(text).replace("\r\n", "\n").replace("\r", "\n"))
     text = _INDENT.sub(" " * MAX_INDENT, _SPACES.sub(" " * 8, text))
     return _EMPTY_LINES.sub("\n\n", text)
 

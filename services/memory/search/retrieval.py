@@ -221,7 +221,7 @@ class Retrieval:
         unavailable, and NoCredit, but not in the mode hybrid: its answer is degraded then.
         """
         began = time.monotonic()
-        query = query._replace(text=folded(query.text))
+        query = query._replace(text=ends(folded(query.text), MAX_QUERY_TOKENS))
         model = await self._active()
         limit = DEFAULT_LIMIT if query.limit is None else query.limit
         found = await self._find(model, caller, query, limit, seconds)
@@ -295,7 +295,7 @@ class Retrieval:
         if DOCUMENT not in types:
             return _ByWords()
         wanted = codes(query.text) if query.mode == HYBRID else []
-        text = ends(query.text, MAX_QUERY_TOKENS).replace("\0", " ")
+        text = query.text.replace("\0", " ")
         return await self._words.ask(_Words(tenant_id, scope, query.mode, 2 * limit + 10, model), (text, wanted))
 
     async def _find_words(self, key: _Words, asked: Sequence[tuple[str, Sequence[str]]]) -> list[_ByWords]:

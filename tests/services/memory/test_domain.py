@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from services.memory.domain import MAX_TOKENS, Block, Chunk, chunk, codes, count_tokens, ends, fuse, sections
+from services.memory.domain import MAX_TOKENS, Block, Chunk, chunk, codes, count_tokens, ends, folded, fuse, sections
 from tests.services.memory import files
 
 WORDS = st.sampled_from(
@@ -143,12 +143,24 @@ def test_of_a_long_text_both_ends_are_kept() -> None:
     assert ends("short", 480) == "short"
 
 
+def test_signs_that_nobody_sees_are_in_no_passage_and_no_query() -> None:
+    assert folded("\ufeffE\u200b04 \u200e\u05de\u200f\u202b\u05d4\u202c main\u00adtenance \u2066x\u2069") == (
+        "E04 \u05de\u05d4 maintenance x"
+    )
+    assert folded("e\ufb03cient Ｅ０４ NL2\u2011230 ｶﾞ \ufe8d") == "efficient E04 NL2-230 ガ \u0627"
+    # These change a word, or a sign.
+    assert folded("\u0645\u06cc\u200c\u062e \U0001f468\u200d\U0001f469") == (
+        "\u0645\u06cc\u200c\u062e \U0001f468\u200d\U0001f469"
+    )
+
+
 def test_codes_are_what_has_digits_and_means_one_thing() -> None:
     assert codes("Error E04 of the NL2-230, 30 months, order no. 7710, 错误E06，v2.4.1") == [
         "7710",
         "e04",
         "e06",
         "nl2-230",
+        "nl2230",
         "v2.4.1",
     ]
     assert codes("How long is the warranty in 12 countries?") == []

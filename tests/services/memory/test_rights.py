@@ -11,18 +11,25 @@ from uuid import UUID
 import httpx
 import pytest
 
+from infra.clock import uuid7
 from infra.postgres.database import Database
 from infra.postgres.db import create_engine
 from infra.postgres.schema import role_url
 from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
+from infra.stores.objects import Stored
+from services.memory import readable
+from services.memory.domain import Block, chunk
 from services.memory.indexes.embeddings import LocalEmbedder
 from services.memory.indexes.engines import Engines
-from services.memory.indexes.index import Hit
+from services.memory.indexes.index import Hit, VectorRow
 from services.memory.indexes.milvus import MilvusIndex
+from services.memory.indexes.pgvector import PgvectorIndex
+from services.memory.knowledge import documents, passages
 from services.memory.memories.conversations import Conversations
 from services.memory.memories.store import Memories
 from services.memory.rights import EVERY, Filters, Owners, ReaderNames, of_agent
+from services.memory.search import retrieval
 from services.memory.search.retrieval import Query, Retrieval
 from tests.services.memory.conftest import CREDIT, Client, Vectors
 from tooling.testing.platform import PASSWORDS, Platform
@@ -158,6 +165,41 @@ async def test_the_read_in_postgresql_enforces_the_audience_whatever_the_index_f
     answer = await retrievals[kind].search(of_agent(TENANT, "a1"), narrowed)
     assert [item.passage.text for item in answer.items] == [text("agent")]
     assert (await retrievals[kind].search(of_agent(TENANT, "a2"), narrowed)).items == []
+
+
+async def test_a_reader_of_few_documents_finds_them_behind_many_of_others(
+    memory: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More documents of others than the index can be given, all of them nearer to the query."""
+    monkeypatch.setattr(readable, "MAX_OWNERS", 3)
+    monkeypatch.setattr(retrieval, "MAX_HITS", 30)
+    tenant, database, embedder = "tenant-with-many-readers", memory.database("memory"), LocalEmbedder()
+    index = PgvectorIndex(database, embedder.key)
+    texts = {f"member:m{n}": [QUESTION] * 10 for n in range(5)} | {"group:few": ["The vault is blue."]}
+    for reader, said in texts.items():
+        id_, stored = uuid7(), Stored(path="path", size=1, sha256="0", content_type="text/plain")
+        vectors = (await embedder.passages(said)).vectors
+        async with database.begin(tenant_id=tenant) as tx:
+            await documents.add(tx, id_, reader, stored, audience=[reader])
+            await passages.add(tx, id_, 0, list(chunk(Block(text, str(n)) for n, text in enumerate(said))))
+            ids = [row[0] for row in await tx.sql("SELECT id FROM passage WHERE document_id = $1 ORDER BY n", id_)]
+            await documents.advance(tx, id_, "indexed", 1.0)
+
+        async def rows(ids: list[UUID] = ids, vectors: Any = vectors) -> AsyncIterator[list[VectorRow]]:
+            yield [VectorRow(passage_id, vector.tolist()) for passage_id, vector in zip(ids, vectors, strict=True)]
+
+        await index.replace(tenant, id_, "document", rows())
+    found = Retrieval(
+        database,
+        database,
+        AsyncMock(return_value=embedder),
+        Engines(database, lambda *_: index),
+        Mock(),
+        Mock(),
+        CREDIT,
+    )
+    answer = await found.search(ReaderNames(tenant, ("group:few",)), Query(QUESTION, mode="dense", limit=1))
+    assert [item.passage.text for item in answer.items] == ["The vault is blue."]
 
 
 async def test_filters_narrow_a_search(client: Client, vaults: dict[str, str], memory: Platform) -> None:

@@ -117,6 +117,49 @@ async def test_words_of_scripts_without_spaces_are_found(memory_database: Databa
         assert await found(memory_database, "scripts", query) == [text]
 
 
+async def test_words_are_found_without_their_accents_points_and_prefixes(memory_database: Database) -> None:
+    texts = {
+        "malmö": "The depot in Malmö opens at six.",
+        "malmo": "Per Malmo keeps the key.",
+        "élèves": "L’équipe offre un café pour les élèves de la ville.",
+        "łódź": "Hasło jest u kierownika w Łodzi.",
+        "εγγύηση": "Η εγγύηση διαρκεί τριάντα μήνες.",
+        "אחריות": "האחריות למקרר היא שלושים חודשים.",
+        "خزانة": "مُدِيرُ المَصْنَعِ يَحْفَظُ المِفْتَاحَ.",
+        "वारंटी": "फ्रिज की वारंटी तीस महीने है।",
+    }
+    await add(memory_database, "accents", [Block(text, str(n)) for n, text in enumerate(texts.values())])
+    for query, name in (
+        ("eleves", "élèves"),
+        ("lodzi haslo", "łódź"),
+        ("ΕΓΓΥΗΣΗ", "εγγύηση"),
+        ("εγγυηση", "εγγύηση"),
+        ("אחריות", "אחריות"),
+        ("המקרר", "אחריות"),
+        ("אַחֲרָיוּת", "אחריות"),
+        ("مدير المصنع", "خزانة"),
+        ("مفتاح", "خزانة"),
+        ("वारंटी", "वारंटी"),
+    ):
+        assert await found(memory_database, "accents", query) == [texts[name]], query
+    # The word as it is written comes first.
+    assert await found(memory_database, "accents", "Malmö") == [texts["malmö"], texts["malmo"]]
+    assert set(await found(memory_database, "accents", "malmo")) == {texts["malmö"], texts["malmo"]}
+
+
+async def test_a_word_is_found_that_a_sign_joins_to_another(memory_database: Database) -> None:
+    text = "Replace the pump/valve if it leaks.The log is C:/var/log/crane.txt, its owner klage.ops@norrland.example."
+    await add(memory_database, "joined", [Block(text), Block("A part of 12.5 kg.", "other")])
+    for query in ("valve", "pump/valve", "leaking", "crane.txt", "/var/log", "norrland", "owner@norrland"):
+        assert await found(memory_database, "joined", query) == [text], query
+    part = "Part XK-4711 of the years 2010-2020."
+    await add(memory_database, "joined", [Block(part)])
+    for query in ("4711", "XK-4711", "2020", "2010-2020"):
+        assert await found(memory_database, "joined", query) == [part], query
+    # A number is one word.
+    assert await found(memory_database, "joined", "12 5") == []
+
+
 async def test_documents_of_other_readers_do_not_change_a_rank(memory_database: Database) -> None:
     await add(memory_database, "readers", [Block("A gasket."), Block("A kettle.")])
 
