@@ -83,7 +83,7 @@ async def fill_index(item: FillWork, effects: Effects, tx: Tx, indexing: Indexin
     if model is None:
         return
     try:
-        await indexing.fill(item.document_id, model, effects)
+        await indexing.fill(item.document_id, item.owner, model, effects)
     except NotYet:
         raise
     except (Transient, EffectFailed) as error:
@@ -107,7 +107,7 @@ async def work_on_document(
                 work = DocumentWork(document_id, "remove_version", path, owner)
                 tx.enqueue(DOCUMENTS, lane=str(document_id), item=work)
         case "fill":
-            enqueue_fill(tx, item.document_id, (await models.active()).key)
+            enqueue_fill(tx, item.document_id, (await models.active()).key, None)
         case "remove":
             await indexing.remove(item.document_id, effects, tx)
         case "remove_version":

@@ -29,6 +29,8 @@ class FillWork(msgspec.Struct, frozen=True):
     document_id: UUID
     model: str
     """The key of its vectors."""
+    owner: UUID | None = None
+    """Of the rows of the version that was the newest at that time."""
 
 
 class UtteranceWork(msgspec.Struct, frozen=True):
@@ -55,8 +57,8 @@ def enqueue_document(tx: Tx, document_id: UUID, act: Literal["index", "remove"])
     tx.enqueue(DOCUMENTS, lane=str(document_id), item=DocumentWork(document_id, act))
 
 
-def enqueue_fill(tx: Tx, document_id: UUID, model: str) -> None:
-    tx.enqueue(FILLS, lane=f"{model} {document_id}", item=FillWork(document_id, model))
+def enqueue_fill(tx: Tx, document_id: UUID, model: str, owner: UUID | None) -> None:
+    tx.enqueue(FILLS, lane=f"{model} {document_id}", item=FillWork(document_id, model, owner))
 
 
 def enqueue_memory(tx: Tx, memory_id: UUID) -> None:

@@ -46,6 +46,7 @@ async def measure(place: Fixture, progress: Callable[[int, int], None], pairs: i
         vectors = [(await embedder.queries([query]))[0].vectors[0].tolist() for query in QUERIES]
         memory = memory_pb2_grpc.MemoryStub(platform.channels("agent").to(platform.grpc("memory"), "memory"))
         direct = AsyncMilvusClient(place.stack.engines["milvus"]["url"])
+        database = platform.database("memory")
         [collection] = [name for name in await direct.list_collections() if name.startswith(_plain(platform.prefix))]
 
         async def retrieve(n: int) -> None:
@@ -76,9 +77,13 @@ async def measure(place: Fixture, progress: Callable[[int, int], None], pairs: i
 
             for engine in ("milvus", "pgvector"):
                 if engine == "pgvector":
-                    database = platform.database("memory")
-                    index = PgvectorIndex(database, embedder.key)
-                    await migrate(database, engine, index, alone=False, progress=lambda done, total: None)
+                    await migrate(
+                        database,
+                        engine,
+                        lambda _, model: PgvectorIndex(database, model),
+                        alone=False,
+                        progress=lambda done, total: None,
+                    )
                 for n in range(len(QUERIES)):
                     await retrieve(n)
                 for callers in CALLERS:

@@ -11,14 +11,12 @@ import typer
 from rich.console import Console
 
 from infra.errors import NotFound
-from infra.postgres.database import Database
 from services.memory.indexes.filling import refill
 from services.memory.indexes.index import VectorIndex
 from services.memory.indexes.migration import Migrated, build_again
 from services.memory.indexes.migration import migrate as move
 from services.memory.indexes.milvus import MilvusIndex
 from services.memory.indexes.model_change import ModelState, states
-from services.memory.indexes.models import active_key
 from services.memory.indexes.pgvector import PgvectorIndex
 from tooling.cli.output import Json, Progress, print_json, printable
 from tooling.stack import operator
@@ -34,7 +32,7 @@ Engine = Literal["milvus", "pgvector"]
 def migrate(
     to: Annotated[Engine, typer.Option("--to", help="The engine that answers searches afterwards.")],
     alone: Annotated[
-        bool, typer.Option(help="Fill only this engine afterwards; going back then takes longer.")
+        bool, typer.Option(help="Fill only this engine afterwards and empty the other one; going back takes longer.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -64,7 +62,13 @@ async def _migrate(
     database_url: str, milvus_url: str, to: Engine, alone: bool, progress: Callable[[int, int], None]
 ) -> Migrated:
     async with operator.database(database_url, "memory") as database:
-        return await move(database, to, await index(database, milvus_url, to), alone=alone, progress=progress)
+
+        def make(engine: str, model: str) -> VectorIndex:
+            if engine == "pgvector":
+                return PgvectorIndex(database, model)
+            return MilvusIndex(milvus_url, "", model, lambda name: refill(database, name))
+
+        return await move(database, to, make, alone=alone, progress=progress)
 
 
 @app.command()
@@ -114,12 +118,3 @@ def status(as_json: Json = False) -> None:
 async def _status(database_url: str) -> list[ModelState]:
     async with operator.database(database_url, "memory") as database, database.begin() as tx:
         return await states(tx)
-
-
-async def index(database: Database, milvus_url: str, engine: Engine) -> VectorIndex:
-    """The index of the embedding model with which searches work."""
-    async with database.begin() as tx:
-        model = await active_key(tx)
-    if engine == "pgvector":
-        return PgvectorIndex(database, model)
-    return MilvusIndex(milvus_url, "", model, lambda name: refill(database, name))

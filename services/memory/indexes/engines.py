@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
 from uuid import UUID
 
+from infra.errors import Transient
 from infra.postgres.database import Database
 from infra.postgres.tx import Tx
 from services.memory.indexes.embeddings import LOCAL
@@ -20,6 +21,8 @@ from services.memory.rights import EVERY, Owners
 ENGINES = ("milvus", "pgvector")
 # A process learns of a change within this time.
 CACHE_SECONDS = 1.0
+# An engine that has not answered a write gets no other one for this time: each would delay those of the other engine.
+PAUSE_SECONDS = 5.0
 
 Batches = Callable[[], AsyncIterator[Sequence[VectorRow]]]
 
@@ -40,6 +43,15 @@ async def choose(tx: Tx, new: Choice) -> None:
     await tx.sql("UPDATE index_engine SET reading = $1, filling = $2", new.reading, list(new.filling))
 
 
+class Filled(NamedTuple):
+    names: list[str]
+    """The indexes that have all rows."""
+    is_found: bool
+    """The one in which searches look is among them."""
+    error: Transient | None
+    """Of an index that did not take the rows."""
+
+
 def names(filling: Iterable[str], model: str) -> list[str]:
     """The names of the indexes that must have every text."""
     return [f"{engine}/{model}" for engine in filling]
@@ -52,6 +64,7 @@ class Engines:
         self._database = database
         self._index = cache(make)
         self._known: tuple[float, Choice] | None = None
+        self._paused_until: dict[str, float] = {}
 
     async def _choice(self) -> Choice:
         if self._known is None or time.monotonic() - self._known[0] > CACHE_SECONDS:
@@ -78,19 +91,41 @@ class Engines:
         index = self._index((await self._choice()).reading, model)
         return await index.search(vector, tenant_id, scope, limit, owners)
 
-    async def replace(self, model: str, tenant_id: str, owner_id: UUID, scope: str, batches: Batches) -> list[str]:
-        """Replaces the owner's rows in all engines that are filled. Returns the names of their indexes."""
-        indexes = await self.filled(model)
-        for index in indexes:
-            await index.replace(tenant_id, owner_id, scope, batches())
-        return [index.name for index in indexes]
+    async def replace(self, model: str, tenant_id: str, owner_id: UUID, scope: str, batches: Batches) -> Filled:
+        """Replaces the owner's rows in all engines that are filled. One that does not answer keeps the rows from no
+        other."""
+        reading = await self.name(model)
+        names, error = await self._write(model, lambda index: index.replace(tenant_id, owner_id, scope, batches()))
+        return Filled(names, reading in names, error)
 
     async def remove(self, tenant_id: str, owner_id: UUID) -> None:
-        """Removes the owner's rows of all models."""
-        for index in await self.filled(LOCAL.name):
-            await index.remove(tenant_id, owner_id)
+        """Removes the owner's rows of all models. Raises Transient if an engine does not answer."""
+        _, error = await self._write(LOCAL.name, lambda index: index.remove(tenant_id, owner_id))
+        if error:
+            raise error
 
     async def remove_tenant(self, tenant_id: str) -> None:
-        """Removes the tenant's rows of all models."""
-        for index in await self.filled(LOCAL.name):
-            await index.remove_tenant(tenant_id)
+        """Removes the tenant's rows of all models. Raises Transient if an engine does not answer."""
+        _, error = await self._write(LOCAL.name, lambda index: index.remove_tenant(tenant_id))
+        if error:
+            raise error
+
+    async def _write(
+        self, model: str, write: Callable[[VectorIndex], Awaitable[None]]
+    ) -> tuple[list[str], Transient | None]:
+        """Writes to all engines that are filled. Returns the names of the indexes that have answered, and the error of
+        one that has not."""
+        answered: list[str] = []
+        error: Transient | None = None
+        for index in await self.filled(model):
+            if time.monotonic() < self._paused_until.get(index.name, 0.0):
+                error = Transient(f"{index.name} has not answered the write before")
+                continue
+            try:
+                await write(index)
+            except Transient as failure:
+                self._paused_until[index.name] = time.monotonic() + PAUSE_SECONDS
+                error = failure
+            else:
+                answered.append(index.name)
+        return answered, error

@@ -119,7 +119,7 @@ async def _fill(tx: Tx, tenant_id: str, model: str, names: Sequence[str]) -> Non
 
     documents = await tx.sql(
         f"""
-        SELECT id
+        SELECT id, coalesce(index_owner, id)
         FROM {_DOCUMENTS} AND tenant_id = $3 AND {_MISSING} AND {idle("fills", "$2 || ' ' || id::text")}
         ORDER BY id
         """,
@@ -127,8 +127,8 @@ async def _fill(tx: Tx, tenant_id: str, model: str, names: Sequence[str]) -> Non
         model,
         tenant_id,
     )
-    for (document_id,) in documents:
-        enqueue_fill(tx, document_id, model)
+    for document_id, owner in documents:
+        enqueue_fill(tx, document_id, model, owner)
     replies = await tx.sql(
         f"""
         SELECT run_id

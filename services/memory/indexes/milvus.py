@@ -166,6 +166,12 @@ class MilvusIndex:
                 if not await client.has_collection(name, timeout=TIMEOUT_SECONDS):
                     await self._refill(self.name)
                     await self._make(client, name, dimension)
+                if not await client.list_indexes(name, timeout=TIMEOUT_SECONDS):
+                    # New, or Milvus or a process went away after it had made the collection.
+                    params = MilvusClient.prepare_index_params()
+                    build = {"M": 16, "efConstruction": 64}
+                    params.add_index("vector", index_type="HNSW", metric_type="COSINE", params=build)
+                    await client.create_index(name, params, timeout=OPEN_SECONDS)
                 await client.load_collection(name, timeout=OPEN_SECONDS)
                 self._open.add(name)
         return name
@@ -179,13 +185,10 @@ class MilvusIndex:
         schema.add_field("scope", DataType.VARCHAR, max_length=1024)
         schema.add_field("owner_id", DataType.VARCHAR, max_length=36)
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dimension)
-        params = MilvusClient.prepare_index_params()
-        params.add_index("vector", index_type="HNSW", metric_type="COSINE", params={"M": 16, "efConstruction": 64})
         # If another process has created it by now, Milvus accepts the same collection again.
         await client.create_collection(
             name,
             schema=schema,
-            index_params=params,
             num_partitions=PARTITIONS,
             consistency_level="Bounded",
             timeout=OPEN_SECONDS,

@@ -211,6 +211,12 @@ async def active_key(tx: Tx, *, lock: bool = False) -> str:
     return str(rows[0][0]) if rows else LOCAL.name
 
 
+async def all_keys(tx: Tx) -> list[str]:
+    """For operators: the names of the vectors of all models, also of those that are being deleted."""
+    rows = await tx.sql("SELECT key FROM embedding_model ORDER BY key")
+    return [key for (key,) in rows] or [LOCAL.name]
+
+
 async def error_of(tx: Tx, key: str) -> str | None:
     """The last error of the target, if it has not worked since."""
     rows = await tx.sql("SELECT error FROM embedding_model WHERE key = $1", key)

@@ -26,7 +26,7 @@ from infra.stores.objects import Objects
 from services.memory.domain import count_tokens, embedded_text
 from services.memory.files.parser import DocumentRefused, Findings, parsed
 from services.memory.indexes.embeddings import BATCH, Embedder
-from services.memory.indexes.engines import Engines
+from services.memory.indexes.engines import Engines, Filled
 from services.memory.indexes.index import INSERT_ROWS, VectorRow
 from services.memory.indexes.models import EmbeddingModels
 from services.memory.indexes.vectors import store
@@ -34,6 +34,7 @@ from services.memory.knowledge import documents, passages, versions
 from services.memory.knowledge.documents import IndexedVersion
 from services.memory.knowledge.passages import StoredPassage
 from services.memory.knowledge.versions import OldVersion
+from services.memory.lanes import enqueue_fill
 from services.memory.metering.credit import Credit
 from services.memory.metering.usage import record_document, record_usage
 
@@ -69,7 +70,7 @@ class Indexing:
         version then, which is left to `remove_version`.
         """
         try:
-            document, model = await self._index_stages(id_, effects)
+            document, model, is_everywhere = await self._index_stages(id_, effects)
         except DocumentRefused as error:
             await self._credit.release_document(_tenant(tx), id_)
             await documents.advance(tx, id_, "failed", 1.0, str(error))
@@ -83,6 +84,8 @@ class Indexing:
             raise
         else:
             await self._models.hold(tx, model.key)
+            if not is_everywhere:
+                enqueue_fill(tx, document.replaces or id_, model.key, document.owner)
             if document.replaces:
                 old = await versions.switch(tx, id_, document.replaces)
                 if old is None:
@@ -93,14 +96,15 @@ class Indexing:
                 record_document(tx, id_, document.origin)
         return None
 
-    async def _index_stages(self, id_: UUID, effects: Effects) -> tuple[IndexedVersion, Embedder]:
-        """Returns the document, and the model by which searches find it."""
+    async def _index_stages(self, id_: UUID, effects: Effects) -> tuple[IndexedVersion, Embedder, bool]:
+        """Returns the document, the model by which searches find it, and whether all engines have it that get every
+        document: searches need only one of them."""
         active = await self._models.active()
         async with effects.begin() as tx:
             tenant_id = _tenant(tx)
             document = await documents.version(tx, id_)
         if document.status == "indexed":
-            return document, active
+            return document, active, True
         try:
             await self._credit.hold_document(tenant_id, id_, document.origin)
         except NoCredit as error:
@@ -117,23 +121,38 @@ class Indexing:
 
         async def by_target(target: Embedder) -> None:
             await self._embed(document, target, effects, again=True)
-            await self._fill_index(document, target, effects)
+            filled = await self._fill_index(document, target, effects)
+            if filled.error:
+                raise filled.error
 
         await self._models.by_target(by_target)
-        await self._fill_index(document, active, effects)
+        filled = await self._fill_index(document, active, effects)
+        if filled.error and not filled.is_found:
+            raise filled.error
         failpoint("after_index")
-        return document, active
+        return document, active, filled.error is None
 
-    async def fill(self, id_: UUID, model: Embedder, effects: Effects) -> None:
+    async def fill(self, id_: UUID, owner: UUID | None, model: Embedder, effects: Effects) -> None:
         """Embeds an indexed document by the model if it was not, and puts it into the model's index. Searches find it
-        by its words, and by the active model, all the time."""
+        by its words, and by the active model, all the time.
+
+        owner: of the rows of the version that was to be put there."""
+        found: UUID | None = None
+        async with effects.begin() as tx:
+            tenant_id = _tenant(tx)
         try:
             async with effects.begin() as tx:
                 document = await documents.version(tx, id_)
+            found = document.owner
             await self._embed(document, model, effects, again=True)
-            await self._fill_index(document, model, effects)
+            filled = await self._fill_index(document, model, effects)
+            if filled.error:
+                raise filled.error
         except (_Deleted, NotFound):
             _log.info("document was deleted before it was put into the index", document_id=str(id_))
+        if owner and owner != found:
+            # The process of an earlier attempt may have died after it had put the rows there, behind their removal.
+            await self._index.remove(tenant_id, owner)
 
     async def remove(self, id_: UUID, effects: Effects, tx: Tx) -> None:
         """Removes the file, the vectors and the rows of a deleted document."""
@@ -264,7 +283,7 @@ class Indexing:
         if outcome.state == "failed":
             raise EffectFailed(str(outcome.error))
 
-    async def _fill_index(self, document: IndexedVersion, model: Embedder, effects: Effects) -> None:
+    async def _fill_index(self, document: IndexedVersion, model: Embedder, effects: Effects) -> Filled:
         async def batches() -> AsyncIterator[Sequence[VectorRow]]:
             last = -1
             while True:
@@ -277,12 +296,13 @@ class Indexing:
 
         async with effects.begin() as tx:
             tenant_id = _tenant(tx)
-        names = await self._index.replace(model.key, tenant_id, document.owner, "document", batches)
+        filled = await self._index.replace(model.key, tenant_id, document.owner, "document", batches)
         async with effects.begin() as tx:
-            is_marked = await documents.mark_indexed(tx, document, names)
+            is_marked = await documents.mark_indexed(tx, document, filled.names)
         if not is_marked:
             # It was deleted or replaced meanwhile, and its rows may have been removed before the last of these came.
             await self._index.remove(tenant_id, document.owner)
+        return filled
 
 
 async def _advance(tx: Tx, id_: UUID, status: str, progress: float) -> None:

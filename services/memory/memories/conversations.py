@@ -119,7 +119,7 @@ class Conversations:
                 effects, self._models, model, "utterance", run_id, text, tenant_id, origin, credit
             )
         row = VectorRow(run_id, np.frombuffer(vector, dtype="<f4").tolist())
-        names = await self._index.replace(model.key, tenant_id, run_id, session_scope(session_key), lambda: _one(row))
+        filled = await self._index.replace(model.key, tenant_id, run_id, session_scope(session_key), lambda: _one(row))
         async with effects.begin() as begun:
             await begun.sql(
                 """
@@ -128,8 +128,10 @@ class Conversations:
                 WHERE run_id = $1
                 """,
                 run_id,
-                names,
+                filled.names,
             )
+        if filled.error:
+            raise filled.error
 
     async def forget(self, run_id: UUID, effects: Effects, tx: Tx) -> None:
         """Removes the reply from the index and from the table."""

@@ -87,6 +87,17 @@ class Vectors:
             found += [row["text_id"] for row in rows]
         return sorted(found)
 
+    def by_owner(self) -> dict[str, list[str]]:
+        """The rows of all documents and replies, including copies, by their owner."""
+        found: dict[str, list[str]] = {}
+        for name in self.collections():
+            rows = self._client.query(
+                name, filter='owner_id != ""', output_fields=["owner_id", "text_id"], consistency_level="Strong"
+            )
+            for row in rows:
+                found.setdefault(row["owner_id"], []).append(row["text_id"])
+        return {owner: sorted(ids) for owner, ids in found.items()}
+
     def flush(self) -> None:
         """Writes all rows to the object store, and waits until their index is built and loaded."""
         for name in self.collections():
@@ -101,6 +112,11 @@ class Vectors:
             self._client.delete(name, filter='owner_id != ""')
             while self._client.query(name, filter='owner_id != ""', output_fields=["text_id"], limit=1):
                 sleep(0.1)
+
+    def drop_indexes(self) -> None:
+        for name in self.collections():
+            self._client.release_collection(name)
+            self._client.drop_index(name, "vector")
 
     def drop(self) -> None:
         for name in self.collections():

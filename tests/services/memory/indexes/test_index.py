@@ -9,6 +9,7 @@ from unittest.mock import AsyncMock, Mock
 from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
+import numpy as np
 import pytest
 
 from infra.clock import utcnow, uuid7
@@ -18,11 +19,12 @@ from infra.security.crypto import Cipher
 from infra.security.subjects import SubjectKeys
 from infra.stores.objects import Stored
 from services.memory.domain import Block, chunk
-from services.memory.indexes.embeddings import LocalEmbedder
+from services.memory.indexes.embeddings import Embedded, LocalEmbedder
 from services.memory.indexes.engines import Engines
 from services.memory.indexes.index import Hit, VectorRow
 from services.memory.indexes.milvus import MilvusIndex
 from services.memory.indexes.pgvector import PgvectorIndex
+from services.memory.indexes.vectors import store
 from services.memory.knowledge import documents, passages
 from services.memory.memories.conversations import Conversations
 from services.memory.memories.keeping import Keeping, New
@@ -114,6 +116,39 @@ async def test_with_a_slow_index_words_answer_within_the_time_of_the_caller(plat
     assert [(item.passage.text, item.match) for item in answer.items] == [(TEXT.decode(), ("words",))]
     with pytest.raises(Transient, match="search by meaning"):
         await retrieval.search(caller, Query(QUESTION, mode="dense"), seconds=1)
+
+
+class Constant:
+    """An embedding model that takes no time."""
+
+    model = key = "constant"
+    paid = False
+    min_similarity = -1.0
+    calls_at_once = 1
+
+    async def queries(self, texts: Sequence[str]) -> list[Embedded]:
+        return [Embedded(np.ones((1, 4), dtype="<f4"), 1) for _ in texts]
+
+
+async def test_a_long_query_is_searched_by_the_codes_of_its_ends(platform: Platform) -> None:
+    await platform.prepare("memory")
+    database, tenant = platform.database("memory"), "tenant-of-long-queries"
+    async with database.begin(tenant_id=tenant) as tx:
+        await add_indexed(tx, "Line Q777.")
+        [(passage_id,)] = await tx.sql("SELECT id FROM passage WHERE tenant_id = $1", tenant)
+        await store(tx, "passage", "constant", None, {passage_id: np.ones(4, dtype="<f4").tobytes()})
+    active = AsyncMock(return_value=Constant())
+    index = Engines(database, lambda _, model: PgvectorIndex(database, model))
+    retrieval = Retrieval(database, database, active, index, Mock(), Mock(), CREDIT)
+    others = " ".join(f"x{n}" for n in range(1000))
+
+    async def found(text: str) -> list[tuple[str, ...]]:
+        answer = await retrieval.search(of_agent(tenant, ""), Query(text))
+        assert not answer.degraded
+        return [item.match for item in answer.items]
+
+    assert await found(f"{others} q777") == [("words", "codes")]
+    assert await found(f"{others} q777 {others}") == []
 
 
 class Vanishing(Retrieval):
@@ -224,6 +259,11 @@ async def test_rows_put_again_are_there_once_and_in_their_tenants_partition(
         assert await asyncio.to_thread(vectors.ids, str(owner)) == sorted(map(str, ids))
     assert hits[0].id == ids[0]
     assert hits[0].score == pytest.approx(1)
+    # Milvus or the process went away after it had made the collection and before its index.
+    await asyncio.to_thread(vectors.drop_indexes)
+    index = MilvusIndex(platform.stack.engines["milvus"]["url"], platform.prefix, "four", refill)
+    hits = await index.search([1.0, 0.0, 0.0, 0.0], "tenant-a", "document", 100)
+    assert sorted(hit.id for hit in hits) == sorted(ids)
     for other in ("tenant-b", 'x" or tenant_id == "tenant-a'):
         assert await index.search([1.0, 0.0, 0.0, 0.0], other, "document", 100) == []
     await index.remove("tenant-a", owner)
