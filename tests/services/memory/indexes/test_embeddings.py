@@ -112,6 +112,23 @@ async def test_the_local_model_knows_what_a_text_is_about_in_both_languages() ->
         assert max(scores) > embedder.min_similarity
 
 
+async def test_of_a_long_query_the_local_model_reads_both_ends() -> None:
+    """The searches of other tenants wait for it."""
+    embedder = LocalEmbedder()
+    others = "The lift of the north hall was painted in the spring of last year. " * 50
+    [short] = await embedder.queries(["How long is the guarantee of the pump?"])
+    for text in (
+        f"{others} How long is the guarantee of the pump?",
+        f"How long is the guarantee of the pump? {others}",
+    ):
+        [long] = await embedder.queries([text])
+        assert long.tokens < 170
+        passages = await embedder.passages(["The pump has a warranty of 30 months.", "The cat sleeps on the sofa."])
+        right, wrong = passages.vectors @ long.vectors[0]
+        assert right > wrong
+    assert short.tokens < 20
+
+
 ONE_FACT = (
     ("I live in Oslo.", "My home is in Oslo."),
     ("I live in Oslo.", "Oslo is where I live."),
