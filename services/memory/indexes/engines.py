@@ -21,7 +21,7 @@ from services.memory.rights import EVERY, Owners
 ENGINES = ("milvus", "pgvector")
 # A process learns of a change within this time.
 CACHE_SECONDS = 1.0
-# An engine that has not answered a write gets no other one for this time: each would delay those of the other engine.
+# One of two engines that has not answered a write gets no other one for this time: each would delay those of the other.
 PAUSE_SECONDS = 5.0
 
 Batches = Callable[[], AsyncIterator[Sequence[VectorRow]]]
@@ -45,7 +45,7 @@ async def choose(tx: Tx, new: Choice) -> None:
 
 class Filled(NamedTuple):
     names: list[str]
-    """The indexes that have all rows."""
+    """The indexes that have taken the rows."""
     is_found: bool
     """The one in which searches look is among them."""
     error: Transient | None
@@ -91,12 +91,16 @@ class Engines:
         index = self._index((await self._choice()).reading, model)
         return await index.search(vector, tenant_id, scope, limit, owners)
 
-    async def replace(self, model: str, tenant_id: str, owner_id: UUID, scope: str, batches: Batches) -> Filled:
-        """Replaces the owner's rows in all engines that are filled. One that does not answer keeps the rows from no
-        other."""
+    async def replace(
+        self, model: str, tenant_id: str, owner_id: UUID, scope: str, batches: Batches, inside: Sequence[str]
+    ) -> Filled:
+        """Replaces the owner's rows in all engines that are filled, except for the indexes of the names `inside`, which
+        have them. One that does not answer keeps the rows from no other."""
         reading = await self.name(model)
-        names, error = await self._write(model, lambda index: index.replace(tenant_id, owner_id, scope, batches()))
-        return Filled(names, reading in names, error)
+        names, error = await self._write(
+            model, lambda index: index.replace(tenant_id, owner_id, scope, batches()), inside
+        )
+        return Filled(names, reading in (*names, *inside), error)
 
     async def remove(self, tenant_id: str, owner_id: UUID) -> None:
         """Removes the owner's rows of all models. Raises Transient if an engine does not answer."""
@@ -111,14 +115,15 @@ class Engines:
             raise error
 
     async def _write(
-        self, model: str, write: Callable[[VectorIndex], Awaitable[None]]
+        self, model: str, write: Callable[[VectorIndex], Awaitable[None]], inside: Sequence[str] = ()
     ) -> tuple[list[str], Transient | None]:
-        """Writes to all engines that are filled. Returns the names of the indexes that have answered, and the error of
-        one that has not."""
+        """Writes to all engines that are filled, except for the indexes of the names `inside`. Returns the names of
+        those that have answered, and the error of one that has not."""
         answered: list[str] = []
         error: Transient | None = None
-        for index in await self.filled(model):
-            if time.monotonic() < self._paused_until.get(index.name, 0.0):
+        indexes = [index for index in await self.filled(model) if index.name not in inside]
+        for index in indexes:
+            if len(indexes) > 1 and time.monotonic() < self._paused_until.get(index.name, 0.0):
                 error = Transient(f"{index.name} has not answered the write before")
                 continue
             try:

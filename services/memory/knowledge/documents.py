@@ -210,6 +210,8 @@ class IndexedVersion(NamedTuple):
     created_by: str
     channel_id: UUID | None
     """In which a person sent it as a file."""
+    indexed_in: Sequence[str]
+    """The names of the indexes that have all of its rows."""
 
     @property
     def origin(self) -> UseSource:
@@ -220,7 +222,7 @@ async def version(tx: Tx, id_: UUID) -> IndexedVersion:
     """Raises NotFound, also for a deleted row."""
     rows = await tx.sql(
         """
-        SELECT id, content_type, path, status, replaces, coalesce(index_owner, id), created_by, channel_id
+        SELECT id, content_type, path, status, replaces, coalesce(index_owner, id), created_by, channel_id, indexed_in
         FROM document
         WHERE id = $1 AND deleted_at IS NULL
         """,

@@ -145,7 +145,7 @@ class Indexing:
                 document = await documents.version(tx, id_)
             found = document.owner
             await self._embed(document, model, effects, again=True)
-            filled = await self._fill_index(document, model, effects)
+            filled = await self._fill_index(document, model, effects, document.indexed_in)
             if filled.error:
                 raise filled.error
         except (_Deleted, NotFound):
@@ -283,7 +283,11 @@ class Indexing:
         if outcome.state == "failed":
             raise EffectFailed(str(outcome.error))
 
-    async def _fill_index(self, document: IndexedVersion, model: Embedder, effects: Effects) -> Filled:
+    async def _fill_index(
+        self, document: IndexedVersion, model: Embedder, effects: Effects, inside: Sequence[str] = ()
+    ) -> Filled:
+        """inside: the names of indexes that have the rows already."""
+
         async def batches() -> AsyncIterator[Sequence[VectorRow]]:
             last = -1
             while True:
@@ -296,7 +300,7 @@ class Indexing:
 
         async with effects.begin() as tx:
             tenant_id = _tenant(tx)
-        filled = await self._index.replace(model.key, tenant_id, document.owner, "document", batches)
+        filled = await self._index.replace(model.key, tenant_id, document.owner, "document", batches, inside)
         async with effects.begin() as tx:
             is_marked = await documents.mark_indexed(tx, document, filled.names)
         if not is_marked:

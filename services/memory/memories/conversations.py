@@ -100,7 +100,7 @@ class Conversations:
             tenant_id = str(begun.tenant_id)
             rows = await begun.sql(
                 f"""
-                SELECT session_key, subject_id, sealed, {vectors.of("$2", "u")}
+                SELECT session_key, subject_id, sealed, {vectors.of("$2", "u")}, indexed_in
                 FROM utterance u
                 WHERE run_id = $1
                 """,
@@ -109,7 +109,7 @@ class Conversations:
             )
             if not rows:
                 return
-            [(session_key, subject_id, sealed, vector)] = rows
+            [(session_key, subject_id, sealed, vector, inside)] = rows
             text = (await self._texts(begun, tenant_id, [(run_id, subject_id, sealed)])).get(run_id)
         if text is None:
             return
@@ -119,7 +119,9 @@ class Conversations:
                 effects, self._models, model, "utterance", run_id, text, tenant_id, origin, credit
             )
         row = VectorRow(run_id, np.frombuffer(vector, dtype="<f4").tolist())
-        filled = await self._index.replace(model.key, tenant_id, run_id, session_scope(session_key), lambda: _one(row))
+        filled = await self._index.replace(
+            model.key, tenant_id, run_id, session_scope(session_key), lambda: _one(row), inside
+        )
         async with effects.begin() as begun:
             await begun.sql(
                 """
