@@ -88,3 +88,10 @@ async def test_rows_that_came_behind_their_removal_are_removed(platform: Platfor
         await index.replace(tenant, former, "document", rows())
         await filling.fill(filled, owner, embedder, cast(Any, Fill()))
         assert await left() == expected
+    # An index that has the document already does not get it again, as long as another one does not answer.
+    await index.replace(tenant, document_id, "document", rows())
+    async with database.begin() as tx:
+        marked = await tx.sql("SELECT indexed_in FROM document WHERE id = $1", document_id)
+    assert marked == [([index.name],)]
+    await filling.fill(document_id, None, embedder, cast(Any, Fill()))
+    assert await left() == {former, document_id}
