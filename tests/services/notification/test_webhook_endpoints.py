@@ -394,9 +394,23 @@ async def test_the_secret_is_shown_once_and_a_tenant_has_at_most_twenty_endpoint
     assert first["id"] == again["id"]
     assert len(first["secret"]) == len("whsec_") + 44
     assert first["secret"] not in msgspec.json.encode(again).decode()
-    for _ in range(19):
+    for _ in range(18):
         await tenant.connect(receiver)
-    await tenant.call("POST", expect=409, json=given["json"])
+    # One place is left, and both wait for their turn.
+    platform = tenant.world.platform
+    async with platform.client("notification", tenant.id) as http:
+        async with platform.database("notification").begin() as tx:
+            await tx.take_turn(f"webhook endpoints {tenant.id}")
+            asked = [asyncio.create_task(http.post(PATH, json=given["json"])) for _ in range(2)]
+
+            async def both_wait() -> bool:
+                waiting = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+                return any(one.done() for one in asked) or len(await tx.sql(waiting)) >= len(asked)
+
+            await platform.until(both_wait)
+            assert not any(one.done() for one in asked)
+        answers = await asyncio.gather(*asked)
+    assert sorted(answer.status_code for answer in answers) == [201, 409]
     listed = await tenant.call("GET", params={"limit": 15})
     rest = await tenant.call("GET", params={"limit": 15, "cursor": listed["next"]})
     assert (len(listed["items"]), len(rest["items"]), rest["next"]) == (15, 5, None)
