@@ -45,7 +45,7 @@ Id = TypeVar("Id")
 MAX_PAGE = 200
 PAGE_BYTES = 4 * 1024 * 1024
 """Of the items of a page whose items may be large."""
-MAX_LARGE_BODIES = 16
+MAX_LARGE_BODIES = 8
 """JSON bodies of more than LARGE_BYTES that a process works on at once: each takes several times its size in memory,
 and as much time of the event loop as a hundred small requests. A tenant alone has a half; the others wait in nginx."""
 MAX_A_SECOND = 1_000

@@ -30,6 +30,9 @@ PLACES = 12_000
 HELD_BYTES = 64 * 1024 * 1024
 """Of messages that clients have sent in part, or that wait for their answers. A tenant alone has a half."""
 
+UNSENT_BYTES = 64 * 1024 * 1024
+"""Of large parts of answers that wait for slow clients. A tenant alone has a half."""
+
 _log = get_logger("ws_gateway.clients")
 
 
@@ -44,6 +47,7 @@ class End(Enum):
     TOO_MANY = 1013, "the tenant has too many connections: close some, or connect again later"
     TOO_MUCH = 1013, "the tenant's clients send too much at once: connect again later"
     TOO_SLOW = 1013, "the client reads too slowly: connect again"
+    TOO_MUCH_UNREAD = 1013, "the tenant's clients read their answers too slowly: connect again later"
     UNCHECKED = 1013, "the API key cannot be checked now: connect again"
     NOT_ALLOWED = 4401, "the API key was revoked or has expired"
 
@@ -79,6 +83,8 @@ class Clients:
         self._places = Shares(PLACES)
         self.held = Shares(HELD_BYTES)
         """The bytes that clients have sent and that are not answered."""
+        self.unsent = Shares(UNSENT_BYTES)
+        """The bytes of large parts of answers that clients have not read."""
         self._by_key: dict[tuple[str, str, str], _Key] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 

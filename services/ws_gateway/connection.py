@@ -75,6 +75,10 @@ class Connection(asyncio.Protocol):
         """The client reads too slowly."""
         raise NotImplementedError
 
+    def on_unsent(self, size: int) -> None:
+        """So many bytes wait for the client, who reads slowly. 0: few, or the connection has ended."""
+        raise NotImplementedError
+
     def on_end(self) -> None:
         """The connection is being closed or was lost. Called once."""
         raise NotImplementedError
@@ -101,8 +105,11 @@ class Connection(asyncio.Protocol):
         if not self.is_open:
             return
         self.transport.write(frame)
-        if self._paused_at and self.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
-            self.on_slow()
+        if self._paused_at:
+            unsent = self.transport.get_write_buffer_size()
+            if unsent > MAX_UNSENT_BYTES:
+                self.on_slow()
+            self.on_unsent(unsent)
 
     async def drained(self) -> None:
         """Returns when few bytes wait for the client, or the connection has ended."""
@@ -148,9 +155,11 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._paused_at = 0.0
+        self.on_unsent(0)
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.on_unsent(0)
         self._released()
         self._end()
 

@@ -73,6 +73,7 @@ class Socket(Connection):
         "_runs",
         "_tasks",
         "_unanswered",
+        "_unsent",
         "_waiting",
         "who",
     )
@@ -90,6 +91,8 @@ class Socket(Connection):
         self._unanswered: deque[str | None] | None = None
         # The characters of the messages that are not answered, and the bytes that are taken for all that is held.
         self._waiting = self._held = 0
+        # The bytes that are taken for answers that the client has not read.
+        self._unsent = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     def on_open(self) -> None:
@@ -105,6 +108,16 @@ class Socket(Connection):
         if self.is_open:
             _log.info("client reads too slowly; closed its socket")
             self.end(End.TOO_SLOW)
+
+    def on_unsent(self, size: int) -> None:
+        if size < self._unsent:
+            self._hub.clients.unsent.give(self.who.tenant_id, self._unsent - size)
+        elif size > self._unsent and not self._hub.clients.unsent.take_now(self.who.tenant_id, size - self._unsent):
+            self.end(End.TOO_MUCH_UNREAD)
+            # It would not read the close frame, and the memory is needed.
+            self.transport.abort()
+            return
+        self._unsent = size
 
     def on_shutdown(self) -> None:
         self.end(End.RESTARTING)

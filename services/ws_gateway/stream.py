@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from infra.errors import InvalidMessage, NotFound
+from infra.errors import InvalidMessage, NotFound, TooManyRequests
 from infra.observe.logs import get_logger
 from infra.security.auth import Identity
 from services.ws_gateway.agent import Agent
-from services.ws_gateway.clients import End
+from services.ws_gateway.clients import Clients, End
 from services.ws_gateway.connection import SEND_SECONDS
 from services.ws_gateway.domain import ENDINGS, Fact, Follow, StreamEvent
 from services.ws_gateway.feed import Room
@@ -23,6 +24,8 @@ from services.ws_gateway.hub import Hub
 from services.ws_gateway.run_events import run_events
 
 HEARTBEAT = b":\n\n"
+# As much as a connection buffers. Larger parts are sent in pieces of this size, and take a share of the tenant's.
+PIECE_BYTES = 64 * 1024
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -44,7 +47,7 @@ class RunStream(Response):
         super().__init__()
         self._hub = hub
         self._agent = agent
-        self._client = StreamClient(who)
+        self._client = StreamClient(hub.clients, who)
         self._run_id = run_id
         self._after = after
 
@@ -64,7 +67,7 @@ class RunStream(Response):
             with self._hub.clients.watched(client):
                 await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
                 batches = run_events(self._read, live, follow, facts)
-                if await until_disconnect(_write(batches, send), client, receive):
+                if await until_disconnect(_write(client, batches, send), client, receive):
                     # A client that does not read does not get a proper end.
                     with suppress(TimeoutError):
                         async with asyncio.timeout(1):
@@ -74,23 +77,26 @@ class RunStream(Response):
         return await self._agent.facts(self._run_id, after, self._client.who)
 
 
-async def _write(batches: AsyncGenerator[list[StreamEvent]], send: Send) -> None:
+async def _write(client: StreamClient, batches: AsyncGenerator[list[StreamEvent]], send: Send) -> None:
     try:
-        await send_part(send, b"retry: 1000\n\n")
+        await client.send_part(send, b"retry: 1000\n\n")
         async with aclosing(batches):
             async for events in batches:
-                await send_part(send, b"".join(event.encoded() for event in events) or HEARTBEAT)
+                await client.send_part(send, b"".join(event.encoded() for event in events) or HEARTBEAT)
     except NotFound:
         _log.info("run no longer exists; its stream ends")
     except TimeoutError:
         _log.info("client does not read its stream; the connection is dropped")
+    except TooManyRequests:
+        _log.info("the tenant's clients do not read; a stream ends early")
 
 
 class StreamClient:
     """The client of one stream. `stop` ends the stream."""
 
-    def __init__(self, who: Identity) -> None:
+    def __init__(self, clients: Clients, who: Identity) -> None:
         self.who = who
+        self._unsent = clients.unsent
         self.room = Room(self._stop)
         self._ended = False
         self._stream: asyncio.Task[None] | None = None
@@ -100,6 +106,22 @@ class StreamClient:
         if self._ended:
             self._stream.cancel()
         return self._stream
+
+    async def send_part(self, send: Send, body: bytes, start: Message | None = None) -> None:
+        """Sends a part of the answer, after its `start`. Raises TimeoutError if the client does not read, and, before
+        the start, TooManyRequests for a large part while the tenant's clients leave too much unread."""
+        size = len(body) if len(body) > PIECE_BYTES else 0
+        if size and not self._unsent.take_now(self.who.tenant_id, size):
+            raise TooManyRequests(timedelta(seconds=5), End.TOO_MUCH_UNREAD.value[1])
+        try:
+            if start:
+                await send(start)
+            for n in range(0, len(body), PIECE_BYTES):
+                async with asyncio.timeout(SEND_SECONDS):
+                    piece = body[n : n + PIECE_BYTES]
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+        finally:
+            self._unsent.give(self.who.tenant_id, size)
 
     def end(self, reason: End) -> None:
         self._stop()
@@ -128,12 +150,6 @@ async def until_disconnect(work: Coroutine[Any, Any, None], client: StreamClient
     if not working.cancelled():
         working.result()
     return connected
-
-
-async def send_part(send: Send, body: bytes) -> None:
-    """Sends a part of an answer. Raises TimeoutError if the client does not read."""
-    async with asyncio.timeout(SEND_SECONDS):
-        await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 async def _disconnected(receive: Receive) -> None:

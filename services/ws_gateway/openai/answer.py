@@ -24,7 +24,7 @@ from services.ws_gateway.openai.domain import Piece, TakenBack, Transcript
 from services.ws_gateway.openai.errors import CompletionError
 from services.ws_gateway.openai.shapes import UNREPORTED, Finish, Reply, Shape, Usage
 from services.ws_gateway.run_events import run_events
-from services.ws_gateway.stream import HEADERS, HEARTBEAT, StreamClient, send_part, until_disconnect
+from services.ws_gateway.stream import HEADERS, HEARTBEAT, StreamClient, until_disconnect
 
 _log = get_logger("ws_gateway.openai")
 
@@ -40,7 +40,7 @@ class AnswerResponse(Response):
         super().__init__()
         self._hub = hub
         self._agent = agent
-        self._client = StreamClient(who)
+        self._client = StreamClient(hub.clients, who)
         self._run_id = run_id
         self._shape = shape
         self._stream = stream
@@ -48,9 +48,9 @@ class AnswerResponse(Response):
         self._over = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writer = _Writer(scope, receive, send, self._shape, self._run_id)
+        client = self._client
+        writer = _Writer(client, scope, receive, send, self._shape, self._run_id)
         try:
-            client = self._client
             with self._hub.clients.watched(client), self._hub.listen(self._run_id, client.room) as live:
                 # Makes the reader fetch the past facts first.
                 live.push(Missed())
@@ -70,8 +70,8 @@ class AnswerResponse(Response):
         try:
             try:
                 await (self._write_parts if self._stream else self._write_whole)(live, writer)
-            except CompletionError as failure:
-                await writer.fail(failure)
+            except (CompletionError, TooManyRequests) as failure:
+                await writer.fail(errors.of(failure))
         except TimeoutError:
             _log.info("client does not read its answer; the connection is dropped")
 
@@ -132,7 +132,10 @@ class _Writer:
     text or heartbeat: until then a failure can still have its own status.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, shape: Shape, run_id: UUID) -> None:
+    def __init__(
+        self, client: StreamClient, scope: Scope, receive: Receive, send: Send, shape: Shape, run_id: UUID
+    ) -> None:
+        self._client = client
         self._asgi = scope, receive, send
         self._send = send
         self._shape = shape
@@ -141,20 +144,25 @@ class _Writer:
         self.ended = False
 
     async def whole(self, reply: Reply, usage: Usage) -> None:
-        body = msgspec.json.encode(self._shape.whole(reply, usage))
-        await self._respond(Response(body, 200, self._headers, media_type="application/json"))
+        self.ended = True
+        response = Response(
+            msgspec.json.encode(self._shape.whole(reply, usage)), 200, self._headers, media_type="application/json"
+        )
+        start = {"type": "http.response.start", "status": 200, "headers": response.raw_headers}
+        await self._client.send_part(self._send, bytes(response.body), start)
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def heartbeat(self) -> None:
         await self._begin()
-        await send_part(self._send, HEARTBEAT)
+        await self._client.send_part(self._send, HEARTBEAT)
 
     async def text(self, piece: Piece) -> None:
         await self._begin()
-        await send_part(self._send, self._shape.text(piece))
+        await self._client.send_part(self._send, self._shape.text(piece))
 
     async def calls(self, calls: Sequence[FunctionCall]) -> None:
         await self._begin()
-        await send_part(self._send, self._shape.calls(calls))
+        await self._client.send_part(self._send, self._shape.calls(calls))
 
     async def end(self, usage: Usage, finish: Finish) -> None:
         await self._begin()
@@ -171,10 +179,10 @@ class _Writer:
             self._begun = True
             own = [(name.encode(), value.encode()) for name, value in self._headers.items()]
             await self._send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, *own]})
-            await send_part(self._send, self._shape.begin())
+            await self._client.send_part(self._send, self._shape.begin())
 
     async def _last(self, body: bytes) -> None:
-        await send_part(self._send, body)
+        await self._client.send_part(self._send, body)
         self.ended = True
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
