@@ -662,7 +662,7 @@ async def test_a_tenants_answers_leave_each_turn_of_the_event_loop_to_others() -
         before = read
         await asyncio.sleep(0)
         assert read - before <= 2 * LINES_A_TURN
-    assert read > 50 * LINES_A_TURN, "each turn has some"
+    assert read >= 50 * LINES_A_TURN, "each turn has some"
     for task in answers:
         task.cancel()
     await asyncio.gather(*answers, return_exceptions=True)
