@@ -80,3 +80,24 @@ class Shares:
         self._held[tenant] += places
         if not self._held[tenant]:
             del self._held[tenant]
+
+
+class Held:
+    """The places that one holder has of its tenant's share."""
+
+    __slots__ = ("_places", "_shares", "_tenant")
+
+    def __init__(self, shares: Shares, tenant: str) -> None:
+        self._shares = shares
+        self._tenant = tenant
+        self._places = 0
+
+    def resize(self, places: int) -> bool:
+        """Takes or gives back so many that it has `places`. Returns False and changes nothing if it does not get all of
+        them now."""
+        if places < self._places:
+            self._shares.give(self._tenant, self._places - places)
+        elif places > self._places and not self._shares.take_now(self._tenant, places - self._places):
+            return False
+        self._places = places
+        return True

@@ -36,13 +36,14 @@ def collect_by_bytes(loop: asyncio.AbstractEventLoop) -> None:
 
     def look() -> None:
         nonlocal least
-        if _resident_bytes() - least > GROWTH_BYTES:
+        now = _resident_bytes()
+        if now - least > GROWTH_BYTES:
             # Not the oldest objects: to look at all connections takes long, and few of them become garbage.
             gc.collect(1)
             # Otherwise the C library keeps most of the memory, in pieces between others.
             _c_library.malloc_trim(0)
             least = _resident_bytes()
-        least = min(least, _resident_bytes())
+        least = min(least, now)
         loop.call_later(LOOK_SECONDS, look)
 
     look()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from functools import cache
+from functools import cache, partial
 
 from infra.security.subjects import SubjectKeys
 from infra.service.service import Runtime
@@ -11,12 +11,9 @@ from infra.stores.objects import Objects
 from protos.billing.v1 import billing_pb2_grpc
 from services.memory.indexes.embeddings import LOCAL, Embedder, Endpoint, LocalEmbedder, RemoteEmbedder
 from services.memory.indexes.engines import Engines
-from services.memory.indexes.filling import refill
-from services.memory.indexes.index import VectorIndex
-from services.memory.indexes.milvus import MilvusIndex
+from services.memory.indexes.factory import make_index
 from services.memory.indexes.model_change import ModelChange
 from services.memory.indexes.models import EmbeddingModels
-from services.memory.indexes.pgvector import PgvectorIndex
 from services.memory.knowledge.indexing import Indexing
 from services.memory.knowledge.sent_files import SentFiles
 from services.memory.knowledge.uploads import Uploads
@@ -65,14 +62,8 @@ def models(runtime: Runtime) -> EmbeddingModels:
 @cache
 def index(runtime: Runtime) -> Engines:
     settings = runtime.settings
-
-    def make(engine: str, model: str) -> VectorIndex:
-        if engine == "pgvector":
-            return PgvectorIndex(runtime.worker, model)
-        url = settings.milvus_url.get_secret_value()
-        return MilvusIndex(url, settings.topic_prefix, model, lambda name: refill(runtime.worker, name))
-
-    return Engines(runtime.worker, make)
+    milvus_url = settings.milvus_url.get_secret_value()
+    return Engines(runtime.worker, partial(make_index, runtime.worker, milvus_url, settings.topic_prefix))
 
 
 def model_change(runtime: Runtime) -> ModelChange:

@@ -15,6 +15,7 @@ from opentelemetry.trace import SpanKind
 from infra.errors import Conflict, Forbidden, InvalidMessage, NotFound, TooManyRequests, WrongType
 from infra.observe import telemetry
 from infra.observe.logs import get_logger
+from infra.outgoing.shares import Held
 from infra.security.auth import Identity
 from infra.service.refusals import Refusals
 from infra.web.http import decode_json
@@ -89,10 +90,11 @@ class Socket(Connection):
         self._runs: dict[UUID, asyncio.Task[None] | Feed] = {}
         # None if no message waits for its answer.
         self._unanswered: deque[str | None] | None = None
-        # The characters of the messages that are not answered, and the bytes that are taken for all that is held.
-        self._waiting = self._held = 0
-        # The bytes that are taken for answers that the client has not read.
-        self._unsent = 0
+        # The characters of the messages that are not answered.
+        self._waiting = 0
+        # The bytes that are taken for messages that are not answered, and for answers that the client has not read.
+        self._held = Held(hub.clients.held, who.tenant_id)
+        self._unsent = Held(hub.clients.unsent, who.tenant_id)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def on_open(self) -> None:
@@ -110,14 +112,10 @@ class Socket(Connection):
             self.end(End.TOO_SLOW)
 
     def on_unsent(self, size: int) -> None:
-        if size < self._unsent:
-            self._hub.clients.unsent.give(self.who.tenant_id, self._unsent - size)
-        elif size > self._unsent and not self._hub.clients.unsent.take_now(self.who.tenant_id, size - self._unsent):
+        if not self._unsent.resize(size):
             self.end(End.TOO_MUCH_UNREAD)
             # It would not read the close frame, and the memory is needed.
             self.transport.abort()
-            return
-        self._unsent = size
 
     def on_shutdown(self) -> None:
         self.end(End.RESTARTING)
@@ -149,15 +147,10 @@ class Socket(Connection):
     def _hold(self) -> None:
         """Takes the client's bytes from the tenant's share, or gives them back. Without a share the socket ends."""
         size = self.unread + self._waiting
-        wanted = size if size > FREE_BYTES and self.is_open else 0
-        if wanted < self._held:
-            self._hub.clients.held.give(self.who.tenant_id, self._held - wanted)
-        elif wanted > self._held and not self._hub.clients.held.take_now(self.who.tenant_id, wanted - self._held):
+        if not self._held.resize(size if size > FREE_BYTES and self.is_open else 0):
             self.end(End.TOO_MUCH)
             # It could go on sending until it answers the close frame.
             self.transport.abort()
-            return
-        self._held = wanted
 
     async def read(self, run_id: UUID, after: int) -> list[Fact]:
         return await self._agent.facts(run_id, after, self.who)

@@ -11,13 +11,10 @@ import typer
 from rich.console import Console
 
 from infra.errors import NotFound
-from services.memory.indexes.filling import refill
-from services.memory.indexes.index import VectorIndex
+from services.memory.indexes.factory import make_index
 from services.memory.indexes.migration import Migrated, build_again
 from services.memory.indexes.migration import migrate as move
-from services.memory.indexes.milvus import MilvusIndex
 from services.memory.indexes.model_change import ModelState, states
-from services.memory.indexes.pgvector import PgvectorIndex
 from tooling.cli.output import Json, Progress, print_json, printable
 from tooling.stack import operator
 
@@ -62,12 +59,7 @@ async def _migrate(
     database_url: str, milvus_url: str, to: Engine, alone: bool, progress: Callable[[int, int], None]
 ) -> Migrated:
     async with operator.database(database_url, "memory") as database:
-
-        def make(engine: str, model: str) -> VectorIndex:
-            if engine == "pgvector":
-                return PgvectorIndex(database, model)
-            return MilvusIndex(milvus_url, "", model, lambda name: refill(database, name))
-
+        make = partial(make_index, database, milvus_url, "")
         return await move(database, to, make, alone=alone, progress=progress)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -62,6 +62,20 @@ async def news_of_a_run(world: World, tenant: Tenant, **fields: Any) -> AsyncGen
         await redis.aclose()
 
 
+async def news_of_the_end(
+    world: World, tenant: Tenant, go: asyncio.Event, act: Callable[[str], Coroutine[Any, Any, None]], **fields: Any
+) -> dict[str, Any]:
+    """As `news_of_a_run`. At the first news it sets `go` and calls `act` with the run's id."""
+    async with aclosing(news_of_a_run(world, tenant, **fields)) as heard, asyncio.TaskGroup() as tasks:
+        async for news in heard:
+            if news["over"]:
+                break
+            if not go.is_set():
+                go.set()
+                tasks.create_task(act(news["run_id"]))
+    return news
+
+
 async def test_a_run_of_a_channel_tells_what_its_model_writes(world: World, tenant: Tenant) -> None:
     text = "An answer of several pieces. " * 40
     world.models.script(MODEL, Says(text, stalls_after=200))
@@ -107,13 +121,7 @@ async def test_a_run_that_is_interrupted_before_its_next_attempt_tells_its_end(w
         await world.platform.until(pauses)
         await tenant.receive((await tenant.run(run_id))["agent_id"], "another question")
 
-    async with aclosing(news_of_a_run(world, tenant, queue_mode="interrupt")) as heard, asyncio.TaskGroup() as tasks:
-        async for news in heard:
-            if news["over"]:
-                break
-            if not go.is_set():
-                go.set()
-                tasks.create_task(interrupt(news["run_id"]))
+    news = await news_of_the_end(world, tenant, go, interrupt, queue_mode="interrupt")
     runs = await tenant.runs(2)
     assert [(run["id"] == news["run_id"], run["status"]) for run in runs] == [(True, "cancelled"), (False, "completed")]
 
@@ -134,13 +142,7 @@ async def test_a_run_that_is_cancelled_while_it_waits_for_another_agent_tells_it
         await tenant.call("POST", f"/api/v1/runs/{run_id}/cancel")
 
     try:
-        async with aclosing(news_of_a_run(world, tenant, agents=[asked])) as heard, asyncio.TaskGroup() as tasks:
-            async for news in heard:
-                if news["over"]:
-                    break
-                if not go.is_set():
-                    go.set()
-                    tasks.create_task(cancel(news["run_id"]))
+        await news_of_the_end(world, tenant, go, cancel, agents=[asked])
     finally:
         never.set()
     assert {run["status"] for run in await tenant.runs(2)} == {"cancelled"}
